@@ -1,0 +1,1 @@
+"""Forms in which an adapter carries expertise."""

@@ -1,0 +1,61 @@
+"""The last step of a language model: from its final hidden state to logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """All that turns a hidden state (the head's input) into a model's own logits.
+
+    logits = cap(scale * (weight @ hidden) + bias), cap(z) = softcap * tanh(z / softcap).
+
+    Attributes:
+        weight: Token rows, shape [vocab, hidden]; the live parameter, never a copy.
+        bias: Added to each logit, shape [vocab] (Marian's final_logits_bias, a head's bias).
+        scale: Multiplies W h: T5's d^-0.5 with tied embeddings, Cohere's logit_scale,
+            the inverse of Granite's logits_scaling.
+        softcap: Gemma 2's bound on the logits.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Compute the model's logits, of all tokens or of some.
+
+        Args:
+            hidden: Final hidden states, shape [..., hidden].
+            token_ids: Token rows to compute, shape [chosen]; None computes all.
+
+        Returns:
+            Logits in the weight's dtype, shape [..., vocab] or [..., chosen].
+        """
+        weight = self.weight if token_ids is None else self.weight[token_ids]
+        logits = hidden.to(weight.dtype) @ weight.T * self.scale
+        if self.bias is not None:
+            logits = logits + (self.bias if token_ids is None else self.bias[token_ids])
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def linear(self, logits: Tensor) -> Tensor:
+        """Undo cap, bias and scale: the values of W h that gave these logits.
+
+        A soft-cap is inverted exactly inside (-softcap, softcap); logits at the bound are moved
+        inside by 1e-6 of it, since arctanh has a pole there.
+
+        Args:
+            logits: A model's own logits, shape [..., vocab].
+
+        Returns:
+            W h, shape [..., vocab].
+        """
+        if self.softcap is not None:
+            bounded = (logits / self.softcap).clamp(-1 + 1e-6, 1 - 1e-6)
+            logits = self.softcap * torch.arctanh(bounded)
+        if self.bias is not None:
+            logits = logits - self.bias
+        return logits / self.scale
