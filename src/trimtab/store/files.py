@@ -1,0 +1,366 @@
+"""Files that are whole or absent: atomic writes, fingerprints, and one writer per folder."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import InputError, NumericalError, StorageError, TrimtabError
+
+LOCK_NAME = ".lock"
+"""File in an output folder that its one writer holds."""
+
+_PACKAGES = ("trimtab", "torch", "transformers", "peft", "safetensors", "numpy")
+_SPACE = "free space on that disk or choose another folder, then run the same command again"
+_RIGHTS = "choose a folder that you may write, or change its permissions"
+_PLACE = "choose another path: a part of this one is not the file or folder that is needed"
+_HINTS = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: _SPACE,
+    errno.EROFS: _RIGHTS,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENOTDIR: _PLACE,
+    errno.EISDIR: _PLACE,
+    errno.EEXIST: _PLACE,
+    errno.ENAMETOOLONG: _PLACE,
+}
+# Tells this process's temporary files from those of a killed one that had the same process id,
+# which is the rule in containers.
+_RUN = secrets.token_hex(4)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a place that cannot be written into an error with a remedy.
+
+    Covers OSError, and libraries that put the system's words into an error of their own
+    (safetensors). Other exceptions pass unchanged.
+
+    Args:
+        path: What is being written; named unless the system names another file.
+
+    Raises:
+        StorageError: The disk is full, over quota or read-only, or the path cannot be written.
+    """
+    try:
+        yield
+    except TrimtabError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        if number is None:
+            raise
+        named = getattr(error, "filename", None) or path
+        raise StorageError(
+            f"cannot write {named}: {os.strerror(number)}", hint=_HINTS[number]
+        ) from error
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in _HINTS else None
+    return next((number for number in _HINTS if os.strerror(number) in str(error)), None)
+
+
+@contextmanager
+def writing_atomically(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write; on success it becomes the file, else nothing changes.
+
+    The file is on disk (fsync), with the usual permissions, before it takes its name. Missing
+    folders are made. What killed runs left behind for this path is removed first.
+
+    Args:
+        path: The file to write; a symbolic link is followed.
+
+    Raises:
+        StorageError: The disk is full or the path cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with storage_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target, "tmp")
+        # A folder, because some libraries (safetensors) put temporary files beside the file.
+        folder = _beside(target, "tmp")
+        folder.mkdir()
+        try:
+            yield folder / target.name
+            _settle(folder)
+            os.replace(folder / target.name, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        _sync(target.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        StorageError: The disk is full or the path cannot be written.
+    """
+    with writing_atomically(path) as temp:
+        temp.write_bytes(data)
+
+
+@contextmanager
+def replace_directory(path: Path, *, marker: str = "manifest.json") -> Iterator[Path]:
+    """Give a temporary folder to fill; on success it takes the place of the folder at path.
+
+    The old folder stays until the new one is on disk. A kill between the two renames leaves
+    the old one aside under a hidden name; the next use of the same path puts it back.
+
+    Args:
+        path: The folder to write; a symbolic link is followed.
+        marker: File that tells a folder of ours, which may be replaced, from a user's own.
+
+    Raises:
+        InputError: There is a folder at path that holds other things, or a file.
+        StorageError: The disk is full or the path cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with storage_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _restore(target)
+        _refuse_foreign(path, marker)
+        _remove_leftovers(target, "tmp")
+        temp = _beside(target, "tmp")
+        temp.mkdir()
+        try:
+            yield temp
+            _settle(temp)
+            _swap(temp, target)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+        _sync(target.parent)
+
+
+def _refuse_foreign(path: Path, marker: str) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(
+            f"{path} is a file, where a folder is to be written", hint="choose another output"
+        )
+    entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    if entries - {LOCK_NAME} and marker not in entries:
+        raise InputError(
+            f"{path} holds {len(entries)} entries but no {marker}: replacing it would lose them",
+            hint="choose a new or empty output folder",
+        )
+
+
+def _swap(temp: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(temp, target)
+        return
+    # The writer's lock must outlive the folder that it lies in.
+    if (target / LOCK_NAME).exists():
+        os.replace(target / LOCK_NAME, temp / LOCK_NAME)
+    old = _beside(target, "old")
+    os.rename(target, old)
+    os.rename(temp, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(target: Path) -> None:
+    if not target.exists():
+        leftovers = _leftovers(target, "old")
+        if leftovers:
+            os.rename(max(leftovers, key=lambda entry: entry.stat().st_mtime), target)
+    _remove_leftovers(target, "old")
+
+
+def _beside(target: Path, role: str) -> Path:
+    return target.with_name(f".{target.name}.{role}-{os.getpid()}-{_RUN}-{secrets.token_hex(4)}")
+
+
+def _leftovers(target: Path, role: str) -> list[Path]:
+    pattern = re.compile(re.escape(f".{target.name}.{role}-") + r"(\d+)-([0-9a-f]{8})-[0-9a-f]{8}")
+    found = ((pattern.fullmatch(entry.name), entry) for entry in target.parent.iterdir())
+    return sorted(
+        entry for match, entry in found if match and not _lives(int(match[1]), run=match[2])
+    )
+
+
+def _remove_leftovers(target: Path, role: str) -> None:
+    for entry in _leftovers(target, role):
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def _lives(pid: int, *, run: str) -> bool:
+    if pid == os.getpid():
+        return run == _RUN
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _settle(folder: Path) -> None:
+    # safetensors makes files that only their owner can read, whatever the umask says.
+    mode = folder.stat().st_mode & 0o666
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            os.chmod(Path(parent, name), mode)
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Be the only writer of an output folder; the folder is made if it is missing.
+
+    The lock ends with the process, however it ends: a killed run leaves none behind.
+
+    Raises:
+        InputError: Another run is writing this folder.
+        StorageError: The folder cannot be written.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(folder)
+    try:
+        yield
+    finally:
+        if _is_at(descriptor, folder / LOCK_NAME):
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(folder: Path) -> int:
+    while True:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise InputError(
+                f"another run is writing {folder}",
+                hint="wait until it ends, or choose another output folder",
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # The former owner may have removed the file between our opening and locking it.
+        if _is_at(descriptor, folder / LOCK_NAME):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, atomically: sorted keys, indent 1, UTF-8, a final line break.
+
+    Raises:
+        NumericalError: The value holds a number that is not finite, which JSON cannot say.
+        StorageError: The disk is full or the path cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise NumericalError(
+            f"{path} would hold a value that JSON cannot say: {error}",
+            hint="find the step that made a number infinite or undefined",
+        ) from error
+    write_atomic(path, f"{text}\n".encode())
+
+
+def read_json(path: Path, kind: str, *, error: type[TrimtabError] = InputError) -> dict[str, Any]:
+    """Read a JSON object; a key that stands twice, NaN and infinities are refused.
+
+    Args:
+        path: The file.
+        kind: What the file is, for messages, for example "adapter manifest".
+        error: Class of the error to raise.
+
+    Raises:
+        TrimtabError: Of the given class: no such file, not UTF-8, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(
+            path.read_bytes().decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except OSError as cause:
+        raise error(
+            f"cannot read the {kind} {path}: {cause.strerror}",
+            hint="check the path; an interrupted run is completed by running it again",
+        ) from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(
+            f"the {kind} {path} is not valid JSON: {cause}",
+            hint="the file was changed or cut off; fetch it or make it again",
+        ) from cause
+    if not isinstance(value, dict):
+        raise error(
+            f"the {kind} {path} is a JSON {type(value).__name__}, expected an object",
+            hint="the file is not what its name says; fetch it or make it again",
+        )
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"keys that stand twice: {', '.join(twice)}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"the number {name}")
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Fingerprint of bytes: sha256 in lower-case hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Fingerprint of a file's full content, read in pieces.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result, without importing them.
+
+    A package that is not installed (trimtab itself, when run from a source tree) says so.
+    """
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

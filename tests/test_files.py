@@ -1,0 +1,307 @@
+"""Files are whole or absent, one run writes a folder, and what went wrong is said."""
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.numpy
+
+from trimtab.errors import AdapterError, InputError, NumericalError, StorageError
+from trimtab.store.files import (
+    lock,
+    package_versions,
+    read_json,
+    replace_directory,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+    write_json,
+    writing_atomically,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def run_and_kill(code: str, *arguments: str) -> int:
+    """Run code that prints a line when it is in the middle; kill -9 it there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return process.pid
+
+
+def test_write_makes_folders_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.bin"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert names(path.parent) == ["b.bin"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_atomic(path, b"old")
+    with pytest.raises(KeyboardInterrupt), writing_atomically(path) as temp:
+        temp.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_write_follows_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    write_atomic(tmp_path / "link", b"new")
+    assert (tmp_path / "real").read_bytes() == b"new"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_next_write_clears_what_a_killed_run_left(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_atomic(path, b"old")
+    code = (
+        "import pathlib, sys, time; from trimtab.store.files import writing_atomically\n"
+        "with writing_atomically(pathlib.Path(sys.argv[1])) as temp:\n"
+        "    temp.write_bytes(b'half'); print('ready', flush=True); time.sleep(60)"
+    )
+    run_and_kill(code, str(path))
+    assert path.read_bytes() == b"old"
+    assert len(names(tmp_path)) == 2
+    write_atomic(tmp_path / "other.bin", b"")
+    assert len(names(tmp_path)) == 3
+    write_atomic(path, b"new")
+    assert names(tmp_path) == ["a.bin", "other.bin"]
+
+
+def test_write_spares_a_live_runs_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with writing_atomically(path) as first:
+        first.write_bytes(b"first")
+        write_atomic(path, b"second")
+        assert first.exists()
+    assert path.read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_storage_problems_become_one_error(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "a.bin"
+    with pytest.raises(StorageError, match=r"a\.bin") as caught, writing_atomically(path):
+        raise OSError(number, os.strerror(number))
+    assert os.strerror(number) in caught.value.message
+    assert caught.value.hint
+    assert names(tmp_path) == []
+
+
+# A limit on file size stands for a full disk: the write itself fails, for root too.
+LIMITED = """
+import pathlib, resource, sys
+from trimtab.store.files import write_atomic, writing_atomically
+path = pathlib.Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "write_atomic(path, bytes(2000))",
+        "import numpy, safetensors.numpy\n"
+        "with writing_atomically(path) as temp:\n"
+        "    safetensors.numpy.save_file({'x': numpy.zeros(2000)}, temp)",
+        "import pyarrow, pyarrow.parquet\n"
+        "table = pyarrow.table({'x': [str(i) for i in range(2000)]})\n"
+        "with writing_atomically(path) as temp:\n"
+        "    pyarrow.parquet.write_table(table, temp)",
+    ],
+    ids=["bytes", "safetensors", "parquet"],
+)
+def test_a_disk_limit_is_said_through_real_writers(tmp_path: Path, code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED + code, str(tmp_path / "a")], capture_output=True, text=True
+    )
+    assert "StorageError: cannot write" in done.stderr
+    assert names(tmp_path) == []
+
+
+def test_files_of_libraries_get_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_bytes(b"")
+    usual = (tmp_path / "usual").stat().st_mode
+    with writing_atomically(tmp_path / "a") as temp:
+        safetensors.numpy.save_file({"x": numpy.zeros(2)}, temp)
+    with replace_directory(tmp_path / "b") as folder:
+        safetensors.numpy.save_file({"x": numpy.zeros(2)}, folder / "x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b" / "x").stat().st_mode == usual
+
+
+def test_parent_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(StorageError):
+        write_atomic(tmp_path / "a" / "b", b"")
+
+
+def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), writing_atomically(tmp_path / "a"):
+        raise KeyError("x")
+    with pytest.raises(FileNotFoundError), writing_atomically(tmp_path / "a"):
+        pass
+
+
+def test_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "adapter"
+    for content in ("one", "two"):
+        with replace_directory(path) as temp:
+            write_json(temp / "manifest.json", {"content": content})
+            (temp / content).write_text(content)
+        assert names(path) == sorted(["manifest.json", content])
+    assert names(path.parent) == ["adapter"]
+    with pytest.raises(RuntimeError), replace_directory(path) as temp:
+        (temp / "three").write_text("three")
+        raise RuntimeError
+    assert names(path) == ["manifest.json", "two"]
+    assert names(path.parent) == ["adapter"]
+
+
+def test_a_users_own_folder_is_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "thesis"
+    path.mkdir()
+    (path / "chapter1.txt").write_text("years of work")
+    with pytest.raises(InputError, match="thesis"), replace_directory(path):
+        raise AssertionError("must not be entered")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"), replace_directory(tmp_path / "file"):
+        raise AssertionError("must not be entered")
+    assert (path / "chapter1.txt").read_text() == "years of work"
+
+
+def test_directory_is_restored_after_a_kill_between_the_renames(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    with replace_directory(path) as temp:
+        write_json(temp / "manifest.json", {"content": "old"})
+    code = (
+        "import os, pathlib, sys, time; from trimtab.store import files\n"
+        "rename, done = os.rename, []\n"
+        "def stop(a, b):\n"
+        "    if done: print('ready', flush=True); time.sleep(60)\n"
+        "    done.append(a); rename(a, b)\n"
+        "os.rename = stop\n"
+        "with files.replace_directory(pathlib.Path(sys.argv[1])) as temp:\n"
+        "    files.write_json(temp / 'manifest.json', {'content': 'new'})"
+    )
+    run_and_kill(code, str(path))
+    assert not path.exists()
+    with pytest.raises(RuntimeError), replace_directory(path):
+        raise RuntimeError
+    assert read_json(path / "manifest.json", "manifest") == {"content": "old"}
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_lock_keeps_a_second_run_out_and_dies_with_its_owner(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with lock(folder):
+        with pytest.raises(InputError, match="out"), lock(folder):
+            raise AssertionError("must not be entered")
+    with pytest.raises(RuntimeError), lock(folder):
+        raise RuntimeError
+    assert names(folder) == []
+    code = (
+        "import pathlib, sys, time; from trimtab.store.files import lock\n"
+        "with lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('ready', flush=True); time.sleep(60)"
+    )
+    run_and_kill(code, str(folder))
+    assert names(folder) == [".lock"]
+    with lock(folder):
+        pass
+    assert names(folder) == []
+
+
+def test_lock_of_another_process_is_seen(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys; from trimtab.store.files import lock\n"
+        "with lock(pathlib.Path(sys.argv[1])): pass"
+    )
+    with lock(tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+        )
+    assert "InputError: another run is writing" in done.stderr
+
+
+def test_lock_outlives_the_replaced_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with lock(folder):
+        for _ in range(2):
+            with replace_directory(folder) as temp:
+                write_json(temp / "manifest.json", {})
+            with pytest.raises(InputError), lock(folder):
+                raise AssertionError("must not be entered")
+    assert names(folder) == ["manifest.json"]
+
+
+def test_json_has_one_form(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"b": [1, 2.5], "a": "größer"})
+    expected = '{\n "a": "größer",\n "b": [\n  1,\n  2.5\n ]\n}\n'
+    assert path.read_bytes() == expected.encode()
+    assert read_json(path, "report") == {"a": "größer", "b": [1, 2.5]}
+
+
+def test_json_refuses_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match=r"a\.json"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b'{"a": 1', "valid JSON"),
+        (b'{"a": 1, "a": 2}', "stand twice: a"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": "\xff"}', "valid JSON"),
+        (b"[1]", "expected an object"),
+        (b"[" * 100_000, "valid JSON"),
+    ],
+)
+def test_read_json_says_what_is_wrong(tmp_path: Path, data: bytes, word: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(data)
+    with pytest.raises(AdapterError, match=word) as caught:
+        read_json(path, "adapter manifest", error=AdapterError)
+    assert "adapter manifest" in caught.value.message
+
+
+def test_read_json_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"manifest .*x\.json"):
+        read_json(tmp_path / "x.json", "manifest")
+
+
+def test_fingerprints_agree_with_the_standard_library(tmp_path: Path) -> None:
+    data = os.urandom(300_000)
+    (tmp_path / "a").write_bytes(data)
+    assert sha256_file(tmp_path / "a") == sha256_bytes(data) == hashlib.sha256(data).hexdigest()
+
+
+def test_package_versions_import_nothing() -> None:
+    code = (
+        "import json, sys; from trimtab.store import files; v = files.package_versions()\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules), 'imported'\n"
+        "print(json.dumps(v))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == package_versions()
+    assert package_versions()["numpy"][0].isdigit()
