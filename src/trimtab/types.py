@@ -26,8 +26,11 @@ class Document:
         name: Where it came from (path, or path:line); unique within a corpus.
         text: The text; for chat and completion records, the rendered text.
         loss_spans: Character ranges [start, end) that a training loss counts; empty means all.
+        markup: The text comes from a chat template, so that the names of special tokens in it
+            mean those tokens.
     """
 
     name: str
     text: str
     loss_spans: tuple[tuple[int, int], ...] = ()
+    markup: bool = False

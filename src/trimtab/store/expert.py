@@ -1,0 +1,226 @@
+"""The words of an expert's folder: expert.json when finished, checkpoint/run.json until then."""
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, FiniteFloat, ValidationError
+
+from trimtab.config import TuneConfig
+from trimtab.errors import InputError
+from trimtab.store.adapter_schema import BaseModelReference, FileEntry, Part, Sha256
+from trimtab.store.files import read_json, sha256_file, write_json
+
+FORMAT = "trimtab-expert"
+VERSION = 1
+EXPERT_NAME = "expert.json"
+TRAIN_NAME = "train.jsonl"
+HELD_OUT_NAME = "held_out.jsonl"
+LORA_NAME = "lora"
+MODEL_NAME = "model"
+CHECKPOINT_NAME = "checkpoint"
+RUN_NAME = f"{CHECKPOINT_NAME}/run.json"
+STATE_NAME = f"{CHECKPOINT_NAME}/state.safetensors"
+
+_FREE_SETTINGS = {"out", "checkpoint_every_sec"}
+_AGAIN = "tune the expert again into a new folder"
+
+
+class Documents(Part):
+    """What became of the input documents."""
+
+    train: int = Field(ge=1)
+    """Documents trained on."""
+    held_out: int = Field(ge=0)
+    """Documents kept for validation."""
+    near_duplicates: int = Field(ge=0)
+    """Documents removed because a test file is nearly the same."""
+
+
+class HeldOut(Part):
+    """What the held-out text costs before and after training."""
+
+    tokens: int = Field(ge=1)
+    """Tokens that a validation scores."""
+    bytes: int = Field(ge=1)
+    """Bytes of those tokens."""
+    nats_per_token: tuple[FiniteFloat, ...] = Field(min_length=1)
+    """Each validation's loss; the first is the base's, before training."""
+    nats_per_token_before: FiniteFloat
+    """Loss of the base."""
+    nats_per_token_after: FiniteFloat
+    """Loss of the expert: the lowest of all."""
+    bits_per_byte_before: FiniteFloat
+    """The base's loss in the unit that does not depend on the tokenizer."""
+    bits_per_byte_after: FiniteFloat
+    """The expert's."""
+
+
+class UnfinishedRun(Part):
+    """What a run of tune must find again to continue: checkpoint/run.json."""
+
+    format: Literal["trimtab-expert-run"] = "trimtab-expert-run"
+    """Names the format."""
+    version: Literal[1] = VERSION
+    """Version of the format."""
+    config: TuneConfig
+    """Resolved configuration."""
+    inputs: dict[str, Sha256]
+    """Fingerprints of the documents in `data` and `against`."""
+    documents: Documents | None = None
+    """Counts, once the documents lie in train.jsonl and held_out.jsonl."""
+
+
+class ExpertManifest(Part):
+    """Everything that expert.json says."""
+
+    format: Literal["trimtab-expert"] = FORMAT
+    """Names the format."""
+    version: Literal[1] = VERSION
+    """Version of the format."""
+    contains_text: Literal[True] = True
+    """The folder holds the training and held-out text itself (train.jsonl, held_out.jsonl)."""
+    base: BaseModelReference
+    """The small model before tuning: the reference."""
+    method: Literal["lora", "full"]
+    """lora: PEFT files in lora/; full: a transformers folder model/."""
+    config: TuneConfig
+    """Resolved configuration."""
+    seed: int
+    """Seed of everything random."""
+    packages: dict[str, str]
+    """Versions of the packages that computed it."""
+    inputs: dict[str, Sha256]
+    """Fingerprints of the documents in `data` and `against`."""
+    documents: Documents
+    """What became of the input documents."""
+    steps: int = Field(ge=1)
+    """Optimiser steps taken."""
+    train_tokens: int = Field(ge=1)
+    """Tokens that the loss counted, over all steps."""
+    held_out: HeldOut | None = None
+    """What the held-out text costs; none if no text was held out."""
+    files: dict[str, FileEntry]
+    """Every other file by its path inside the folder."""
+
+
+_Manifest = TypeVar("_Manifest", ExpertManifest, UnfinishedRun)
+
+
+def write_expert(folder: Path, manifest: ExpertManifest) -> None:
+    """Write expert.json, which marks the folder as finished.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    write_json(folder / EXPERT_NAME, manifest.model_dump(mode="json"))
+
+
+def read_expert(folder: Path, *, verify: bool = True) -> ExpertManifest:
+    """Read expert.json.
+
+    Args:
+        folder: Folder that `tune` wrote.
+        verify: Also compare every file with its sha256.
+
+    Raises:
+        InputError: No finished expert, another format version, an unknown key, or a file that
+            is missing or changed.
+    """
+    if not (folder / EXPERT_NAME).is_file():
+        unfinished = (folder / RUN_NAME).is_file()
+        raise InputError(
+            f"{folder} holds {'an unfinished' if unfinished else 'no'} expert: it has no"
+            f" {EXPERT_NAME}",
+            hint="run the same `trimtab tune` command again to finish it"
+            if unfinished
+            else "give the folder that `trimtab tune` wrote",
+        )
+    manifest = _read(folder / EXPERT_NAME, ExpertManifest)
+    if verify:
+        _verify(folder, manifest)
+    return manifest
+
+
+def write_run(folder: Path, run: UnfinishedRun) -> None:
+    """Write checkpoint/run.json.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    write_json(folder / RUN_NAME, run.model_dump(mode="json"))
+
+
+def read_run(folder: Path) -> UnfinishedRun | None:
+    """Read checkpoint/run.json; None if no run began in this folder.
+
+    Raises:
+        InputError: Another format version, an unknown key, or broken JSON.
+    """
+    return _read(folder / RUN_NAME, UnfinishedRun) if (folder / RUN_NAME).exists() else None
+
+
+def check_same_run(
+    folder: Path, found: ExpertManifest | UnfinishedRun, asked: UnfinishedRun
+) -> None:
+    """Refuse to continue or reuse a folder that was made with other settings or other text.
+
+    Where the folder lies and how often it is saved may differ, since neither changes a result.
+
+    Raises:
+        InputError: A setting or the input text differs.
+    """
+    was, wanted = found.config.model_dump(mode="json"), asked.config.model_dump(mode="json")
+    changed = [key for key in wanted if key not in _FREE_SETTINGS and was[key] != wanted[key]]
+    hint = "choose another --out, or give the settings and the text of the first run"
+    if changed:
+        parts = (f"{key} is {wanted[key]!r}, was {was[key]!r}" for key in changed)
+        raise InputError(f"{folder} was begun with other settings: {'; '.join(parts)}", hint=hint)
+    others = sorted(name for name in asked.inputs if asked.inputs[name] != found.inputs.get(name))
+    if others:
+        raise InputError(
+            f"the text in {' and '.join(others)} is not the text that {folder} was begun with",
+            hint=hint,
+        )
+
+
+def file_entries(folder: Path) -> dict[str, FileEntry]:
+    """Fingerprint every file of an expert's folder that expert.json must list."""
+    paths = [folder / TRAIN_NAME, folder / HELD_OUT_NAME]
+    for name in (LORA_NAME, MODEL_NAME):
+        paths += sorted(path for path in (folder / name).rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(
+            sha256=sha256_file(path), bytes=path.stat().st_size
+        )
+        for path in paths
+        if path.is_file()
+    }
+
+
+def _verify(folder: Path, manifest: ExpertManifest) -> None:
+    found = file_entries(folder)
+    for path, entry in manifest.files.items():
+        if path not in found:
+            raise InputError(f"the expert {folder} lacks {path}", hint=_AGAIN)
+        if found[path] != entry:
+            raise InputError(
+                f"{folder / path} was changed: sha256 is {found[path].sha256}, expected"
+                f" {entry.sha256}",
+                hint=_AGAIN,
+            )
+
+
+def _read(path: Path, schema: type[_Manifest]) -> _Manifest:
+    value = read_json(path, schema.__name__)
+    version = value.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise InputError(
+            f"{path} is of format version {version}, this trimtab reads up to {VERSION}",
+            hint="upgrade trimtab",
+        )
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path} is not valid: {where}: {first['msg']}", hint=_AGAIN) from error
