@@ -31,8 +31,15 @@ class GivesTopLogprobs(Protocol):
 class GivesLogits(Protocol):
     """A host that shows all its logits and whose tokens' bytes are known."""
 
-    ref: str
-    vocabulary: Vocabulary
+    @property
+    def ref(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every token id."""
+        ...
 
     def logits(self, token_ids: Tensor) -> Tensor:
         """The model's own logits, shape [batch, seq, vocab], for ids of shape [batch, seq]."""
@@ -43,7 +50,10 @@ class GivesLogits(Protocol):
 class GivesHidden(GivesLogits, Protocol):
     """A host that shows the input of its language-model head."""
 
-    unembedding: Unembedding
+    @property
+    def unembedding(self) -> Unembedding:
+        """Its last step, made of the live parameters."""
+        ...
 
     def hidden(self, token_ids: Tensor) -> Tensor:
         """Final hidden states, shape [batch, seq, hidden]; unembedding.logits(h) are the logits."""
@@ -54,7 +64,10 @@ class GivesHidden(GivesLogits, Protocol):
 class Trains(GivesHidden, Protocol):
     """A model whose weights we may train: the small one, never a host."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """The live model."""
+        ...
 
     def encode(self, text: str) -> Sequence[int]:
         """Token ids of a text without special tokens."""

@@ -1,0 +1,115 @@
+"""GGUF files: unpacked once into an ordinary model folder, then opened from there."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trimtab.errors import ModelError, TrimtabError
+from trimtab.store.files import replace_directory, sha256_file
+from trimtab.store.local import trimtab_home
+from trimtab.types import Progress
+
+_MAGIC = b"GGUF"
+_LAYOUT = "1"
+"""Raised when the unpacked folder of the same file would come out differently."""
+
+_SPLITS = {
+    "smollm": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    ),
+}
+"""Word splitting by `tokenizer.ggml.pre` where transformers does not restore it."""
+
+
+def converted_folder(path: Path, progress: Progress) -> Path:
+    """Give the model folder of a GGUF file, unpacking the file if that was not done before.
+
+    The folder lies in Trimtab's home under the file's sha256, with float32 weights, so that
+    nothing but the quantisation itself is lost.
+
+    Args:
+        path: A GGUF file.
+        progress: Shows the unpacking.
+
+    Raises:
+        ModelError: The file is not a GGUF file, is broken, or of an unknown architecture.
+        StorageError: The disk is full or the cache cannot be written.
+    """
+    _check_magic(path)
+    folder = trimtab_home() / "models" / f"gguf{_LAYOUT}-{sha256_file(path)}"
+    if not (folder / "config.json").is_file():
+        with replace_directory(folder, marker="config.json") as fresh:
+            _convert(path, fresh, progress)
+    return folder
+
+
+def _check_magic(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(len(_MAGIC))
+    if start != _MAGIC:
+        raise ModelError(
+            f"{path} is not a GGUF file: it begins with {start!r}, expected {_MAGIC!r}",
+            hint="download the file again, or give a folder in transformers' format",
+        )
+
+
+def _convert(path: Path, folder: Path, progress: Progress) -> None:
+    with progress(f"unpacking {path.name} (once)", 3) as advance:
+        try:
+            model = _read_model(path)
+            advance(1)
+            tokenizer = _read_tokenizer(path)
+            advance(1)
+        except TrimtabError:
+            raise
+        except Exception as error:
+            # A broken file shows as whatever the parser met first.
+            raise ModelError(
+                f"the GGUF file {path} cannot be read: {type(error).__name__}: {error}",
+                hint="download it again, or use a file of another architecture or quantisation",
+            ) from error
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        advance(1)
+
+
+def _read_model(path: Path) -> PreTrainedModel:
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        output_loading_info=True,
+        **options,
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{path} lacks {len(missing)} of the model's weights, for example {missing[0]}",
+            hint="download the file again, or use a file with the whole model",
+        )
+    return model
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False
+    )
+    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    split = _SPLITS.get(field.contents()) if field else None
+    if split is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+    return tokenizer

@@ -1,0 +1,104 @@
+"""The unembedding of a live transformers model, checked against the model itself."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trimtab.errors import ModelError
+from trimtab.unembedding import Unembedding
+
+_PROBE_LOGIT = 40.0
+
+
+def read_unembedding(model: PreTrainedModel) -> Unembedding:
+    """Take the unembedding from a model's head and configuration, as live parameters.
+
+    Args:
+        model: A causal or sequence-to-sequence language model.
+
+    Returns:
+        Its unembedding; `check_unembedding` says whether nothing was overlooked.
+
+    Raises:
+        ModelError: The model has no linear head.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise ModelError(
+            f"{type(model).__name__} has no linear language-model head",
+            hint="use a causal or sequence-to-sequence language model",
+        )
+    config = model.config.get_text_config(decoder=True)
+    return Unembedding(
+        weight=head.weight,
+        bias=_bias(model, head),
+        scale=_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _bias(model: PreTrainedModel, head: nn.Module) -> Tensor | None:
+    parts = [getattr(head, "bias", None), getattr(model, "final_logits_bias", None)]
+    present = [part.reshape(-1) for part in parts if isinstance(part, Tensor)]
+    return sum(present[1:], start=present[0]) if present else None
+
+
+def _scale(config: object) -> float:
+    scale = 1.0
+    if getattr(config, "scale_decoder_outputs", False):
+        scale *= config.d_model**-0.5  # pyright: ignore[reportAttributeAccessIssue]
+    for name, power in (("logits_scaling", -1), ("logit_scale", 1), ("output_multiplier", 1)):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float):
+            scale *= float(value) ** power
+    return scale
+
+
+@torch.no_grad()
+def check_unembedding(
+    model: PreTrainedModel,
+    unembedding: Unembedding,
+    states_and_logits: Callable[[], tuple[Tensor, Tensor]],
+    *,
+    ref: str,
+) -> None:
+    """Make sure that the unembedding of a model's hidden states gives the model's own logits.
+
+    The head's input is enlarged during the check until logits reach 40, so that a soft-cap
+    that small random weights would not show cannot be overlooked.
+
+    Args:
+        model: The model that the unembedding was read from.
+        unembedding: What `read_unembedding` found.
+        states_and_logits: Runs the model on a few tokens: final hidden states and own logits.
+        ref: Name of the model in the error.
+
+    Raises:
+        ModelError: The two differ by more than the rounding of the model's arithmetic.
+    """
+    hidden, logits = states_and_logits()
+    _compare(unembedding.logits(hidden), logits, ref)
+    factor = _PROBE_LOGIT / max(float(logits.abs().max()), 1e-6)
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, inputs: (inputs[0] * factor, *inputs[1:])
+    )
+    try:
+        _, enlarged = states_and_logits()
+    finally:
+        handle.remove()
+    _compare(unembedding.logits(hidden * factor), enlarged, ref)
+
+
+def _compare(ours: Tensor, own: Tensor, ref: str) -> None:
+    same_shape = ours.shape == own.shape
+    tolerance = 8 * torch.finfo(ours.dtype).eps * max(float(own.abs().max()), 1e-6)
+    worst = float((ours.float() - own.float()).abs().max()) if same_shape else float("inf")
+    if not worst <= tolerance:
+        raise ModelError(
+            f"the logits of {ref} cannot be told from its hidden states: they differ by up to"
+            f" {worst:.3g} (expected at most {tolerance:.3g}), so its head does something unknown",
+            hint="use a model of a supported family: Llama, Qwen, Gemma, GPT-2, Phi, Granite,"
+            " Cohere, Mistral, T5 or Marian",
+        )

@@ -1,0 +1,252 @@
+"""A transformers model as expert, reference or host."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import final
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from trimtab.backends.heads import check_unembedding, read_unembedding
+from trimtab.backends.tokenizers import encode_plain, read_vocabulary
+from trimtab.errors import ModelError
+from trimtab.unembedding import Unembedding
+from trimtab.vocab import Vocabulary
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What an adapter checks before it trusts a small model.
+
+    Attributes:
+        vocabulary_sha256: Of every token's bytes and the special ids.
+        unembedding_sha256: Of every weight of the unembedding, rounded to bfloat16.
+    """
+
+    vocabulary_sha256: str
+    unembedding_sha256: str
+
+
+@final
+@dataclass(eq=False)
+class HFModel:
+    """A language model with its tokenizer, in evaluation mode.
+
+    Attributes:
+        ref: What the user called it.
+        model: The live model.
+        tokenizer: Its tokenizer.
+        vocabulary: The bytes of every token id.
+        unembedding: Its last step, made of the live parameters.
+    """
+
+    ref: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    vocabulary: Vocabulary = field(repr=False)
+    unembedding: Unembedding = field(repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that token ids go to first."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """The model reads a source text and continues a second one, as T5 does."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest text that the model's positions allow, in tokens; None where unbounded."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a continuation: of the tokenizer and of the generation settings."""
+        generation = getattr(self.model, "generation_config", None)
+        configured = getattr(generation, "eos_token_id", None)
+        several = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in (*several, self.vocabulary.eos_id) if i is not None)
+
+    def encode(self, text: str, *, markup: bool = False) -> list[int]:
+        """Encode a text, without adding special tokens.
+
+        Args:
+            text: Any text.
+            markup: The names of special tokens in the text mean those tokens, as in what
+                `chat_text` returns; otherwise they are ordinary text.
+
+        Returns:
+            Token ids, which may be none.
+        """
+        if markup:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return list(ids)
+        return encode_plain(self.tokenizer, text, prefix_space=self.vocabulary.prefix_space)
+
+    def context_ids(self) -> list[int]:
+        """Ids that the model expects before a text: its first token, if it wants one."""
+        if self.is_encoder_decoder:
+            return [self.model.config.decoder_start_token_id]
+        return [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Render chat messages with the model's own template; encode it with `markup`.
+
+        Args:
+            messages: Each with `role` and `content`.
+            add_generation_prompt: End with the opening of the assistant's reply.
+
+        Raises:
+            ModelError: The model has no chat template, or its template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                f"{self.ref} has no chat template",
+                hint="use an instruction-tuned model, or give plain prompts",
+            )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except TemplateError as error:
+            raise ModelError(
+                f"the chat template of {self.ref} refuses the messages: {error}",
+                hint="give messages with the roles that this model knows, in its order",
+            ) from error
+        return str(rendered)
+
+    def hidden(
+        self,
+        token_ids: Tensor,
+        *,
+        encoder_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the inputs of the head; `unembedding.logits` of them are the logits.
+
+        Args:
+            token_ids: Token ids, shape [batch, seq]; of the decoder, in an encoder-decoder.
+            encoder_ids: Source of an encoder-decoder, shape [batch, source]; None is an empty
+                source, a single end token.
+            attention_mask: 1 for tokens and 0 for padding, which goes on the right, of
+                `token_ids`, shape [batch, seq].
+
+        Returns:
+            Final hidden states, shape [batch, seq, hidden].
+        """
+        inputs = self._inputs(token_ids, encoder_ids, attention_mask)
+        with torch.no_grad():
+            if not self.is_encoder_decoder:
+                return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            source = self.model.get_encoder()(inputs["input_ids"]).last_hidden_state
+            return self.model.get_decoder()(
+                input_ids=inputs["decoder_input_ids"],
+                attention_mask=inputs.get("decoder_attention_mask"),
+                encoder_hidden_states=source,
+                use_cache=False,
+            ).last_hidden_state
+
+    def logits(
+        self,
+        token_ids: Tensor,
+        *,
+        encoder_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the model's own logits, shape [batch, seq, vocab]; arguments as `hidden`."""
+        inputs = self._inputs(token_ids, encoder_ids, attention_mask)
+        with torch.no_grad():
+            return self.model(**inputs, use_cache=False).logits
+
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        """Fingerprint of vocabulary and unembedding, equal for every dtype of loading."""
+        return ModelFingerprint(self.vocabulary.sha256, weight_sha256(self.unembedding.weight))
+
+    def _inputs(
+        self, token_ids: Tensor, encoder_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        device = self.device
+        token_ids = token_ids.to(device)
+        mask = None if attention_mask is None else attention_mask.to(device)
+        if not self.is_encoder_decoder:
+            given = {"input_ids": token_ids, "attention_mask": mask}
+        else:
+            source = self._empty_source(len(token_ids)) if encoder_ids is None else encoder_ids
+            given = {
+                "input_ids": source.to(device),
+                "decoder_input_ids": token_ids,
+                "decoder_attention_mask": mask,
+            }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _empty_source(self, batch: int) -> Tensor:
+        end = self.vocabulary.eos_id
+        return torch.full((batch, 1), 0 if end is None else end)
+
+
+def adopt_model(ref: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> HFModel:
+    """Take a live transformers model and its tokenizer, and check that its head is understood.
+
+    Args:
+        ref: Name of the model.
+        model: A causal or sequence-to-sequence model; put into evaluation mode.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ModelError: The head or the tokenizer does something unknown.
+    """
+    model.eval()
+    unembedding = read_unembedding(model)
+    vocabulary = read_vocabulary(tokenizer, len(unembedding.weight))
+    opened = HFModel(ref, model, tokenizer, vocabulary, unembedding)
+    probe = torch.tensor([[*opened.context_ids(), 3, 5, 7]])
+    check_unembedding(
+        model, unembedding, lambda: (opened.hidden(probe), opened.logits(probe)), ref=ref
+    )
+    return opened
+
+
+def weight_sha256(weight: Tensor) -> str:
+    """Hash a weight's shape and all its values, rounded to bfloat16.
+
+    The rounding makes the hash of a model the same whether it was loaded as float32 or as
+    bfloat16; a change below bfloat16's resolution is not seen.
+
+    Args:
+        weight: Any real weight, shape [rows, columns].
+    """
+    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
+    rows = max(1, 2**24 // max(1, weight.shape[-1]))
+    for part in weight.detach().split(rows):
+        rounded = part.to(torch.bfloat16).cpu().contiguous()
+        digest.update(rounded.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and notices inside, as they were outside."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

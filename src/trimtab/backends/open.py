@@ -1,0 +1,153 @@
+"""Open any model by what the user calls it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trimtab.backends.gguf import converted_folder
+from trimtab.backends.hf import HFModel, adopt_model, quiet_transformers
+from trimtab.backends.hub import download_model
+from trimtab.backends.tiny import TINY_SCHEME, parse_tiny, tiny_model, tiny_tokenizer
+from trimtab.config import Dtype
+from trimtab.errors import ModelError
+from trimtab.types import Progress, silent
+
+_HINT = "give a hub name, a local folder, a GGUF file, or tiny:llama"
+
+
+def open_model(
+    ref: str,
+    *,
+    dtype: Dtype = "auto",
+    device_map: str | None = None,
+    progress: Progress = silent,
+) -> HFModel:
+    """Open a model: hub name[@revision], local folder, GGUF file, or tiny:NAME.
+
+    A GGUF file is unpacked once into a cache (`TRIMTAB_HOME`, default ~/.cache/trimtab), which
+    can take a minute. No code that a model brings is ever run, and only safetensors are read.
+
+    Args:
+        ref: What the user calls the model.
+        dtype: Arithmetic; auto takes bfloat16 where the processor has it in hardware.
+        device_map: How accelerate spreads the model over devices; None keeps it on the CPU.
+        progress: Shows downloads and the unpacking of a GGUF file.
+
+    Raises:
+        ModelError: The model cannot be found, reached, read or understood.
+    """
+    arithmetic = resolve_dtype(dtype, device_map)
+    with quiet_transformers():
+        if ref.startswith(TINY_SCHEME):
+            spec = parse_tiny(ref)
+            model = tiny_model(spec).to(dtype=arithmetic)
+            return adopt_model(ref, model, tiny_tokenizer(spec))
+        folder = _folder(ref, progress)
+        model = _load_model(ref, folder, arithmetic, device_map)
+        return adopt_model(ref, model, load_tokenizer(ref, folder))
+
+
+def resolve_dtype(dtype: Dtype, device_map: str | None = None) -> torch.dtype:
+    """Turn the configured arithmetic into torch's; auto asks the hardware.
+
+    Args:
+        dtype: The configured arithmetic.
+        device_map: Where the model will be; None is the CPU.
+    """
+    if dtype != "auto":
+        return torch.float32 if dtype == "float32" else torch.bfloat16
+    if device_map not in (None, "cpu") and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    has_bfloat16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Args:
+        ref: Name of the model in the error.
+        folder: Folder with the tokenizer's files.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # Tokenizer files of the wild fail in many ways, of many exception types.
+        raise ModelError(
+            f"{ref} has no tokenizer that can be read: {_first_line(error)}",
+            hint=f"put the model's tokenizer.json into {folder}, or {_HINT}",
+        ) from error
+
+
+def _folder(ref: str, progress: Progress) -> Path:
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return converted_folder(path, progress)
+        raise ModelError(f"{ref} is a file, but not a GGUF file", hint=_HINT)
+    if path.suffix == ".gguf" or ref.startswith((".", "~", os.sep)) or ref.count("/") > 1:
+        raise ModelError(f"there is no file or folder {ref}", hint=_HINT)
+    return download_model(ref, progress)
+
+
+def _load_model(
+    ref: str, folder: Path, dtype: torch.dtype, device_map: str | None
+) -> PreTrainedModel:
+    _check_files(ref, folder)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, report = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{ref} cannot be opened: {_first_line(error)}", hint=_HINT) from error
+    except Exception as error:
+        # safetensors raises its own type, which derives from Exception alone.
+        raise ModelError(f"{ref} cannot be read: {_first_line(error)}", hint=_HINT) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{ref} lacks {len(missing)} of its weights, for example {missing[0]}", hint=_HINT
+        )
+    return model
+
+
+def _check_files(ref: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        lone = next(folder.glob("*.gguf"), None)
+        raise ModelError(
+            f"the folder {ref} has no config.json", hint=f"open {lone}" if lone else _HINT
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"the folder {ref} has no weights (*.safetensors; other formats are not read)",
+            hint=f"save the model with save_pretrained, or {_HINT}",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
