@@ -1,0 +1,126 @@
+"""Progress on the terminal: bars with an estimate of what is left, or sparse lines in a log."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import final
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from trimtab.types import Advance
+
+LINE_EVERY_SEC = 15.0
+"""A log that is no terminal gets a line this often."""
+
+
+@final
+class Display:
+    """Shows work in progress on standard error; `progress` is a `trimtab.types.Progress`."""
+
+    def __init__(
+        self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Prepare a display that shows nothing yet.
+
+        Args:
+            console: Where to show (default: standard error).
+            clock: Seconds; for tests.
+        """
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._bars: Progress | None = None
+        self._open_tasks: list[TaskID] = []
+        self._hushed = False
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Advance]:
+        """Show one piece of work; pieces may lie inside each other.
+
+        Args:
+            label: What is done.
+            total: Units in all; 0 if that is not known.
+        """
+        if self._hushed:
+            yield lambda _: None
+        elif self._console.is_terminal:
+            with self._bar(label, total) as advance:
+                yield advance
+        else:
+            with self._lines(label, total) as advance:
+                yield advance
+
+    def hush(self) -> None:
+        """Take the bars away for good, because text is about to be printed."""
+        self._hushed = True
+        self._stop()
+
+    @contextmanager
+    def _bar(self, label: str, total: int) -> Iterator[Advance]:
+        if self._bars is None:
+            self._bars = Progress(*_columns(), console=self._console)
+            self._bars.start()
+        bars = self._bars
+        task = bars.add_task(label, total=total or None)
+        self._open_tasks.append(task)
+        try:
+            yield lambda units: bars.advance(task, units)
+        finally:
+            bars.stop_task(task)
+            self._open_tasks.remove(task)
+            if not self._open_tasks:
+                self._stop()
+
+    def _stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    @contextmanager
+    def _lines(self, label: str, total: int) -> Iterator[Advance]:
+        start = last = self._clock()
+        done = 0
+
+        def advance(units: int) -> None:
+            nonlocal done, last
+            done += units
+            now = self._clock()
+            if now - last >= LINE_EVERY_SEC and not self._hushed:
+                last = now
+                self._say(f"{label}: {_state(done, total, now - start)}")
+
+        yield advance
+        took_sec = self._clock() - start
+        if took_sec >= 1 and not self._hushed:
+            self._say(f"{label}: {done:,} done in {took_sec:.0f} s")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    # Labels can hold file names, whose brackets are no markup.
+    return (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+
+
+def _state(done: int, total: int, elapsed_sec: float) -> str:
+    if not total or not done:
+        return f"{done:,} so far"
+    left_sec = elapsed_sec * max(total - done, 0) / done
+    return f"{done:,} of {total:,} ({done / total:.0%}), about {left_sec:.0f} s left"
