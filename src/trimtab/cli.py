@@ -215,9 +215,8 @@ def _parameter(name: str, field: FieldInfo, *, argument: bool) -> inspect.Parame
         )
     else:
         flag = f"--{name.replace('_', '-')}"
-        bare = _plain_type(field) is bool
         shape = typer.Option(
-            f"{flag}/--no-{flag[2:]}" if bare and field.default is True else flag,
+            f"{flag}/--no-{flag[2:]}" if _plain_type(field) is bool else flag,
             help=escape((field.description or "") + _remark(field)),
             metavar=_metavar(field),
             show_default=False,

@@ -230,6 +230,13 @@ class AdapterManifest(Part):
     def _whole_seconds_utc(cls, created: datetime) -> datetime:
         return created.astimezone(UTC).replace(microsecond=0)
 
+    @field_validator("carriers")
+    @classmethod
+    def _from_light_to_heavy(
+        cls, carriers: dict[CarrierName, Carrier]
+    ) -> dict[CarrierName, Carrier]:
+        return {name: carriers[name] for name in CARRIER_PATHS if name in carriers}
+
     @field_validator("files")
     @classmethod
     def _plain_paths(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:

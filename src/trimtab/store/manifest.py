@@ -187,7 +187,12 @@ def _check_format(raw: dict[str, Any], where: str) -> None:
             f"{where}: found format {found!r}, expected {FORMAT!r}",
             hint="name the folder of an adapter, as `trimtab fit` writes it",
         )
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise AdapterError(
+            f"{where}: found format_version {version!r}, expected {FORMAT_VERSION}",
+            hint=_FETCH_AGAIN,
+        )
+    if version > FORMAT_VERSION:
         raise AdapterError(
             f"{where}: found format version {version}, this trimtab reads up to {FORMAT_VERSION}",
             hint=_UPGRADE,
