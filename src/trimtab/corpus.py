@@ -93,11 +93,12 @@ def _part(document: Document, start: int, end: int, side: str) -> Document:
         f"{document.name}#{side}",
         document.text[start:end],
         tuple((a, b) for a, b in clipped if a < b),
+        markup=document.markup,
     )
 
 
 def sha256_of_documents(documents: Sequence[Document]) -> str:
-    """Fingerprint of names, texts and loss spans, in their order."""
+    """Fingerprint of names, texts, loss spans and markup, in their order."""
     digest = hashlib.sha256()
     for document in documents:
         line = _line(document)
@@ -106,7 +107,7 @@ def sha256_of_documents(documents: Sequence[Document]) -> str:
 
 
 def save_documents(path: Path, documents: Sequence[Document]) -> None:
-    """Write documents as JSON lines with name, text and loss_spans, atomically.
+    """Write documents as JSON lines with name, text, loss_spans and, if true, markup, atomically.
 
     Raises:
         StorageError: The disk is full or the path cannot be written.
@@ -116,6 +117,8 @@ def save_documents(path: Path, documents: Sequence[Document]) -> None:
 
 def _line(document: Document) -> bytes:
     value = {"loss_spans": document.loss_spans, "name": document.name, "text": document.text}
+    if document.markup:
+        value["markup"] = True
     return json.dumps(value, ensure_ascii=False).encode()
 
 
@@ -131,16 +134,19 @@ def load_documents(path: Path) -> list[Document]:
 
 
 def _loaded(value: Any, where: str) -> Document:
-    if not isinstance(value, Mapping) or set(value) != _SAVED_KEYS:
+    if not isinstance(value, Mapping) or set(value) - {"markup"} != _SAVED_KEYS:
         raise _changed(where, f"expected exactly the keys {', '.join(sorted(_SAVED_KEYS))}")
     name, text, spans = value["name"], value["text"], value["loss_spans"]
     if not isinstance(name, str) or not isinstance(text, str) or not isinstance(spans, list):
         raise _changed(where, "expected a name, a text and a list of spans")
+    if not isinstance(value.get("markup", False), bool):
+        raise _changed(where, "expected markup to be true or false")
     for span in spans:
         whole = isinstance(span, list) and [type(edge) for edge in span] == [int, int]
         if not whole or not 0 <= span[0] < span[1] <= len(text):
             raise _changed(where, f"{span} is no range of characters of the text")
-    return Document(name, text, tuple((start, end) for start, end in spans))
+    edges = tuple((start, end) for start, end in spans)
+    return Document(name, text, edges, markup=value.get("markup", False))
 
 
 def _changed(where: str, finding: str) -> InputError:

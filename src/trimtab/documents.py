@@ -140,7 +140,7 @@ def _bytes(path: Path) -> bytes:
         raise
     if b"\0" in data[:_SNIFFED_BYTES]:
         raise InputError(
-            f"{shown_name(path)} is a binary file (byte {data.index(0)} is zero), expected UTF-8 text",
+            f"{shown_name(path)} is binary (byte {data.index(0)} is zero), expected UTF-8 text",
             hint="convert it to UTF-8, or name text files only, for example 'folder/**/*.txt'",
         )
     return data.removeprefix(b"\xef\xbb\xbf")
@@ -216,7 +216,7 @@ def _document(
         raise _broken(where, f"lacks {missing[0]}; expected {' and '.join(shapes[0])}")
     if shapes[0] == ("messages",):
         text, spans = _rendered(record["messages"], where, render_chat)
-        return Document(name, text, spans)
+        return Document(name, text, spans, markup=True)
     parts = [_string(record[field], field, where) for field in shapes[0]]
     if len(parts) == 1:
         return Document(name, parts[0]) if parts[0].strip() else None

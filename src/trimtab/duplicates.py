@@ -75,26 +75,19 @@ def drop_near_duplicates(
     """
     if not 0 < threshold <= 1 or shingle_tokens < 1:
         raise ValueError(f"threshold {threshold} or shingle_tokens {shingle_tokens} out of range")
-    hashes = _Hashes()
-    tests = [_shingles(document.text, shingle_tokens, hashes) for document in test]
-    candidates = _Candidates(tests, threshold)
-    same_text = {document.text: document.name for document in reversed(test)}
+    nearest = _Nearest(test, threshold, shingle_tokens)
     earlier: dict[tuple[str, tuple[tuple[int, int], ...]], str] = {}
     kept: list[Document] = []
     dropped: list[Dropped] = []
     for document in train:
-        twin = same_text.get(document.text) or earlier.get((document.text, document.loss_spans))
-        if twin is not None:
-            dropped.append(Dropped(document.name, twin, 1.0))
-            continue
-        earlier[document.text, document.loss_spans] = document.name
-        shingles = _shingles(document.text, shingle_tokens, hashes)
-        near = [(_jaccard(shingles, tests[i]), -i) for i in candidates.of(shingles)]
-        similarity, index = max(near, default=(0.0, 0))
-        if similarity >= threshold:
-            dropped.append(Dropped(document.name, test[-index].name, similarity))
-        else:
+        found = nearest.to(document)
+        twin = earlier.setdefault((document.text, document.loss_spans), document.name)
+        if found is None and twin != document.name:
+            found = Dropped(document.name, twin, 1.0)
+        if found is None:
             kept.append(document)
+        else:
+            dropped.append(found)
     return Deduplicated(tuple(kept), tuple(dropped))
 
 
@@ -121,28 +114,42 @@ def _jaccard(first: Shingles, second: Shingles) -> float:
     return both / max(first.size + second.size - both, 1)
 
 
-class _Candidates:
-    """Which test documents may be as similar as the threshold."""
+class _Nearest:
+    """Finds the test document that a text repeats."""
 
-    def __init__(self, tests: Sequence[Shingles], threshold: float) -> None:
-        self._sizes = [shingles.size for shingles in tests]
-        self._threshold = threshold
+    def __init__(self, test: Sequence[Document], threshold: float, shingle_tokens: int) -> None:
+        self._threshold, self._shingle_tokens = threshold, shingle_tokens
+        self._hashes = _Hashes()
+        self._names = [document.name for document in test]
+        self._tests = [_shingles(d.text, shingle_tokens, self._hashes) for d in test]
+        # Texts without any token have no shingles to compare.
+        self._same_text = {document.text: document.name for document in reversed(test)}
         self._index: MinHashLSH | None = None
         bands_rows = _bands_and_rows(threshold)
         if bands_rows is not None:
             self._index = MinHashLSH(params=bands_rows, num_perm=_PERMUTATIONS)
-            for position, shingles in enumerate(tests):
+            for position, shingles in enumerate(self._tests):
                 if shingles.size:
                     self._index.insert(position, _minhash(shingles))
 
-    def of(self, shingles: Shingles) -> list[int]:
-        """Positions of the test documents worth an exact comparison, in order."""
+    def to(self, document: Document) -> Dropped | None:
+        """The most similar test document, the first of equals; None below the threshold."""
+        if document.text in self._same_text:
+            return Dropped(document.name, self._same_text[document.text], 1.0)
+        shingles = _shingles(document.text, self._shingle_tokens, self._hashes)
+        near = [(_jaccard(shingles, self._tests[i]), -i) for i in self._candidates(shingles)]
+        jaccard, position = max(near, default=(0.0, 0))
+        if jaccard < self._threshold:
+            return None
+        return Dropped(document.name, self._names[-position], jaccard)
+
+    def _candidates(self, shingles: Shingles) -> list[int]:
         if shingles.size == 0:
             return []
-        found: Iterable[int] = range(len(self._sizes))
+        found: Iterable[int] = range(len(self._tests))
         if self._index is not None:
             found = cast("list[int]", self._index.query(_minhash(shingles)))
-        return sorted(i for i in found if self._sizes_allow(shingles.size, self._sizes[i]))
+        return sorted(i for i in found if self._sizes_allow(shingles.size, self._tests[i].size))
 
     def _sizes_allow(self, first: int, second: int) -> bool:
         return min(first, second) >= self._threshold * max(first, second)
