@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trimtab.backends import open_model as open_model
+    from trimtab.backends.open import open_model as open_model
     from trimtab.config import EvaluateConfig as EvaluateConfig
     from trimtab.config import FitConfig as FitConfig
     from trimtab.config import GenerateConfig as GenerateConfig
@@ -35,7 +35,7 @@ _MODULES = {
     **{f"{verb.title()}Config": "trimtab.config" for verb in _VERBS[:-1]},
     "TrimtabError": "trimtab.errors",
     "list_adapters": "trimtab.store.local",
-    "open_model": "trimtab.backends",
+    "open_model": "trimtab.backends.open",
     "steered": "trimtab.generate",
 }
 __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
