@@ -251,3 +251,16 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     )  # fmt: skip
     os.close(write_end)
     assert done.stderr == "" and done.returncode == 1
+
+
+def test_a_verb_runs_and_prints_its_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"const a{i}: i32 = {i};\n" for i in range(100)))
+    words = ("--model", "tiny:llama?hidden=32&layers=1", "--out", str(tmp_path / "expert"))
+    assert run("tune", str(text), *words, "--window-tokens", "64", "--max-tokens", "512") == 0
+    shown = capsys.readouterr()
+    assert "bits per byte" in shown.out and "Traceback" not in shown.err
+    assert run("tune", str(tmp_path / "none.txt"), *words) == 2
+    assert "error: no file matches" in capsys.readouterr().err
