@@ -1,0 +1,195 @@
+"""The source pair: a reference and its expert, which share one set of weights where they can."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.hf import HFModel, ModelFingerprint
+from trimtab.backends.open import open_model
+from trimtab.carriers.expert import LoraSwitch, attach_lora
+from trimtab.config import Dtype
+from trimtab.errors import ModelError
+from trimtab.store.expert import read_expert
+from trimtab.types import Progress, silent
+from trimtab.unembedding import Unembedding
+from trimtab.vocab import Vocabulary
+
+
+class PairStates(NamedTuple):
+    """What reference and expert make of the same tokens, shapes [batch, seq, ...]."""
+
+    reference: Tensor
+    expert: Tensor
+
+
+@final
+class Pair:
+    """A reference and its expert over one vocabulary.
+
+    A LoRA expert lives inside the reference's own model, switched off, so that `reference` is
+    the base bit for bit except inside `as_expert`. Calls from several threads are not covered.
+    """
+
+    def __init__(self, reference: HFModel, expert: HFModel | LoraSwitch) -> None:
+        """Pair an open reference with a second model, or with the LoRA inside it.
+
+        Raises:
+            ModelError: The two have different vocabularies or numbers of hidden features.
+        """
+        self._reference = reference
+        self._switch = expert if isinstance(expert, LoraSwitch) else None
+        self._expert = reference if isinstance(expert, LoraSwitch) else expert
+        if self._expert.vocabulary.sha256 != reference.vocabulary.sha256:
+            raise ModelError(
+                f"{self._expert.ref} and {reference.ref} have different vocabularies",
+                hint="tune the expert again from this reference",
+            )
+
+    @property
+    def reference(self) -> HFModel:
+        """The small model before fine-tuning."""
+        return self._reference
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every token id, of both."""
+        return self._reference.vocabulary
+
+    @property
+    def reference_unembedding(self) -> Unembedding:
+        """From the reference's hidden states to its logits."""
+        return self._reference.unembedding
+
+    @property
+    def expert_unembedding(self) -> Unembedding:
+        """From the expert's hidden states to its logits; the reference's own for a LoRA."""
+        return self._expert.unembedding
+
+    @contextmanager
+    def as_expert(self) -> Iterator[HFModel]:
+        """Give the expert as a model, for as long as the context lasts.
+
+        For a LoRA this is the reference's own model switched over; both cannot run at once, but
+        their key-value caches can live side by side.
+        """
+        with self._switch.on() if self._switch else nullcontext():
+            yield self._expert
+
+    def hidden(self, token_ids: Tensor, *, attention_mask: Tensor | None = None) -> PairStates:
+        """Compute both final hidden states.
+
+        Args:
+            token_ids: Shape [batch, seq].
+            attention_mask: 1 for tokens and 0 for padding on the right, shape [batch, seq].
+
+        Returns:
+            Two tensors of shape [batch, seq, hidden].
+        """
+        with torch.inference_mode():
+            reference = self._reference.hidden(token_ids, attention_mask=attention_mask)
+            with self.as_expert() as model:
+                expert = model.hidden(token_ids, attention_mask=attention_mask)
+        return PairStates(reference, expert)
+
+    def reference_logits(self, token_ids: Tensor) -> Tensor:
+        """The reference's own logits, shape [batch, seq, vocab]."""
+        with torch.inference_mode():
+            return self._reference.logits(token_ids)
+
+    def expert_logits(self, token_ids: Tensor) -> Tensor:
+        """The expert's own logits, shape [batch, seq, vocab]."""
+        with torch.inference_mode(), self.as_expert() as model:
+            return model.logits(token_ids)
+
+
+def open_pair(
+    expert_folder: Path,
+    *,
+    dtype: Dtype = "auto",
+    device_map: str | None = None,
+    progress: Progress = silent,
+) -> Pair:
+    """Open the expert that `tune` wrote, with its reference.
+
+    Args:
+        expert_folder: Folder with expert.json.
+        dtype: Arithmetic of both.
+        device_map: How accelerate spreads them over devices.
+        progress: Shows the opening of the reference.
+
+    Raises:
+        InputError: The folder holds no finished expert.
+        ModelError: The reference cannot be opened, or is not the one that was tuned.
+        AdapterError: The LoRA is broken or does not fit.
+    """
+    manifest = read_expert(expert_folder)
+    fingerprint = ModelFingerprint(
+        manifest.base.vocabulary_sha256, manifest.base.unembedding_sha256
+    )
+    options = {"dtype": dtype, "device_map": device_map, "progress": progress}
+    if manifest.method == "lora":
+        folder = expert_folder / "lora"
+        return open_pair_from(manifest.base.ref, folder, fingerprint=fingerprint, **options)
+    reference = open_checked(manifest.base.ref, fingerprint=fingerprint, **options)
+    return Pair(reference, open_model(str(expert_folder / "model"), **options))
+
+
+def open_pair_from(
+    base_ref: str,
+    lora_folder: Path,
+    *,
+    fingerprint: ModelFingerprint,
+    dtype: Dtype = "auto",
+    device_map: str | None = None,
+    progress: Progress = silent,
+) -> Pair:
+    """Open a base model and put a LoRA into it.
+
+    Args:
+        base_ref: The base: hub name[@revision], folder, GGUF file, or tiny:NAME.
+        lora_folder: PEFT folder of the LoRA.
+        fingerprint: What the base must be.
+        dtype: Arithmetic.
+        device_map: How accelerate spreads the model over devices.
+        progress: Shows the opening.
+
+    Raises:
+        ModelError: The base cannot be opened or has another fingerprint.
+        AdapterError: The LoRA is broken or does not fit.
+    """
+    reference = open_checked(
+        base_ref, fingerprint=fingerprint, dtype=dtype, device_map=device_map, progress=progress
+    )
+    return Pair(reference, attach_lora(reference.model, lora_folder))
+
+
+def open_checked(
+    ref: str,
+    *,
+    fingerprint: ModelFingerprint,
+    dtype: Dtype = "auto",
+    device_map: str | None = None,
+    progress: Progress = silent,
+) -> HFModel:
+    """Open a model and make sure that it is the one that is meant.
+
+    Raises:
+        ModelError: It cannot be opened, or its vocabulary or unembedding is another.
+    """
+    model = open_model(ref, dtype=dtype, device_map=device_map, progress=progress)
+    found = model.fingerprint
+    pairs = {
+        "vocabulary": (found.vocabulary_sha256, fingerprint.vocabulary_sha256),
+        "unembedding": (found.unembedding_sha256, fingerprint.unembedding_sha256),
+    }
+    for part, (ours, expected) in pairs.items():
+        if ours != expected:
+            raise ModelError(
+                f"the {part} of {ref} has sha256 {ours[:12]}, expected {expected[:12]}",
+                hint="this is not the model that the expert was tuned from; name that one",
+            )
+    return model

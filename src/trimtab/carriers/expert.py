@@ -1,0 +1,161 @@
+"""The expert as a LoRA over its base: read from a PEFT folder, switched on and off in place."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from trimtab.errors import AdapterError
+from trimtab.store.files import read_json
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+"""Weights of a LoRA folder, PEFT's own name."""
+
+_USED = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "use_rslora",
+    "bias",
+)
+_IRRELEVANT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+_FETCH = "fetch the expert again from where it came, or tune it anew"
+
+
+def read_lora_config(folder: Path) -> LoraConfig:
+    """Read a LoRA's settings, of which only those of a plain LoRA are allowed.
+
+    Some of PEFT's settings import modules by name or change more than linear layers; a folder
+    made by others may not ask for these.
+
+    Args:
+        folder: PEFT folder with adapter_config.json.
+
+    Raises:
+        AdapterError: No such file, not JSON, not a LoRA, or a setting that is not supported.
+    """
+    raw = read_json(folder / "adapter_config.json", "LoRA configuration", error=AdapterError)
+    if raw.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{folder} is of PEFT type {raw.get('peft_type')!r}, expected 'LORA'",
+            hint="an expert is a plain LoRA; make it with `trimtab tune`",
+        )
+    _refuse_unsupported(raw, folder)
+    try:
+        return LoraConfig(**{key: raw[key] for key in _USED if key in raw}, inference_mode=True)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(
+            f"the LoRA configuration of {folder} cannot be used: {error}", hint=_FETCH
+        ) from error
+
+
+def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
+    plain = LoraConfig().to_dict()
+    others = raw.keys() - set(_USED) - set(_IRRELEVANT)
+    refused = sorted(key for key in others if key not in plain or raw[key] != plain[key])
+    if refused:
+        raise AdapterError(
+            f"the LoRA in {folder} sets {', '.join(refused)}, which an expert cannot have",
+            hint="make the expert with `trimtab tune`, or train a plain LoRA over linear layers",
+        )
+
+
+@final
+class LoraSwitch:
+    """The LoRA layers inside a model; off unless switched on, which leaves the model the base."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the LoRA layers of a model and switch them off."""
+        self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._set(on=False)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Make the model the expert; at the end, also after an exception, the base again."""
+        self._set(on=True)
+        try:
+            yield
+        finally:
+            self._set(on=False)
+
+    def _set(self, *, on: bool) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(on)
+
+
+def attach_lora(model: PreTrainedModel, folder: Path) -> LoraSwitch:
+    """Put an expert's LoRA into its base model, switched off.
+
+    The base's own weights stay; only its linear layers get a second path beside them.
+
+    Args:
+        model: The base; changed in place.
+        folder: PEFT folder with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        AdapterError: A missing or broken file, an unsupported setting, weights that do not fit
+            the model, or a LoRA on the model's embeddings or head.
+    """
+    config = read_lora_config(folder)
+    found = _weight_names(folder / WEIGHTS_NAME)
+    try:
+        # PEFT warns of missing weights, which the comparison below turns into an error.
+        with warnings.catch_warnings(action="ignore"):
+            wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise AdapterError(
+            f"the LoRA in {folder} does not fit the model: {error}",
+            hint="use the base model that expert.json or the adapter's manifest names",
+        ) from error
+    expected = set(get_peft_model_state_dict(wrapped))
+    if found != expected:
+        raise AdapterError(
+            f"the LoRA in {folder} lacks {len(expected - found)} weights of this model and has "
+            f"{len(found - expected)} others",
+            hint="use the base model that expert.json or the adapter's manifest names",
+        )
+    _refuse_head(model, folder)
+    return LoraSwitch(model)
+
+
+def _weight_names(path: Path) -> set[str]:
+    # Checked before PEFT looks, which would take a pickle in place of a missing file.
+    try:
+        with safe_open(path, framework="pt") as weights:
+            return set(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"cannot read the LoRA's weights {path}: {error}", hint=_FETCH
+        ) from error
+
+
+def _refuse_head(model: PreTrainedModel, folder: Path) -> None:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise AdapterError(
+            f"the LoRA in {folder} changes the embeddings or the head",
+            hint="an expert leaves both alone; make it with `trimtab tune`",
+        )

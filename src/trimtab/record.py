@@ -1,0 +1,307 @@
+"""Record what an expert and its reference think at every position of a text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.backends.chat import Rendered, chat_renderer
+from trimtab.backends.pair import Pair, open_pair
+from trimtab.config import RecordConfig
+from trimtab.corpus import load_documents, read_documents, sha256_of_documents
+from trimtab.encoding import bits_needed
+from trimtab.errors import InputError
+from trimtab.passages import DocumentTokens, Passage, cut_shards, tokenised
+from trimtab.probe import probe_documents
+from trimtab.soft_targets import (
+    Heads,
+    encode_states,
+    passage_columns,
+    run_passages,
+    shard_seed,
+)
+from trimtab.store.expert import EXPERT_NAME, HELD_OUT_NAME, TRAIN_NAME, read_expert
+from trimtab.store.files import (
+    lock,
+    package_versions,
+    sha256_file,
+    write_json,
+)
+from trimtab.store.recording import (
+    file_entry,
+    shard_entry,
+    write_shard,
+    write_unembedding,
+)
+from trimtab.store.recording_run import RecordingRun, begin_run, check_same_run
+from trimtab.store.recording_schema import (
+    DOCUMENTS_NAME,
+    MANIFEST_NAME,
+    PARTIAL_NAME,
+    UNEMBEDDING_NAME,
+    Encoding,
+    ExactEncoding,
+    MovedHead,
+    RecordingManifest,
+    SampledEncoding,
+    SparseEncoding,
+    Split,
+    SplitEntry,
+    read_recording_manifest,
+    shard_name,
+)
+from trimtab.types import Document, Progress, silent
+
+
+@dataclass(frozen=True)
+class RecordResult:
+    """What recording gave.
+
+    Attributes:
+        folder: Folder of the recording.
+        tokens: Recorded positions.
+        split_tokens: Recorded positions of each split.
+        bytes_per_token: Size of the shards over recorded positions.
+        encoding: exact, sparse or sampled.
+    """
+
+    folder: Path
+    tokens: int
+    split_tokens: Mapping[Split, int]
+    bytes_per_token: float
+    encoding: str
+
+    def summary(self) -> str:
+        """What was recorded, in one line."""
+        parts = ", ".join(f"{name} {tokens:,}" for name, tokens in self.split_tokens.items())
+        return (
+            f"recording in {self.folder}: {self.tokens:,} tokens ({parts}), {self.encoding},"
+            f" {self.bytes_per_token:,.0f} bytes a token"
+        )
+
+
+def record(config: RecordConfig, *, progress: Progress = silent) -> RecordResult:
+    """Run expert and reference over text and store their soft targets.
+
+    Three splits are recorded: train (`data`, or what the expert was tuned on), held_out (what
+    tuning held out; under a token limit, at most a fifth of it) and general. An interrupted run
+    continues at its first missing shard and ends with the same bytes on the same machine; a
+    finished folder is returned as it is.
+
+    Args:
+        config: What to record, how, and where to.
+        progress: Shows the forward passes.
+
+    Returns:
+        Where the recording is and how large.
+
+    Raises:
+        InputError: No finished expert, text that cannot be used, or a folder that holds other
+            things or a recording with other settings or text.
+        ModelError: The reference cannot be opened, or is not the one that was tuned.
+        AdapterError: The expert's LoRA is broken.
+        NumericalError: A hidden state that is not a finite number.
+        StorageError: The folder cannot be written.
+    """
+    asked = _asked(config)
+    with lock(config.out):
+        if (config.out / MANIFEST_NAME).is_file():
+            manifest = read_recording_manifest(config.out)
+            found = RecordingRun.model_validate(
+                manifest.model_dump(include={"config", "inputs", "packages"})
+            )
+            check_same_run(config.out, found, asked)
+        else:
+            manifest = _run(config, asked, progress)
+        # Also here, for a run that was killed between finishing and cleaning up.
+        (config.out / PARTIAL_NAME).unlink(missing_ok=True)
+    return RecordResult(
+        folder=config.out,
+        tokens=manifest.tokens,
+        split_tokens={name: split.tokens for name, split in manifest.splits.items()},
+        bytes_per_token=manifest.bytes_per_token,
+        encoding=manifest.encoding.kind,
+    )
+
+
+def _asked(config: RecordConfig) -> RecordingRun:
+    # expert.json holds the fingerprints of all the expert's files, its documents included.
+    read_expert(config.expert, verify=False)
+    inputs = {"expert": sha256_file(config.expert / EXPERT_NAME)}
+    for name, patterns in (("data", config.data), ("general", config.general)):
+        if patterns:
+            documents = read_documents(patterns, render_chat=_as_written)
+            inputs[name] = sha256_of_documents(documents)
+    if not config.general:
+        inputs["general"] = sha256_of_documents(probe_documents())
+    settings = config.model_dump(mode="json", exclude={"out"})
+    return RecordingRun(config=settings, inputs=inputs, packages=package_versions())
+
+
+def _as_written(messages: Sequence[Mapping[str, str]]) -> Rendered:
+    """Stand in for a chat template, so that a finished folder is known without a model."""
+    return repr([sorted(message.items()) for message in messages]), ()
+
+
+def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> RecordingManifest:
+    begin_run(config.out, asked)
+    pair = _open(config, progress)
+    heads = Heads(pair.reference_unembedding, pair.expert_unembedding)
+    encoding = _encoding(config, heads.vocab)
+    splits = _splits(config, pair)
+    _write_shards(config, pair, heads, encoding, splits, progress)
+    documents = {name: split.listed() for name, split in splits.items()}
+    write_json(config.out / DOCUMENTS_NAME, documents)
+    moved = _write_head(config, heads)
+    files = [DOCUMENTS_NAME] if moved is None else [DOCUMENTS_NAME, UNEMBEDDING_NAME]
+    expert = read_expert(config.expert, verify=False)
+    manifest = RecordingManifest(
+        base=expert.base,
+        method=expert.method,
+        encoding=encoding,
+        vocab=heads.vocab,
+        dtype=str(heads.reference.weight.dtype).removeprefix("torch."),
+        expert_head=moved,
+        splits={name: split.entry() for name, split in splits.items()},
+        shards=tuple(
+            shard_entry(config.out / shard_name(name, index), name, rows=_rows(shard))
+            for name, split in splits.items()
+            for index, shard in enumerate(split.shards)
+        ),
+        files={name: file_entry(config.out / name) for name in files},
+        config=asked.config,
+        packages=asked.packages,
+        seed=config.seed,
+        inputs=asked.inputs,
+    )
+    write_json(config.out / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _open(config: RecordConfig, progress: Progress) -> Pair:
+    device_map = "cuda" if torch.cuda.is_available() else None
+    pair = open_pair(config.expert, dtype=config.dtype, device_map=device_map, progress=progress)
+    longest = pair.reference.max_tokens
+    needed = config.window_tokens + len(pair.reference.context_ids())
+    if longest is not None and needed > longest:
+        raise InputError(
+            f"a window of {needed} tokens exceeds the {longest} positions of {pair.reference.ref}",
+            hint=f"set --window-tokens to at most {longest - needed + config.window_tokens}",
+        )
+    return pair
+
+
+def _encoding(config: RecordConfig, vocab: int) -> Encoding:
+    id_bits = bits_needed(vocab)
+    if config.encoding == "sparse":
+        return SparseEncoding(top_k=min(config.top_k, vocab), id_bits=id_bits)
+    if config.encoding == "sampled":
+        count_bits = bits_needed(config.top_k)
+        return SampledEncoding(draws=config.top_k, id_bits=id_bits, count_bits=count_bits)
+    return ExactEncoding()
+
+
+def _rows(shard: Sequence[Passage]) -> int:
+    return sum(passage.rows for passage in shard)
+
+
+@dataclass(frozen=True)
+class _SplitWork:
+    text_sha256: str
+    documents: list[DocumentTokens]
+    shards: list[list[Passage]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(document.token_ids) for document in self.documents)
+
+    def entry(self) -> SplitEntry:
+        return SplitEntry(
+            tokens=self.tokens, documents=len(self.documents), text_sha256=self.text_sha256
+        )
+
+    def listed(self) -> list[dict[str, Any]]:
+        return [
+            {"name": document.name, "tokens": len(document.token_ids)}
+            for document in self.documents
+        ]
+
+
+def _splits(config: RecordConfig, pair: Pair) -> dict[Split, _SplitWork]:
+    documents = _documents(config, pair)
+    limit = config.max_tokens
+    held_out = _cut(config, documents["held_out"], pair, None if limit is None else limit // 5)
+    left = None if limit is None else limit - held_out.tokens
+    work: dict[Split, _SplitWork] = {
+        "train": _cut(config, documents["train"], pair, left),
+        "held_out": held_out,
+        "general": _cut(config, documents["general"], pair, None),
+    }
+    if work["train"].tokens < 2:
+        raise InputError(
+            f"the text to record has {work['train'].tokens} tokens, expected at least 2",
+            hint="give more text in data",
+        )
+    return work
+
+
+def _documents(config: RecordConfig, pair: Pair) -> dict[Split, list[Document]]:
+    render = chat_renderer(pair.reference)
+    train, held_out = (load_documents(config.expert / name) for name in (TRAIN_NAME, HELD_OUT_NAME))
+    return {
+        "train": read_documents(config.data, render_chat=render) if config.data else train,
+        "held_out": held_out,
+        "general": read_documents(config.general, render_chat=render)
+        if config.general
+        else probe_documents(),
+    }
+
+
+def _cut(
+    config: RecordConfig, documents: Sequence[Document], pair: Pair, max_tokens: int | None
+) -> _SplitWork:
+    texts = tokenised(
+        documents,
+        lambda document: pair.reference.encode(document.text, markup=document.markup),
+        max_tokens=max_tokens,
+        seed=config.seed,
+    )
+    shards = cut_shards(
+        texts,
+        window=config.window_tokens,
+        stride=config.stride_tokens,
+        shard_tokens=config.shard_tokens,
+    )
+    return _SplitWork(sha256_of_documents(documents), texts, shards)
+
+
+def _write_shards(
+    config: RecordConfig,
+    pair: Pair,
+    heads: Heads,
+    encoding: Encoding,
+    splits: Mapping[Split, _SplitWork],
+    progress: Progress,
+) -> None:
+    with progress("recording", sum(split.tokens for split in splits.values())) as advance:
+        for name, split in splits.items():
+            for index, shard in enumerate(split.shards):
+                path = config.out / shard_name(name, index)
+                if path.is_file():
+                    # Shards appear whole, so one that is there was finished by this same run.
+                    advance(_rows(shard))
+                    continue
+                states = run_passages(pair, split.documents, shard, advance=advance)
+                columns = passage_columns(split.documents, shard)
+                seed = shard_seed(config.seed, path.name)
+                columns |= encode_states(states, heads, encoding, seed=seed)
+                write_shard(path, columns)
+
+
+def _write_head(config: RecordConfig, heads: Heads) -> MovedHead | None:
+    """Keep the expert's head where its hidden states are kept and it is not the reference's."""
+    if config.encoding != "exact" or heads.same:
+        return None
+    return write_unembedding(config.out / UNEMBEDDING_NAME, heads.expert)

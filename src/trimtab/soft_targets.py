@@ -1,0 +1,253 @@
+"""Run a source pair over passages of text and encode what both think."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.pair import Pair, PairStates
+from trimtab.encoding import (
+    Samples,
+    TopK,
+    chunk_rows,
+    encode_samples,
+    encode_topk,
+    pack_samples,
+    pack_topk,
+)
+from trimtab.errors import NumericalError
+from trimtab.passages import DocumentTokens, Passage
+from trimtab.store.recording_schema import (
+    Encoding,
+    ExactEncoding,
+    SampledEncoding,
+    SparseEncoding,
+)
+from trimtab.types import Advance
+from trimtab.unembedding import Unembedding
+
+_Chunk = TypeVar("_Chunk")
+
+BATCH_TOKENS = 2048
+"""Positions, padding included, that go through a model at once."""
+
+FLOAT16_LIMIT = 6e4
+"""Hidden states larger than this are stored as float32."""
+
+
+def run_passages(
+    pair: Pair,
+    documents: Sequence[DocumentTokens],
+    shard: Sequence[Passage],
+    *,
+    advance: Advance,
+) -> PairStates:
+    """Compute both final hidden states at the recorded positions of a shard.
+
+    Args:
+        pair: Reference and expert.
+        documents: The split that the passages are of.
+        shard: What to run.
+        advance: Told of recorded positions as they are done.
+
+    Returns:
+        Two tensors of shape [rows, hidden], in order of the passages.
+
+    Raises:
+        NumericalError: A hidden state that is not finite.
+    """
+    done: dict[int, PairStates] = {}
+    for places in _batches(shard):
+        ids, context = _padded_ids(pair, documents, [shard[place] for place in places])
+        states = pair.hidden(ids)
+        for row, place in enumerate(places):
+            passage = shard[place]
+            first = context + passage.record_from - passage.start
+            kept = slice(first, first + passage.rows)
+            done[place] = PairStates(states.reference[row, kept], states.expert[row, kept])
+            _check_finite(done[place], documents[passage.document_index].name)
+            advance(passage.rows)
+    ordered = [done[place] for place in range(len(shard))]
+    return PairStates(
+        torch.cat([states.reference for states in ordered]),
+        torch.cat([states.expert for states in ordered]),
+    )
+
+
+def _batches(shard: Sequence[Passage]) -> Iterator[list[int]]:
+    """Put passages of similar length together, longest first, so that padding is small."""
+    order = sorted(range(len(shard)), key=lambda place: shard[place].start - shard[place].end)
+    while order:
+        longest = shard[order[0]].end - shard[order[0]].start
+        size = max(1, BATCH_TOKENS // longest)
+        yield order[:size]
+        order = order[size:]
+
+
+def _padded_ids(
+    pair: Pair, documents: Sequence[DocumentTokens], batch: Sequence[Passage]
+) -> tuple[Tensor, int]:
+    # A causal model's states do not depend on what stands to their right, so padding needs no
+    # mask; without one the attention takes its fast path.
+    context = pair.reference.context_ids()
+    width = len(context) + max(passage.end - passage.start for passage in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.int64)
+    for row, passage in enumerate(batch):
+        text = documents[passage.document_index].token_ids[passage.start : passage.end]
+        ids[row, : len(context)] = torch.tensor(context, dtype=torch.int64)
+        ids[row, len(context) : len(context) + len(text)] = torch.from_numpy(text)
+    return ids, len(context)
+
+
+def _check_finite(states: PairStates, name: str) -> None:
+    for who, values in states._asdict().items():
+        if not values.isfinite().all():
+            raise NumericalError(
+                f"the {who}'s hidden states on {name} are not finite numbers",
+                hint="record with --dtype float32, or tune again with a smaller learning rate",
+            )
+
+
+def passage_columns(
+    documents: Sequence[DocumentTokens], shard: Sequence[Passage]
+) -> dict[str, Tensor]:
+    """List each recorded position's token, the next one (-1 at the end) and its document."""
+    tokens, following, indices = [], [], []
+    for passage in shard:
+        token_ids = torch.from_numpy(documents[passage.document_index].token_ids)
+        extended = torch.cat([token_ids, torch.tensor([-1], dtype=torch.int32)])
+        tokens.append(token_ids[passage.record_from : passage.end])
+        following.append(extended[passage.record_from + 1 : passage.end + 1])
+        indices.append(torch.full((passage.rows,), passage.document_index, dtype=torch.int32))
+    return {
+        "token_ids": torch.cat(tokens),
+        "next_ids": torch.cat(following),
+        "document_index": torch.cat(indices),
+    }
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Both unembeddings of a pair.
+
+    Attributes:
+        reference: From the reference's hidden states to logits.
+        expert: From the expert's.
+    """
+
+    reference: Unembedding
+    expert: Unembedding
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the unembedding."""
+        return len(self.reference.weight)
+
+    @property
+    def same(self) -> bool:
+        """Both make the same logits of the same hidden state, as with a LoRA."""
+        ours, theirs = self.reference, self.expert
+        if (ours.scale, ours.softcap) != (theirs.scale, theirs.softcap):
+            return False
+        return _equal(ours.weight, theirs.weight) and _equal(ours.bias, theirs.bias)
+
+
+def _equal(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return ours is theirs or torch.equal(ours, theirs)
+
+
+def state_columns(states: PairStates, *, exact: bool) -> dict[str, Tensor]:
+    """Store hidden states as float16, or all as float32 where one is too large for it.
+
+    Args:
+        states: Shapes [rows, hidden].
+        exact: Keep the expert's states too.
+    """
+    kept = {"reference_hidden": states.reference}
+    if exact:
+        kept["expert_hidden"] = states.expert
+    largest = max(float(values.abs().max()) for values in kept.values())
+    dtype = torch.float16 if largest <= FLOAT16_LIMIT else torch.float32
+    return {name: values.to(dtype).cpu() for name, values in kept.items()}
+
+
+def sparse_columns(states: PairStates, heads: Heads, *, top_k: int) -> dict[str, Tensor]:
+    """Encode both distributions as top-k with tails; never holds many positions' logits."""
+    columns = {}
+    for who, hidden, head in (
+        ("expert", states.expert, heads.expert),
+        ("reference", states.reference, heads.reference),
+    ):
+        chunks = _chunked(hidden, head, lambda logits, _: encode_topk(logits, top_k))
+        topk = TopK(
+            torch.cat([chunk.token_ids for chunk in chunks]),
+            torch.cat([chunk.logprobs for chunk in chunks]),
+            torch.cat([chunk.log_tail for chunk in chunks]),
+            torch.cat([chunk.log_normaliser for chunk in chunks]),
+        )
+        packed = pack_topk(topk, heads.vocab)
+        columns |= {f"{who}_{name}": column for name, column in packed.items()}
+    return columns
+
+
+def sampled_columns(
+    states: PairStates, heads: Heads, *, draws: int, seed: int
+) -> dict[str, Tensor]:
+    """Draw from the expert's distribution; the draws depend on the seed and the row alone."""
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(len(states.expert), draws, generator=generator, dtype=torch.float64)
+    chunks = _chunked(
+        states.expert,
+        heads.expert,
+        lambda logits, rows: encode_samples(logits, uniforms[rows].to(logits.device)),
+    )
+    samples = Samples(
+        torch.cat([chunk.token_ids for chunk in chunks]).cpu(),
+        torch.cat([chunk.counts for chunk in chunks]).cpu(),
+    )
+    packed = pack_samples(samples, heads.vocab)
+    return {f"expert_{name}": column for name, column in packed.items()}
+
+
+def _chunked(
+    hidden: Tensor, head: Unembedding, encode: Callable[[Tensor, slice], _Chunk]
+) -> list[_Chunk]:
+    size = chunk_rows(len(head.weight))
+    with torch.inference_mode():
+        return [
+            encode(head.logits(hidden[start : start + size]), slice(start, start + size))
+            for start in range(0, len(hidden), size)
+        ]
+
+
+def encode_states(
+    states: PairStates, heads: Heads, encoding: Encoding, *, seed: int
+) -> dict[str, Tensor]:
+    """Encode a shard's states in the form that the recording's manifest states.
+
+    The reference's hidden states are kept in every encoding, since a memory's keys and a head's
+    input are made of them.
+
+    Args:
+        states: Shapes [rows, hidden].
+        heads: Both unembeddings.
+        encoding: Form of the soft targets.
+        seed: Of the sampled encoding.
+    """
+    columns = state_columns(states, exact=isinstance(encoding, ExactEncoding))
+    if isinstance(encoding, SparseEncoding):
+        columns |= sparse_columns(states, heads, top_k=encoding.top_k)
+    elif isinstance(encoding, SampledEncoding):
+        columns |= sampled_columns(states, heads, draws=encoding.draws, seed=seed)
+    return columns
+
+
+def shard_seed(seed: int, name: str) -> int:
+    """Derive a shard's own seed, so that it can be drawn without those before it."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")

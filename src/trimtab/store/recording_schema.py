@@ -1,0 +1,204 @@
+"""The manifest of a recording: what it holds, how it is encoded, where it came from."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, FiniteFloat, JsonValue, ValidationError
+
+from trimtab.errors import RecordingError
+from trimtab.store.adapter_schema import BaseModelReference, FileEntry, Part, Sha256
+from trimtab.store.files import read_json
+
+FORMAT = "trimtab-recording"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "recording.json"
+PARTIAL_NAME = "partial.json"
+"""What an unfinished recording is of; gone when it is finished."""
+DOCUMENTS_NAME = "documents.json"
+"""Names and lengths of the recorded documents."""
+UNEMBEDDING_NAME = "unembedding-expert.safetensors"
+"""The expert's head, where a full fine-tune moved it."""
+
+Split = Literal["train", "held_out", "general"]
+SPLITS: tuple[Split, ...] = ("train", "held_out", "general")
+RECORD_AGAIN = "delete the folder and make it again with `trimtab record`"
+
+
+def shard_name(split: Split, index: int) -> str:
+    """File name of a split's shard, counted from 0."""
+    return f"{split}-{index:05d}.safetensors"
+
+
+class ExactEncoding(Part):
+    """Both final hidden states; logits are recomputed through the unembedding."""
+
+    kind: Literal["exact"] = "exact"
+    """Discriminator."""
+
+
+class SparseEncoding(Part):
+    """The likeliest tokens of expert and reference, their tails and normalisers."""
+
+    kind: Literal["sparse"] = "sparse"
+    """Discriminator."""
+    top_k: int = Field(ge=1)
+    """Tokens kept per position."""
+    id_bits: int = Field(ge=1, le=31)
+    """Bits of a packed token id."""
+
+
+class SampledEncoding(Part):
+    """Counted draws from the expert's distribution at temperature 1 (RS-KD)."""
+
+    kind: Literal["sampled"] = "sampled"
+    """Discriminator."""
+    draws: int = Field(ge=1)
+    """Draws per position."""
+    id_bits: int = Field(ge=1, le=31)
+    """Bits of a packed token id."""
+    count_bits: int = Field(ge=1, le=31)
+    """Bits of a packed count, from which 1 was subtracted."""
+
+
+Encoding = Annotated[ExactEncoding | SparseEncoding | SampledEncoding, Field(discriminator="kind")]
+
+
+class ShardEntry(Part):
+    """One file of recorded positions."""
+
+    file: str = Field(pattern=r"^(train|held_out|general)-\d{5}\.safetensors$")
+    """Name inside the recording."""
+    split: Split
+    """What text it is of."""
+    rows: int = Field(ge=1)
+    """Recorded positions."""
+    states: Literal["float16", "float32"]
+    """Type of its hidden states; float32 where some are too large for float16."""
+    sha256: Sha256
+    """Digest of the full content."""
+    bytes: int = Field(ge=0)
+    """Size."""
+
+
+class SplitEntry(Part):
+    """One kind of recorded text."""
+
+    tokens: int = Field(ge=0)
+    """Recorded positions."""
+    documents: int = Field(ge=0)
+    """Recorded documents."""
+    text_sha256: Sha256
+    """Digest of the documents' names and texts before they were cut to the token limit."""
+
+
+class RecordedDocument(Part):
+    """One recorded text, as documents.json lists it."""
+
+    name: str
+    """Name of the document in its corpus."""
+    tokens: int = Field(ge=1)
+    """Recorded positions."""
+
+
+class MovedHead(Part):
+    """How the stored head of a full fine-tune makes logits, apart from its weights."""
+
+    scale: FiniteFloat = 1.0
+    """Multiplies W h."""
+    softcap: FiniteFloat | None = None
+    """Bound on the logits."""
+
+
+class RecordingManifest(Part):
+    """Everything that recording.json says."""
+
+    format: Literal["trimtab-recording"] = FORMAT
+    """Names the format."""
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of the format."""
+    contains_text: Literal[True] = True
+    """Token ids are the text."""
+    base: BaseModelReference
+    """The reference."""
+    method: Literal["lora", "full"]
+    """How the expert was tuned."""
+    encoding: Encoding
+    """Form of the soft targets, with its own parameters."""
+    vocab: int = Field(ge=1)
+    """Rows of the unembedding."""
+    dtype: str
+    """Arithmetic of the forward passes."""
+    expert_head: MovedHead | None = None
+    """Present where the expert's head is stored beside the shards."""
+    splits: dict[Split, SplitEntry]
+    """The kinds of recorded text."""
+    shards: tuple[ShardEntry, ...]
+    """All shards, by split and in order."""
+    files: dict[str, FileEntry]
+    """All other files."""
+    config: dict[str, JsonValue]
+    """Resolved configuration of `record`, apart from the folder written to."""
+    packages: dict[str, str]
+    """Versions of the packages that computed it."""
+    seed: int
+    """Seed of the sampled encoding and of the choice of documents under a token limit."""
+    inputs: dict[str, Sha256]
+    """Digest of every input: the expert's files and the text of each split."""
+
+    @property
+    def hidden(self) -> int:
+        """Size of a hidden state."""
+        return self.base.hidden
+
+    @property
+    def tokens(self) -> int:
+        """Recorded positions of all splits."""
+        return sum(split.tokens for split in self.splits.values())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Size of all shards over recorded positions."""
+        return sum(shard.bytes for shard in self.shards) / max(1, self.tokens)
+
+
+def read_recording_manifest(folder: Path) -> RecordingManifest:
+    """Read recording.json; the files that it names are not looked at.
+
+    Raises:
+        RecordingError: None there, unfinished, of another format or version, an unknown key, or
+            a value that cannot be.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        raise _absent(folder)
+    raw = read_json(folder / MANIFEST_NAME, "recording manifest", error=RecordingError)
+    if raw.get("format") != FORMAT:
+        raise RecordingError(
+            f"{folder} has format {raw.get('format')!r}, expected {FORMAT!r}",
+            hint="name a folder that `trimtab record` wrote",
+        )
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise RecordingError(
+            f"{folder} has format version {raw.get('format_version')!r}; this trimtab reads "
+            f"version {FORMAT_VERSION}",
+            hint="upgrade trimtab, or record again with this one",
+        )
+    try:
+        return RecordingManifest.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise RecordingError(
+            f"{folder / MANIFEST_NAME}: {where}: {problem['msg']}", hint=RECORD_AGAIN
+        ) from error
+
+
+def _absent(folder: Path) -> RecordingError:
+    if (folder / PARTIAL_NAME).is_file():
+        return RecordingError(
+            f"the recording {folder} is unfinished",
+            hint="run the same `trimtab record` command again; it continues where it stopped",
+        )
+    return RecordingError(
+        f"{folder} holds no recording (no {MANIFEST_NAME})",
+        hint="name a folder that `trimtab record` wrote",
+    )
