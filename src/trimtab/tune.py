@@ -1,0 +1,289 @@
+"""Tune a small model on your text: the expert."""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from trimtab.backends.hf import HFModel, quiet_transformers
+from trimtab.backends.open import open_model, resolve_dtype
+from trimtab.config import TuneConfig
+from trimtab.errors import InputError, ModelError
+from trimtab.metrics import DocumentScore, bits_per_byte
+from trimtab.packing import Windows
+from trimtab.schedule import Schedule
+from trimtab.store.adapter_schema import BaseModelReference
+from trimtab.store.expert import (
+    CHECKPOINT_NAME,
+    EXPERT_NAME,
+    LORA_NAME,
+    MODEL_NAME,
+    STATE_NAME,
+    Documents,
+    ExpertManifest,
+    HeldOut,
+    UnfinishedRun,
+    check_same_run,
+    file_entries,
+    read_expert,
+    read_run,
+    write_expert,
+    write_run,
+)
+from trimtab.store.files import LOCK_NAME, lock, package_versions, replace_directory
+from trimtab.training import Checkpoints, Learner, TrainingState, train
+from trimtab.training_text import fingerprints, gather_documents, held_out_windows, training_windows
+from trimtab.types import Progress, silent
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What tuning gave.
+
+    Attributes:
+        folder: Folder of the expert.
+        method: lora or full.
+        steps: Optimiser steps taken.
+        train_tokens: Tokens that the loss counted, over all steps.
+        held_out: What the held-out text costs before and after; None if none was held out.
+    """
+
+    folder: Path
+    method: str
+    steps: int
+    train_tokens: int
+    held_out: HeldOut | None
+
+    def summary(self) -> str:
+        """What was done and what it brought, in two or three lines."""
+        lines = [f"expert in {self.folder}: {self.train_tokens:,} tokens in {self.steps} steps"]
+        if self.held_out is not None:
+            lines.append(_comparison(self.held_out))
+        return "\n".join(lines)
+
+
+def _comparison(held_out: HeldOut) -> str:
+    before, after = held_out.bits_per_byte_before, held_out.bits_per_byte_after
+    line = (
+        f"held-out text: {before:.3f} -> {after:.3f} bits per byte ({after / before - 1:+.1%}),"
+        f" {held_out.nats_per_token_before:.3f} -> {held_out.nats_per_token_after:.3f} nats per"
+        " token"
+    )
+    if after < before:
+        return line
+    return (
+        f"{line}\ntraining did not help: the expert is the base itself; try a lower learning rate"
+    )
+
+
+def tune(config: TuneConfig, *, progress: Progress = silent) -> TuneResult:
+    """Fine-tune a small model and write the expert's folder.
+
+    An interrupted run continues at its last checkpoint and ends with the same weights, bit for
+    bit on a CPU with the same number of threads; a finished folder is returned as it is.
+
+    Args:
+        config: What to train, on what, how, and where to.
+        progress: Shows the training.
+
+    Returns:
+        Where the expert is and what it gained.
+
+    Raises:
+        InputError: Text that cannot be used, or a folder that holds something else or a run with
+            other settings or text.
+        ModelError: A model that cannot be opened or is not causal.
+        NumericalError: A loss that is not a finite number; the last checkpoint stays.
+        StorageError: The folder cannot be written.
+    """
+    asked = UnfinishedRun(config=config, inputs=fingerprints(config))
+    with lock(config.out):
+        if (config.out / EXPERT_NAME).is_file():
+            manifest = read_expert(config.out)
+            check_same_run(config.out, manifest, asked)
+        else:
+            manifest = _run(asked, progress)
+        # Also here, for a run that was killed between finishing and cleaning up.
+        shutil.rmtree(config.out / CHECKPOINT_NAME, ignore_errors=True)
+    return TuneResult(
+        folder=config.out,
+        method=manifest.method,
+        steps=manifest.steps,
+        train_tokens=manifest.train_tokens,
+        held_out=manifest.held_out,
+    )
+
+
+def _run(asked: UnfinishedRun, progress: Progress) -> ExpertManifest:
+    config = asked.config
+    run = _begun(asked)
+    model = _open(config, progress)
+    documents = run.documents or _gathered(run, model)
+    base = BaseModelReference(
+        ref=config.model,
+        vocabulary_sha256=model.fingerprint.vocabulary_sha256,
+        unembedding_sha256=model.fingerprint.unembedding_sha256,
+        hidden=model.unembedding.weight.shape[1],
+    )
+    windows, held_out = training_windows(config, model), held_out_windows(config, model)
+    wrapped = _trainable(config, model)
+    state = _train(config, model, windows, held_out, progress)
+    _save_weights(config, model, wrapped)
+    manifest = ExpertManifest(
+        base=base,
+        method=config.method,
+        config=config,
+        seed=config.seed,
+        packages=package_versions(),
+        inputs=run.inputs,
+        documents=documents,
+        steps=state.step,
+        train_tokens=state.train_tokens,
+        held_out=None if held_out is None else _held_out_metrics(held_out, state),
+        files=file_entries(config.out),
+    )
+    write_expert(config.out, manifest)
+    return manifest
+
+
+def _begun(asked: UnfinishedRun) -> UnfinishedRun:
+    """Find the run that began in the folder, or begin one there."""
+    folder = asked.config.out
+    found = read_run(folder)
+    if found is not None:
+        check_same_run(folder, found, asked)
+        return found
+    others = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME)
+    if others and others != [CHECKPOINT_NAME]:
+        raise InputError(
+            f"{folder} holds other things ({', '.join(others[:3])}) and no run of tune",
+            hint="choose a new or empty folder for --out",
+        )
+    write_run(folder, asked)
+    return asked
+
+
+def _gathered(run: UnfinishedRun, model: HFModel) -> Documents:
+    documents = gather_documents(run.config, model)
+    write_run(run.config.out, run.model_copy(update={"documents": documents}))
+    return documents
+
+
+def _open(config: TuneConfig, progress: Progress) -> HFModel:
+    # Float32 whatever the arithmetic: mixed precision over float32 weights is both the fastest
+    # on a processor with bfloat16 and exact in the residual stream.
+    device_map = "cuda" if torch.cuda.is_available() else None
+    model = open_model(config.model, dtype="float32", device_map=device_map, progress=progress)
+    if model.is_encoder_decoder:
+        raise ModelError(
+            f"{config.model} reads a source and writes a target; only causal models are tuned",
+            hint="choose a causal model, for example a small Llama, Qwen, Gemma or GPT-2",
+        )
+    if model.max_tokens is not None and config.window_tokens > model.max_tokens:
+        raise InputError(
+            f"window_tokens is {config.window_tokens}, but {config.model} has positions for"
+            f" {model.max_tokens}",
+            hint=f"set --window-tokens to at most {model.max_tokens}",
+        )
+    return model
+
+
+def _trainable(config: TuneConfig, model: HFModel) -> PeftModel | None:
+    """Choose the weights that are trained; with LoRA, put it into the model."""
+    if config.method == "full":
+        model.model.requires_grad_(True)
+        return None
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=2 * config.rank,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # PEFT asks transformers for a property that transformers is about to rename.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(config.seed)
+        wrapped = get_peft_model(model.model, settings)
+    if not isinstance(wrapped, PeftModel):
+        raise ModelError(f"{config.model} cannot take a LoRA", hint="tune it with --method full")
+    _describe(wrapped, config)
+    return wrapped
+
+
+def _describe(wrapped: PeftModel, config: TuneConfig) -> None:
+    # PEFT keeps the layers' full names as a set: other runtimes expect short names, and a set's
+    # order would change from run to run.
+    settings = wrapped.peft_config["default"]
+    settings.base_model_name_or_path = config.model
+    assert isinstance(settings, LoraConfig) and not isinstance(settings.target_modules, str)
+    names = {name.rpartition(".")[2] for name in settings.target_modules or ()}
+    settings.target_modules = sorted(names)
+
+
+def _train(
+    config: TuneConfig,
+    model: HFModel,
+    windows: Windows,
+    held_out: Windows | None,
+    progress: Progress,
+) -> TrainingState:
+    network: nn.Module = model.model
+    vocab = len(model.unembedding.weight)
+    device_map = None if model.device.type == "cpu" else model.device.type
+    learner = Learner(network, vocab=vocab, arithmetic=resolve_dtype(config.dtype, device_map))
+    limit = len(windows)
+    if config.max_tokens is not None:
+        limit = min(limit, max(1, config.max_tokens // config.window_tokens))
+    schedule = Schedule(
+        windows=len(windows),
+        windows_per_epoch=limit,
+        batch_windows=config.batch_windows,
+        epochs=config.epochs,
+        validations=0 if held_out is None else config.validations,
+        peak=config.learning_rate,
+        patience=config.patience,
+        seed=config.seed,
+    )
+    checkpoints = Checkpoints(config.out / STATE_NAME, config.checkpoint_every_sec)
+    with progress("tuning", config.epochs * limit * config.window_tokens) as advance:
+        return train(
+            learner,
+            windows,
+            held_out,
+            schedule,
+            checkpoints=checkpoints,
+            advance=lambda done: advance(done * config.window_tokens),
+        )
+
+
+def _save_weights(config: TuneConfig, model: HFModel, wrapped: PeftModel | None) -> None:
+    if wrapped is not None:
+        with replace_directory(config.out / LORA_NAME, marker="adapter_config.json") as folder:
+            wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)
+        return
+    with replace_directory(config.out / MODEL_NAME, marker="config.json") as folder:
+        with quiet_transformers():
+            model.model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+
+
+def _held_out_metrics(held_out: Windows, state: TrainingState) -> HeldOut:
+    tokens = int(held_out.counted.sum())
+    text_bytes = int(held_out.text_bytes[held_out.counted].sum())
+    before, after = state.held_out_nats[0], min(state.held_out_nats)
+    return HeldOut(
+        tokens=tokens,
+        bytes=text_bytes,
+        nats_per_token=tuple(state.held_out_nats),
+        nats_per_token_before=before,
+        nats_per_token_after=after,
+        bits_per_byte_before=bits_per_byte([DocumentScore(before * tokens, text_bytes)]),
+        bits_per_byte_after=bits_per_byte([DocumentScore(after * tokens, text_bytes)]),
+    )
