@@ -152,14 +152,14 @@ def _run(asked: UnfinishedRun, progress: Progress) -> ExpertManifest:
 
 
 def _begun(asked: UnfinishedRun) -> UnfinishedRun:
-    """Find the run that began in the folder, or begin one there."""
+    """Find the run that trained in the folder before, or begin one there."""
     folder = asked.config.out
     found = read_run(folder)
-    if found is not None:
+    if found is not None and (folder / STATE_NAME).exists():
         check_same_run(folder, found, asked)
         return found
     others = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME)
-    if others and others != [CHECKPOINT_NAME]:
+    if found is None and others not in ([], [CHECKPOINT_NAME]):
         raise InputError(
             f"{folder} holds other things ({', '.join(others[:3])}) and no run of tune",
             hint="choose a new or empty folder for --out",
