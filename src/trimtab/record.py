@@ -155,7 +155,7 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
     documents = {name: split.listed() for name, split in splits.items()}
     write_json(config.out / DOCUMENTS_NAME, documents)
     moved = _write_head(config, heads)
-    files = [DOCUMENTS_NAME] if moved is None else [DOCUMENTS_NAME, UNEMBEDDING_NAME]
+    files = [DOCUMENTS_NAME, *([UNEMBEDDING_NAME] if moved else [])]
     expert = read_expert(config.expert, verify=False)
     manifest = RecordingManifest(
         base=expert.base,

@@ -125,19 +125,19 @@ def attach_lora(model: PreTrainedModel, folder: Path) -> LoraSwitch:
         # PEFT warns of missing weights, which the comparison below turns into an error.
         with warnings.catch_warnings(action="ignore"):
             wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise AdapterError(
             f"the LoRA in {folder} does not fit the model: {error}",
             hint="use the base model that expert.json or the adapter's manifest names",
         ) from error
-    expected = set(get_peft_model_state_dict(wrapped))
+    _refuse_head(model, folder)
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if found != expected:
         raise AdapterError(
             f"the LoRA in {folder} lacks {len(expected - found)} weights of this model and has "
             f"{len(found - expected)} others",
             hint="use the base model that expert.json or the adapter's manifest names",
         )
-    _refuse_head(model, folder)
     return LoraSwitch(model)
 
 

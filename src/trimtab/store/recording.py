@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -153,9 +154,19 @@ class Recording:
         return self._folder
 
     def documents(self, split: Split) -> tuple[RecordedDocument, ...]:
-        """Names and lengths of a split's documents; `document_index` counts these."""
-        listed = read_json(self._folder / DOCUMENTS_NAME, "list of documents", error=RecordingError)
-        return tuple(RecordedDocument(**document) for document in listed[split])
+        """Names and lengths of a split's documents; `document_index` counts these.
+
+        Raises:
+            RecordingError: The list is missing or was changed.
+        """
+        path = self._folder / DOCUMENTS_NAME
+        listed = read_json(path, "list of documents", error=RecordingError)
+        try:
+            return tuple(RecordedDocument.model_validate(entry) for entry in listed[split])
+        except (KeyError, TypeError, ValidationError) as error:
+            raise RecordingError(
+                f"{path} is no list of documents of {split}", hint=RECORD_AGAIN
+            ) from error
 
     def expert_unembedding(self) -> Unembedding | None:
         """The expert's own head in float32, where a full fine-tune moved it, else None."""

@@ -1,9 +1,9 @@
 """The manifest of a recording: what it holds, how it is encoded, where it came from."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, FiniteFloat, JsonValue, ValidationError
+from pydantic import Field, FiniteFloat, JsonValue, ValidationError, model_validator
 
 from trimtab.errors import RecordingError
 from trimtab.store.adapter_schema import BaseModelReference, FileEntry, Part, Sha256
@@ -66,8 +66,8 @@ Encoding = Annotated[ExactEncoding | SparseEncoding | SampledEncoding, Field(dis
 class ShardEntry(Part):
     """One file of recorded positions."""
 
-    file: str = Field(pattern=r"^(train|held_out|general)-\d{5}\.safetensors$")
-    """Name inside the recording."""
+    file: str
+    """Name inside the recording: SPLIT-NNNNN.safetensors."""
     split: Split
     """What text it is of."""
     rows: int = Field(ge=1)
@@ -145,6 +145,21 @@ class RecordingManifest(Part):
     inputs: dict[str, Sha256]
     """Digest of every input: the expert's files and the text of each split."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, split in self.splits.items():
+            shards = [shard for shard in self.shards if shard.split == name]
+            wanted = [shard_name(name, index) for index in range(len(shards))]
+            if [shard.file for shard in shards] != wanted:
+                raise ValueError(f"the shards of {name} are not {', '.join(wanted)}")
+            rows = sum(shard.rows for shard in shards)
+            if rows != split.tokens:
+                raise ValueError(f"the shards of {name} hold {rows} of {split.tokens} tokens")
+        needed = {DOCUMENTS_NAME} | ({UNEMBEDDING_NAME} if self.expert_head else set())
+        if set(self.files) != needed or set(self.splits) != set(SPLITS):
+            raise ValueError(f"expected the files {sorted(needed)} and the splits {SPLITS}")
+        return self
+
     @property
     def hidden(self) -> int:
         """Size of a hidden state."""
@@ -186,7 +201,7 @@ def read_recording_manifest(folder: Path) -> RecordingManifest:
         return RecordingManifest.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(str(part) for part in problem["loc"]) or "contents"
         raise RecordingError(
             f"{folder / MANIFEST_NAME}: {where}: {problem['msg']}", hint=RECORD_AGAIN
         ) from error
