@@ -1,6 +1,7 @@
 """The unembedding of a live transformers model, checked against the model itself."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +26,15 @@ def read_unembedding(model: PreTrainedModel) -> Unembedding:
         ModelError: The model has no linear head.
     """
     head = model.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), Tensor):
+    weight = getattr(head, "weight", None)
+    if head is None or not isinstance(weight, Tensor):
         raise ModelError(
             f"{type(model).__name__} has no linear language-model head",
             hint="use a causal or sequence-to-sequence language model",
         )
     config = model.config.get_text_config(decoder=True)
     return Unembedding(
-        weight=head.weight,
+        weight=weight,
         bias=_bias(model, head),
         scale=_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
@@ -45,10 +47,10 @@ def _bias(model: PreTrainedModel, head: nn.Module) -> Tensor | None:
     return sum(present[1:], start=present[0]) if present else None
 
 
-def _scale(config: object) -> float:
+def _scale(config: Any) -> float:
     scale = 1.0
     if getattr(config, "scale_decoder_outputs", False):
-        scale *= config.d_model**-0.5  # pyright: ignore[reportAttributeAccessIssue]
+        scale *= config.d_model**-0.5
     for name, power in (("logits_scaling", -1), ("logit_scale", 1), ("output_multiplier", 1)):
         value = getattr(config, name, None)
         if isinstance(value, int | float):
@@ -81,7 +83,8 @@ def check_unembedding(
     hidden, logits = states_and_logits()
     _compare(unembedding.logits(hidden), logits, ref)
     factor = _PROBE_LOGIT / max(float(logits.abs().max()), 1e-6)
-    handle = model.get_output_embeddings().register_forward_pre_hook(
+    head: Any = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(
         lambda _module, inputs: (inputs[0] * factor, *inputs[1:])
     )
     try:

@@ -233,7 +233,7 @@ def weight_sha256(weight: Tensor) -> str:
     rows = max(1, 2**24 // max(1, weight.shape[-1]))
     for part in weight.detach().split(rows):
         rounded = part.to(torch.bfloat16).cpu().contiguous()
-        digest.update(rounded.view(torch.uint8).numpy())
+        digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -3,17 +3,17 @@
 import os
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from trimtab.errors import ModelError
+from trimtab.errors import ModelError, TrimtabError
+from trimtab.store.files import storage_errors
 from trimtab.types import Progress
 
 CONNECT_SEC = 8.0
@@ -33,13 +33,18 @@ def download_model(ref: str, progress: Progress) -> Path:
 
     Raises:
         ModelError: There is no such model, it is gated, or the hub cannot be reached.
+        StorageError: The disk is full.
     """
     name, _, revision = ref.partition("@")
     try:
-        return _download(name, revision or None, progress)
+        with storage_errors(Path(constants.HF_HUB_CACHE)):
+            return _download(name, revision or None, progress)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise _unknown(ref, error) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+    except TrimtabError:
+        raise
+    except Exception as error:
+        # The client lets its transport's errors through, whose library changes between versions.
         return _cached(ref, name, revision or None, error)
 
 

@@ -50,7 +50,7 @@ def open_model(
     with quiet_transformers():
         if ref.startswith(TINY_SCHEME):
             spec = parse_tiny(ref)
-            model = tiny_model(spec).to(dtype=arithmetic)
+            model = tiny_model(spec, arithmetic)
             return adopt_model(ref, model, tiny_tokenizer(spec))
         folder = _folder(ref, progress)
         model = _load_model(ref, folder, arithmetic, device_map)
@@ -114,7 +114,7 @@ def _load_model(
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, report = auto.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -128,6 +128,7 @@ def _load_model(
     except Exception as error:
         # safetensors raises its own type, which derives from Exception alone.
         raise ModelError(f"{ref} cannot be read: {_first_line(error)}", hint=_HINT) from error
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import parse_qsl
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -103,22 +104,36 @@ def _setting(ref: str, key: str, value: str) -> int | str:
     )
 
 
-def tiny_model(spec: TinySpec) -> PreTrainedModel:
+def tiny_model(spec: TinySpec, dtype: torch.dtype) -> PreTrainedModel:
     """Make a toy model with random weights, the same for the same settings.
 
     The global random state of torch is left as it was.
 
     Args:
         spec: Family and sizes.
+        dtype: Arithmetic; the weights are drawn in float32 and rounded.
 
     Returns:
-        A model in float32 on the CPU.
+        A model on the CPU.
     """
     config = _CONFIGS[spec.family](spec, _common_settings(spec))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return auto.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32)
+        if spec.tied == 0:
+            _untie(model)
+    # Parameters alone, as from_pretrained does: rotary frequencies must stay in float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _untie(model: PreTrainedModel) -> None:
+    # T5's configuration ties in any case; a checkpoint with two tables is loaded untied.
+    head: Any = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(torch.randn_like(head.weight) * head.in_features**-0.5)
 
 
 def tiny_tokenizer(spec: TinySpec) -> PreTrainedTokenizerFast:
@@ -136,8 +151,8 @@ def tiny_tokenizer(spec: TinySpec) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _common_settings(spec: TinySpec) -> dict[str, int | bool]:
-    settings: dict[str, int | bool] = {
+def _common_settings(spec: TinySpec) -> dict[str, Any]:
+    settings: dict[str, Any] = {
         "vocab_size": _BPE_TOKENS if spec.vocab == "bpe" else 256 + len(_SPECIAL),
         "bos_token_id": _BOS,
         "eos_token_id": _EOS,
@@ -147,7 +162,7 @@ def _common_settings(spec: TinySpec) -> dict[str, int | bool]:
 
 
 def _llama_like(config: Callable[..., PreTrainedConfig]) -> "_MakeConfig":
-    def make(spec: TinySpec, common: Mapping[str, int | bool]) -> PreTrainedConfig:
+    def make(spec: TinySpec, common: Mapping[str, Any]) -> PreTrainedConfig:
         return config(
             hidden_size=spec.hidden,
             intermediate_size=2 * spec.hidden,
@@ -162,7 +177,7 @@ def _llama_like(config: Callable[..., PreTrainedConfig]) -> "_MakeConfig":
     return make
 
 
-def _gpt2(spec: TinySpec, common: Mapping[str, int | bool]) -> PreTrainedConfig:
+def _gpt2(spec: TinySpec, common: Mapping[str, Any]) -> PreTrainedConfig:
     return GPT2Config(
         n_embd=spec.hidden,
         n_layer=spec.layers,
@@ -172,19 +187,19 @@ def _gpt2(spec: TinySpec, common: Mapping[str, int | bool]) -> PreTrainedConfig:
     )
 
 
-def _t5(spec: TinySpec, common: Mapping[str, int | bool]) -> PreTrainedConfig:
+def _t5(spec: TinySpec, common: Mapping[str, Any]) -> PreTrainedConfig:
+    settings: dict[str, Any] = {**common, "decoder_start_token_id": _PAD}
     return T5Config(
         d_model=spec.hidden,
         d_ff=2 * spec.hidden,
         d_kv=spec.hidden // spec.heads,
         num_layers=spec.layers,
         num_heads=spec.heads,
-        decoder_start_token_id=_PAD,
-        **common,
+        **settings,
     )
 
 
-_MakeConfig = Callable[[TinySpec, Mapping[str, int | bool]], PreTrainedConfig]
+_MakeConfig = Callable[[TinySpec, Mapping[str, Any]], PreTrainedConfig]
 _CONFIGS: Mapping[str, _MakeConfig] = {
     "llama": _llama_like(LlamaConfig),
     "qwen3": _llama_like(Qwen3Config),

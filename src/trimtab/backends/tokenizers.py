@@ -64,12 +64,13 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, prefix_space:
             the text begins with one, so that the first byte is never the text's own.
 
     Returns:
-        Token ids.
+        Token ids. What the tokenizer cannot write (SmolLM2 lacks some control characters) is
+        left out or becomes its unknown token, as in the model's training.
     """
-    ids = _plain(tokenizer, text)
-    if prefix_space and text.startswith(" ") and ids == _plain(tokenizer, text[1:]):
-        return _plain(tokenizer, " " + text)
-    return ids
+    spare = prefix_space and text.startswith(" ")
+    if spare and _plain(tokenizer, " x") == _plain(tokenizer, "x"):
+        text = " " + text
+    return _plain(tokenizer, text)
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -90,11 +91,12 @@ def _checked(
             hint=_OTHER_MODELS,
         )
     whole = list(tokenizer(_PROBE, verbose=False)["input_ids"])
+    eos = tokenizer.eos_token_id
     wants_bos = len(whole) > len(plain) and whole[0] != plain[0]
     return Vocabulary(
         token_bytes,
         bos_id=whole[0] if wants_bos else None,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=eos if isinstance(eos, int) else None,
         prefix_space=prefix_space,
     )
 

@@ -1,0 +1,140 @@
+"""Opening models by name: what works, and what every kind of bad name or file says."""
+
+import json
+import time
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers.utils import logging as transformers_logging
+
+from trimtab.backends.open import open_model, resolve_dtype
+from trimtab.errors import ModelError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = open_model("tiny:llama?layers=1", dtype="float32")
+    made.model.save_pretrained(tmp_path / "model")
+    made.tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _refused(ref, finding):
+    with pytest.raises(ModelError, match=finding) as caught:
+        open_model(str(ref), dtype="float32")
+    assert "tiny:" in caught.value.hint or "gguf" in caught.value.hint
+    return caught.value
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    _refused(tmp_path / "nothing", "there is no file or folder")
+    _refused("./nothing", "there is no file or folder")
+    _refused("nothing.gguf", "there is no file or folder")
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    _refused(tmp_path / "model.bin", "not a GGUF file")
+
+
+def test_a_folder_without_configuration(folder):
+    (folder / "config.json").unlink()
+    _refused(folder, "no config.json")
+    (folder / "small.gguf").write_bytes(b"")
+    assert "small.gguf" in _refused(folder, "no config.json").hint
+
+
+def test_a_folder_with_a_broken_configuration(folder):
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    _refused(folder, "cannot be opened")
+
+
+def test_a_folder_of_an_unknown_architecture(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "frigate", "auto_map": {"AutoConfig": "frigate.Config"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "frigate.py").write_text("raise SystemExit('code of a model ran')", encoding="utf-8")
+    _refused(folder, "cannot be opened")
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    _refused(folder, "no weights")
+
+
+def test_pickled_weights_are_not_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    _refused(folder, "no weights")
+
+
+def test_a_cut_file_of_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    _refused(folder, "cannot be")
+
+
+def test_weights_of_another_model(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    deeper = config | {"num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(deeper), encoding="utf-8")
+    _refused(folder, "lacks 9 of its weights")
+    wider = config | {"hidden_size": 128}
+    (folder / "config.json").write_text(json.dumps(wider), encoding="utf-8")
+    _refused(folder, "cannot be opened")
+
+
+def test_a_folder_without_a_tokenizer(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    _refused(folder, "no tokenizer that can be read")
+
+
+def test_a_broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    _refused(folder, "no tokenizer that can be read")
+
+
+def test_the_hub_out_of_reach_says_so_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    started = time.monotonic()
+    error = _refused("someone/something", "the hub cannot be reached")
+    assert time.monotonic() - started < 20
+    assert "local folder" in error.hint
+    assert "GGUF file" in error.hint
+
+
+def test_a_name_that_no_hub_can_have(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    _refused("no such model!", "there is no model")
+
+
+def test_transformers_is_as_talkative_after_as_before():
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    with pytest.raises(ModelError):
+        open_model("tiny:none")
+    assert transformers_logging.get_verbosity() == level
+    assert transformers_logging.is_progress_bar_enabled() == bars
+
+
+def test_opening_says_nothing(folder, capfd):
+    open_model(str(folder))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_arithmetic():
+    assert resolve_dtype("float32") == torch.float32
+    assert resolve_dtype("bfloat16") == torch.bfloat16
+    assert resolve_dtype("auto") in (torch.float32, torch.bfloat16)
+    assert open_model("tiny:gpt2", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_a_device_map_gives_the_same_logits(folder):
+    ids = torch.tensor([[1, 2, 3]])
+    plain = open_model(str(folder), dtype="float32").logits(ids)
+    assert torch.equal(
+        open_model(str(folder), dtype="float32", device_map="cpu").logits(ids), plain
+    )
