@@ -21,6 +21,7 @@ from trimtab.corpus import load_documents
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
 from trimtab.errors import InputError, NumericalError, RecordingError
 from trimtab.passages import cut_shards, passages, tokenised
+from trimtab.probe import probe_documents
 from trimtab.record import record
 from trimtab.soft_targets import Heads, run_passages, state_columns
 from trimtab.store.recording import Recording
@@ -290,6 +291,15 @@ def test_other_text_can_be_recorded(expert: Path, texts: Path, tmp_path: Path) -
     assert [document.name for document in recording.documents("train")] == [str(other)]
 
 
+def test_the_shipped_probe_text_is_recorded_by_default(expert: Path, tmp_path: Path) -> None:
+    documents = probe_documents()
+    names = {document.name for document in documents}
+    assert len(names) == len(documents) > 10
+    assert all(len(document.text) > 500 for document in documents)
+    recording = Recording.open(record(RecordConfig(expert=expert, out=tmp_path / "r")).folder)
+    assert {document.name for document in recording.documents("general")} == names
+
+
 def test_killed_and_resumed_gives_the_same_bytes(
     exact: Recording, expert: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -297,6 +307,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     code = """
 import contextlib, sys, time
 from trimtab.config import RecordConfig
+from trimtab.probe import probe_documents
 from trimtab.record import record
 
 @contextlib.contextmanager
@@ -309,7 +320,7 @@ record(RecordConfig.model_validate_json(sys.argv[1]), progress=slow)
     child = subprocess.Popen(
         [sys.executable, "-c", code, config.model_dump_json()], env=environment
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (config.out / "train-00001.safetensors").exists():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
