@@ -25,3 +25,21 @@ def masked_cross_entropy_nats(logits: Tensor, targets: Tensor, counted: Tensor) 
     return functional.cross_entropy(
         logits.flatten(0, 1).float(), chosen.flatten(), ignore_index=_IGNORED, reduction="sum"
     )
+
+
+def kl_nats(target_logits: Tensor, logits: Tensor) -> Tensor:
+    """Kullback-Leibler divergence KL(target || ours) in nats, at least 0.
+
+    Both sides are normalised here over the tokens given, so that a subset of the vocabulary is
+    compared as the distribution given that subset.
+
+    Args:
+        target_logits: Shape [..., vocab].
+        logits: Shape [..., vocab].
+
+    Returns:
+        Shape [...].
+    """
+    target_logprobs = target_logits.log_softmax(-1)
+    difference = target_logprobs - logits.log_softmax(-1)
+    return (target_logprobs.exp() * difference).sum(-1)

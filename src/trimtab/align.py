@@ -1,0 +1,240 @@
+"""From a small model's next-token distribution to a host's tokens, on bytes. Pure.
+
+At a host's decoding step the context is a byte string. The small model may have read it as
+several token sequences; each is a cover: tokens that it has read, and a rest that its next token
+must begin with. The idea of covers is that of byte-level sampling from token models (Vieira et
+al. 2024, "From Language Models over Tokens to Language Models over Characters"; Hayase et al.
+2025, "Sampling from Your Language Model One Byte at a Time"); see docs/method.md for what is
+exact here and what is not.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trimtab.vocab import Vocabulary
+
+Encode = Callable[[str], Sequence[int]]
+
+MAX_BACK = 2
+"""Last tokens of the context that a longer token may replace."""
+
+
+@dataclass(frozen=True)
+class Cover:
+    """One way in which a small model may have read a context.
+
+    Attributes:
+        tokens: What it has read.
+        rest: Bytes that its next token must begin with, and go beyond.
+    """
+
+    tokens: tuple[int, ...]
+    rest: bytes
+
+
+@dataclass(frozen=True)
+class Strings:
+    """A vocabulary in byte order, to find all tokens that begin with given bytes."""
+
+    vocabulary: Vocabulary
+
+    @cached_property
+    def _sorted(self) -> tuple[list[bytes], list[int]]:
+        pairs = sorted(self.vocabulary.ids_by_bytes.items())
+        return [text for text, _ in pairs], [token_id for _, token_id in pairs]
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(text) for text in self._sorted[0])
+
+    def longer_than(self, start: bytes) -> list[int]:
+        """Ids of the tokens that begin with `start` and go beyond it, in byte order."""
+        texts, ids = self._sorted
+        first = bisect.bisect_right(texts, start)
+        after = _successor(start)
+        last = len(texts) if after is None else bisect.bisect_left(texts, after)
+        return ids[first:last]
+
+    def first_token(self, text: bytes) -> int:
+        """The longest token that begins a text; -1 if none does."""
+        ids = self.vocabulary.ids_by_bytes
+        for length in range(min(len(text), self.longest), 0, -1):
+            if text[:length] in ids:
+                return ids[text[:length]]
+        return -1
+
+
+def _successor(start: bytes) -> bytes | None:
+    """The first byte string after all that begin with `start`; None if there is none."""
+    stripped = start.rstrip(b"\xff")
+    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
+
+
+def covers_of(context: bytes, encode: Encode, token_bytes: Sequence[bytes | None]) -> list[Cover]:
+    """Ways to read a context, from the context alone.
+
+    The first is the tokenizer's own; then its last tokens are given back for a longer token to
+    take their place; then what the tokenizer would do if a word followed (a run of spaces then
+    leaves its last space to that word).
+
+    Args:
+        context: The bytes so far, valid UTF-8 up to a cut character at its end.
+        encode: The small model's tokenizer.
+        token_bytes: Of the small model.
+    """
+    whole, cut = _valid_utf8(context)
+    tokens = tuple(encode(whole.decode()))
+    covers = [Cover(tokens, cut)] if cut else [Cover(tokens, b"")]
+    for back in range(1, min(MAX_BACK, len(tokens)) + 1):
+        rest = b"".join(token_bytes[t] or b"" for t in tokens[-back:]) + cut
+        covers.append(Cover(tokens[:-back], rest))
+    if whole[-1:].isspace() and not cut:
+        covers += _before_a_word(whole, encode, token_bytes, {c.tokens for c in covers})
+    return covers
+
+
+def _before_a_word(
+    context: bytes,
+    encode: Encode,
+    token_bytes: Sequence[bytes | None],
+    known: set[tuple[int, ...]],
+) -> list[Cover]:
+    tokens, kept, size = encode((context + b"x").decode()), [], 0
+    for token in tokens:
+        text = token_bytes[token] or b""
+        if size + len(text) > len(context):
+            break
+        kept.append(token)
+        size += len(text)
+    return [] if tuple(kept) in known else [Cover(tuple(kept), context[size:])]
+
+
+def _valid_utf8(text: bytes) -> tuple[bytes, bytes]:
+    """Part a text before a character that its end cuts."""
+    for back in range(1, min(4, len(text)) + 1):
+        lead = text[-back]
+        if lead < 0x80:
+            break
+        if lead >= 0xC0:
+            length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+            return (text[:-back], text[-back:]) if length > back else (text, b"")
+    return text, b""
+
+
+def cover_weights(
+    covers: Sequence[Cover], logprob_of: Callable[[Cover], float], open_mass: Sequence[float]
+) -> Tensor:
+    """Posterior of each cover given that the context was written.
+
+    Args:
+        covers: The covers.
+        logprob_of: Log-probability of a cover's tokens, in nats, up to a common constant.
+        open_mass: Probability that the next token goes beyond the rest; 1 where it is empty.
+
+    Returns:
+        Shape [covers], summing to one.
+    """
+    scores = [
+        logprob_of(cover) + (torch.tensor(mass).log().item() if mass > 0 else -torch.inf)
+        for cover, mass in zip(covers, open_mass, strict=True)
+    ]
+    return torch.tensor(scores, dtype=torch.float64).softmax(0)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What carries a small model's distribution to a host's tokens.
+
+    Attributes:
+        small: The small model's strings.
+        host: The host's strings.
+    """
+
+    small: Strings
+    host: Strings
+
+    @cached_property
+    def first_small(self) -> Tensor:
+        """For each host token, the longest small token that begins it; -1 if none."""
+        return _firsts(self.host.vocabulary, self.small)
+
+    @cached_property
+    def first_host(self) -> Tensor:
+        """For each small token, the longest host token that begins it; -1 if none."""
+        return _firsts(self.small.vocabulary, self.host)
+
+    def to_host(self, probs: Tensor, host_probs: Tensor) -> Tensor:
+        """Carry distributions over what comes next from small tokens to host tokens.
+
+        A small token t lends its probability to the host tokens that begin with it (t is the
+        longest small token that begins them), in the proportions in which the host itself
+        continues t: the small model says nothing there yet. A small token that no host token
+        begins with lends it to the longest host token that begins t. The result is the
+        distribution nearest to the host's (in KL) with the small model's first-token masses.
+
+        Args:
+            probs: Over small tokens, shape [..., vocab of small].
+            host_probs: The host's own, shape [..., vocab of host].
+
+        Returns:
+            Shape [..., vocab of host]; sums to the mass of the small tokens that can be carried.
+        """
+        first = self.first_small.clamp_min(0)
+        known = host_probs * (self.first_small >= 0)
+        mass = torch.zeros_like(probs).index_add(-1, first, known)
+        ratio = torch.where(mass > 0, probs / mass.clamp_min(1e-30), 0.0)
+        carried = known * ratio[..., first]
+        alone = torch.where((mass > 0) | (self.first_host < 0), 0.0, probs)
+        return carried.index_add(-1, self.first_host.clamp_min(0), alone)
+
+    def rest_to_host(self, probs: Tensor, rest: bytes, host_probs: Tensor) -> tuple[Tensor, float]:
+        """The same where the next small token must begin with `rest` and go beyond it.
+
+        Args:
+            probs: Over small tokens, shape [vocab of small].
+            rest: Bytes of the context that the next token repeats.
+            host_probs: The host's own, shape [vocab of host].
+
+        Returns:
+            The distribution over host tokens, summing to at most one, and the probability that
+            the next small token goes beyond `rest`.
+        """
+        ids = self.small.longer_than(rest)
+        chosen = probs[ids]
+        open_mass = float(chosen.sum())
+        carried = torch.zeros_like(host_probs)
+        if open_mass <= 0:
+            return carried, 0.0
+        token_bytes = self.small.vocabulary.token_bytes
+        top = chosen.topk(min(len(ids), REST_TOKENS))
+        for prob, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            suffix = (token_bytes[ids[place]] or b"")[len(rest) :]
+            self._carry(carried, suffix, prob, host_probs)
+        return carried / open_mass, open_mass
+
+    def _carry(self, carried: Tensor, suffix: bytes, prob: float, host_probs: Tensor) -> None:
+        exact = self.host.vocabulary.ids_by_bytes.get(suffix)
+        within = self.host.longer_than(suffix) if len(suffix) > 1 else []
+        if exact is not None:
+            within = [exact, *within]
+        if within:
+            shares = host_probs[within]
+            carried[within] += prob * shares / shares.sum().clamp_min(1e-30)
+        elif (first := self.host.first_token(suffix)) >= 0:
+            carried[first] += prob
+
+
+REST_TOKENS = 256
+"""Likeliest tokens that are followed one by one where a token must begin with a rest."""
+
+
+def _firsts(vocabulary: Vocabulary, strings: Strings) -> Tensor:
+    return torch.tensor(
+        [strings.first_token(text) if text else -1 for text in vocabulary.token_bytes]
+    )

@@ -1,0 +1,215 @@
+"""The tensors of an adapter on disk; docs/format.md names each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimtab.anchors import Anchors
+from trimtab.carriers.head import Head
+from trimtab.carriers.memory import Memory
+from trimtab.errors import AdapterError
+from trimtab.store.adapter_schema import AdapterManifest
+from trimtab.store.files import writing_atomically
+
+MOUNT_FILE = "mount.safetensors"
+HEAD_FILE = "head.safetensors"
+MEMORY_FILE = "memory/memory.safetensors"
+EXPERT_FOLDER = "expert"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """General text and where the small model's states on it were taken.
+
+    Attributes:
+        documents: The texts, as bytes.
+        document_index: Document of each state, shape [states].
+        byte_ends: Bytes of its document that the small model had read, shape [states].
+        mean: Mean state, shape [hidden].
+        std: Standard deviation of the states, shape [hidden].
+    """
+
+    documents: tuple[bytes, ...]
+    document_index: Tensor
+    byte_ends: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """A head with what a host needs to wear it.
+
+    Attributes:
+        head: The layer.
+        strings: Every token string of the small model.
+        string_rows: W_A [up | offset] of each string, shape [strings, rank + 1].
+        probe_features: down @ (h - mean) on the probe text, shape [states, rank].
+    """
+
+    head: Head
+    strings: tuple[bytes, ...]
+    string_rows: Tensor
+    probe_features: Tensor
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """A memory with its features on the probe text, shape [states, key]."""
+
+    memory: Memory
+    probe_features: Tensor
+
+
+def pack_strings(strings: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """Join byte strings into one tensor; also give where each ends."""
+    blob = torch.frombuffer(bytearray(b"".join(strings) or b"\0"), dtype=torch.uint8)
+    ends = torch.tensor([len(s) for s in strings], dtype=torch.int64).cumsum(0)
+    return blob, ends
+
+
+def unpack_strings(blob: Tensor, ends: Tensor) -> tuple[bytes, ...]:
+    """The byte strings that `pack_strings` joined."""
+    raw, stops = blob.numpy().tobytes(), ends.tolist()
+    return tuple(raw[start:stop] for start, stop in zip([0, *stops], stops, strict=False))
+
+
+def _quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scale = rows.abs().amax(1).clamp_min(1e-12) / 127
+    return (rows / scale[:, None]).round().to(torch.int8), scale
+
+
+def write_mount(folder: Path, anchors: Anchors, probe: Probe) -> None:
+    """Write mount.safetensors: anchors in int8 with a scale a row, and the probe."""
+    rows, scales = _quantise_rows(anchors.rows)
+    anchor_bytes, anchor_ends = pack_strings(anchors.strings)
+    probe_bytes, probe_ends = pack_strings(probe.documents)
+    _save(
+        folder / MOUNT_FILE,
+        {
+            "anchor_bytes": anchor_bytes,
+            "anchor_ends": anchor_ends,
+            "anchor_rows": rows,
+            "anchor_scales": scales,
+            "anchor_weights": anchors.weights,
+            "probe_bytes": probe_bytes,
+            "probe_ends": probe_ends,
+            "probe_document": probe.document_index,
+            "probe_byte_ends": probe.byte_ends,
+            "state_mean": probe.mean,
+            "state_std": probe.std,
+        },
+    )
+
+
+def read_mount(folder: Path) -> tuple[Anchors, Probe]:
+    """Read mount.safetensors.
+
+    Raises:
+        AdapterError: The file is missing or lacks a tensor.
+    """
+    found = _load(folder / MOUNT_FILE)
+    anchors = Anchors(
+        unpack_strings(found["anchor_bytes"], found["anchor_ends"]),
+        found["anchor_rows"].float() * found["anchor_scales"][:, None],
+        found["anchor_weights"],
+    )
+    probe = Probe(
+        unpack_strings(found["probe_bytes"], found["probe_ends"]),
+        found["probe_document"],
+        found["probe_byte_ends"],
+        found["state_mean"],
+        found["state_std"],
+    )
+    return anchors, probe
+
+
+def write_head(folder: Path, file: HeadFile) -> None:
+    """Write head.safetensors."""
+    string_bytes, string_ends = pack_strings(file.strings)
+    tensors = {
+        **file.head.tensors(),
+        "string_bytes": string_bytes,
+        "string_ends": string_ends,
+        "string_rows": file.string_rows.half(),
+        "probe_features": file.probe_features.half(),
+    }
+    _save(folder / HEAD_FILE, tensors)
+
+
+def read_head(folder: Path) -> HeadFile:
+    """Read head.safetensors.
+
+    Raises:
+        AdapterError: The file is missing or lacks a tensor.
+    """
+    found = _load(folder / HEAD_FILE)
+    head = Head(found["down"], found["up"], found["offset"], found["mean"])
+    strings = unpack_strings(found["string_bytes"], found["string_ends"])
+    return HeadFile(head, strings, found["string_rows"].float(), found["probe_features"].float())
+
+
+def write_memory(folder: Path, file: MemoryFile) -> None:
+    """Write memory/memory.safetensors; its gate is in the manifest."""
+    memory = file.memory
+    tensors = {
+        "keys": memory.keys,
+        "projection": memory.projection,
+        "mean": memory.mean,
+        "text": memory.text,
+        "positions": memory.positions,
+        "probe_features": file.probe_features.half(),
+    }
+    if memory.soft_ids is not None and memory.soft_probs is not None:
+        tensors |= {"soft_ids": memory.soft_ids, "soft_probs": memory.soft_probs.half()}
+    _save(folder / MEMORY_FILE, tensors)
+
+
+def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
+    """Read memory/memory.safetensors, with the gate from the manifest.
+
+    Raises:
+        AdapterError: The file is missing or lacks a tensor.
+    """
+    found = _load(folder / MEMORY_FILE)
+    carrier = manifest.memory
+    soft = found.get("soft_probs")
+    memory = Memory(
+        found["keys"],
+        found["projection"],
+        found["mean"],
+        found["text"],
+        found["positions"],
+        carrier.gate.weights if carrier else (),
+        found.get("soft_ids"),
+        None if soft is None else soft.float(),
+    )
+    return MemoryFile(memory, found["probe_features"].float())
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_atomically(path) as temp:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temp)
+
+
+class _Tensors(dict[str, Tensor]):
+    """Tensors of a file; asking for one that is not there is an AdapterError."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise AdapterError(
+            f"the adapter lacks the tensor {name!r}",
+            hint="fetch the adapter again, or run `trimtab fit` again",
+        )
+
+
+def _load(path: Path) -> _Tensors:
+    if not path.is_file():
+        raise AdapterError(
+            f"{path} is missing", hint="fetch the adapter again, or run `trimtab fit` again"
+        )
+    return _Tensors(load_file(path))
