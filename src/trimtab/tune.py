@@ -2,11 +2,13 @@
 
 import shutil
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -132,7 +134,9 @@ def _run(asked: UnfinishedRun, progress: Progress) -> ExpertManifest:
     )
     windows, held_out = training_windows(config, model), held_out_windows(config, model)
     wrapped = _trainable(config, model)
-    state = _train(config, model, windows, held_out, progress)
+    # Mixed precision casts each input once; PEFT would widen it to float32 and back before that.
+    with disable_input_dtype_casting(wrapped) if wrapped else nullcontext():
+        state = _train(config, model, windows, held_out, progress)
     _save_weights(config, model, wrapped)
     manifest = ExpertManifest(
         base=base,
