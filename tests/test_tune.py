@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -255,6 +256,24 @@ def _counted_text(model: HFModel, config: TuneConfig) -> list[str]:
     windows = training_windows(config, model)
     counted = model.tokenizer.decode(windows.token_ids[windows.counted].tolist())
     return sorted(counted.removesuffix("<eos>").split("<eos>"))
+
+
+def test_a_limit_takes_excerpts_from_all_over_the_text(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for n in range(5):
+        (corpus / f"{n}.txt").write_text("".join(f"{n}:{line:03d};\n" for line in range(200)))
+    config = configuration(corpus, tmp_path / "expert", held_out=0, max_tokens=3500)
+    tune(config)
+    model = open_model(LLAMA)
+    everything = config.model_copy(update={"max_tokens": None})
+    some, whole = (training_windows(c, model) for c in (config, everything))
+    assert 3500 < int(some.counted.sum()) < 3500 + 400 < int(whole.counted.sum())
+    texts = [model.tokenizer.decode(w.token_ids[w.counted].tolist()) for w in (some, whole)]
+    lines = re.findall(r"\d:\d{3};", texts[0])
+    assert {line[0] for line in lines} == set("01234")
+    assert len(lines) == len(set(lines)) < len(re.findall(r"\d:\d{3};", texts[1]))
+    assert texts[1].count("<eos>") == 5 > texts[0].count("<eos>")
 
 
 def test_near_duplicates_of_test_files_are_not_trained_on(corpus: Path, tmp_path: Path) -> None:

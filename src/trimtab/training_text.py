@@ -1,6 +1,8 @@
 """From the user's files to training and held-out windows of one model."""
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from trimtab.errors import InputError
 from trimtab.packing import TokenisedDocument, Windows, counted_by_spans, pack
 from trimtab.store.expert import HELD_OUT_NAME, TRAIN_NAME, Documents
 from trimtab.types import Document
+
+_TYPICAL_TOKEN_CHARACTERS = 4
 
 
 def fingerprints(config: TuneConfig) -> dict[str, str]:
@@ -69,12 +73,14 @@ def gather_documents(config: TuneConfig, model: HFModel) -> Documents:
 
 
 def training_windows(config: TuneConfig, model: HFModel) -> Windows:
-    """Pack the saved training text.
+    """Pack the saved training text: all of it, or under `max_tokens` excerpts from all over it.
 
     Raises:
         InputError: The text is shorter than a window, or nothing in it counts.
     """
-    documents = _tokenised(config.out / TRAIN_NAME, model)
+    limit = None if config.max_tokens is None else config.max_tokens * config.epochs
+    least = None if limit is None else max(limit, config.window_tokens)
+    documents = _tokenised(config.out / TRAIN_NAME, config, model, least_tokens=least)
     found = sum(len(document.token_ids) for document in documents)
     if found < config.window_tokens:
         raise InputError(
@@ -96,13 +102,52 @@ def held_out_windows(config: TuneConfig, model: HFModel) -> Windows | None:
     Raises:
         InputError: Nothing in the text counts.
     """
-    documents = _tokenised(config.out / HELD_OUT_NAME, model)
+    least = max(config.validation_tokens, config.window_tokens)
+    documents = _tokenised(config.out / HELD_OUT_NAME, config, model, least_tokens=least)
     if not documents:
         return None
     windows = _counting(_packed(documents, config, model).scored(), "held-out")
     count = max(1, config.validation_tokens // config.window_tokens)
     generator = torch.Generator().manual_seed(config.seed)
     return windows.rows(torch.randperm(len(windows), generator=generator)[:count])
+
+
+@dataclass(frozen=True)
+class _Excerpt:
+    document: Document
+    ends: bool
+
+
+def _tokenised(
+    path: Path, config: TuneConfig, model: HFModel, *, least_tokens: int | None
+) -> list[TokenisedDocument]:
+    """Tokenise saved documents, or excerpts of them until there are enough tokens."""
+    documents = load_documents(path)
+    if least_tokens is None:
+        return [_tokens_of(_Excerpt(document, True), model) for document in documents]
+    # Two windows of text each: large corpora are seen all over without being read all.
+    length = 2 * config.window_tokens * _TYPICAL_TOKEN_CHARACTERS
+    excerpts = [excerpt for document in documents for excerpt in _cut(document, length)]
+    random.Random(config.seed).shuffle(excerpts)
+    tokenised: list[TokenisedDocument] = []
+    for excerpt in excerpts:
+        if least_tokens <= 0:
+            break
+        tokenised.append(_tokens_of(excerpt, model))
+        least_tokens -= len(tokenised[-1].token_ids)
+    return tokenised
+
+
+def _cut(document: Document, length: int) -> Iterator[_Excerpt]:
+    """Cut a text into excerpts of whole lines; chats and completions stay whole."""
+    text, start = document.text, 0
+    while len(text) - start > length and not (document.markup or document.loss_spans):
+        end = text.find("\n", start + length) + 1 or len(text)
+        yield _Excerpt(Document(document.name, text[start:end]), end == len(text))
+        start = end
+    if start < len(text):
+        rest = replace(document, text=text[start:]) if start else document
+        yield _Excerpt(rest, True)
 
 
 def _packed(documents: Sequence[TokenisedDocument], config: TuneConfig, model: HFModel) -> Windows:
@@ -119,11 +164,8 @@ def _counting(windows: Windows, side: str) -> Windows:
     return windows
 
 
-def _tokenised(path: Path, model: HFModel) -> list[TokenisedDocument]:
-    return [_tokens_of(document, model) for document in load_documents(path)]
-
-
-def _tokens_of(document: Document, model: HFModel) -> TokenisedDocument:
+def _tokens_of(excerpt: _Excerpt, model: HFModel) -> TokenisedDocument:
+    document = excerpt.document
     ids = model.encode(document.text, markup=document.markup)
     pieces = [_spelled(model, token_id) for token_id in ids]
     try:
@@ -143,10 +185,10 @@ def _tokens_of(document: Document, model: HFModel) -> TokenisedDocument:
     before = [i for i in model.context_ids() if ids[:1] != [i]]
     # A chat template writes its own end tokens.
     end = model.vocabulary.eos_id
-    after = [] if end is None or document.markup else [end]
+    after = [] if end is None or document.markup or not excerpt.ends else [end]
     return TokenisedDocument(
         token_ids=[*before, *ids, *after],
-        counted=[False] * len(before) + counted + counted[-1:] * len(after),
+        counted=[False] * len(before) + counted + (counted[-1:] or [False]) * len(after),
         text_bytes=[0] * len(before) + text_bytes + [0] * len(after),
     )
 
