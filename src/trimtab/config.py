@@ -28,27 +28,27 @@ class TuneConfig(Config):
     """Folder of the expert; an interrupted run continues there."""
     method: Literal["lora", "full"] = "lora"
     """LoRA leaves the base unchanged and its head untouched; full trains all weights."""
-    rank: int = Field(16, ge=1, le=512)
+    rank: int = Field(default=16, ge=1, le=512)
     """LoRA rank."""
-    learning_rate: float = Field(3e-4, gt=0, lt=1)
+    learning_rate: float = Field(default=3e-4, gt=0, lt=1)
     """Peak of the one-cycle schedule."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over the training text."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     """Train on at most this many tokens an epoch (default: all)."""
-    window_tokens: int = Field(256, ge=8)
+    window_tokens: int = Field(default=256, ge=8)
     """Length of a packed training window."""
-    batch_windows: int = Field(4, ge=1)
+    batch_windows: int = Field(default=4, ge=1)
     """Windows in one optimiser step."""
-    held_out: float = Field(0.1, ge=0, lt=1)
+    held_out: float = Field(default=0.1, ge=0, lt=1)
     """Share of documents kept for validation (early stopping, gates)."""
-    patience: int = Field(2, ge=1)
+    patience: int = Field(default=2, ge=1)
     """Stop after this many validations without improvement."""
-    validations: int = Field(4, ge=1)
+    validations: int = Field(default=4, ge=1)
     """Validations an epoch."""
-    validation_tokens: int = Field(4096, ge=256)
+    validation_tokens: int = Field(default=4096, ge=256)
     """Held-out tokens that a validation scores at most."""
-    checkpoint_every_sec: float = Field(30.0, ge=0)
+    checkpoint_every_sec: float = Field(default=30.0, ge=0)
     """Write a checkpoint at least this often."""
     against: tuple[str, ...] = ()
     """Test files: near-duplicates of them are removed from training before anything else."""
@@ -69,17 +69,17 @@ class RecordConfig(Config):
     """Text to record (default: the text that the expert was tuned on)."""
     general: tuple[str, ...] = ()
     """General text that the adapter must leave alone (default: the shipped probe text)."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     """Record at most this many tokens of domain text (default: all)."""
     encoding: Literal["exact", "sparse", "sampled"] = "exact"
     """exact: both final hidden states; sparse: top-k; sampled: unbiased draws (RS-KD)."""
-    top_k: int = Field(64, ge=1, le=4096)
+    top_k: int = Field(default=64, ge=1, le=4096)
     """Tokens kept per position in the sparse encoding, draws in the sampled one."""
-    window_tokens: int = Field(512, ge=16)
+    window_tokens: int = Field(default=512, ge=16)
     """Length of the windows that are run."""
-    stride_tokens: int = Field(448, ge=8)
+    stride_tokens: int = Field(default=448, ge=8)
     """New tokens in each window; the rest of the window is context."""
-    shard_tokens: int = Field(8192, ge=256)
+    shard_tokens: int = Field(default=8192, ge=256)
     """Tokens in one shard, the unit of resuming."""
     dtype: Dtype = "auto"
     """Arithmetic of the forward passes."""
@@ -104,21 +104,21 @@ class FitConfig(Config):
     """Name that the adapter's card carries."""
     carriers: tuple[CarrierName, ...] = ("head", "memory", "expert")
     """Which carriers to make."""
-    rank: int = Field(64, ge=1, le=512)
+    rank: int = Field(default=64, ge=1, le=512)
     """Rank of the head."""
-    epochs: int = Field(6, ge=1)
+    epochs: int = Field(default=6, ge=1)
     """Passes of the head over the recording."""
-    learning_rate: float = Field(1.5e-3, gt=0, lt=1)
+    learning_rate: float = Field(default=1.5e-3, gt=0, lt=1)
     """Step size of the head's AdamW."""
-    active_tokens: int = Field(8192, ge=64)
+    active_tokens: int = Field(default=8192, ge=64)
     """Tokens that the head's loss tells apart; the rest is one tail."""
-    general_weight: float = Field(1.0, ge=0)
+    general_weight: float = Field(default=1.0, ge=0)
     """Weight of leaving general text alone, against following the soft targets."""
-    key_size: int = Field(192, ge=8)
+    key_size: int = Field(default=192, ge=8)
     """Dimensions of a memory key after whitening."""
     values: Literal["hard", "soft"] = "hard"
     """What a memory entry says: the bytes that followed, or the expert's distribution."""
-    anchors: int = Field(16384, ge=64)
+    anchors: int = Field(default=16384, ge=64)
     """Token strings whose unembedding the adapter carries for mounting."""
     host: str | None = None
     """Fit the head on this host's own hidden states instead (host-fit)."""
@@ -135,7 +135,7 @@ class MountConfig(Config):
     """Adapter folder."""
     host: str
     """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
-    ridge: float = Field(1e-3, gt=0)
+    ridge: float = Field(default=1e-3, gt=0)
     """Ridge of the map, as a share of the mean diagonal."""
     moments: bool = True
     """Match means and standard deviations on the probe text (one short forward pass)."""
@@ -160,15 +160,15 @@ class GenerateConfig(Config):
     """Adapter folder (default: the host alone)."""
     carriers: tuple[CarrierName, ...] | None = None
     """Carriers to use (default: head and memory)."""
-    strength: float = Field(1.0, ge=0, le=2)
+    strength: float = Field(default=1.0, ge=0, le=2)
     """How far to follow the adapter; 0 is the host itself, bit for bit."""
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
     """Longest continuation."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
     """0 takes the most likely token."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens with this much probability."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     """Sample from this many tokens (0: all)."""
     stop: tuple[str, ...] = ()
     """Strings that end a continuation."""
@@ -195,13 +195,13 @@ class EvaluateConfig(Config):
     """General text, each file or glob one kind (KIND=GLOB)."""
     out: Path
     """Folder of report.json and report.html."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     """Score at most this many host tokens of domain text (general text: half as many a kind)."""
-    document_tokens: int = Field(1024, ge=64)
+    document_tokens: int = Field(default=1024, ge=64)
     """Score at most the first so many host tokens of each document."""
-    window_tokens: int = Field(512, ge=16)
+    window_tokens: int = Field(default=512, ge=16)
     """Window of the measurement."""
-    stride_tokens: int = Field(256, ge=8)
+    stride_tokens: int = Field(default=256, ge=8)
     """New tokens in each window."""
     rows: tuple[str, ...] = ()
     """Rows to measure (default: all that the adapter allows)."""

@@ -1,0 +1,55 @@
+# Everything that a developer or a visitor needs: `make help`.
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 python 2>/dev/null))
+# Empty: pip's own registry. An address: PyTorch's index for your machine (README.md, Set-up).
+TORCH_INDEX ?=
+SMALL ?=
+HOST ?=
+OUT ?=
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+SET_UP = $(PYTHON) tools/set_up.py $(1) --venv $(VENV) --torch-index "$(TORCH_INDEX)"
+DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
+	$(if $(OUT),--out "$(OUT)")
+
+.DEFAULT_GOAL := help
+.PHONY: help python test demo check format models clean
+
+help:  ## Say what can be made
+	@echo "make test    set up .venv and run the tests"
+	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"
+	@echo "             SMALL=MODEL HOST=\"MODEL ...\" takes others: hub names, folders, GGUF files"
+	@echo "make check   format, lint and types, as .ci/run does after the tests"
+	@echo "make format  rewrite the source in the project's format"
+	@echo "make clean   delete .venv and build (downloads, caches, the demo's results)"
+	@echo "options      PYTHON=python3.11  TORCH_INDEX=URL (which build of PyTorch; see README.md)"
+
+test: $(VENV)/ready-test models
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+demo: $(VENV)/ready-demo
+	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m examples.demo $(DEMO_OPTIONS)
+
+check: $(VENV)/ready-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/ready-check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The tests' real model; TRIMTAB_TEST_MODELS names a folder that has it already.
+models: $(VENV)/ready-test
+	@test -n "$$TRIMTAB_TEST_MODELS" || $(BIN)/python -m examples.demo.models smollm2-135m-instruct
+
+$(VENV)/ready-%: constraints.txt pyproject.toml tools/set_up.py | python
+	@$(call SET_UP,$*)
+
+python:
+	@test -n "$(PYTHON)" || { echo "set-up: no Python found; Trimtab needs Python 3.11 or" \
+		"newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,1 @@
+"""The main job on real models: a small model learns Zig, a larger one is steered by it."""

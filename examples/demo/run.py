@@ -1,0 +1,287 @@
+"""The whole main job: tune, record, fit, mount, evaluate, generate, and a report.
+
+Every step continues where an interrupted run stopped: run the same command again.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import typer
+
+import trimtab
+from examples.demo import corpus, models
+from examples.demo.clock import Clock
+from trimtab import (
+    EvaluateConfig,
+    FitConfig,
+    GenerateConfig,
+    MountConfig,
+    RecordConfig,
+    TuneConfig,
+)
+from trimtab.cli_errors import reported
+from trimtab.errors import InputError
+from trimtab.progress import Display
+from trimtab.report import Completion, GrowthPoint, Report, merge_hosts, table, write_report
+from trimtab.store.local import HOME_VARIABLE
+
+SMALL = "smollm2-135m-instruct"
+HOST = "gemma-3-270m"
+OUT = Path("build/demo")
+CACHE = Path("build/cache")
+TEXTS = Path("build/texts")
+
+CHOICE = corpus.Choice(seed=0, test_files=24, train_bytes=150_000)
+EVALUATED_TOKENS = 12_000
+"""Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
+DOCUMENT_TOKENS = 1_024
+COMPLETIONS = 3
+COMPLETION_TOKENS = 48
+GROWTH_TOKENS: tuple[int, ...] = ()
+"""Sizes of recordings that are measured too; each costs a recording, a fit and a measurement."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by what `open_model` takes, and by its name for people."""
+
+    ref: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run of the demo works on.
+
+    Attributes:
+        small: The small model.
+        hosts: The larger models.
+        out: Folder of everything that the run leaves.
+    """
+
+    small: Model
+    hosts: tuple[Model, ...]
+    out: Path
+
+    @property
+    def train(self) -> Path:
+        """Training text of the domain."""
+        return self.out / "zig" / "train"
+
+    @property
+    def test(self) -> Path:
+        """Held-out text of the domain."""
+        return self.out / "zig" / "test"
+
+    @property
+    def general(self) -> Path:
+        """General text, one folder a kind."""
+        return self.out / "general"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter."""
+        return self.out / "zig.adapter"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the demo from the command line; exits with the same statuses as `trimtab`."""
+    given = _arguments(words)
+    os.environ.setdefault(HOME_VARIABLE, str(CACHE))
+    try:
+        with reported():
+            run(given.small, given.host, given.out)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="demo", description=(__doc__ or "").split("\n")[0])
+    kinds = f"hub name, folder, GGUF file, or one of {', '.join(models.MODELS)}"
+    parser.add_argument("--small", default=SMALL, help=f"small model: {kinds}")
+    parser.add_argument("--host", nargs="+", default=[HOST], help="larger models, alike")
+    parser.add_argument("--out", type=Path, help=f"folder of the results [{OUT}]")
+    return parser.parse_args(words)
+
+
+def run(small: str, hosts: Sequence[str], out: Path | None = None) -> Report:
+    """Do the main job and write the report.
+
+    Args:
+        small: The small model.
+        hosts: The larger models, at least one.
+        out: Folder of the results (default: build/demo, with another small model's name added).
+    """
+    if len(set(hosts)) < len(hosts):
+        raise InputError(f"a host stands twice in {' '.join(hosts)}", hint="name each host once")
+    if out is None:
+        out = OUT if small == SMALL else OUT.with_name(f"{OUT.name}-{_slug(small)}")
+    _say_downloads([small, *hosts])
+    job = Job(_fetched(small), tuple(_fetched(host) for host in hosts), out)
+    clock, display = Clock(out / "wall_sec.json"), Display()
+    functions = _prepare_texts(job)
+    _make_adapter(job, clock, display)
+    reports = [_on_host(job, host, functions, clock, display) for host in job.hosts]
+    report = merge_hosts(reports)
+    report = replace(report, growth=_growth(job, display), settings=_settings(job))
+    write_report(report, out)
+    print(table(report))
+    print(f"report:  {out / 'report.html'}\nadapter: {job.adapter}")
+    return report
+
+
+def _say_downloads(refs: Sequence[str]) -> None:
+    lines = []
+    if not corpus.is_fetched(TEXTS):
+        lines.append(f"{corpus.ZIG_DOWNLOAD_MB:>5} MB  {corpus.ZIG_LICENCE}")
+    for ref in dict.fromkeys(refs):
+        if ref in models.MODELS:
+            if not models.is_fetched(ref):
+                lines.append(models.describe(ref))
+        elif not Path(ref).expanduser().exists():
+            lines.append(f"    ? MB  {ref}, from the model hub, under its own licence")
+    if lines:
+        print("This will be downloaded, and none of it is run as code:", *lines, sep="\n")
+        print("Who goes on accepts these terms; Ctrl-C stops.", flush=True)
+
+
+def _fetched(ref: str) -> Model:
+    if ref in models.MODELS:
+        return Model(str(models.fetch_model(ref)), models.MODELS[ref].title)
+    return Model(ref, Path(ref).name if Path(ref).expanduser().exists() else ref)
+
+
+def _prepare_texts(job: Job) -> list[corpus.HeldOutFunction]:
+    chosen = corpus.choose(corpus.fetch_zig(TEXTS), CHOICE)
+    corpus.write_texts(job.train, chosen["train"])
+    corpus.write_texts(job.test, chosen["test"])
+    for kind, texts in corpus.general_texts().items():
+        corpus.write_texts(job.general / kind, texts)
+    return corpus.held_out_functions(chosen["test"], COMPLETIONS)
+
+
+def _make_adapter(job: Job, clock: Clock, display: Display) -> None:
+    """Tune, record and fit: everything that needs no host."""
+    expert, recording = job.out / "expert", job.out / "recording"
+    with clock.step("tune", expert):
+        config = TuneConfig(
+            model=job.small.ref,
+            data=(str(job.train),),
+            against=(str(job.test),),
+            out=expert,
+            seed=SEED,
+        )
+        print(trimtab.tune(config, progress=display.progress).summary())
+    with clock.step("record", recording):
+        config = RecordConfig(expert=expert, out=recording, seed=SEED)
+        print(trimtab.record(config, progress=display.progress).summary())
+    with clock.step("fit", job.adapter):
+        config = FitConfig(recording=recording, out=job.adapter, name="zig", seed=SEED)
+        print(trimtab.fit(config, progress=display.progress).summary())
+
+
+def _on_host(
+    job: Job,
+    host: Model,
+    functions: Sequence[corpus.HeldOutFunction],
+    clock: Clock,
+    display: Display,
+) -> Report:
+    """Mount, evaluate and generate on one host."""
+    suffix = "" if len(job.hosts) == 1 else f" on {host.title}"
+    folder = job.out / "hosts" / _slug(host.title)
+    with clock.step(f"mount{suffix}"):
+        config = MountConfig(adapter=job.adapter, host=host.ref, seed=SEED)
+        print(trimtab.mount(config, progress=display.progress).summary())
+    with clock.step(f"evaluate{suffix}", folder):
+        report = trimtab.evaluate(
+            _evaluation(job, job.adapter, host, folder), progress=display.progress
+        ).report
+    with clock.step(f"generate{suffix}"):
+        completions = _completions(job, host, functions, display)
+    named = tuple(replace(r, host=host.title, small=job.small.title) for r in report.hosts)
+    return replace(report, hosts=named, wall_sec=clock.wall_sec, completions=completions)
+
+
+def _evaluation(
+    job: Job, adapter: Path, host: Model, out: Path, rows: tuple[str, ...] = ()
+) -> EvaluateConfig:
+    return EvaluateConfig(
+        adapter=adapter,
+        host=host.ref,
+        data=(str(job.test),),
+        general=tuple(f"{kind.name}={kind}" for kind in sorted(job.general.iterdir())),
+        out=out,
+        max_tokens=EVALUATED_TOKENS,
+        document_tokens=DOCUMENT_TOKENS,
+        rows=rows,
+        domain="Zig",
+        seed=SEED,
+    )
+
+
+def _completions(
+    job: Job, host: Model, functions: Sequence[corpus.HeldOutFunction], display: Display
+) -> tuple[Completion, ...]:
+    """How the host goes on after a held-out function's signature, before and after."""
+    if not functions:
+        return ()
+    texts = []
+    for adapter in (None, job.adapter):
+        config = GenerateConfig(
+            host=host.ref,
+            adapter=adapter,
+            prompt=tuple(function.prompt for function in functions),
+            max_new_tokens=COMPLETION_TOKENS,
+            seed=SEED,
+        )
+        texts.append(trimtab.generate(config, progress=display.progress).texts)
+    return tuple(
+        Completion(function.name, function.prompt, function.truth, before, after)
+        for function, before, after in zip(functions, *texts, strict=True)
+    )
+
+
+def _growth(job: Job, display: Display) -> tuple[GrowthPoint, ...]:
+    """Quality on the first host with recordings of growing size."""
+    points = []
+    for tokens in GROWTH_TOKENS:
+        folder = job.out / "growth" / str(tokens)
+        recording, adapter = folder / "recording", folder / "zig.adapter"
+        trimtab.record(
+            RecordConfig(expert=job.out / "expert", out=recording, max_tokens=tokens, seed=SEED),
+            progress=display.progress,
+        )
+        trimtab.fit(
+            FitConfig(recording=recording, out=adapter, carriers=("head", "memory"), seed=SEED),
+            progress=display.progress,
+        )
+        rows = ("host", "head", "memory", "head+memory")
+        config = _evaluation(job, adapter, job.hosts[0], folder, rows)
+        found = trimtab.evaluate(config, progress=display.progress).report.hosts[0].domain
+        points.append(GrowthPoint(tokens, found))
+    return tuple(points)
+
+
+def _settings(job: Job) -> dict[str, str]:
+    return {
+        "small model": job.small.title,
+        "hosts": ", ".join(host.title for host in job.hosts),
+        "domain text": f"{corpus.ZIG_PACKAGE}, {CHOICE.test_files} test files, at most"
+        f" {CHOICE.train_bytes:,} bytes of training files, chosen with seed {CHOICE.seed}",
+        "general text": "Moby-Dick, Python's standard library",
+        "scored": f"at most {EVALUATED_TOKENS:,} host tokens of domain text,"
+        f" {DOCUMENT_TOKENS:,} a file",
+        "seed": str(SEED),
+        "Python": sys.version.split()[0],
+    }
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "model"

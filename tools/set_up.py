@@ -1,0 +1,165 @@
+"""Set up the project's own virtual environment; `make test` and `make demo` call it.
+
+Needs nothing but Python: it runs before any package is there.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONSTRAINTS = ROOT / "constraints.txt"
+OLDEST = (3, 11)
+EXTRAS = {
+    "demo": ("", 185, "numpy, pyarrow, transformers, faiss and their like"),
+    "test": ("test", 190, "numpy, pyarrow, transformers, faiss and their like, pytest"),
+    "check": ("dev", 265, "the same, with ruff, pyright and the Node.js that pyright needs"),
+}
+TORCH_MB = 190
+TORCH_CUDA_MB = 2500
+ANY_BUILD = "any"
+
+
+def main() -> None:
+    """Create or complete the environment for one purpose, and mark it as ready."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("purpose", choices=sorted(EXTRAS))
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--torch-index", default="")
+    given = parser.parse_args()
+    check_python(sys.version_info[:2])
+    folder = given.venv.resolve()
+    say(f"making {folder}; downloads come from pip's package registry")
+    create(folder)
+    pip(folder, "install", "--upgrade", f"pip=={pinned('pip')}")
+    install_torch(folder, given.torch_index)
+    install_rest(folder, given.purpose)
+    (folder / f"ready-{given.purpose}").touch()
+
+
+def check_python(version):
+    """Stop with words if this Python is too old."""
+    if version < OLDEST:
+        wanted, found = (".".join(map(str, v)) for v in (OLDEST, version))
+        stop(
+            f"Trimtab needs Python {wanted} or newer; {sys.executable} is {found}",
+            "name another one: make PYTHON=/path/to/python3.11 ...",
+        )
+
+
+def create(folder):
+    """Make the environment, or complete one whose creation was interrupted."""
+    options = ["--clear"] if made_by_another_python(folder) else []
+    done = subprocess.run([sys.executable, "-m", "venv", *options, str(folder)])
+    if done.returncode != 0:
+        stop(
+            f"the virtual environment {folder} cannot be created",
+            "on Debian and Ubuntu install python3.11-venv; also check space and rights there",
+        )
+
+
+def made_by_another_python(folder):
+    """Whether the environment there, if any, belongs to another version of Python."""
+    settings = folder / "pyvenv.cfg"
+    if not settings.is_file():
+        return False
+    lines = (line.partition("=") for line in settings.read_text(encoding="utf-8").splitlines())
+    values = {key.strip(): value.strip() for key, _, value in lines}
+    found = values.get("version", "").split(".")[:2]
+    return found != [str(number) for number in sys.version_info[:2]]
+
+
+def install_torch(folder, index):
+    """Install PyTorch, but no CUDA on a machine without an NVIDIA GPU."""
+    wanted = f"torch=={pinned('torch')}"
+    if is_installed(folder, "torch", pinned("torch")):
+        return
+    source = [] if index in ("", ANY_BUILD) else ["--index-url", index]
+    packages = planned(folder, wanted, source)
+    cuda = [name for name in packages if name.startswith(("nvidia-", "cuda-"))]
+    if cuda and index != ANY_BUILD and not has_nvidia_gpu():
+        stop(
+            f"{wanted} from this registry is a CUDA build: it would bring {len(cuda)} CUDA"
+            f" packages, more than {TORCH_CUDA_MB:,} MB, and this machine shows no NVIDIA GPU",
+            "give PyTorch's CPU index (README.md, 'Set-up'): make demo TORCH_INDEX=URL\n"
+            f"  or take the CUDA build all the same: make demo TORCH_INDEX={ANY_BUILD}",
+        )
+    size = f"more than {TORCH_CUDA_MB:,}" if cuda else f"about {TORCH_MB}"
+    say(f"downloading PyTorch {pinned('torch')} ({'CUDA' if cuda else 'CPU'} build): {size} MB")
+    pip(folder, "install", wanted, *source)
+
+
+def install_rest(folder, purpose):
+    """Install the project, editable, and what this purpose needs."""
+    extra, size_mb, what = EXTRAS[purpose]
+    say(f"downloading what is missing of about {size_mb} MB of packages: {what}")
+    project = f"{ROOT}[{extra}]" if extra else str(ROOT)
+    pip(folder, "install", "-c", str(CONSTRAINTS), "-e", project)
+
+
+def planned(folder, wanted, source):
+    """Names of the packages that pip would install, without downloading them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        pip(folder, "install", "--quiet", "--dry-run", "--report", str(report), wanted, *source)
+        installs = json.loads(report.read_text(encoding="utf-8"))["install"]
+    return [item["metadata"]["name"].lower() for item in installs]
+
+
+def is_installed(folder, package, version):
+    """Whether the environment has this version, of whatever build."""
+    command = f"from importlib.metadata import version; print(version({package!r}))"
+    found = subprocess.run(
+        [str(python_of(folder)), "-c", command], capture_output=True, text=True
+    ).stdout.strip()
+    return found.partition("+")[0] == version
+
+
+def has_nvidia_gpu():
+    """Whether this machine shows an NVIDIA GPU."""
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def pinned(package):
+    """Version of a package in constraints.txt."""
+    for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines():
+        name, _, version = line.partition("==")
+        if name == package:
+            return version
+    raise KeyError(package)
+
+
+def pip(folder, *words):
+    """Run the environment's own pip, or stop with what to do."""
+    command = [str(python_of(folder)), "-m", "pip", *words]
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    if subprocess.run(command, env=environment).returncode != 0:
+        stop(
+            f"pip {words[0]} failed; its message stands above",
+            "check the network, the package registry that pip is configured for, and the space"
+            " on this disk, then run the same command again: it continues",
+        )
+
+
+def python_of(folder):
+    """The environment's interpreter."""
+    return folder / "bin" / "python"
+
+
+def say(text):
+    """Tell the user what happens next."""
+    print(f"set-up: {text}", flush=True)
+
+
+def stop(found, hint):
+    """End with what was found and what to do."""
+    sys.exit(f"set-up: {found}\n  hint: {hint}")
+
+
+if __name__ == "__main__":
+    main()
