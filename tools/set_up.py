@@ -76,22 +76,36 @@ def made_by_another_python(folder):
 
 def install_torch(folder, index):
     """Install PyTorch, but no CUDA on a machine without an NVIDIA GPU."""
-    wanted = f"torch=={pinned('torch')}"
     if is_installed(folder, "torch", pinned("torch")):
         return
-    source = [] if index in ("", ANY_BUILD) else ["--index-url", index]
-    packages = planned(folder, wanted, source)
-    cuda = [name for name in packages if name.startswith(("nvidia-", "cuda-"))]
-    if cuda and index != ANY_BUILD and not has_nvidia_gpu():
-        stop(
-            f"{wanted} from this registry is a CUDA build: it would bring {len(cuda)} CUDA"
-            f" packages, more than {TORCH_CUDA_MB:,} MB, and this machine shows no NVIDIA GPU",
-            "give PyTorch's CPU index (README.md, 'Set-up'): make demo TORCH_INDEX=URL\n"
-            f"  or take the CUDA build all the same: make demo TORCH_INDEX={ANY_BUILD}",
-        )
+    command = [f"torch=={pinned('torch')}", *torch_source(index)]
+    cuda = cuda_packages(planned(folder, command))
+    check_build(len(cuda), index, gpu=has_nvidia_gpu())
     size = f"more than {TORCH_CUDA_MB:,}" if cuda else f"about {TORCH_MB}"
     say(f"downloading PyTorch {pinned('torch')} ({'CUDA' if cuda else 'CPU'} build): {size} MB")
-    pip(folder, "install", wanted, *source)
+    pip(folder, "install", *command)
+
+
+def torch_source(index):
+    """Options of pip that say where PyTorch alone comes from."""
+    return [] if index in ("", ANY_BUILD) else ["--index-url", index]
+
+
+def cuda_packages(names):
+    """Those of the packages that only a machine with an NVIDIA GPU needs."""
+    return [name for name in names if name.startswith(("nvidia-", "cuda-"))]
+
+
+def check_build(cuda_count, index, *, gpu):
+    """Stop before gigabytes of CUDA are downloaded for nothing."""
+    if cuda_count == 0 or gpu or index == ANY_BUILD:
+        return
+    stop(
+        f"PyTorch from this registry is a CUDA build: it would bring {cuda_count} CUDA packages,"
+        f" more than {TORCH_CUDA_MB:,} MB, and this machine shows no NVIDIA GPU",
+        "give PyTorch's CPU index (README.md, 'Set-up'): make demo TORCH_INDEX=URL\n"
+        f"  or take the CUDA build all the same: make demo TORCH_INDEX={ANY_BUILD}",
+    )
 
 
 def install_rest(folder, purpose):
@@ -102,11 +116,11 @@ def install_rest(folder, purpose):
     pip(folder, "install", "-c", str(CONSTRAINTS), "-e", project)
 
 
-def planned(folder, wanted, source):
+def planned(folder, wanted):
     """Names of the packages that pip would install, without downloading them."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        pip(folder, "install", "--quiet", "--dry-run", "--report", str(report), wanted, *source)
+        pip(folder, "install", "--quiet", "--dry-run", "--report", str(report), *wanted)
         installs = json.loads(report.read_text(encoding="utf-8"))["install"]
     return [item["metadata"]["name"].lower() for item in installs]
 

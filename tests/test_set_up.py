@@ -1,0 +1,110 @@
+"""Setting up: refusals before anything is downloaded, and pins that agree with the project."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tools import set_up
+
+ROOT = Path(__file__).parents[1]
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in set_up.CONSTRAINTS.read_text().splitlines() if line[0] != "#"]
+    return dict(line.split("==") for line in lines)
+
+
+def requirements() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [requirement for group in groups for requirement in group]
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+def test_every_requirement_is_pinned_within_its_bounds() -> None:
+    found = pins()
+    for requirement in requirements():
+        match = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)(?:,<([\d.]+))?", requirement)
+        if match is None:
+            assert requirement == "trimtab[test]"
+            continue
+        name, least, below = match.groups()
+        pinned = found.get(name) or found[name.replace("-", "_")]
+        assert version_of(pinned) >= version_of(least), requirement
+        assert below is None or version_of(pinned) < version_of(below), requirement
+
+
+def test_no_pin_asks_for_one_build_of_torch() -> None:
+    assert re.fullmatch(r"[\d.]+", pins()["torch"])
+
+
+def test_an_old_python_is_refused_with_a_remedy() -> None:
+    with pytest.raises(SystemExit, match=r"needs Python 3\.11 or newer; .* is 3\.9\n  hint: name"):
+        set_up.check_python((3, 9))
+    set_up.check_python((3, 12))
+
+
+def test_an_environment_of_another_python_is_seen(tmp_path: Path) -> None:
+    assert not set_up.made_by_another_python(tmp_path)
+    own = ".".join(map(str, sys.version_info[:3]))
+    for version, other in ((own, False), ("3.9.1", True), ("", True)):
+        (tmp_path / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {version}\n")
+        assert set_up.made_by_another_python(tmp_path) is other
+
+
+@pytest.mark.parametrize(("index", "gpu"), [("any", False), ("", True), ("URL", True)])
+def test_cuda_is_downloaded_where_it_is_wanted(index, gpu) -> None:
+    set_up.check_build(14, index, gpu=gpu)
+
+
+@pytest.mark.parametrize("index", ["", "URL"])
+def test_cuda_is_not_downloaded_without_a_gpu(index) -> None:
+    set_up.check_build(0, index, gpu=False)
+    with pytest.raises(SystemExit, match=r"14 CUDA packages.*\n.*TORCH_INDEX=URL"):
+        set_up.check_build(14, index, gpu=False)
+
+
+def test_cuda_packages_are_told_from_others() -> None:
+    names = ["torch", "nvidia-cudnn-cu13", "cuda-toolkit", "sympy", "nvidia-nccl-cu13"]
+    assert set_up.cuda_packages(names) == ["nvidia-cudnn-cu13", "cuda-toolkit", "nvidia-nccl-cu13"]
+
+
+def test_the_index_is_given_to_torch_alone() -> None:
+    assert set_up.torch_source("URL") == ["--index-url", "URL"]
+    assert set_up.torch_source("") == set_up.torch_source("any") == []
+
+
+def make(*words: str) -> str:
+    done = subprocess.run(
+        ["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_passes_the_models_and_the_index_on(tmp_path: Path) -> None:
+    said = make("demo", f"VENV={tmp_path}", "SMALL=a b.gguf", "HOST=c d", "TORCH_INDEX=URL")
+    assert '--torch-index "URL"' in said
+    assert '-m examples.demo --small "a b.gguf" --host c d' in said
+
+
+def test_a_ready_environment_is_not_set_up_again(tmp_path: Path) -> None:
+    (tmp_path / "ready-demo").touch()
+    assert "set_up.py" not in make("demo", f"VENV={tmp_path}")
+    assert "set_up.py" in make("test", f"VENV={tmp_path}")
+
+
+def test_ci_runs_tests_format_lint_and_types() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert re.findall(r"^make (\w+)$", script, re.MULTILINE) == ["test", "check"]
+    checks = make("check")
+    assert all(word in checks for word in ("ruff format --check", "ruff check", "pyright"))
