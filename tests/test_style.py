@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("carriers", "store", "corpus", "documents", "passages", "probe"),
     ("backends",),
     ("soft_targets", "training", "training_text"),
-    ("report", "report_page", "report_plots", "report_tokens", "report_values", "report_words"),
+    ("report",),
     (
         "tune",
         "record",

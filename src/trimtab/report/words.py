@@ -1,6 +1,6 @@
 """Figures in words: numbers for people, and what a report says in a paragraph. Pure."""
 
-from trimtab.report_values import (
+from trimtab.report.values import (
     CONTROLS,
     Figures,
     HostResult,
@@ -84,11 +84,28 @@ def printable(text: str) -> str:
     return whole.translate(controls | {127: 0x2421} | dict.fromkeys(range(128, 160), "\ufffd"))
 
 
-def summary(result: HostResult, domain: str) -> list[str]:
-    """Say in sentences what the adapter did to a host; warnings are apart (`warnings`)."""
-    sentences = [_main_sentence(result, domain), _beside_sentence(result)]
-    sentences += [_others_sentence(result), _general_sentence(result), _controls_sentence(result)]
-    return [sentence for sentence in sentences if sentence]
+def summary(result: HostResult, domain: str) -> str:
+    """Say in sentences what the adapter did to a host on domain text."""
+    return f"{_main_sentence(result, domain)} {_beside_sentence(result)}".strip()
+
+
+def comparison(result: HostResult) -> str:
+    """Say how that compares: other methods, general text, controls; "" if none was measured."""
+    parts = (_others_sentence(result), _general_sentence(result), _controls_sentence(result))
+    return " ".join(part for part in parts if part)
+
+
+def headlines(result: HostResult, domain: str) -> list[tuple[str, str]]:
+    """Choose up to four changes to show large, each with what it is."""
+    alone, beside = _first(result, _ALONE), _first(result, _BESIDE)
+    on_general = f"{alone} on general text, which should stay as it was"
+    chosen = (
+        (_plain(result.domain, alone), f"{alone} on {domain} text: no second model"),
+        (_plain(result.domain, beside), f"{beside} on {domain} text: small model beside the host"),
+        (_plain(result.domain, "proxy"), f"proxy tuning on {domain} text, for comparison"),
+        (_plain(result.general, alone), on_general),
+    )
+    return [(change, words) for change, words in chosen if change]
 
 
 def warnings(result: HostResult, domain: str) -> list[str]:
@@ -137,31 +154,25 @@ def _beside_sentence(result: HostResult) -> str:
 def _others_sentence(result: HostResult) -> str:
     named = {"proxy": "proxy tuning", "expert": "the tuned small model alone, without the host,"}
     parts = [
-        f"{words} {_change(result, row)}" for row, words in named.items() if _change(result, row)
+        f"{words} {change}" for row, words in named.items() if (change := _change(result, row))
     ]
     return f"For comparison: {' and '.join(parts)}." if parts else ""
 
 
 def _general_sentence(result: HostResult) -> str:
-    rows = [
-        row
-        for row in (_first(result, _ALONE), _first(result, _BESIDE), "proxy", "expert")
-        if _general(result, row)
-    ]
-    if not rows:
-        return ""
-    changes = ", ".join(f"{row} {_general(result, row)}" for row in rows)
-    return f"On general text, which should stay as it was: {changes}."
+    rows = (_first(result, _ALONE), _first(result, _BESIDE), "proxy", "expert")
+    parts = [f"{row} {change}" for row in rows if (change := _plain(result.general, row))]
+    return f"On general text, which should stay as it was: {', '.join(parts)}." if parts else ""
 
 
 def _controls_sentence(result: HostResult) -> str:
-    parts = [f"{row} {_change(result, row)}" for row in CONTROLS if _change(result, row)]
-    return f"Controls, which should do little or harm: {', '.join(parts)}." if parts else ""
+    parts = [f"{row} {change}" for row in CONTROLS if (change := _plain(result.domain, row))]
+    return f"Controls, which should not help: {', '.join(parts)}." if parts else ""
 
 
 def _change(result: HostResult, row: str) -> str:
     return change_percent(result.domain, result.domain_change, row)
 
 
-def _general(result: HostResult, row: str) -> str:
-    return change_percent(result.general, result.general_change, row)
+def _plain(figures: Figures, row: str) -> str:
+    return change_percent(figures, {}, row)

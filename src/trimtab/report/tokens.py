@@ -4,8 +4,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from html import escape
 
-from trimtab.report_values import TokenChange
-from trimtab.report_words import printable, signed, visible
+from trimtab.report.html import text_html
+from trimtab.report.values import TokenChange
+from trimtab.report.words import printable, signed, visible
 
 _EDGES_NATS = (0.1, 0.5, 1.0, 2.0, 4.0)
 _MOST = 6
@@ -44,10 +45,6 @@ def _class(strength: int) -> str:
     return f"{'h' if strength > 0 else 'w'}{abs(strength)}" if strength else ""
 
 
-def _text(text: str) -> str:
-    return escape(printable(text))
-
-
 def _quoted(text: str) -> str:
     return printable(f"“{visible(text)}”")
 
@@ -57,7 +54,7 @@ def _span(token: TokenChange) -> str:
     words = escape(_words(token)).replace("\n", "&#10;")
     name = " ".join(filter(None, names))
     marked = f' class="{name}"' if name else ""
-    return f'<span{marked} title="{words}">{_text(token.text)}</span>'
+    return f'<span{marked} title="{words}">{text_html(token.text)}</span>'
 
 
 def _words(token: TokenChange) -> str:
@@ -78,7 +75,7 @@ def _totals(tokens: Sequence[TokenChange], name: str) -> str:
     cheaper = sum(level(_saved(token)) > 0 for token in tokens) / count
     dearer = sum(level(_saved(token)) < 0 for token in tokens) / count
     changed = sum(token.host_top != token.steered_top for token in tokens) / count
-    named = f" of <code>{_text(name)}</code>" if name else ""
+    named = f" of <code>{text_html(name)}</code>" if name else ""
     verb = "saves" if saved >= 0 else "costs"
     return (
         f"Over {count:,} tokens{named}, a held-out file, the adapter {verb} {abs(saved):.1f} nats "
@@ -124,10 +121,13 @@ def _changes(tokens: Sequence[TokenChange], words: str, places: Sequence[int]) -
 def _change_row(tokens: Sequence[TokenChange], place: int) -> str:
     token = tokens[place]
     before = "".join(earlier.text for earlier in tokens[max(0, place - 6) : place])[-16:]
-    context = f"<small>{_text(visible(before))}</small>" if before else ""
+    context = f"<small>{text_html(visible(before))}</small>" if before else ""
     return (
-        f'<tr><td class="wrap">{context}<code>{_text(visible(token.text))}</code></td>'
-        f"<td>{token.nats_host:.2f} <small><code>{_text(visible(token.host_top))}</code></small>"
-        f"</td><td>{token.nats_steered:.2f} "
-        f"<small><code>{_text(visible(token.steered_top))}</code></small></td></tr>"
+        f'<tr><td class="wrap">{context}{_code(token.text)}</td>'
+        f"<td>{token.nats_host:.2f} <small>{_code(token.host_top)}</small></td>"
+        f"<td>{token.nats_steered:.2f} <small>{_code(token.steered_top)}</small></td></tr>"
     )
+
+
+def _code(text: str) -> str:
+    return f"<code>{text_html(visible(text))}</code>"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trimtab.metrics import Estimate
-from trimtab.report_values import (
+from trimtab.report.values import (
     CONTROLS,
     STEERED,
     Figures,
@@ -19,7 +19,7 @@ from trimtab.report_values import (
     differences,
     ordered,
 )
-from trimtab.report_words import change_percent
+from trimtab.report.words import change_percent
 
 # Colours that no plot would choose by itself: each becomes a variable of the page's style sheet,
 # so that one picture serves light and dark.
@@ -38,13 +38,13 @@ _VARIABLES = {
 
 # One point is one CSS pixel of a plot that is shown at its own size; a phone shows it a little
 # smaller, half a wide page a little larger.
-_WIDTH = 420
+_WIDTH = 410
 _ROW = 24
 _GAP = 12
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trimtab",
-    "font.size": 11.5,
+    "font.size": 12.5,
     "text.color": _INK,
     "axes.labelcolor": _MUTED,
     "axes.edgecolor": _RULE,
@@ -71,7 +71,7 @@ def bars_svg(figures: Figures, paired: Figures, name: str) -> str:
     places = _places(groups)
     height = _ROW * len(figures) + _GAP * (len(groups) - 1) + 46
     with rc_context(_SETTINGS):
-        figure, axes = _canvas(height, left=112, right=92)
+        figure, axes = _canvas(height, left=122, right=118)
         origin = figures["host"].mean if "host" in figures else 0.0
         axes.axvline(origin, color=_MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
         for row, place in places.items():
@@ -80,7 +80,7 @@ def bars_svg(figures: Figures, paired: Figures, name: str) -> str:
         axes.set_ylim(max(places.values()) + 0.7, -0.7)
         axes.set_yticks([])
         axes.set_xlabel("bits per byte, lower is better")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.margins(x=0.08)
         return _svg(figure, name)
 
@@ -143,9 +143,9 @@ def _bar_words(axes: Axes, place: float, row: str, figures: Figures, paired: Fig
     right, beside = axes.get_yaxis_transform(), {"va": "center_baseline", "parse_math": False}
     axes.text(-0.04, place, _plain(row), ha="right", transform=right, **beside)
     value = f"{figures[row].mean:.3f}"
-    axes.text(1.19, place, value, ha="right", color=_MUTED, transform=right, **beside)
+    axes.text(1.27, place, value, ha="right", color=_MUTED, transform=right, **beside)
     if change:
-        axes.text(1.42, place, f"{change} %", ha="right", transform=right, **beside)
+        axes.text(1.69, place, f"{change} %", ha="right", transform=right, **beside)
 
 
 def growth_svg(points: Sequence[GrowthPoint], name: str) -> str:

@@ -1,0 +1,147 @@
+"""The report as one HTML file that loads nothing from anywhere. Pure but for its style sheet."""
+
+from collections.abc import Iterable, Sequence
+from importlib import resources
+
+from trimtab.report.hosts import host_section
+from trimtab.report.html import pre_html, scroll_html, text_html
+from trimtab.report.plots import growth_svg
+from trimtab.report.tokens import tokens_section
+from trimtab.report.values import Completion, Figures, GrowthPoint, Report, ordered
+from trimtab.report.words import data_size, duration
+
+
+def page(report: Report) -> str:
+    """Render a report as a self-contained HTML page, light and dark, for screens of any width.
+
+    All text of the report is escaped; nothing is loaded, and nothing but colours and the token
+    inspector depends on a script or a style.
+    """
+    sections = [
+        *(host_section(report, number) for number in range(len(report.hosts))),
+        tokens_section(report.tokens, report.tokens_name),
+        _completions_section(report.completions),
+        _growth_section(report.growth),
+        _cost_section(report),
+        _settings_section(report),
+    ]
+    title = f"What the adapter did for {text_html(report.domain)}"
+    hosts = text_html(", ".join(dict.fromkeys(result.host for result in report.hosts)))
+    return "\n".join(
+        (
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{title}</title>",
+            f"<style>\n{_data('report.css')}</style></head>",
+            f'<body><main><h1>{title}</h1><p class="kicker">Trimtab report · on {hosts}</p>',
+            *(section for section in sections if section),
+            "<footer>Written by Trimtab. The same figures for programs: report.json.</footer>",
+            f"</main><script>\n{_data('report.js')}</script></body></html>\n",
+        )
+    )
+
+
+def _data(name: str) -> str:
+    return (resources.files("trimtab") / "data" / name).read_text(encoding="utf-8")
+
+
+def _completions_section(completions: Sequence[Completion]) -> str:
+    if not completions:
+        return ""
+    return "<section><h2>Completions before and after</h2>" + (
+        "".join(_completion(completion) for completion in completions) + "</section>"
+    )
+
+
+def _completion(completion: Completion) -> str:
+    panels = (
+        ("", "Before: the host alone", completion.before),
+        ("after", "After: with the adapter", completion.after),
+        ("", "The truth", completion.truth),
+    )
+    columns = "".join(
+        f'<section class="{name}"><h4>{words}</h4>{pre_html(text, words)}</section>'
+        for name, words, text in panels
+    )
+    prompt = pre_html(completion.prompt, "Prompt", "prompt")
+    return (
+        f"<h3>{text_html(completion.name)}</h3><details><summary>The prompt</summary>"
+        f'{prompt}</details><div class="three">{columns}</div>'
+    )
+
+
+def _growth_section(points: Sequence[GrowthPoint]) -> str:
+    points = sorted(
+        (point for point in points if point.bits_per_byte), key=lambda point: point.recorded_tokens
+    )
+    if not points:
+        return ""
+    rows = ordered({row: figure for point in points for row, figure in point.bits_per_byte.items()})
+    head = "".join(f'<th scope="col">{point.recorded_tokens:,}</th>' for point in points)
+    body = "".join(
+        f'<tr><th scope="row">{text_html(row)}</th>'
+        + "".join(_figure_cell(point.bits_per_byte, row) for point in points)
+        + "</tr>"
+        for row in rows
+    )
+    table = (
+        "<table><thead><tr><th scope='col'>recorded tokens</th>"
+        f"{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+    alt = "Line chart of bits per byte against recorded tokens; the figures follow as a table."
+    return (
+        "<section><h2>How much text it takes</h2><figure class='plot'>"
+        f'<div role="img" aria-label="{alt}">{growth_svg(points, "growth")}</div>'
+        "<figcaption>Domain text, after a recording of each size. Bars: one standard error."
+        f"</figcaption></figure><details><summary>The figures</summary>"
+        f"{scroll_html(table, 'Bits per byte by size of the recording')}</details></section>"
+    )
+
+
+def _figure_cell(figures: Figures, row: str) -> str:
+    figure = figures.get(row)
+    if figure is None:
+        return "<td></td>"
+    return f"<td>{figure.mean:.3f} <small>± {figure.stderr:.3f}</small></td>"
+
+
+def _cost_section(report: Report) -> str:
+    total = sum(report.wall_sec.values())
+    times = [(step, seconds, duration(seconds)) for step, seconds in report.wall_sec.items()]
+    sizes = [(name, count, data_size(count)) for name, count in report.adapter_bytes.items()]
+    tables = _meters("step", f"Time by the clock: {duration(total)} in all.", times)
+    tables += _meters("carrier", "Size of the adapter on disk.", sizes)
+    if not tables:
+        return ""
+    return f'<section><h2>What it took</h2><div class="pair">{tables}</div></section>'
+
+
+def _meters(noun: str, caption: str, entries: Sequence[tuple[str, float, str]]) -> str:
+    if not entries:
+        return ""
+    most = max(max(value for _, value, _ in entries), 1e-9)
+    body = "".join(
+        f'<tr><th scope="row">{text_html(name)}</th><td>{words}</td>'
+        f'<td class="meter"><i style="width:{100 * value / most:.1f}%"></i></td></tr>'
+        for name, value, words in entries
+    )
+    head = f"<tr><th scope='col'>{noun}</th><th scope='col'>total</th><td></td></tr>"
+    table = f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
+    return f"<div>{scroll_html(table, caption)}</div>"
+
+
+def _settings_section(report: Report) -> str:
+    if not report.settings:
+        return ""
+    body = _join(
+        f'<tr><th scope="row">{text_html(key)}</th><td class="wrap">{text_html(value)}</td></tr>'
+        for key, value in report.settings.items()
+    )
+    table = f"<table><tbody>{body}</tbody></table>"
+    return f"<section><h2>Settings</h2>{scroll_html(table, 'Settings')}</section>"
+
+
+def _join(parts: Iterable[str]) -> str:
+    return "".join(parts)
