@@ -398,7 +398,10 @@ def test_level(saved: float, expected: int) -> None:
     assert level(saved) == expected
 
 
-HOSTILE = "</pre><script>alert('x')</script>\"&amp;<marquee title='\x00\x1b\ud800$x_1$[link](javascript:1)"
+HOSTILE = (
+    "</pre><script>alert('x')</script>\"&amp;<marquee title='"
+    "\x00\x1b\ud800$x_1$[link](javascript:1)"
+)
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -440,7 +443,9 @@ def test_any_choice_of_rows_gives_a_report(rows: tuple[str, ...]) -> None:
     figures = estimates({row: DOMAIN[row] for row in rows}, 0.02)
     result = HostResult("h", "s", figures, figures, {"prose": figures}, 10)
     report = Report("d", (result,), {}, {})
-    reading = read(page(report))
+    html = page(report)
+    reading = read(html)
+    assert "<p></p>" not in html
     assert all(row in reading.text for row in rows)
     assert table(report)
     assert "What it took" not in reading.text and "Settings" not in reading.text
@@ -465,3 +470,11 @@ def test_words_for_numbers() -> None:
     assert change_percent(figures, {}, "head") == "−5.0 %"
     assert change_percent(figures, {"head": Estimate(-0.1, 0.01)}, "head") == "−5.0 ± 0.5 %"
     assert change_percent(figures, {}, "host") == change_percent(figures, {}, "all") == ""
+
+
+@pytest.mark.parametrize("sizes", [(0,), (0, 100), (100,), (7, 100, 2_000_000)])
+def test_growth_of_any_sizes(sizes: tuple[int, ...]) -> None:
+    points = [GrowthPoint(size, {"host": Estimate(1, 0), "head": Estimate(1, 0)}) for size in sizes]
+    svg = growth_svg(points, "g")
+    assert svg.count(">head<") == svg.count(">host<") == 1
+    assert ("2 M" in svg) == (2_000_000 in sizes)

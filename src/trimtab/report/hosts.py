@@ -34,6 +34,8 @@ def host_section(report: Report, number: int) -> str:
         number: Place of the host in it; keeps the ids of its plots apart.
     """
     result, domain = report.hosts[number], report.domain
+    words = comparison(result)
+    compared = f"<p>{sentence_html(words)}</p>" if words else ""
     quiet = ' class="hidden"' if len(report.hosts) == 1 else ""
     warned = "".join(
         f'<p class="warn">{sentence_html(line)}</p>' for line in warnings(result, domain)
@@ -41,7 +43,7 @@ def host_section(report: Report, number: int) -> str:
     return (
         f"<section><h2{quiet}>On {text_html(result.host)}</h2>"
         f'<p class="lead">{sentence_html(summary(result, domain))}</p>'
-        f"{_tiles(result, domain)}<p>{sentence_html(comparison(result))}</p>{warned}"
+        f"{_tiles(result, domain)}{compared}{warned}"
         f'<p class="note">{_MEANING}</p>'
         f"{_bars(result, domain, number)}{_table(result, domain)}{_kinds(result)}</section>"
     )
@@ -63,6 +65,8 @@ def _bars(result: HostResult, domain: str, number: int) -> str:
     drawn = "".join(_bar_figure(*plot) for plot in plots if plot[1])
     if not drawn:
         return ""
+    paired = "of the difference from the host; the host’s own: over documents"
+    error = paired if result.domain_change else "of each row over documents"
     key = "".join(
         f'<li><i class="is-{name}"></i>{words}</li>'
         for name, words in (
@@ -73,7 +77,8 @@ def _bars(result: HostResult, domain: str, number: int) -> str:
     )
     return (
         f'<h3 class="part">Every row against the host</h3><ul class="key">{key}</ul>'
-        f'<div class="pair">{drawn}</div>'
+        f'<div class="pair">{drawn}</div><p class="note">Bars start at the host (dashed line): to '
+        f"the left is better. Whiskers: one standard error, {error}.</p>"
     )
 
 
@@ -82,12 +87,11 @@ def _bar_figure(label: str, figures: Figures, paired: Figures, name: str) -> str
         f"{row} {figures[row].mean:.3f} {change_percent(figures, paired, row)}".strip()
         for row in ordered(figures)
     )
-    error = "of the difference from the host" if paired else "of the row over documents"
+    heading = text_html(label[:1].upper() + label[1:])
     return (
-        f'<figure class="plot"><h4>{text_html(label[:1].upper() + label[1:])}</h4>'
+        f'<figure class="plot"><h4>{heading}</h4>'
         f'<div role="img" aria-label="{text_html(alt)}">{bars_svg(figures, paired, name)}</div>'
-        f"<figcaption>Bars start at the host (dashed): to the left is better. "
-        f"Whiskers: one standard error {error}.</figcaption></figure>"
+        "</figure>"
     )
 
 

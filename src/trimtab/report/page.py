@@ -1,6 +1,6 @@
 """The report as one HTML file that loads nothing from anywhere. Pure but for its style sheet."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 
 from trimtab.report.hosts import host_section
@@ -111,14 +111,14 @@ def _cost_section(report: Report) -> str:
     total = sum(report.wall_sec.values())
     times = [(step, seconds, duration(seconds)) for step, seconds in report.wall_sec.items()]
     sizes = [(name, count, data_size(count)) for name, count in report.adapter_bytes.items()]
-    tables = _meters("step", f"Time by the clock: {duration(total)} in all.", times)
-    tables += _meters("carrier", "Size of the adapter on disk.", sizes)
+    tables = _meters(("step", "time"), f"Time by the clock: {duration(total)} in all.", times)
+    tables += _meters(("carrier", "size"), "Size of the adapter on disk.", sizes)
     if not tables:
         return ""
     return f'<section><h2>What it took</h2><div class="pair">{tables}</div></section>'
 
 
-def _meters(noun: str, caption: str, entries: Sequence[tuple[str, float, str]]) -> str:
+def _meters(names: tuple[str, str], caption: str, entries: Sequence[tuple[str, float, str]]) -> str:
     if not entries:
         return ""
     most = max(max(value for _, value, _ in entries), 1e-9)
@@ -127,7 +127,7 @@ def _meters(noun: str, caption: str, entries: Sequence[tuple[str, float, str]]) 
         f'<td class="meter"><i style="width:{100 * value / most:.1f}%"></i></td></tr>'
         for name, value, words in entries
     )
-    head = f"<tr><th scope='col'>{noun}</th><th scope='col'>total</th><td></td></tr>"
+    head = f"<tr><th scope='col'>{names[0]}</th><th scope='col'>{names[1]}</th><td></td></tr>"
     table = f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
     return f"<div>{scroll_html(table, caption)}</div>"
 
@@ -135,13 +135,9 @@ def _meters(noun: str, caption: str, entries: Sequence[tuple[str, float, str]]) 
 def _settings_section(report: Report) -> str:
     if not report.settings:
         return ""
-    body = _join(
+    body = "".join(
         f'<tr><th scope="row">{text_html(key)}</th><td class="wrap">{text_html(value)}</td></tr>'
         for key, value in report.settings.items()
     )
     table = f"<table><tbody>{body}</tbody></table>"
     return f"<section><h2>Settings</h2>{scroll_html(table, 'Settings')}</section>"
-
-
-def _join(parts: Iterable[str]) -> str:
-    return "".join(parts)
