@@ -1,0 +1,244 @@
+"""Continue prompts with a host, steered by an adapter or alone."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+
+from trimtab.backends.hf import HFModel, quiet_transformers
+from trimtab.backends.open import open_model
+from trimtab.config import CarrierName, GenerateConfig, MountConfig
+from trimtab.errors import AdapterError, InputError
+from trimtab.mount import mount
+from trimtab.processor import DEFAULT_CARRIERS, check_carriers
+from trimtab.processor import steered as steered
+from trimtab.store.manifest import read_manifest
+from trimtab.text_stream import TextStream
+from trimtab.types import Advance, Progress, silent
+
+OnText = Callable[[int, str], None]
+"""Told the index of a prompt and the next piece of its continuation."""
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Continuations, in the order of their prompts.
+
+    Attributes:
+        texts: The continuations, without stop strings and special tokens.
+        tokens: How many tokens each took, the end token not counted.
+        wall_sec: Time that the generation took, without opening and mounting.
+    """
+
+    texts: tuple[str, ...]
+    tokens: tuple[int, ...]
+    wall_sec: float
+
+    def summary(self) -> str:
+        """How much text came, and how fast."""
+        total = sum(self.tokens)
+        return (
+            f"{len(self.texts)} continuations, {total} tokens in {self.wall_sec:.1f} s"
+            f" ({total / max(self.wall_sec, 1e-9):.1f} a second)"
+        )
+
+
+def generate(
+    config: GenerateConfig, *, progress: Progress = silent, on_text: OnText | None = None
+) -> GenerateResult:
+    """Continue prompts, as one batch.
+
+    A continuation ends at max_new_tokens, at an end token, at a stop string (which is cut off),
+    or where the host's positions end.
+
+    Args:
+        config: Host, prompts, adapter and sampling.
+        progress: Shows the opening, the mounting and the tokens.
+        on_text: Gets each piece of text as soon as it is certain; the pieces of a prompt
+            together are its text.
+
+    Raises:
+        InputError: A prompt is empty or too long, a stop string is empty, or carriers are named
+            without an adapter.
+        AdapterError: The adapter is broken or lacks a carrier.
+        ModelError: The host cannot be opened, or has no chat template and is to chat.
+    """
+    carriers = _check(config)
+    host = open_model(
+        config.host, dtype=config.dtype, device_map=config.device_map, progress=progress
+    )
+    prompts = [_encode(host, prompt, chat=config.chat) for prompt in config.prompt]
+    limit = _new_tokens(host, prompts, config.max_new_tokens)
+    start_sec = time.monotonic()
+    with (
+        _ready(config, host, carriers, progress) as model,
+        progress("generating", limit) as advance,
+        quiet_transformers(),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+    ):
+        start_sec = time.monotonic()
+        follower = _Follower(host, config, on_text, advance)
+        torch.manual_seed(config.seed)
+        model.generate(
+            **_batch(host, prompts),
+            generation_config=_settings(config, host, limit),
+            stopping_criteria=[follower],
+        )  # pyright: ignore[reportCallIssue]
+    return follower.result(time.monotonic() - start_sec)
+
+
+def _check(config: GenerateConfig) -> tuple[CarrierName, ...]:
+    """Refuse what cannot work before anything large is opened; say which carriers steer."""
+    for number, prompt in enumerate(config.prompt, start=1):
+        if not prompt:
+            raise InputError(f"prompt {number} is empty", hint="give at least one character")
+    if "" in config.stop:
+        raise InputError("a stop string is empty", hint="leave it out")
+    if config.adapter is None:
+        if config.carriers:
+            raise InputError(
+                f"carriers {', '.join(config.carriers)} are named, but no adapter",
+                hint="give --adapter",
+            )
+        return ()
+    manifest = read_manifest(config.adapter)
+    if config.carriers is not None:
+        check_carriers(manifest.name, tuple(manifest.carriers), config.carriers)
+        return config.carriers
+    carriers: tuple[CarrierName, ...] = tuple(
+        name for name in DEFAULT_CARRIERS if name in manifest.carriers
+    )
+    if not carriers:
+        raise AdapterError(
+            f"the adapter {manifest.name} carries {', '.join(manifest.carriers)} only,"
+            " which is not used unless named",
+            hint=f"use --carriers {','.join(manifest.carriers)}",
+        )
+    return carriers
+
+
+@contextmanager
+def _ready(
+    config: GenerateConfig, host: HFModel, carriers: Sequence[CarrierName], progress: Progress
+) -> Iterator[PreTrainedModel]:
+    if config.adapter is None or not config.strength:
+        yield host.model
+        return
+    seat = {"adapter": config.adapter, "host": config.host, "dtype": config.dtype}
+    mounted = mount(MountConfig.model_validate(seat), host=host, progress=progress)
+    with steered(host, mounted, carriers=carriers, strength=config.strength) as model:
+        yield model
+
+
+def _encode(host: HFModel, prompt: str, *, chat: bool) -> list[int]:
+    if chat:
+        text = host.chat_text([{"role": "user", "content": prompt}])
+        ids = host.encode(text, markup=True)
+    else:
+        ids = host.encode(prompt)
+    if host.is_encoder_decoder:
+        end = host.vocabulary.eos_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    context = host.context_ids()
+    # A chat template spells out what stands before a text; not all of them do.
+    return ids if ids[: len(context)] == context else context + ids
+
+
+def _new_tokens(host: HFModel, prompts: Sequence[Sequence[int]], asked: int) -> int:
+    room = host.max_tokens
+    if room is None or host.is_encoder_decoder:
+        return asked
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) >= room:
+        raise InputError(
+            f"prompt {longest + 1} has {len(prompts[longest])} tokens, and {host.ref} has"
+            f" positions for {room}",
+            hint="shorten the prompt, or take a host with a longer context",
+        )
+    return min(asked, room - len(prompts[longest]))
+
+
+def _batch(host: HFModel, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), _pad_id(host))
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        # An encoder counts its positions from the left; a decoder goes on from the right.
+        begin = 0 if host.is_encoder_decoder else longest - len(prompt)
+        place = slice(begin, begin + len(prompt))
+        ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+    return {"input_ids": ids.to(host.device), "attention_mask": mask.to(host.device)}
+
+
+def _pad_id(host: HFModel) -> int:
+    pad = host.tokenizer.pad_token_id
+    return pad if isinstance(pad, int) else min(host.end_ids, default=0)
+
+
+def _settings(config: GenerateConfig, host: HFModel, limit: int) -> GenerationConfig:
+    # What is not said here comes from the model's own settings, which may sample or penalise.
+    options: dict[str, Any] = {
+        "max_new_tokens": limit,
+        "do_sample": config.temperature > 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "repetition_penalty": 1.0,
+        "eos_token_id": sorted(host.end_ids) or None,
+        "pad_token_id": _pad_id(host),
+    }
+    if config.temperature > 0:
+        options |= {
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+        }
+    return GenerationConfig(**options)
+
+
+@final
+class _Follower(StoppingCriteria):
+    """Reads each new token: gives out text, and ends a row at an end token or a stop string."""
+
+    def __init__(
+        self, host: HFModel, config: GenerateConfig, on_text: OnText | None, advance: Advance
+    ) -> None:
+        self._token_bytes = host.vocabulary.token_bytes
+        self._end_ids = host.end_ids
+        self._streams = [TextStream(config.stop) for _ in config.prompt]
+        self._tokens = [0 for _ in config.prompt]
+        self._done = [False for _ in config.prompt]
+        self._on_text = on_text
+        self._advance = advance
+
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        del scores, options
+        for row, token_id in enumerate(input_ids[:, -1].tolist()):
+            if not self._done[row]:
+                self._read(row, token_id)
+        self._advance(1)
+        return torch.tensor(self._done, device=input_ids.device)
+
+    def _read(self, row: int, token_id: int) -> None:
+        if token_id in self._end_ids:
+            self._done[row] = True
+            return
+        self._tokens[row] += 1
+        self._say(row, self._streams[row].add(self._token_bytes[token_id] or b""))
+        self._done[row] = self._streams[row].stopped
+
+    def _say(self, row: int, text: str) -> None:
+        if text and self._on_text is not None:
+            self._on_text(row, text)
+
+    def result(self, wall_sec: float) -> GenerateResult:
+        """Give out what was held back, and put the result together."""
+        for row, stream in enumerate(self._streams):
+            self._say(row, stream.finish())
+        return GenerateResult(
+            tuple(stream.text for stream in self._streams), tuple(self._tokens), wall_sec
+        )

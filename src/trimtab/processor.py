@@ -1,0 +1,286 @@
+"""Steer a transformers model's own `generate`, and leave the model as it was."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trimtab.anchors import Reading
+from trimtab.backends.hf import HFModel, adopt_model
+from trimtab.blend import HOST_ALONE, BlendWeights, mix
+from trimtab.carriers.head import MountedHead
+from trimtab.config import CarrierName
+from trimtab.errors import AdapterError, ModelError
+from trimtab.mount import Mounted
+from trimtab.steering import LiveExpert, ReadPrompt, Steering, prompt_trust, text_before
+
+Host = HFModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""An open model, or a live transformers model with its tokenizer."""
+
+DEFAULT_CARRIERS: tuple[CarrierName, ...] = ("head", "memory")
+
+# Each asks the model for something else than one state for one next token.
+_REFUSED = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "custom_generate",
+    "guidance_scale",
+    "inputs_embeds",
+)
+
+
+@contextmanager
+def steered(
+    host: Host,
+    mounted: Mounted,
+    *,
+    carriers: Sequence[CarrierName] = DEFAULT_CARRIERS,
+    strength: float = 1.0,
+    live: LiveExpert | None = None,
+    blend: BlendWeights = HOST_ALONE,
+) -> Iterator[PreTrainedModel]:
+    """Steer a model's `generate` inside the context; outside it is as it was, exactly.
+
+    Greedy decoding, sampling, beam search, several sequences a prompt and batches padded on the
+    left are covered; assisted decoding, guidance, custom decoding, `inputs_embeds` and
+    `generate_batch` are not. How far the adapter is trusted follows from how well it predicts
+    each prompt (`prompt_trust`). At strength 0 the model is untouched, bit for bit. Plain calls
+    of the model are never steered.
+
+    Args:
+        host: The host on which the adapter is mounted.
+        mounted: What `mount` returned for it.
+        carriers: Which carriers steer.
+        strength: How far to follow them, in [0, 2].
+        live: Runs the expert, where it is among the carriers.
+        blend: Exponents of the live blend.
+
+    Raises:
+        AdapterError: The adapter lacks a carrier, or is mounted on another host.
+        ModelError: The model is being steered already, or (inside, from `generate`) a way of
+            decoding is asked for that cannot be steered.
+    """
+    with _adopted(host) as opened:
+        steering = steering_of(opened, mounted, carriers, strength, live, blend)
+        if not strength:
+            yield opened.model
+            return
+        with _generate_replaced(opened, steering):
+            yield opened.model
+
+
+def steering_of(
+    host: HFModel,
+    mounted: Mounted,
+    carriers: Sequence[CarrierName],
+    strength: float,
+    live: LiveExpert | None,
+    blend: BlendWeights,
+) -> Steering:
+    """Take the named carriers of a mounted adapter, the head's tensors on the host's device.
+
+    Raises:
+        AdapterError: The adapter lacks a carrier, or is mounted on another host.
+        ModelError: The expert is asked for and nothing is there to run it.
+    """
+    check_carriers(mounted.manifest.name, tuple(mounted.manifest.carriers), carriers)
+    if "expert" in carriers and live is None:
+        raise ModelError(
+            "the expert carrier needs a small model beside the host, and none is given",
+            hint="pass `live`, or use --carriers head,memory",
+        )
+    head = mounted.head if "head" in carriers else None
+    memory = mounted.memory if "memory" in carriers else None
+    for carrier in (head, memory):
+        if carrier is not None:
+            _check_width(host, mounted, carrier.reading)
+    if head is not None:
+        head = _to_device(head, host.unembedding.weight.device)
+    return Steering(strength, head, memory, live if "expert" in carriers else None, blend)
+
+
+def check_carriers(name: str, carried: Sequence[CarrierName], asked: Sequence[CarrierName]) -> None:
+    """Refuse carriers that an adapter does not carry.
+
+    Raises:
+        AdapterError: One is missing, or none is asked for.
+    """
+    missing = [carrier for carrier in asked if carrier not in carried]
+    if missing or not asked:
+        raise AdapterError(
+            f"the adapter {name} carries {', '.join(carried)},"
+            f" and {', '.join(missing) or 'nothing'} was asked for",
+            hint=f"use --carriers {','.join(carried)}, or make the carrier with `trimtab fit`",
+        )
+
+
+def _check_width(host: HFModel, mounted: Mounted, reading: Reading) -> None:
+    expected, width = reading.matrix.shape[1], host.unembedding.weight.shape[1]
+    if expected != width:
+        raise AdapterError(
+            f"{mounted.manifest.name} is mounted on {mounted.host_ref} with {expected} hidden"
+            f" features, and {host.ref} has {width}",
+            hint="mount the adapter on this host",
+        )
+
+
+def _to_device(head: MountedHead, device: torch.device) -> MountedHead:
+    reading = Reading(head.reading.matrix.to(device), head.reading.bias.to(device))
+    return replace(head, reading=reading, rows=head.rows.to(device), bias=head.bias.to(device))
+
+
+@contextmanager
+def _adopted(host: Host) -> Iterator[HFModel]:
+    if isinstance(host, HFModel):
+        yield host
+        return
+    model, tokenizer = host
+    # Adopting a model puts all of it into evaluation mode.
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield adopt_model(model.name_or_path or type(model).__name__, model, tokenizer)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _generate_replaced(host: HFModel, steering: Steering) -> Iterator[None]:
+    model: Any = host.model
+    if "generate" in vars(model):
+        raise ModelError(
+            f"{host.ref} has a `generate` of its own: it is being steered already",
+            hint="leave the other context first",
+        )
+    plain, trace = model.generate, _Trace()
+
+    def generate(*args: Any, **options: Any) -> Any:
+        _check_decoding(model, args, options)
+        mask = options.get(
+            "decoder_attention_mask" if host.is_encoder_decoder else "attention_mask"
+        )
+        ours = SteeringProcessor(host, steering, trace, mask)
+        given = options.pop("logits_processor", None) or ()
+        with trace.running():
+            return plain(*args, logits_processor=LogitsProcessorList([ours, *given]), **options)
+
+    trunk = model.get_decoder() if host.is_encoder_decoder else model.base_model
+    handle = trunk.register_forward_hook(trace.hook)
+    try:
+        model.generate = generate
+        yield
+    finally:
+        handle.remove()
+        vars(model).pop("generate", None)
+
+
+def _check_decoding(model: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    # transformers' signature is (inputs, generation_config, logits_processor, ...).
+    configs = [*args[1:2], options.get("generation_config"), model.generation_config]
+    refused = [name for name in _REFUSED if _asked(name, configs, options)]
+    if len(args) > 2:
+        refused.append("more than two arguments without a name")
+    if options.get("cache_implementation") == "paged":
+        refused.append("a paged cache")
+    if refused:
+        raise ModelError(
+            f"generate was asked for {', '.join(refused)}, which cannot be steered",
+            hint="use greedy decoding, sampling or beam search over input_ids",
+        )
+
+
+def _asked(name: str, configs: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    given = [options.get(name), *(getattr(config, name, None) for config in configs)]
+    value = next((value for value in given if value is not None), None)
+    # A guidance of 1 is none.
+    return value is not None and not (isinstance(value, int | float) and value in (0, 1))
+
+
+@final
+class _Trace:
+    """Keeps the final hidden states that a model computes while a generation runs."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._parts = []
+        try:
+            yield
+        finally:
+            self._parts = None
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        if self._parts is not None:
+            self._parts.append(output[0].detach())
+
+    def take(self) -> Tensor:
+        """States since the last call, shape [rows, seq, hidden]: one, or all of a prompt."""
+        parts, self._parts = self._parts or [], []
+        return torch.cat(parts, 1)
+
+
+@final
+class SteeringProcessor(LogitsProcessor):
+    """Replaces the host's scores by steered log-probabilities, for one call of `generate`."""
+
+    def __init__(
+        self, host: HFModel, steering: Steering, trace: _Trace, mask: Tensor | None
+    ) -> None:
+        """Prepare for prompts with this attention mask, shape [prompts, seq], if there is one."""
+        self._host = host
+        self._steering = steering
+        self._trace = trace
+        self._mask = mask
+        self._trust: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Steer the scores, shape [rows, vocab], of the tokens after input_ids [rows, seq].
+
+        Tokens that other processors have forbidden stay so.
+        """
+        states = self._trace.take()
+        rows = self._rows(input_ids)
+        token_bytes = self._host.vocabulary.token_bytes
+        spelled = [tuple(token_bytes[i] for i in row.tolist()) for row in rows]
+        if self._trust is None:
+            prompts = [
+                ReadPrompt(row, text, state[-len(row) :])
+                for row, text, state in zip(rows, spelled, states, strict=True)
+            ]
+            self._trust = torch.tensor(self._trusts(prompts), device=scores.device)[:, None]
+        logprobs = self._steering.logprobs(
+            scores, states[:, -1].to(scores.device), [text_before(text) for text in spelled]
+        )
+        mixed = mix(scores.log_softmax(-1), logprobs, self._trust)
+        return mixed.masked_fill(scores.isneginf(), -torch.inf)
+
+    def _rows(self, input_ids: Tensor) -> list[Tensor]:
+        """Token ids of each row without the padding of its prompt."""
+        ids = input_ids.cpu()
+        if self._mask is None:
+            return list(ids)
+        # Beams and several sequences of one prompt follow each other.
+        mask = self._mask.cpu().bool().repeat_interleave(len(ids) // len(self._mask), 0)
+        new = torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=torch.bool)
+        return [row[kept] for row, kept in zip(ids, torch.cat([mask, new], 1), strict=True)]
+
+    def _trusts(self, prompts: Sequence[ReadPrompt]) -> list[float]:
+        known: dict[tuple[int, ...], float] = {}
+        keys = [tuple(prompt.token_ids.tolist()) for prompt in prompts]
+        for key, prompt in zip(keys, prompts, strict=True):
+            if key not in known:
+                known[key] = prompt_trust(self._steering, self._host.unembedding, prompt)
+        return [known[key] for key in keys]

@@ -1,0 +1,502 @@
+"""Steered generation on a real tiny adapter, against a slow reference of every step."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GenerationConfig
+
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.blend import BlendWeights, log_linear
+from trimtab.carriers.memory import (
+    CONTEXT_BYTES,
+    GATE_FEATURES,
+    MATCH_WEIGHT,
+    NEIGHBOURS,
+    TEMPERATURE,
+)
+from trimtab.config import FitConfig, GenerateConfig, MountConfig, RecordConfig, TuneConfig
+from trimtab.errors import AdapterError, InputError, ModelError
+from trimtab.fit import fit
+from trimtab.generate import GenerateResult, generate, steered
+from trimtab.mount import Mounted, mount
+from trimtab.record import record
+from trimtab.steering import TRUST_PRIOR, Steering, blend_at, last_bytes
+from trimtab.store.adapter_schema import Gate
+from trimtab.store.card import write_adapter
+from trimtab.store.manifest import read_manifest
+from trimtab.text_stream import TextStream
+from trimtab.tune import tune
+
+HOST = "tiny:qwen3?vocab=bpe&hidden=32"
+WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
+PROMPTS = ("The rudder turns the hull and the", "The m", "In the harbour the tide, äöü")
+
+
+def domain_text(seed: int) -> str:
+    chosen = random.Random(seed)
+    one = [chosen.choice(WORDS) for _ in range(60)]
+    return "\n".join(f"The {a} turns the {b}." for a, b in zip(one[::2], one[1::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(domain_text(number))
+    for name in ("one", "two"):
+        (folder / f"{name}.md").write_text(f"Plain prose {name}, about nothing in particular. " * 6)
+    tuning = {
+        "model": "tiny:llama?hidden=32",
+        "data": (str(folder / "*.txt"),),
+        "out": folder / "expert",
+        "learning_rate": 1e-2,
+        "window_tokens": 128,
+        "held_out": 0.25,
+        "validations": 1,
+        "dtype": "float32",
+    }
+    tune(TuneConfig.model_validate(tuning))
+    recording = {
+        "expert": folder / "expert",
+        "out": folder / "recording",
+        "general": (str(folder / "*.md"),),
+        "window_tokens": 256,
+        "stride_tokens": 192,
+        "dtype": "float32",
+    }
+    record(RecordConfig.model_validate(recording))
+    fitting = {
+        "recording": folder / "recording",
+        "out": folder / "adapter",
+        "rank": 8,
+        "learning_rate": 3e-2,
+        "epochs": 4,
+        "active_tokens": 256,
+        "general_weight": 0.1,
+        "key_size": 16,
+    }
+    return with_plain_gate(fit(FitConfig.model_validate(fitting)).folder)
+
+
+def with_plain_gate(folder: Path) -> Path:
+    """A random reference is equally unsure everywhere, from which no gate can be learnt."""
+    manifest = read_manifest(folder)
+    assert manifest.memory
+    gate = Gate(features=GATE_FEATURES, weights=(-1.5, 1.0, 1.0, 1.0, 0.1, 0.05, 0.1))
+    memory = manifest.memory.model_copy(update={"gate": gate})
+    carriers = {**manifest.carriers, "memory": memory}
+    write_adapter(folder, manifest.model_copy(update={"carriers": carriers}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host() -> HFModel:
+    return open_model(HOST, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def mounted(adapter: Path, host: HFModel) -> Mounted:
+    return mount(MountConfig.model_validate({"adapter": adapter, "host": HOST}), host=host)
+
+
+def run(adapter: Path | None, *prompts: str, **options: object) -> GenerateResult:
+    config = {"host": HOST, "prompt": prompts, "adapter": adapter, "dtype": "float32"}
+    options = {"max_new_tokens": 8, **options}
+    return generate(GenerateConfig.model_validate(config | options))
+
+
+def inputs(host: HFModel, *prompts: str) -> dict[str, Tensor]:
+    ids = [host.context_ids() + host.encode(prompt) for prompt in prompts]
+    longest = max(map(len, ids))
+    pad = host.tokenizer.pad_token_id
+    return {
+        "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in ids]),
+        "attention_mask": torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in ids]),
+    }
+
+
+# The reference: one position at a time, from the mounted tensors and the formulas alone.
+
+
+def reference_steered(mounted: Mounted, strength: float, logits: Tensor, h: Tensor, text: bytes):
+    head = mounted.head
+    assert head
+    features = torch.stack([row @ h for row in head.reading.matrix]) + head.reading.bias
+    shift = torch.stack([row @ features for row in head.rows]) + head.bias
+    probs = (logits + strength * shift).exp() / (logits + strength * shift).exp().sum()
+    return reference_remembered(mounted, strength, probs, h, text)
+
+
+def reference_remembered(mounted: Mounted, strength: float, probs: Tensor, h: Tensor, text: bytes):
+    assert mounted.memory
+    memory, seated = mounted.memory.memory, mounted.memory
+    question = seated.reading.matrix @ h + seated.reading.bias
+    cosines = memory.keys.float() @ question / question.norm()
+    stored = memory.text.numpy().tobytes()
+    near = cosines.topk(min(NEIGHBOURS, len(memory)))
+    found = []
+    for cosine, entry in zip(near.values.tolist(), near.indices.tolist(), strict=True):
+        end, matched = int(memory.positions[entry]), 0
+        padded = bytes(CONTEXT_BYTES) + text
+        while matched < CONTEXT_BYTES and stored[end - 1 - matched] == padded[-1 - matched]:
+            matched += 1
+        score = cosine / TEMPERATURE + MATCH_WEIGHT * matched
+        found.append((score, matched / CONTEXT_BYTES, int(seated.values[entry, 0])))
+    scores = torch.tensor([score for score, _, _ in found]).softmax(0).tolist()
+    said = torch.zeros_like(probs)
+    for weight, (_, _, token) in zip(scores, found, strict=True):
+        if token >= 0:
+            said[token] += weight
+    matches = [m for _, m, _ in found]
+    weighted = sum(w * m for w, m in zip(scores, matches, strict=True))
+    overlap = ((said * probs).sum() + 1e-4).log()
+    entropy = -(probs * probs.log()).sum()
+    features = [1.0, max(matches), weighted, said.max(), overlap, entropy, probs.max().log()]
+    odds = sum(w * float(f) for w, f in zip(memory.gate, features, strict=True))
+    gate = min(strength * float(torch.sigmoid(torch.tensor(odds))), 1 - 1e-6)
+    mixed = (1 - gate) * probs + gate * said
+    return mixed / mixed.sum()
+
+
+def reference_next(host: HFModel, mounted: Mounted, strength: float, ids: list[int], prompt: int):
+    """Distribution after `ids`, of which the first `prompt` tokens are evidence."""
+    hidden = host.hidden(torch.tensor([ids]))[0]
+    logits = host.logits(torch.tensor([ids]))[0]
+    names = host.vocabulary.token_bytes
+    text = [b"".join(names[i] or b"" for i in ids[: t + 1]) for t in range(len(ids))]
+    both = [
+        (
+            logits[t].softmax(0),
+            reference_steered(mounted, strength, logits[t], hidden[t], text[t]),
+        )
+        for t in [*range(prompt - 1), len(ids) - 1]
+    ]
+    weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    for t, pair in enumerate(both[:-1]):
+        if names[ids[t + 1]]:
+            weights = weights * torch.stack([p[ids[t + 1]] for p in pair]).double()
+            weights = weights / weights.sum()
+    return weights[0] * both[-1][0].double() + weights[1] * both[-1][1].double(), weights
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:2])
+def test_generate_follows_the_slow_reference(host: HFModel, mounted: Mounted, prompt: str) -> None:
+    batch = inputs(host, PROMPTS[0], prompt)
+    with steered(host, mounted, strength=0.8) as model:
+        result = model.generate(
+            **batch, max_new_tokens=3, output_scores=True, return_dict_in_generate=True
+        )
+    ids, start = result.sequences[1].tolist(), batch["input_ids"].shape[1]
+    padding = int((batch["attention_mask"][1] == 0).sum())
+    for step, scores in enumerate(result.scores):
+        read = ids[padding : start + step]
+        expected, weights = reference_next(host, mounted, 0.8, read, start - padding)
+        torch.testing.assert_close(scores[1].exp().double(), expected, atol=1e-5, rtol=1e-3)
+        assert 0.01 < weights[1] < 0.999
+        plain = host.logits(torch.tensor([read]))[0, -1].softmax(0)
+        assert (scores[1].exp() - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "seed": 3}]
+)
+def test_strength_zero_is_the_host_itself(adapter: Path, options: dict[str, object]) -> None:
+    plain = run(None, *PROMPTS, **options)
+    assert run(adapter, *PROMPTS, strength=0, **options).texts == plain.texts
+    assert run(adapter, *PROMPTS, **options).texts != plain.texts
+
+
+def test_strength_zero_gives_the_same_bits(host: HFModel, mounted: Mounted) -> None:
+    options = {"max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
+    batch = inputs(host, *PROMPTS)
+    plain = host.model.generate(**batch, **options)
+    with steered(host, mounted, strength=0) as model:
+        same = model.generate(**batch, **options)
+    assert all(torch.equal(a, b) for a, b in zip(plain.scores, same.scores, strict=True))
+
+
+def state_of(host: HFModel) -> tuple[object, ...]:
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in host.model.modules()]
+    weights = {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
+    return sorted(vars(host.model)), sum(hooks), weights, [m.training for m in host.model.modules()]
+
+
+def test_the_model_is_restored_after_an_exception(host: HFModel, mounted: Mounted) -> None:
+    batch = inputs(host, *PROMPTS)
+    names, hooks, weights, training = state_of(host)
+    logits = host.model(**batch).logits
+    with pytest.raises(ZeroDivisionError), steered(host, mounted) as model:
+        assert torch.equal(model(**batch).logits, logits)
+        model.generate(**batch, max_new_tokens=1)
+        raise ZeroDivisionError
+    after = state_of(host)
+    assert after[:2] == (names, hooks) and after[3] == training
+    assert all(torch.equal(weights[name], tensor) for name, tensor in after[2].items())
+    assert torch.equal(host.model(**batch).logits, logits)
+
+
+def test_a_live_model_and_tokenizer_are_restored_into_training(mounted: Mounted) -> None:
+    fresh = open_model(HOST, dtype="float32")
+    fresh.model.train()
+    fresh.model.model.layers[0].eval()
+    modes = [module.training for module in fresh.model.modules()]
+    with steered((fresh.model, fresh.tokenizer), mounted) as model:
+        assert not model.training
+        model.generate(**inputs(fresh, "The m"), max_new_tokens=1)
+    assert [module.training for module in fresh.model.modules()] == modes
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_a_batch_gives_what_its_prompts_give_alone(
+    host: HFModel, mounted: Mounted, options: dict[str, int]
+) -> None:
+    with steered(host, mounted) as model:
+        together = model.generate(**inputs(host, *PROMPTS), max_new_tokens=6, **options)
+        for row, prompt in zip(together, PROMPTS, strict=True):
+            alone = model.generate(**inputs(host, prompt), max_new_tokens=6, **options)
+            assert torch.equal(row[-6:], alone[0, -6:])
+
+
+def test_several_sequences_of_a_prompt_share_its_evidence(host: HFModel, mounted: Mounted) -> None:
+    with steered(host, mounted) as model:
+        result = model.generate(
+            **inputs(host, *PROMPTS[:2]),
+            generation_config=GenerationConfig(do_sample=True, num_return_sequences=2, top_k=0),
+            max_new_tokens=1,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    first = result.scores[0]
+    assert torch.allclose(first[0], first[1]) and torch.allclose(first[2], first[3])
+    assert not torch.allclose(first[1], first[2], atol=1e-3)
+
+
+def test_without_a_cache_and_in_chunks_the_scores_are_the_same(
+    host: HFModel, mounted: Mounted
+) -> None:
+    options = {"max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
+    batch = inputs(host, PROMPTS[0])
+    with steered(host, mounted) as model:
+        runs = [
+            model.generate(**batch, **options, **more).scores
+            for more in ({}, {"use_cache": False}, {"prefill_chunk_size": 4})
+        ]
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_forbidden_tokens_stay_forbidden(host: HFModel, mounted: Mounted) -> None:
+    assert mounted.memory
+    proposed = sorted(set(mounted.memory.values.flatten().tolist()) - {-1})
+    with steered(host, mounted, carriers=("memory",)) as model:
+        result = model.generate(
+            **inputs(host, PROMPTS[0]),
+            max_new_tokens=2,
+            suppress_tokens=proposed,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    assert all(scores[0, proposed].isneginf().all() for scores in result.scores)
+
+
+def test_a_prompt_of_one_token_has_the_prior(host: HFModel, mounted: Mounted) -> None:
+    expected, weights = reference_next(host, mounted, 1.0, [84], 1)
+    assert weights.tolist() == [TRUST_PRIOR, 1 - TRUST_PRIOR]
+    with steered(host, mounted) as model:
+        result = model.generate(
+            torch.tensor([[84]]), max_new_tokens=1, output_scores=True, return_dict_in_generate=True
+        )
+    torch.testing.assert_close(result.scores[0][0].exp().double(), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny:t5?hidden=32", "tiny:gemma2?hidden=32"])
+def test_other_families_are_steered(adapter: Path, name: str) -> None:
+    plain, followed = (run(adapter, *PROMPTS, host=name, strength=s, temperature=1) for s in (0, 2))
+    assert followed.tokens and followed.texts != plain.texts
+
+
+def test_seeds_and_chat(adapter: Path) -> None:
+    texts = [run(adapter, *PROMPTS, temperature=1, seed=seed).texts for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert run(adapter, "The m", chat=True).texts != run(adapter, "The m").texts
+    before = torch.random.get_rng_state()
+    run(None, "The m", temperature=1, max_new_tokens=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_streamed_pieces_are_the_text(adapter: Path) -> None:
+    pieces: list[list[str]] = [[], [], []]
+    settings = {"host": HOST, "prompt": PROMPTS, "adapter": adapter, "max_new_tokens": 24}
+    config = GenerateConfig.model_validate(settings | {"temperature": 1.5, "dtype": "float32"})
+    result = generate(config, on_text=lambda i, text: pieces[i].append(text))
+    assert tuple("".join(parts) for parts in pieces) == result.texts
+    assert all(part for parts in pieces for part in parts)
+    assert result.tokens == (24, 24, 24)
+    assert "3 continuations, 72 tokens" in result.summary()
+
+
+def test_a_stop_string_is_cut_off_and_ends_its_prompt_only() -> None:
+    plain = run(None, *PROMPTS, max_new_tokens=16)
+    stop = plain.texts[0][3:6]
+    assert len(stop) == 3
+    stopped = run(None, *PROMPTS, max_new_tokens=16, stop=(stop,))
+    assert stopped.texts == tuple(text.split(stop)[0] for text in plain.texts)
+    assert stopped.tokens[0] < 16 and max(stopped.tokens) == 16
+
+
+def test_end_tokens_of_the_generation_settings_end_a_text(host: HFModel, tmp_path: Path) -> None:
+    batch = inputs(host, PROMPTS[0])
+    third = int(host.model.generate(**batch, max_new_tokens=3)[0, -1])
+    host.model.save_pretrained(tmp_path)
+    host.tokenizer.save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=[257, third], temperature=0.1, do_sample=True).save_pretrained(
+        tmp_path
+    )
+    whole, ended = (run(None, PROMPTS[0], host=str(path)) for path in (HOST, tmp_path))
+    assert ended.tokens[0] <= 2 and whole.texts[0].startswith(ended.texts[0])
+
+
+def test_a_long_prompt_uses_the_room_that_is_left() -> None:
+    size = 2048 - 5
+    result = run(None, "\x01" * size, host="tiny:llama?hidden=8&layers=1", max_new_tokens=50)
+    assert result.tokens[0] <= 5
+    with pytest.raises(InputError, match=r"prompt 2 has 2049 tokens, and .* positions for 2048"):
+        run(None, "a", "\x01" * 2049, host="tiny:llama?hidden=8&layers=1")
+
+
+def test_what_cannot_be_generated_is_refused(adapter: Path) -> None:
+    with pytest.raises(InputError, match="prompt 2 is empty"):
+        run(None, "a", "")
+    with pytest.raises(InputError, match="stop string is empty"):
+        run(None, "a", stop=("x", ""))
+    with pytest.raises(InputError, match="head are named, but no adapter"):
+        run(None, "a", carriers=("head",))
+    with pytest.raises(AdapterError, match="is no folder"):
+        run(adapter / "nowhere", "a")
+
+
+def test_carriers_that_are_not_there_are_listed(
+    adapter: Path, host: HFModel, mounted: Mounted, tmp_path: Path
+) -> None:
+    settings = {"recording": adapter.parent / "recording", "out": tmp_path / "b", "epochs": 1}
+    only_head = fit(FitConfig.model_validate(settings | {"rank": 2, "carriers": ("head",)})).folder
+    with pytest.raises(AdapterError, match="carries head, and memory was asked for"):
+        run(only_head, "a", carriers=("head", "memory"))
+    assert run(only_head, "a").texts
+    with (
+        pytest.raises(AdapterError, match="nothing was asked for"),
+        steered(host, mounted, carriers=()),
+    ):
+        pass
+    other = open_model("tiny:llama?hidden=64", dtype="float32")
+    with (
+        pytest.raises(AdapterError, match=r"32 hidden features, and .* has 64"),
+        steered(other, mounted),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.5},
+        {"prompt_lookup_num_tokens": 3},
+        {"generation_config": GenerationConfig(guidance_scale=2.0)},
+        {"inputs_embeds": torch.zeros(1, 2, 32)},
+    ],
+)
+def test_decoding_that_cannot_be_steered_is_refused(
+    host: HFModel, mounted: Mounted, options: dict[str, object]
+) -> None:
+    with steered(host, mounted) as model, pytest.raises(ModelError, match="cannot be steered"):
+        model.generate(**inputs(host, "The m"), max_new_tokens=2, **options)
+
+
+def test_a_steered_model_is_not_steered_twice(host: HFModel, mounted: Mounted) -> None:
+    with steered(host, mounted) as model:
+        with pytest.raises(ModelError, match="steered already"), steered(host, mounted):
+            pass
+        assert "generate" in vars(model)
+    assert "generate" not in vars(model)
+
+
+class Bigram:
+    """Expert that repeats the last byte, reference that knows nothing; over byte tokens."""
+
+    def __init__(self, host: HFModel) -> None:
+        self.host = host
+
+    def logprobs(self, contexts: list[bytes], host_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        favoured = torch.zeros_like(host_logprobs)
+        for row, text in enumerate(contexts):
+            favoured[row, text[-1]] = 5.0
+        return favoured.log_softmax(-1), torch.zeros_like(host_logprobs).log_softmax(-1)
+
+
+def test_a_live_expert_is_blended(host: HFModel, mounted: Mounted) -> None:
+    weights = BlendWeights(0.5, 1.0, 0.5)
+    options = {"carriers": ("expert",), "live": Bigram(host), "blend": weights}
+    ids = inputs(host, "The m")["input_ids"]
+    logits, hidden = host.logits(ids)[0, -1:], host.hidden(ids)[0, -1:]
+    plain = logits.log_softmax(-1)
+    expert, reference = Bigram(host).logprobs([b"The m"], plain)
+    steering = Steering(1.0, live=Bigram(host), blend=weights)
+    expected = log_linear(plain, expert, reference, weights)
+    torch.testing.assert_close(steering.logprobs(logits, hidden, [b"The m"]), expected)
+    with steered(host, mounted, strength=2.0, **options) as model:
+        assert (
+            host.vocabulary.token_bytes[int(model.generate(ids, max_new_tokens=1)[0, -1])] == b"m"
+        )
+    with (
+        pytest.raises(ModelError, match="needs a small model"),
+        steered(host, mounted, carriers=("expert",)),
+    ):
+        pass
+
+
+def test_blends_begin_at_the_host() -> None:
+    weights = BlendWeights(0.5, 1.0, 0.5)
+    assert blend_at(weights, 0.0) == BlendWeights(1.0, 0.0, 0.0)
+    assert blend_at(weights, 1.0) == weights
+
+
+def test_last_bytes() -> None:
+    long = bytes(range(65, 65 + 20))
+    rows = last_bytes([b"", b"ab", long]).tolist()
+    assert rows[0] == [0] * CONTEXT_BYTES
+    assert rows[1] == [98, 97] + [0] * (CONTEXT_BYTES - 2)
+    assert rows[2] == list(long[: -CONTEXT_BYTES - 1 : -1])
+
+
+def cut(text: str, stop: list[str]) -> str:
+    """A text up to the stop string that is complete first; the longest of those."""
+    for end in range(1, len(text) + 1):
+        ended = [s for s in stop if text[:end].endswith(s)]
+        if ended:
+            return text[: end - max(map(len, ended))]
+    return text
+
+
+@given(st.text("abä€\n", max_size=30), st.lists(st.text("abä€", min_size=1)), st.randoms())
+def test_streams_cut_at_stop_strings(text: str, stop: list[str], chance: random.Random) -> None:
+    stream, raw, parts, begin = TextStream(stop), text.encode(), [], 0
+    while begin < len(raw):
+        end = begin + chance.randint(1, 5)
+        parts.append(stream.add(raw[begin:end]))
+        begin = end
+    parts.append(stream.finish())
+    assert "".join(parts) == stream.text == cut(text, stop)
+    assert stream.stopped == any(s in text for s in stop)
+
+
+def test_streams_wait_for_whole_characters() -> None:
+    stream = TextStream()
+    assert [stream.add(bytes([b])) for b in "ä€".encode()] == ["", "ä", "", "", "€"]
+    assert (stream.add(b"\xe2\x82"), stream.finish()) == ("", "�")
