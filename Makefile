@@ -14,7 +14,7 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 	$(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help python test demo check format models clean
+.PHONY: help python test demo check format docs models clean
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
@@ -22,6 +22,7 @@ help:  ## Say what can be made
 	@echo "             SMALL=MODEL HOST=\"MODEL ...\" takes others: hub names, folders, GGUF files"
 	@echo "make check   format, lint and types, as .ci/run does after the tests"
 	@echo "make format  rewrite the source in the project's format"
+	@echo "make docs    rewrite the generated tables of the documentation"
 	@echo "make clean   delete .venv and build (downloads, caches, the demo's results)"
 	@echo "options      PYTHON=python3.11  TORCH_INDEX=URL (which build of PyTorch; see README.md)"
 
@@ -39,6 +40,9 @@ check: $(VENV)/ready-check
 format: $(VENV)/ready-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/ready-test
+	$(BIN)/python -m tools.generated_docs
 
 # The tests' real model; TRIMTAB_TEST_MODELS names a folder that has it already.
 models: $(VENV)/ready-test

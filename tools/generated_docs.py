@@ -1,0 +1,115 @@
+"""Fill the generated blocks of the documentation: options of the verbs, figures of the demo.
+
+`python -m tools.generated_docs` rewrites them; with --check it only says whether they are right.
+A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import typer
+
+from trimtab import cli, config
+from trimtab.metrics import Estimate
+from trimtab.report import HostResult, Report, read_report
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "bench" / "results" / "demo.json"
+VERBS = ("tune", "record", "fit", "mount", "generate", "evaluate")
+NO_RESULT = "No run has been recorded yet: `make demo` measures these figures on your machine."
+
+
+def main() -> None:
+    """Rewrite or check all blocks."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if one is old")
+    given = parser.parse_args()
+    old = [path for path, text in rendered().items() if path.read_text(encoding="utf-8") != text]
+    for path in old:
+        print(f"{'old' if given.check else 'written'}: {path.relative_to(ROOT)}")
+        if not given.check:
+            path.write_text(rendered()[path], encoding="utf-8")
+    sys.exit(1 if given.check and old else 0)
+
+
+def rendered() -> dict[Path, str]:
+    """Content of each page as it should be."""
+    blocks = {ROOT / "docs" / f"{verb}.md": ("options", options_table(verb)) for verb in VERBS}
+    report = read_report(RESULT) if RESULT.is_file() else None
+    blocks[ROOT / "README.md"] = ("figures", figures(report))
+    return {
+        path: with_block(path.read_text(encoding="utf-8"), name, content)
+        for path, (name, content) in blocks.items()
+    }
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """Put content between the marks of a block.
+
+    Raises:
+        ValueError: The text does not have both marks of the block, in their order, once.
+    """
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed) or begin in rest or end in after:
+        raise ValueError(f"expected one block {name!r}")
+    return f"{before}{begin}{content.rstrip()}\n{end}{after}"
+
+
+def options_table(verb: str) -> str:
+    """Table of a verb's arguments and options: command line, Python field, default, meaning."""
+    command = typer.main.get_command(cli.app)
+    names = {p.name: p.param_type_name for p in command.commands[verb].params}  # pyright: ignore
+    fields = getattr(config, f"{verb.title()}Config").model_fields
+    lines = ["| command line | Python | default | meaning |", "|---|---|---|---|"]
+    for name, field in sorted(fields.items(), key=lambda pair: names[pair[0]] != "argument"):
+        flag = name.upper() if names[name] == "argument" else f"--{name.replace('_', '-')}"
+        default = "needed" if field.is_required() else shown_default(field.default)
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{flag}` | `{name}` | {default} | {meaning} |")
+    return "\n".join(lines)
+
+
+def shown_default(value: object) -> str:
+    """A default as a reader would write it."""
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"`{','.join(value) if isinstance(value, tuple) else value}`"
+
+
+def figures(report: Report | None) -> str:
+    """Tables of a recorded run, one a host."""
+    if report is None:
+        return NO_RESULT
+    source = f"Recorded run: `{RESULT.relative_to(ROOT).as_posix()}`."
+    return "\n\n".join([*(host_table(result) for result in report.hosts), source])
+
+
+def host_table(result: HostResult) -> str:
+    """Bits per byte of a host's rows with standard errors, and their change against the host."""
+    lines = [
+        f"{result.host}, steered by {result.small}; bits per byte, lower is better:",
+        "",
+        "| row | domain text | against host | general text | against host |",
+        "|---|---|---|---|---|",
+    ]
+    for row, figure in result.domain.items():
+        cells = [*shown(figure, result.domain["host"])]
+        general = result.general.get(row)
+        cells += shown(general, result.general["host"]) if general else ["", ""]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shown(figure: Estimate, host: Estimate) -> tuple[str, str]:
+    """A figure with its standard error, and its change against the host."""
+    change = "" if figure == host else f"{100 * (figure.mean / host.mean - 1):+.1f} %"
+    return f"{figure.mean:.3f} ± {figure.stderr:.3f}", change
+
+
+if __name__ == "__main__":
+    main()
