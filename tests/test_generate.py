@@ -1,6 +1,7 @@
 """Steered generation on a real tiny adapter, against a slow reference of every step."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from trimtab.backends.hf import HFModel
+from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
-from trimtab.blend import BlendWeights, log_linear
+from trimtab.blend import BlendWeights
 from trimtab.carriers.memory import (
     CONTEXT_BYTES,
     GATE_FEATURES,
@@ -25,8 +27,10 @@ from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.fit import fit
 from trimtab.generate import GenerateResult, generate, steered
 from trimtab.mount import Mounted, mount
+from trimtab.processor import open_live
 from trimtab.record import record
-from trimtab.steering import TRUST_PRIOR, Steering, blend_at, last_bytes
+from trimtab.scoring import FAMILIES, LIVE_BLENDS, Steers, score_document
+from trimtab.steering import Rows, Steering, blend_at, last_bytes
 from trimtab.store.adapter_schema import Gate
 from trimtab.store.card import write_adapter
 from trimtab.store.manifest import read_manifest
@@ -124,13 +128,16 @@ def inputs(host: HFModel, *prompts: str) -> dict[str, Tensor]:
 # The reference: one position at a time, from the mounted tensors and the formulas alone.
 
 
-def reference_steered(mounted: Mounted, strength: float, logits: Tensor, h: Tensor, text: bytes):
+def reference_predictors(mounted: Mounted, strength: float, logits: Tensor, h: Tensor, text: bytes):
+    """Distributions of host, head, memory, and head with memory."""
     head = mounted.head
     assert head
     features = torch.stack([row @ h for row in head.reading.matrix]) + head.reading.bias
     shift = torch.stack([row @ features for row in head.rows]) + head.bias
-    probs = (logits + strength * shift).exp() / (logits + strength * shift).exp().sum()
-    return reference_remembered(mounted, strength, probs, h, text)
+    plain = logits.exp() / logits.exp().sum()
+    shifted = (logits + strength * shift).exp() / (logits + strength * shift).exp().sum()
+    remembered = [reference_remembered(mounted, strength, p, h, text) for p in (plain, shifted)]
+    return torch.stack([plain, shifted, *remembered]).double()
 
 
 def reference_remembered(mounted: Mounted, strength: float, probs: Tensor, h: Tensor, text: bytes):
@@ -170,19 +177,15 @@ def reference_next(host: HFModel, mounted: Mounted, strength: float, ids: list[i
     logits = host.logits(torch.tensor([ids]))[0]
     names = host.vocabulary.token_bytes
     text = [b"".join(names[i] or b"" for i in ids[: t + 1]) for t in range(len(ids))]
-    both = [
-        (
-            logits[t].softmax(0),
-            reference_steered(mounted, strength, logits[t], hidden[t], text[t]),
-        )
-        for t in [*range(prompt - 1), len(ids) - 1]
-    ]
-    weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    for t, pair in enumerate(both[:-1]):
+    prior = torch.tensor([0.25] * 4, dtype=torch.float64)
+    weights = prior
+    for t in range(prompt - 1):
         if names[ids[t + 1]]:
-            weights = weights * torch.stack([p[ids[t + 1]] for p in pair]).double()
-            weights = weights / weights.sum()
-    return weights[0] * both[-1][0].double() + weights[1] * both[-1][1].double(), weights
+            each = reference_predictors(mounted, strength, logits[t], hidden[t], text[t])
+            weights = weights * each[:, ids[t + 1]]
+            weights = 0.99 * weights / weights.sum() + 0.01 * prior
+    last = reference_predictors(mounted, strength, logits[-1], hidden[-1], text[-1])
+    return weights @ last, weights
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:2])
@@ -198,7 +201,7 @@ def test_generate_follows_the_slow_reference(host: HFModel, mounted: Mounted, pr
         read = ids[padding : start + step]
         expected, weights = reference_next(host, mounted, 0.8, read, start - padding)
         torch.testing.assert_close(scores[1].exp().double(), expected, atol=1e-5, rtol=1e-3)
-        assert 0.01 < weights[1] < 0.999
+        assert 0.001 < weights[0] < 0.9
         plain = host.logits(torch.tensor([read]))[0, -1].softmax(0)
         assert (scores[1].exp() - plain).abs().max() > 1e-3
 
@@ -308,7 +311,7 @@ def test_forbidden_tokens_stay_forbidden(host: HFModel, mounted: Mounted) -> Non
 
 def test_a_prompt_of_one_token_has_the_prior(host: HFModel, mounted: Mounted) -> None:
     expected, weights = reference_next(host, mounted, 1.0, [84], 1)
-    assert weights.tolist() == [TRUST_PRIOR, 1 - TRUST_PRIOR]
+    assert weights.tolist() == [0.25] * 4
     with steered(host, mounted) as model:
         result = model.generate(
             torch.tensor([[84]]), max_new_tokens=1, output_scores=True, return_dict_in_generate=True
@@ -427,38 +430,120 @@ def test_a_steered_model_is_not_steered_twice(host: HFModel, mounted: Mounted) -
     assert "generate" not in vars(model)
 
 
-class Bigram:
-    """Expert that repeats the last byte, reference that knows nothing; over byte tokens."""
+def test_generation_agrees_with_what_is_evaluated(
+    host: HFModel, mounted: Mounted, live: Live
+) -> None:
+    text = domain_text(9)[:60]
+    ids = host.encode(text)
+    steers = Steers(head=mounted.head, memory=mounted.memory, live=live)
+    scored = score_document(host, text, steers, window_tokens=128, stride_tokens=64)
+    rows = {
+        "head": ("head",),
+        "head+memory": ("head", "memory"),
+        "live": ("expert",),
+        "all": ("head", "memory", "expert"),
+    }
+    for row, carriers in rows.items():
+        evaluated = scored.row(row)
+        with steered(host, mounted, carriers=carriers, live=live) as model:
+            for place in (2, len(ids) // 2, len(ids) - 1):
+                result = model.generate(
+                    torch.tensor([ids[:place]]),
+                    max_new_tokens=1,
+                    output_scores=True,
+                    return_dict_in_generate=True,
+                )
+                ours = float(result.scores[0][0, ids[place]])
+                assert ours == pytest.approx(float(evaluated[place - 1]), abs=1e-3)
 
-    def __init__(self, host: HFModel) -> None:
-        self.host = host
 
-    def logprobs(self, contexts: list[bytes], host_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        favoured = torch.zeros_like(host_logprobs)
-        for row, text in enumerate(contexts):
-            favoured[row, text[-1]] = 5.0
-        return favoured.log_softmax(-1), torch.zeros_like(host_logprobs).log_softmax(-1)
+@pytest.fixture(scope="module")
+def live(mounted: Mounted, host: HFModel) -> Live:
+    return open_live(mounted, host, dtype="float32")
 
 
-def test_a_live_expert_is_blended(host: HFModel, mounted: Mounted) -> None:
-    weights = BlendWeights(0.5, 1.0, 0.5)
-    options = {"carriers": ("expert",), "live": Bigram(host), "blend": weights}
-    ids = inputs(host, "The m")["input_ids"]
+def rows_of(host: HFModel, live: Live, text: str) -> Rows:
+    ids = torch.tensor([host.encode(text)])
+    question = (live.read([text.encode()]), range(1))
     logits, hidden = host.logits(ids)[0, -1:], host.hidden(ids)[0, -1:]
-    plain = logits.log_softmax(-1)
-    expert, reference = Bigram(host).logprobs([b"The m"], plain)
-    steering = Steering(1.0, live=Bigram(host), blend=weights)
-    expected = log_linear(plain, expert, reference, weights)
-    torch.testing.assert_close(steering.logprobs(logits, hidden, [b"The m"]), expected)
-    with steered(host, mounted, strength=2.0, **options) as model:
-        assert (
-            host.vocabulary.token_bytes[int(model.generate(ids, max_new_tokens=1)[0, -1])] == b"m"
-        )
-    with (
-        pytest.raises(ModelError, match="needs a small model"),
-        steered(host, mounted, carriers=("expert",)),
-    ):
-        pass
+    return Rows(logits, hidden, (text.encode(),), (question,))
+
+
+def test_live_blends_are_the_powers_of_the_three(host: HFModel, live: Live) -> None:
+    rows = rows_of(host, live, "The m")
+    steering = Steering(0.7, live=live)
+    found = steering.logprobs(rows)
+    plain = rows.logits.softmax(-1)
+    reading, questions = rows.questions[0]
+    pair = live.score(reading, questions, plain, torch.arange(plain.shape[1]))
+    expert, reference = (probs[0] / probs.sum() for probs in pair)
+    assert (expert - reference).abs().max() > 1e-3
+    for name, logprobs in zip(steering.predictors[1:], found[1:], strict=True):
+        by = blend_at(LIVE_BLENDS[name], 0.7)
+        powers = plain[0] ** by.host * expert**by.expert / reference**by.reference
+        expected = powers / powers.sum()
+        torch.testing.assert_close(logprobs[0].exp(), expected, atol=1e-5, rtol=1e-2)
+
+
+def test_the_tail_of_a_live_blend_keeps_the_hosts_proportions(host: HFModel, live: Live) -> None:
+    logits = torch.linspace(0, 1, len(host.vocabulary))[None].clone()
+    logits[:, :200] += 20
+    rows = replace(rows_of(host, live, "The m"), logits=logits)
+    found = Steering(1.0, live=live).logprobs(rows)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found), 1))
+    inside = found[:, 0, 200:] - found[:, 0, 200:].logsumexp(-1, keepdim=True)
+    for predictor in inside:
+        torch.testing.assert_close(predictor, logits[0, 200:].log_softmax(-1))
+
+
+def test_the_experts_caches_change_nothing(host: HFModel, mounted: Mounted, live: Live) -> None:
+    options = {"max_new_tokens": 4, "output_scores": True, "return_dict_in_generate": True}
+    carriers = ("head", "memory", "expert")
+    with steered(host, mounted, carriers=carriers, live=live) as model:
+        # Caches of other texts are still there in the second run.
+        together, again = (model.generate(**inputs(host, *PROMPTS), **options) for _ in range(2))
+    for a, b in zip(together.scores, again.scores, strict=True):
+        torch.testing.assert_close(a, b)
+    fresh = open_live(mounted, host, dtype="float32")
+    with steered(host, mounted, carriers=carriers, live=fresh) as model:
+        # Each call of one new token reads all of its text anew.
+        ids = inputs(host, PROMPTS[1])["input_ids"]
+        steering = model.generate(ids, **options)
+    alone = together.sequences[1, -4:].tolist()
+    assert steering.sequences[0, -4:].tolist() == alone
+
+
+@pytest.mark.parametrize(
+    ("carriers", "names"),
+    [
+        (("expert",), FAMILIES["live"]),
+        (("head", "memory", "expert"), FAMILIES["all"]),
+        (("head", "expert"), (*FAMILIES["live"], "head")),
+        (("memory", "expert"), (*FAMILIES["live"], "memory", "blend+memory", "lean+memory")),
+        (("memory",), ("host", "memory")),
+    ],
+)
+def test_predictors_of_carriers(
+    host: HFModel,
+    mounted: Mounted,
+    live: Live,
+    carriers: tuple[str, ...],
+    names: tuple[str, ...],
+) -> None:
+    chosen = {"head": mounted.head, "memory": mounted.memory}
+    chosen["live"] = live
+    asked = {"live" if name == "expert" else name for name in carriers}
+    steering = Steering(1.0, **{n: part for n, part in chosen.items() if n in asked})
+    assert steering.predictors == names
+    rows = rows_of(host, live, "The m")
+    torch.testing.assert_close(steering.logprobs(rows).exp().sum(-1), torch.ones(len(names), 1))
+    assert float(steering.prior.sum()) == pytest.approx(1)
+
+
+def test_the_real_expert_steers(adapter: Path) -> None:
+    options = {"carriers": ("expert",), "temperature": 1.0, "max_new_tokens": 4}
+    plain, first, again = (run(adapter, *PROMPTS[:2], strength=s, **options) for s in (0, 1, 1))
+    assert plain.texts != first.texts == again.texts
 
 
 def test_blends_begin_at_the_host() -> None:

@@ -53,13 +53,19 @@ class Strings:
         """Bytes of the longest token."""
         return max(len(text) for text in self._sorted[0])
 
-    def longer_than(self, start: bytes) -> list[int]:
+    @cached_property
+    def _longer(self) -> dict[bytes, Tensor]:
+        return {}
+
+    def longer_than(self, start: bytes) -> Tensor:
         """Ids of the tokens that begin with `start` and go beyond it, in byte order."""
-        texts, ids = self._sorted
-        first = bisect.bisect_right(texts, start)
-        after = _successor(start)
-        last = len(texts) if after is None else bisect.bisect_left(texts, after)
-        return ids[first:last]
+        if start not in self._longer:
+            texts, ids = self._sorted
+            first = bisect.bisect_right(texts, start)
+            after = _successor(start)
+            last = len(texts) if after is None else bisect.bisect_left(texts, after)
+            self._longer[start] = torch.tensor(ids[first:last], dtype=torch.long)
+        return self._longer[start]
 
     def first_token(self, text: bytes) -> int:
         """The longest token that begins a text; -1 if none does."""
@@ -127,24 +133,45 @@ def _valid_utf8(text: bytes) -> tuple[bytes, bytes]:
     return text, b""
 
 
-def cover_weights(
-    covers: Sequence[Cover], logprob_of: Callable[[Cover], float], open_mass: Sequence[float]
-) -> Tensor:
-    """Posterior of each cover given that the context was written.
+@dataclass(frozen=True)
+class Candidates:
+    """The host tokens that a step considers, in byte order where that helps.
 
-    Args:
-        covers: The covers.
-        logprob_of: Log-probability of a cover's tokens, in nats, up to a common constant.
-        open_mass: Probability that the next token goes beyond the rest; 1 where it is empty.
-
-    Returns:
-        Shape [covers], summing to one.
+    Attributes:
+        token_ids: Host token ids, shape [candidates].
+        texts: Their bytes, sorted; special tokens are left out.
+        order: Place in `token_ids` of each of `texts`.
     """
-    scores = [
-        logprob_of(cover) + (torch.tensor(mass).log().item() if mass > 0 else -torch.inf)
-        for cover, mass in zip(covers, open_mass, strict=True)
-    ]
-    return torch.tensor(scores, dtype=torch.float64).softmax(0)
+
+    token_ids: Tensor
+    texts: tuple[bytes, ...]
+    order: Tensor
+
+    @staticmethod
+    def of(token_ids: Tensor, host: Vocabulary) -> "Candidates":
+        """Sort the candidates of a host."""
+        pairs = sorted(
+            (text, place)
+            for place, token_id in enumerate(token_ids.tolist())
+            if (text := host.token_bytes[token_id])
+        )
+        texts = tuple(text for text, _ in pairs)
+        return Candidates(token_ids, texts, torch.tensor([place for _, place in pairs]))
+
+    def beginning_with(self, start: bytes) -> Tensor:
+        """Places of the candidates that begin with `start`, it included."""
+        first = bisect.bisect_left(self.texts, start)
+        after = _successor(start)
+        last = len(self.texts) if after is None else bisect.bisect_left(self.texts, after)
+        return self.order[first:last]
+
+    def longest_beginning(self, text: bytes) -> int:
+        """Place of the longest candidate that begins `text`; -1 if none does."""
+        for length in range(len(text), 0, -1):
+            place = bisect.bisect_left(self.texts, text[:length])
+            if place < len(self.texts) and self.texts[place] == text[:length]:
+                return int(self.order[place])
+        return -1
 
 
 @dataclass(frozen=True)
@@ -169,7 +196,7 @@ class Alignment:
         """For each small token, the longest host token that begins it; -1 if none."""
         return _firsts(self.small.vocabulary, self.host)
 
-    def to_host(self, probs: Tensor, host_probs: Tensor) -> Tensor:
+    def to_host(self, probs: Tensor, host_probs: Tensor, token_ids: Tensor) -> Tensor:
         """Carry distributions over what comes next from small tokens to host tokens.
 
         A small token t lends its probability to the host tokens that begin with it (t is the
@@ -179,59 +206,65 @@ class Alignment:
         distribution nearest to the host's (in KL) with the small model's first-token masses.
 
         Args:
-            probs: Over small tokens, shape [..., vocab of small].
-            host_probs: The host's own, shape [..., vocab of host].
+            probs: Over small tokens, shape [positions, vocab of small].
+            host_probs: The host's own over the candidates, shape [positions, candidates].
+            token_ids: The candidates, shape [candidates].
 
         Returns:
-            Shape [..., vocab of host]; sums to the mass of the small tokens that can be carried.
+            Shape [positions, candidates]; what is missing to one belongs to other tokens.
         """
-        first = self.first_small.clamp_min(0)
-        known = host_probs * (self.first_small >= 0)
+        first = self.first_small[token_ids]
+        known = host_probs * (first >= 0)
+        first = first.clamp_min(0)
         mass = torch.zeros_like(probs).index_add(-1, first, known)
-        ratio = torch.where(mass > 0, probs / mass.clamp_min(1e-30), 0.0)
-        carried = known * ratio[..., first]
-        alone = torch.where((mass > 0) | (self.first_host < 0), 0.0, probs)
-        return carried.index_add(-1, self.first_host.clamp_min(0), alone)
+        carried = known * (probs / mass.clamp_min(1e-30))[:, first]
+        place = torch.full((len(self.host.vocabulary),), -1)
+        place[token_ids] = torch.arange(len(token_ids))
+        target = torch.where(self.first_host >= 0, place[self.first_host.clamp_min(0)], -1)
+        alone = probs * ((mass <= 0) & (target >= 0))
+        return carried.index_add(-1, target.clamp_min(0), alone)
 
-    def rest_to_host(self, probs: Tensor, rest: bytes, host_probs: Tensor) -> tuple[Tensor, float]:
-        """The same where the next small token must begin with `rest` and go beyond it.
+    def rest_to_host(
+        self, probs: Tensor, rest: bytes, host_probs: Tensor, candidates: Candidates
+    ) -> Tensor:
+        """The same where the next small token begins with `rest` and goes beyond it.
 
         Args:
             probs: Over small tokens, shape [vocab of small].
             rest: Bytes of the context that the next token repeats.
-            host_probs: The host's own, shape [vocab of host].
+            host_probs: The host's own over the candidates, shape [candidates].
+            candidates: The candidates.
 
         Returns:
-            The distribution over host tokens, summing to at most one, and the probability that
-            the next small token goes beyond `rest`.
+            Shape [candidates], given that the token goes beyond `rest`.
         """
         ids = self.small.longer_than(rest)
         chosen = probs[ids]
-        open_mass = float(chosen.sum())
+        total = float(chosen.sum())
+        if total <= 0:
+            return host_probs
         carried = torch.zeros_like(host_probs)
-        if open_mass <= 0:
-            return carried, 0.0
-        token_bytes = self.small.vocabulary.token_bytes
         top = chosen.topk(min(len(ids), REST_TOKENS))
+        token_bytes = self.small.vocabulary.token_bytes
         for prob, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            suffix = (token_bytes[ids[place]] or b"")[len(rest) :]
-            self._carry(carried, suffix, prob, host_probs)
-        return carried / open_mass, open_mass
-
-    def _carry(self, carried: Tensor, suffix: bytes, prob: float, host_probs: Tensor) -> None:
-        exact = self.host.vocabulary.ids_by_bytes.get(suffix)
-        within = self.host.longer_than(suffix) if len(suffix) > 1 else []
-        if exact is not None:
-            within = [exact, *within]
-        if within:
+            if prob < REST_SHARE * total:
+                break
+            suffix = (token_bytes[int(ids[place])] or b"")[len(rest) :]
+            within = candidates.beginning_with(suffix)
             shares = host_probs[within]
-            carried[within] += prob * shares / shares.sum().clamp_min(1e-30)
-        elif (first := self.host.first_token(suffix)) >= 0:
-            carried[first] += prob
+            if len(within) and float(shares.sum()) > 0:
+                carried[within] += prob / total * shares / shares.sum()
+            elif (longest := candidates.longest_beginning(suffix)) >= 0:
+                carried[longest] += prob / total
+        # What was not followed one by one is left to the host's own view.
+        return carried + (1.0 - float(carried.sum())) * host_probs
 
 
-REST_TOKENS = 256
+REST_TOKENS = 64
 """Likeliest tokens that are followed one by one where a token must begin with a rest."""
+
+REST_SHARE = 1e-3
+"""Tokens with a smaller share than this are not followed."""
 
 
 def _firsts(vocabulary: Vocabulary, strings: Strings) -> Tensor:

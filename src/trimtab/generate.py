@@ -15,7 +15,7 @@ from trimtab.backends.open import open_model
 from trimtab.config import CarrierName, GenerateConfig, MountConfig
 from trimtab.errors import AdapterError, InputError
 from trimtab.mount import mount
-from trimtab.processor import DEFAULT_CARRIERS, check_carriers
+from trimtab.processor import DEFAULT_CARRIERS, check_carriers, open_live
 from trimtab.processor import steered as steered
 from trimtab.store.manifest import read_manifest
 from trimtab.text_stream import TextStream
@@ -131,7 +131,10 @@ def _ready(
         return
     seat = {"adapter": config.adapter, "host": config.host, "dtype": config.dtype}
     mounted = mount(MountConfig.model_validate(seat), host=host, progress=progress)
-    with steered(host, mounted, carriers=carriers, strength=config.strength) as model:
+    live = None
+    if "expert" in carriers:
+        live = open_live(mounted, host, dtype=config.dtype, progress=progress)
+    with steered(host, mounted, carriers=carriers, strength=config.strength, live=live) as model:
         yield model
 
 

@@ -1,7 +1,7 @@
 """Seat an adapter on a host: closed form, in seconds, without training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from trimtab.anchors import (
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.carriers.head import MountedHead, seat_rows
-from trimtab.carriers.memory import VALUE_BYTES, Memory, MountedMemory, build_index
+from trimtab.carriers.memory import CONTEXT_BYTES, VALUE_BYTES, Memory, MountedMemory, build_index
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
 from trimtab.store.adapter import Probe, read_head, read_memory, read_mount
@@ -50,6 +50,7 @@ class Mounted:
         paired_positions: Probe positions that the map was calibrated on, 0 if it was not.
         head: The head, if the adapter has one.
         memory: The memory, if the adapter has one.
+        probe_documents: The adapter's general text.
     """
 
     manifest: AdapterManifest
@@ -59,6 +60,15 @@ class Mounted:
     paired_positions: int
     head: MountedHead | None
     memory: MountedMemory | None
+    probe_documents: tuple[bytes, ...]
+
+    @property
+    def domain_documents(self) -> list[bytes]:
+        """The training text that the memory holds, if it holds any."""
+        if self.memory is None:
+            return []
+        raw = self.memory.memory.text.numpy().tobytes()
+        return [part for part in raw.split(bytes(CONTEXT_BYTES)) if part]
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -106,6 +116,8 @@ def mount(
     state_map = _map(anchors, host, config)
     states = _probe_states(host, probe, progress) if config.moments else None
     seat = _Seat.prepare(state_map, probe, states)
+    if config.shuffle:
+        seat = seat.shuffled(config.seed)
     head = memory = None
     if manifest.head:
         file = read_head(config.adapter)
@@ -117,7 +129,14 @@ def mount(
         values, shares = _values(file.memory, host)
         memory = MountedMemory(file.memory, build_index(file.memory), reading, values, shares)
     return Mounted(
-        manifest, config.adapter, host.ref, state_map, seat.paired_positions, head, memory
+        manifest,
+        config.adapter,
+        host.ref,
+        state_map,
+        seat.paired_positions,
+        head,
+        memory,
+        probe.documents,
     )
 
 
@@ -179,6 +198,11 @@ class _Seat:
         reading = moment_matched(state_map, probe.mean, probe.std, states.hidden)
         rows, host_rows = _same_bytes(probe, states)
         return _Seat(reading, states, rows, host_rows, probe.document_index[rows] % 2)
+
+    def shuffled(self, seed: int) -> "_Seat":
+        """The control: each host state is paired with the small state of another position."""
+        generator = torch.Generator().manual_seed(seed)
+        return replace(self, rows=self.rows[torch.randperm(len(self.rows), generator=generator)])
 
     @property
     def paired_positions(self) -> int:

@@ -15,13 +15,23 @@ from transformers import (
 )
 
 from trimtab.anchors import Reading
-from trimtab.backends.hf import HFModel, adopt_model
-from trimtab.blend import HOST_ALONE, BlendWeights, mix
+from trimtab.backends.hf import HFModel, ModelFingerprint, adopt_model
+from trimtab.backends.live import Live
+from trimtab.backends.pair import open_pair_from
 from trimtab.carriers.head import MountedHead
-from trimtab.config import CarrierName
+from trimtab.config import CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
 from trimtab.mount import Mounted
-from trimtab.steering import LiveExpert, ReadPrompt, Steering, prompt_trust, text_before
+from trimtab.steering import (
+    ReadPrompt,
+    Rows,
+    Steering,
+    mixed_logprobs,
+    prompt_weights,
+    text_before,
+)
+from trimtab.store.adapter import EXPERT_FOLDER
+from trimtab.types import Progress, silent
 
 Host = HFModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """An open model, or a live transformers model with its tokenizer."""
@@ -46,15 +56,14 @@ def steered(
     *,
     carriers: Sequence[CarrierName] = DEFAULT_CARRIERS,
     strength: float = 1.0,
-    live: LiveExpert | None = None,
-    blend: BlendWeights = HOST_ALONE,
+    live: Live | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Steer a model's `generate` inside the context; outside it is as it was, exactly.
 
     Greedy decoding, sampling, beam search, several sequences a prompt and batches padded on the
     left are covered; assisted decoding, guidance, custom decoding, `inputs_embeds` and
     `generate_batch` are not. How far the adapter is trusted follows from how well it predicts
-    each prompt (`prompt_trust`). At strength 0 the model is untouched, bit for bit. Plain calls
+    each prompt (`prompt_weights`). At strength 0 the model is untouched, bit for bit. Plain calls
     of the model are never steered.
 
     Args:
@@ -62,43 +71,50 @@ def steered(
         mounted: What `mount` returned for it.
         carriers: Which carriers steer.
         strength: How far to follow them, in [0, 2].
-        live: Runs the expert, where it is among the carriers.
-        blend: Exponents of the live blend.
+        live: Runs the expert, where it is among the carriers (default: opened with `open_live`).
 
     Raises:
         AdapterError: The adapter lacks a carrier, or is mounted on another host.
-        ModelError: The model is being steered already, or (inside, from `generate`) a way of
-            decoding is asked for that cannot be steered.
+        ModelError: The model is being steered already, the expert's base cannot be opened, or
+            (inside, from `generate`) a way of decoding is asked for that cannot be steered.
     """
     with _adopted(host) as opened:
-        steering = steering_of(opened, mounted, carriers, strength, live, blend)
+        check_carriers(mounted.manifest.name, tuple(mounted.manifest.carriers), carriers)
         if not strength:
             yield opened.model
             return
+        steering = _steering(opened, mounted, carriers, strength, live)
         with _generate_replaced(opened, steering):
             yield opened.model
 
 
-def steering_of(
+def open_live(
+    mounted: Mounted, host: HFModel, *, dtype: Dtype = "auto", progress: Progress = silent
+) -> Live:
+    """Open an adapter's expert and its reference, on the CPU, to run beside a host.
+
+    Raises:
+        ModelError: The small model cannot be opened, or is not the one that was tuned.
+        AdapterError: The adapter's LoRA is broken.
+    """
+    base = mounted.manifest.base_model
+    pair = open_pair_from(
+        base.ref,
+        mounted.folder / EXPERT_FOLDER,
+        fingerprint=ModelFingerprint(base.vocabulary_sha256, base.unembedding_sha256),
+        dtype=dtype,
+        progress=progress,
+    )
+    return Live(pair, host.vocabulary)
+
+
+def _steering(
     host: HFModel,
     mounted: Mounted,
     carriers: Sequence[CarrierName],
     strength: float,
-    live: LiveExpert | None,
-    blend: BlendWeights,
+    live: Live | None,
 ) -> Steering:
-    """Take the named carriers of a mounted adapter, the head's tensors on the host's device.
-
-    Raises:
-        AdapterError: The adapter lacks a carrier, or is mounted on another host.
-        ModelError: The expert is asked for and nothing is there to run it.
-    """
-    check_carriers(mounted.manifest.name, tuple(mounted.manifest.carriers), carriers)
-    if "expert" in carriers and live is None:
-        raise ModelError(
-            "the expert carrier needs a small model beside the host, and none is given",
-            hint="pass `live`, or use --carriers head,memory",
-        )
     head = mounted.head if "head" in carriers else None
     memory = mounted.memory if "memory" in carriers else None
     for carrier in (head, memory):
@@ -106,7 +122,8 @@ def steering_of(
             _check_width(host, mounted, carrier.reading)
     if head is not None:
         head = _to_device(head, host.unembedding.weight.device)
-    return Steering(strength, head, memory, live if "expert" in carriers else None, blend)
+    beside = (live or open_live(mounted, host)) if "expert" in carriers else None
+    return Steering(strength, head, memory, beside)
 
 
 def check_carriers(name: str, carried: Sequence[CarrierName], asked: Sequence[CarrierName]) -> None:
@@ -244,7 +261,7 @@ class SteeringProcessor(LogitsProcessor):
         self._steering = steering
         self._trace = trace
         self._mask = mask
-        self._trust: Tensor | None = None
+        self._weights: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Steer the scores, shape [rows, vocab], of the tokens after input_ids [rows, seq].
@@ -255,17 +272,16 @@ class SteeringProcessor(LogitsProcessor):
         rows = self._rows(input_ids)
         token_bytes = self._host.vocabulary.token_bytes
         spelled = [tuple(token_bytes[i] for i in row.tolist()) for row in rows]
-        if self._trust is None:
+        if self._weights is None:
             prompts = [
                 ReadPrompt(row, text, state[-len(row) :])
                 for row, text, state in zip(rows, spelled, states, strict=True)
             ]
-            self._trust = torch.tensor(self._trusts(prompts), device=scores.device)[:, None]
-        logprobs = self._steering.logprobs(
-            scores, states[:, -1].to(scores.device), [text_before(text) for text in spelled]
-        )
-        mixed = mix(scores.log_softmax(-1), logprobs, self._trust)
-        return mixed.masked_fill(scores.isneginf(), -torch.inf)
+            self._weights = self._weigh(prompts).to(scores.device)
+        contexts = tuple(text_before(text) for text in spelled)
+        hidden = states[:, -1].to(scores.device)
+        asked = Rows(scores, hidden, contexts, self._steering.ask(contexts))
+        return mixed_logprobs(self._steering, asked, self._weights)
 
     def _rows(self, input_ids: Tensor) -> list[Tensor]:
         """Token ids of each row without the padding of its prompt."""
@@ -277,10 +293,11 @@ class SteeringProcessor(LogitsProcessor):
         new = torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=torch.bool)
         return [row[kept] for row, kept in zip(ids, torch.cat([mask, new], 1), strict=True)]
 
-    def _trusts(self, prompts: Sequence[ReadPrompt]) -> list[float]:
-        known: dict[tuple[int, ...], float] = {}
+    def _weigh(self, prompts: Sequence[ReadPrompt]) -> Tensor:
+        """Trust in each predictor by each prompt, shape [predictors, prompts]."""
+        known: dict[tuple[int, ...], Tensor] = {}
         keys = [tuple(prompt.token_ids.tolist()) for prompt in prompts]
         for key, prompt in zip(keys, prompts, strict=True):
             if key not in known:
-                known[key] = prompt_trust(self._steering, self._host.unembedding, prompt)
-        return [known[key] for key in keys]
+                known[key] = prompt_weights(self._steering, self._host.unembedding, prompt)
+        return torch.stack([known[key] for key in keys], 1)

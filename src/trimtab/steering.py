@@ -1,45 +1,48 @@
 """What a mounted adapter makes of a host's next-token scores, whatever runs the host."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final
+from functools import cached_property
+from typing import final
 
 import torch
 from torch import Tensor
 
-from trimtab.blend import HOST_ALONE, BlendWeights, evidence_weights, log_linear, mix
+from trimtab.backends.live import Live, LiveReading
+from trimtab.blend import BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
 from trimtab.carriers.head import MountedHead
-from trimtab.carriers.memory import CONTEXT_BYTES, MountedMemory
+from trimtab.carriers.memory import CONTEXT_BYTES, Answer, MountedMemory
+from trimtab.scoring import CANDIDATE_NATS, FAMILIES, LIVE_BLENDS, SHARE, prior_of
 from trimtab.unembedding import Unembedding
-
-TRUST_PRIOR = 0.5
-"""Weight of the steered distribution before any evidence. At one half, following the evidence
-costs at most ln 2 nats over the tokens that it counts, against host and steered alike."""
 
 EVIDENCE_TOKENS = 256
 """Last tokens of a prompt that count as evidence: each needs a row of logits, and by then the
-evidence has long decided where the two differ."""
+evidence has long decided where predictors differ."""
 
-CHUNK_POSITIONS = 64
-"""Positions whose logits are held at once: 64 rows of 262,144 tokens are 67 MB in float32."""
+CHUNK_POSITIONS = 16
+"""Prompt positions judged at once: 16 rows of 262,144 tokens are 17 MB in float32, and every
+predictor needs as much again."""
 
 _GATE_LIMIT = 1 - 1e-6
+_WITH_MEMORY = "+memory"
 
 
-class LiveExpert(Protocol):
-    """Expert and reference that run beside the host."""
+@dataclass(frozen=True)
+class Rows:
+    """Positions at which a host is about to choose a token.
 
-    def logprobs(self, contexts: list[bytes], host_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """What expert and reference say next, over the host's tokens.
+    Attributes:
+        logits: The host's own, after cap and scale, shape [rows, vocab].
+        hidden: The states that gave them, shape [rows, hidden].
+        contexts: All bytes of text before each row's next token.
+        questions: How the expert has read the contexts: readings with the questions asked of each,
+            one after another one a row; empty without an expert.
+    """
 
-        Args:
-            contexts: All bytes before each row.
-            host_logprobs: The host's own, shape [rows, vocab].
-
-        Returns:
-            Natural-log probabilities of expert and reference, each of shape [rows, vocab].
-        """
-        ...
+    logits: Tensor
+    hidden: Tensor
+    contexts: tuple[bytes, ...]
+    questions: tuple[tuple[LiveReading, range], ...] = ()
 
 
 @final
@@ -47,51 +50,79 @@ class LiveExpert(Protocol):
 class Steering:
     """The chosen carriers of an adapter, seated on one host.
 
+    They make several predictors, the bare host among them; what is chosen from is their mixture,
+    weighed by how well each predicted the prompt. The predictors are those of the row of
+    `evaluate` with the same carriers.
+
     Attributes:
-        strength: How far to follow them, in [0, 2]; multiplies the head's shift, the memory's
-            gate, and the blend's distance from the host alone.
+        strength: How far to follow the carriers, in [0, 2]; multiplies the head's shift, the
+            memory's gate, and each blend's distance from the host alone.
         head: Shifts the logits.
         memory: Is mixed in, by its gate.
         live: Expert and reference beside the host.
-        blend: Exponents of the live blend at strength 1.
     """
 
     strength: float
     head: MountedHead | None = None
     memory: MountedMemory | None = None
-    live: LiveExpert | None = None
-    blend: BlendWeights = HOST_ALONE
+    live: Live | None = None
 
-    def logprobs(self, logits: Tensor, hidden: Tensor, contexts: Sequence[bytes]) -> Tensor:
-        """Steer the host's scores: first the head, then the live blend, then the memory.
+    @cached_property
+    def predictors(self) -> tuple[str, ...]:
+        """Names of the predictors, `host` first."""
+        light = "+".join(name for name in ("head", "memory") if getattr(self, name) is not None)
+        if self.live is None:
+            return FAMILIES[light or "host"]
+        if light in ("", "head+memory"):
+            return FAMILIES["all" if light else "live"]
+        remembering = ("blend+memory", "lean+memory") if self.memory else ()
+        return (*FAMILIES["live"], light, *remembering)
 
-        Args:
-            logits: The host's own, after cap and scale, shape [rows, vocab].
-            hidden: The states that gave them, shape [rows, hidden].
-            contexts: All bytes of text before each row's next token.
+    @property
+    def prior(self) -> Tensor:
+        """Trust in each predictor before any evidence, shape [predictors]."""
+        return prior_of(self.predictors) if len(self.predictors) > 1 else torch.ones(1)
+
+    def logprobs(self, rows: Rows) -> Tensor:
+        """What each predictor says.
 
         Returns:
-            Natural-log probabilities in float32, shape [rows, vocab]; each row sums to one.
+            Natural-log probabilities in float32, shape [predictors, rows, vocab]; each sums to
+            one over the vocabulary.
         """
-        logits = logits.float()
+        logits = rows.logits.float()
+        found = {"host": logits.log_softmax(-1)}
         if self.head is not None:
-            logits = logits + self.strength * self.head.shift(hidden)
-        logprobs = logits.log_softmax(-1)
+            shift = self.head.shift(rows.hidden)
+            found["head"] = (logits + self.strength * shift).log_softmax(-1)
         if self.live is not None:
-            expert, reference = self.live.logprobs(list(contexts), logprobs)
-            weights = blend_at(self.blend, self.strength)
-            logprobs = log_linear(logprobs, expert, reference, weights)
+            found |= live_logprobs(self.live, found["host"], rows, self.strength)
         if self.memory is not None:
-            logprobs = self._remember(self.memory, logprobs, hidden, contexts)
-        return logprobs
+            # The search over keys runs on the CPU, and the gate reads its results.
+            answer = self.memory.ask(rows.hidden.cpu(), last_bytes(rows.contexts))
+            found["memory"] = self._remember(answer, found["host"])
+            for name in self.predictors:
+                if name.endswith(_WITH_MEMORY):
+                    base = found[name.removesuffix(_WITH_MEMORY)]
+                    found[name] = self._remember(answer, base)
+        return torch.stack([found[name] for name in self.predictors])
 
-    def _remember(
-        self, memory: MountedMemory, logprobs: Tensor, hidden: Tensor, contexts: Sequence[bytes]
-    ) -> Tensor:
-        # The search over keys runs on the CPU, and the gate reads its results.
+    def ask(self, contexts: Sequence[bytes]) -> tuple[tuple[LiveReading, range], ...]:
+        """Let the expert read on, where there is one: row i continues row i of the call before.
+
+        Returns:
+            The questions of `Rows`.
+        """
+        if self.live is None:
+            return ()
+        return tuple(
+            (self.live.read([context], row=row), range(1)) for row, context in enumerate(contexts)
+        )
+
+    def _remember(self, answer: Answer, logprobs: Tensor) -> Tensor:
+        assert self.memory is not None
         steered = logprobs.cpu()
-        answer = memory.ask(hidden.cpu(), last_bytes(contexts))
-        gate = answer.gate(steered, memory.memory.gate) * self.strength
+        gate = answer.gate(steered, self.memory.memory.gate) * self.strength
         gate = gate.clamp(max=_GATE_LIMIT)[:, None]
         mixed = mix(steered, answer.probs(steered.shape[-1]).log(), gate)
         # Entries whose continuation no host token begins leave their share of the mass unused.
@@ -105,6 +136,60 @@ def blend_at(weights: BlendWeights, strength: float) -> BlendWeights:
         strength * weights.expert,
         strength * weights.reference,
     )
+
+
+def live_logprobs(
+    live: Live, host_logprobs: Tensor, rows: Rows, strength: float
+) -> Mapping[str, Tensor]:
+    """Every blend of host, expert and reference.
+
+    Tokens far below the host's likeliest are one tail, whose mass is blended as a whole and
+    dealt out in the host's proportions.
+
+    Args:
+        live: Expert and reference.
+        host_logprobs: The host's own, shape [rows, vocab].
+        rows: What is asked.
+        strength: How far to follow each blend.
+
+    Returns:
+        Natural-log probabilities by blend, each of shape [rows, vocab].
+    """
+    device, host_logprobs = host_logprobs.device, host_logprobs.cpu()
+    likely = (host_logprobs > host_logprobs.amax(-1, keepdim=True) - CANDIDATE_NATS).any(0)
+    token_ids = torch.nonzero(likely)[:, 0]
+    chosen = host_logprobs[:, token_ids]
+    tail = _tail_of(chosen.exp())
+    host = torch.cat([chosen, tail.log()], 1)
+    expert, reference = (
+        _with_tail(probs) for probs in _scored(live, rows, chosen.exp(), token_ids)
+    )
+    found = {}
+    for name, weights in LIVE_BLENDS.items():
+        blended = log_linear(host, expert, reference, blend_at(weights, strength))
+        full = host_logprobs + (blended[:, -1:] - tail.log())
+        full[:, token_ids] = blended[:, :-1]
+        found[name] = full.log_softmax(-1).to(device)
+    return found
+
+
+def _scored(live: Live, rows: Rows, host_probs: Tensor, token_ids: Tensor) -> list[Tensor]:
+    """Probabilities of expert and reference, each of host_probs' shape."""
+    sizes = [len(questions) for _, questions in rows.questions]
+    pairs = [
+        live.score(reading, questions, probs, token_ids)
+        for (reading, questions), probs in zip(rows.questions, host_probs.split(sizes), strict=True)
+    ]
+    return [torch.cat(side).float() for side in zip(*pairs, strict=True)]
+
+
+def _tail_of(probs: Tensor) -> Tensor:
+    return (1.0 - probs.sum(-1, keepdim=True)).clamp_min(1e-9)
+
+
+def _with_tail(probs: Tensor) -> Tensor:
+    full = torch.cat([probs.clamp_min(1e-12), _tail_of(probs)], 1)
+    return (full / full.sum(-1, keepdim=True)).log()
 
 
 def last_bytes(contexts: Sequence[bytes]) -> Tensor:
@@ -135,12 +220,12 @@ class ReadPrompt:
     hidden: Tensor
 
 
-def prompt_trust(steering: Steering, unembedding: Unembedding, prompt: ReadPrompt) -> float:
-    """How far a prompt itself speaks for the steered distribution against the bare host.
+def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPrompt) -> Tensor:
+    """How far a prompt itself speaks for each predictor.
 
-    Host and steered host are weighed as predictors of the prompt's tokens of text, each given
-    the tokens before it (`evidence_weights`). On text that the adapter does not help, the host
-    takes over.
+    Predictors are weighed by what each gave to the prompt's tokens of text, each given the
+    tokens before it (`evidence_weights`). On text that the adapter does not help, the host takes
+    over.
 
     Args:
         steering: What would steer.
@@ -148,34 +233,51 @@ def prompt_trust(steering: Steering, unembedding: Unembedding, prompt: ReadPromp
         prompt: What the host has read.
 
     Returns:
-        Weight of the steered distribution in [0, 1]; TRUST_PRIOR without evidence.
+        Weights that sum to one, shape [predictors]; the prior without evidence.
     """
     first = len(prompt.token_ids) - len(prompt.hidden)
     asked = [
         position
         for position in range(first, len(prompt.token_ids) - 1)
         if prompt.token_bytes[position + 1]
-    ]
-    scores = [
-        _both_logprobs(steering, unembedding, prompt, positions)
-        for positions in torch.tensor(asked[-EVIDENCE_TOKENS:]).split(CHUNK_POSITIONS)
-        if len(positions)
-    ]
-    if not scores:
-        return TRUST_PRIOR
-    prior = torch.tensor([1 - TRUST_PRIOR, TRUST_PRIOR])
-    return float(evidence_weights(torch.cat(scores, 1), prior)[1, -1])
+    ][-EVIDENCE_TOKENS:]
+    if not asked:
+        return steering.prior
+    contexts = tuple(text_before(prompt.token_bytes[: position + 1]) for position in asked)
+    reading = steering.live.read(contexts) if steering.live else None
+    scores = []
+    for begin in range(0, len(asked), CHUNK_POSITIONS):
+        part = range(begin, min(begin + CHUNK_POSITIONS, len(asked)))
+        positions = torch.tensor(asked[part.start : part.stop])
+        hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
+        hidden = hidden.to(unembedding.weight.device)
+        rows = Rows(
+            unembedding.logits(hidden),
+            hidden,
+            contexts[part.start : part.stop],
+            ((reading, part),) if reading else (),
+        )
+        scores.append(_logprobs_of(steering.logprobs(rows), prompt.token_ids[positions + 1]))
+    return evidence_weights(torch.cat(scores, 1), steering.prior, share=SHARE)[:, -1].float()
 
 
-def _both_logprobs(
-    steering: Steering, unembedding: Unembedding, prompt: ReadPrompt, positions: Tensor
-) -> Tensor:
-    """What host and steered host gave to the tokens after some positions, shape [2, positions]."""
-    first = len(prompt.token_ids) - len(prompt.hidden)
-    hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
-    logits = unembedding.logits(hidden.to(unembedding.weight.device)).float()
-    contexts = [text_before(prompt.token_bytes[: p + 1]) for p in positions.tolist()]
-    steered = steering.logprobs(logits, hidden, contexts)
-    followed = prompt.token_ids[positions + 1, None].to(logits.device)
-    rows = [each.gather(1, followed)[:, 0] for each in (logits.log_softmax(-1), steered)]
-    return torch.stack(rows).cpu()
+def _logprobs_of(logprobs: Tensor, token_ids: Tensor) -> Tensor:
+    """What each predictor gives to one token a row, shape [predictors, rows]."""
+    chosen = token_ids.to(logprobs.device)[None, :, None].expand(len(logprobs), -1, 1)
+    return logprobs.gather(2, chosen)[:, :, 0].cpu()
+
+
+def mixed_logprobs(steering: Steering, rows: Rows, weights: Tensor) -> Tensor:
+    """The steered distribution: the predictors' mixture.
+
+    Args:
+        steering: What steers.
+        rows: What is asked.
+        weights: Trust in each predictor at each row, shape [predictors, rows].
+
+    Returns:
+        Natural-log probabilities, shape [rows, vocab]; tokens that the host's logits forbid
+        (-inf) stay forbidden.
+    """
+    mixed = mixture_logprobs(steering.logprobs(rows), weights[..., None])
+    return mixed.masked_fill(rows.logits.isneginf(), -torch.inf)

@@ -156,6 +156,10 @@ class MountedHead:
         """Shift of the host's logits, shape [..., vocab], for states [..., hidden of host]."""
         return self.reading(hidden) @ self.rows.T + self.bias
 
+    def shift_of(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """The same for some tokens only, shape [..., chosen]."""
+        return self.reading(hidden) @ self.rows[token_ids].T + self.bias[token_ids]
+
 
 def seat_rows(
     strings: Sequence[bytes], string_rows: Tensor, host: Vocabulary

@@ -286,6 +286,12 @@ class Answer:
     values: Tensor
     shares: Tensor
 
+    def relabelled(self, place: Tensor) -> "Answer":
+        """The same with each token id replaced by place[id]; -1 drops a proposal."""
+        return Answer(
+            self.found, torch.where(self.values >= 0, place[self.values], -1), self.shares
+        )
+
     def probs_of(self, token_ids: Tensor) -> Tensor:
         """The memory's probability of one token a question, shape [questions]."""
         right = (self.values == token_ids[:, None, None]) * self.shares

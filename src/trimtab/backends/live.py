@@ -1,0 +1,298 @@
+"""The expert run beside a host: what expert and reference think of the host's next token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trimtab.align import Alignment, Candidates, Cover, Strings, covers_of
+from trimtab.backends.hf import HFModel
+from trimtab.backends.pair import Pair
+from trimtab.unembedding import Unembedding
+from trimtab.vocab import Vocabulary
+
+MIN_WEIGHT = 5e-3
+"""Covers that are less likely than this are passed over."""
+
+
+class PairProbs(NamedTuple):
+    """Probabilities of the candidates, each [contexts, candidates]; each row sums to <= 1."""
+
+    expert: Tensor
+    reference: Tensor
+
+
+@dataclass
+class TokenTree:
+    """Token sequences that share beginnings, each token once.
+
+    Attributes:
+        tokens: Token of each node; parents come before their children.
+        parents: Parent of each node, -1 for the first token of a sequence.
+        depths: Tokens before each node in its sequence.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, sequence: Sequence[int]) -> int:
+        """Add a sequence; the node of its last token."""
+        node = -1
+        for depth, token in enumerate(sequence):
+            key = (node, token)
+            if key not in self._children:
+                self._children[key] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.depths.append(depth)
+            node = self._children[key]
+        return node
+
+    def line(self, node: int) -> list[int]:
+        """Nodes from the first token of a sequence to this one."""
+        line = []
+        while node >= 0:
+            line.append(node)
+            node = self.parents[node]
+        return line[::-1]
+
+    def trunk(self) -> int:
+        """Nodes before the first branch: the tokens that all sequences share."""
+        for node, parent in enumerate(self.parents):
+            if parent != node - 1:
+                return parent + 1
+        return len(self.tokens)
+
+    def visible(self) -> Tensor:
+        """Which nodes each node may attend to: itself and its ancestors, [nodes, nodes]."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+
+@final
+class Live:
+    """An expert and its reference, asked about a host's next tokens from the same bytes."""
+
+    def __init__(self, pair: Pair, host: Vocabulary) -> None:
+        """Align the pair's vocabulary with the host's."""
+        self._pair = pair
+        self._strings = Strings(pair.vocabulary)
+        self._host = host
+        self.alignment = Alignment(self._strings, Strings(host))
+        self._rows: dict[int, _Cached] = {}
+
+    def read(self, contexts: Sequence[bytes], *, row: int | None = None) -> "LiveReading":
+        """Run both models over contexts, as one tree: contexts that begin alike share tokens.
+
+        Args:
+            contexts: Bytes before each question.
+            row: Keep the key-value caches of this row of a generation; then there is one context.
+        """
+        start = self._pair.reference.context_ids()
+        encode, token_bytes = self._pair.reference.encode, self._pair.vocabulary.token_bytes
+        covers = [
+            [c for c in covers_of(context, encode, token_bytes) if c.tokens or start]
+            for context in contexts
+        ]
+        tree = TokenTree()
+        ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
+        return LiveReading(tree, covers, ends, *self._states(tree, row))
+
+    def score(
+        self, reading: "LiveReading", questions: range, host_probs: Tensor, token_ids: Tensor
+    ) -> PairProbs:
+        """Score candidate host tokens after some contexts under expert and reference.
+
+        Args:
+            reading: What `read` gave.
+            questions: Which of its contexts.
+            host_probs: The host's own probabilities, shape [questions, candidates].
+            token_ids: The candidates, shape [candidates].
+        """
+        candidates = Candidates.of(token_ids, self._host)
+        ways = [_Ways(reading, question) for question in questions]
+        sides = (
+            (reading.expert, self._pair.expert_unembedding),
+            (reading.reference, self._pair.reference_unembedding),
+        )
+        return PairProbs(
+            *(self._carry(states, head, ways, host_probs, candidates) for states, head in sides)
+        )
+
+    def _states(self, tree: TokenTree, row: int | None) -> tuple[Tensor, Tensor]:
+        if not tree.tokens:
+            return torch.zeros(0, 1), torch.zeros(0, 1)
+        cached = None if row is None else self._rows.setdefault(row, _Cached())
+        reference = _run(self._pair.reference, tree, cached.reference if cached else None)
+        with self._pair.as_expert() as expert:
+            return _run(expert, tree, cached.expert if cached else None), reference
+
+    def _carry(
+        self,
+        states: Tensor,
+        head: Unembedding,
+        ways: Sequence["_Ways"],
+        host_probs: Tensor,
+        candidates: Candidates,
+    ) -> Tensor:
+        asked = sorted({node for way in ways for node in way.nodes})
+        if not asked:
+            return host_probs
+        with torch.no_grad():
+            logprobs = head.logits(states[asked]).float().log_softmax(-1)
+        place = {node: number for number, node in enumerate(asked)}
+        carried = torch.zeros_like(host_probs)
+        plain: list[tuple[int, int, float]] = []
+        for question, way in enumerate(ways):
+            if not way.covers:
+                carried[question] = host_probs[question]
+            for cover, end, weight in self._weighed(way, logprobs, place):
+                if cover.rest:
+                    carried[question] += weight * self.alignment.rest_to_host(
+                        logprobs[place[end]].exp(), cover.rest, host_probs[question], candidates
+                    )
+                else:
+                    plain.append((question, place[end], weight))
+        if plain:
+            questions, nodes, weights = zip(*plain, strict=True)
+            probs = logprobs[list(nodes)].exp()
+            to_host = self.alignment.to_host(
+                probs, host_probs[list(questions)], candidates.token_ids
+            )
+            carried.index_add_(
+                0, torch.tensor(questions), torch.tensor(weights)[:, None] * to_host
+            )
+        return carried
+
+    def _weighed(
+        self, way: "_Ways", logprobs: Tensor, place: dict[int, int]
+    ) -> list[tuple[Cover, int, float]]:
+        """The covers that matter with their end nodes and shares."""
+        scores = []
+        for cover, end, path in zip(way.covers, way.ends, way.paths, strict=True):
+            score = sum(float(logprobs[place[parent], token]) for parent, token in path)
+            if cover.rest:
+                longer = self._strings.longer_than(cover.rest)
+                score += float(logprobs[place[end]][longer].logsumexp(0)) if len(longer) else -1e9
+            scores.append(score)
+        if not scores:
+            return []
+        shares = torch.tensor(scores, dtype=torch.float64).softmax(0)
+        shares = torch.where(shares < MIN_WEIGHT, 0.0, shares)
+        shares = (shares / shares.sum()).tolist()
+        found = zip(way.covers, way.ends, shares, strict=True)
+        return [(cover, end, share) for cover, end, share in found if share > 0]
+
+
+@dataclass(frozen=True)
+class LiveReading:
+    """Contexts as both models have read them.
+
+    Attributes:
+        tree: All token sequences.
+        covers: Ways to read each context.
+        ends: Node of each way's last token.
+        expert: Final hidden states of the nodes, shape [nodes, hidden].
+        reference: Likewise.
+    """
+
+    tree: TokenTree
+    covers: list[list[Cover]]
+    ends: list[list[int]]
+    expert: Tensor
+    reference: Tensor
+
+
+class _Ways:
+    """The covers of one context, with the steps in which they differ."""
+
+    def __init__(self, reading: LiveReading, question: int) -> None:
+        self.covers = reading.covers[question]
+        self.ends = reading.ends[question]
+        lines = [reading.tree.line(end) for end in self.ends]
+        shared = _shared_length(lines)
+        tokens = reading.tree.tokens
+        self.paths = [
+            [(line[i - 1], tokens[line[i]]) for i in range(max(shared, 1), len(line))]
+            for line in lines
+        ]
+        self.nodes = {*self.ends, *(parent for path in self.paths for parent, _ in path)}
+
+
+def _shared_length(lines: list[list[int]]) -> int:
+    if not lines:
+        return 0
+    shortest = min(len(line) for line in lines)
+    for i in range(shortest - 1, -1, -1):
+        if len({line[i] for line in lines}) == 1:
+            return i + 1
+    return 0
+
+
+@dataclass
+class _ModelCache:
+    """Keys and values of the tokens that all covers of a row's last context shared."""
+
+    tokens: list[int] = field(default_factory=list)
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    states: list[Tensor] = field(default_factory=list)
+
+    def shared_with(self, tree: TokenTree) -> int:
+        """Cut the cache to the tokens that begin the tree's trunk; how many they are."""
+        trunk = tree.trunk()
+        shared = 0
+        for ours, theirs in zip(self.tokens, tree.tokens[:trunk], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        self.tokens = self.tokens[:shared]
+        self.states = self.states[:shared]
+        if self.cache.get_seq_length() > shared:
+            self.cache.crop(shared)
+        # A forward pass needs at least one token.
+        if shared == len(tree.tokens):
+            self.cache.crop(shared - 1)
+            self.tokens, self.states = self.tokens[:-1], self.states[:-1]
+            shared -= 1
+        return shared
+
+    def keep(self, tree: TokenTree, states: Tensor) -> Tensor:
+        """Keep the trunk's keys and values; the states of all nodes, [nodes, hidden]."""
+        everything = [*self.states, *states]
+        trunk = tree.trunk()
+        self.cache.crop(trunk)
+        self.tokens, self.states = tree.tokens[:trunk], everything[:trunk]
+        return torch.stack(everything)
+
+
+@dataclass
+class _Cached:
+    reference: _ModelCache = field(default_factory=_ModelCache)
+    expert: _ModelCache = field(default_factory=_ModelCache)
+
+
+def _run(model: HFModel, tree: TokenTree, cached: _ModelCache | None) -> Tensor:
+    """Final hidden states of all nodes, shape [nodes, hidden]."""
+    past = cached.shared_with(tree) if cached else 0
+    visible = tree.visible()[past:]
+    blocked = torch.finfo(model.model.dtype).min
+    mask = torch.where(visible, 0.0, blocked).to(model.model.dtype)[None, None]
+    with torch.no_grad():
+        states = model.model.base_model(
+            input_ids=torch.tensor([tree.tokens[past:]], device=model.device),
+            position_ids=torch.tensor([tree.depths[past:]], device=model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=cached.cache if cached else None,
+            use_cache=cached is not None,
+        ).last_hidden_state[0]
+    if cached is None:
+        return states
+    return cached.keep(tree, states)

@@ -1,0 +1,279 @@
+"""Measure what an adapter changes on a host: on domain text, on general text, with controls."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.hf import HFModel, ModelFingerprint
+from trimtab.backends.live import Live
+from trimtab.backends.open import open_model
+from trimtab.backends.pair import Pair, open_pair_from
+from trimtab.config import EvaluateConfig, MountConfig
+from trimtab.corpus import read_documents, scored_windows
+from trimtab.errors import InputError
+from trimtab.metrics import DocumentScore, Estimate, bootstrap, pool_kinds
+from trimtab.mount import Mounted, mount
+from trimtab.report import HostResult, Report, TokenChange, table, write_report
+from trimtab.scoring import FAMILIES, ScoredDocument, Steers, score_document
+from trimtab.store.adapter import EXPERT_FOLDER
+from trimtab.store.manifest import read_manifest
+from trimtab.types import Document, Progress, silent
+
+SMALL_ROWS = ("reference", "expert")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured."""
+
+    report: Report
+    folder: Path
+
+    def summary(self) -> str:
+        """The table."""
+        return table(self.report)
+
+
+def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluation:
+    """Measure every row on held-out domain text and on general text.
+
+    Args:
+        config: Adapter, host, texts.
+        progress: Shows the scoring.
+
+    Raises:
+        AdapterError: The adapter is broken.
+        InputError: A text cannot be read, or an unknown row is asked for.
+        ModelError: A model cannot be opened.
+    """
+    started = time.perf_counter()
+    rows = _rows(config)
+    texts = _texts(config)
+    host = open_model(config.host, dtype=config.dtype, progress=progress)
+    texts = {kind: _cut(documents, _budget(config, kind), config, host)
+             for kind, documents in texts.items()}
+    bench = _Bench.prepare(config, host, rows, progress)
+    scores: dict[str, dict[str, list[DocumentScore]]] = {}
+    first: tuple[str, ScoredDocument] | None = None
+    total = sum(len(document.text.encode()) for found in texts.values() for document in found)
+    with progress("scoring", total) as advance:
+        for kind, documents in texts.items():
+            scores[kind] = {}
+            for document in documents:
+                scored = bench.score(document.text)
+                _collect(scores[kind], rows, scored)
+                for row, score in bench.score_small(document.text, rows).items():
+                    scores[kind].setdefault(row, []).append(score)
+                first = first or (document.name, scored)
+                advance(len(document.text.encode()))
+    report = _report(config, bench.mounted, scores, first, host)
+    report = _timed(report, time.perf_counter() - started)
+    write_report(report, config.out)
+    return Evaluation(report, config.out)
+
+
+def _timed(report: Report, wall_sec: float) -> Report:
+    return replace(report, wall_sec={"evaluate": wall_sec})
+
+
+def _rows(config: EvaluateConfig) -> tuple[str, ...]:
+    known = (*SMALL_ROWS, *FAMILIES)
+    for row in config.rows:
+        if row not in known:
+            raise InputError(f"unknown row {row!r}", hint=f"rows are {', '.join(known)}")
+    return config.rows or known
+
+
+def _texts(config: EvaluateConfig) -> dict[str, list[Document]]:
+    """Domain text under the empty kind, general text by its kind."""
+    texts = {"": read_documents(config.data)}
+    for asked in config.general:
+        kind, _, pattern = asked.rpartition("=")
+        kind = kind or Path(pattern).stem
+        texts.setdefault(kind, []).extend(read_documents([pattern]))
+    return texts
+
+
+def _budget(config: EvaluateConfig, kind: str) -> int:
+    if config.max_tokens is None:
+        return 10**9
+    return config.max_tokens if kind == "" else config.max_tokens // 4
+
+
+def _cut(
+    documents: Sequence[Document], budget: int, config: EvaluateConfig, host: HFModel
+) -> list[Document]:
+    """The beginnings of documents that are scored: the same text for every model."""
+    kept = []
+    for document in documents:
+        ids = host.encode(document.text)[: min(config.document_tokens, budget)]
+        if len(ids) < 2:
+            continue
+        budget -= len(ids)
+        raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
+        kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
+    return kept
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """All models of an evaluation, ready."""
+
+    config: EvaluateConfig
+    host: HFModel
+    mounted: Mounted
+    steers: Steers
+    pair: Pair | None
+
+    @staticmethod
+    def prepare(
+        config: EvaluateConfig, host: HFModel, rows: Sequence[str], progress: Progress
+    ) -> "_Bench":
+        manifest = read_manifest(config.adapter)
+        settings = MountConfig(adapter=config.adapter, host=config.host, seed=config.seed)
+        mounted = mount(settings, host=host, progress=progress)
+        control = None
+        if {"head-shuffled", "memory-shuffled"} & set(rows):
+            shuffled = settings.model_copy(update={"shuffle": True})
+            control = mount(shuffled, host=host, progress=progress)
+        pair = None
+        if manifest.expert and {"live", "all", "proxy", *SMALL_ROWS} & set(rows):
+            base = manifest.base_model
+            pair = open_pair_from(
+                base.ref,
+                config.adapter / EXPERT_FOLDER,
+                fingerprint=ModelFingerprint(base.vocabulary_sha256, base.unembedding_sha256),
+                dtype=config.dtype,
+                progress=progress,
+            )
+        steers = Steers(
+            head=mounted.head,
+            memory=mounted.memory,
+            shuffled_head=control.head if control else None,
+            shuffled_memory=control.memory if control else None,
+            bias=static_bias(mounted, host),
+            live=Live(pair, host.vocabulary) if pair else None,
+        )
+        return _Bench(config, host, mounted, steers, pair)
+
+    def score(self, text: str) -> ScoredDocument:
+        """Score one document under every predictor on the host."""
+        return score_document(
+            self.host,
+            text,
+            self.steers,
+            window_tokens=self.config.window_tokens,
+            stride_tokens=self.config.stride_tokens,
+        )
+
+    def score_small(self, text: str, rows: Sequence[str]) -> Mapping[str, DocumentScore]:
+        """Reference and expert alone, on their own tokens of the same text."""
+        if self.pair is None or not set(SMALL_ROWS) & set(rows):
+            return {}
+        model = self.pair.reference
+        ids, context = model.encode(text), model.context_ids()
+        nats = dict.fromkeys(SMALL_ROWS, 0.0)
+        heads = (self.pair.reference_unembedding, self.pair.expert_unembedding)
+        config = self.config
+        for window in scored_windows(len(ids), config.window_tokens, config.stride_tokens):
+            states = self.pair.hidden(torch.tensor([context + ids[window.start : window.end]]))
+            first = window.score_from - 1 - window.start + len(context)
+            targets = torch.tensor(ids[window.score_from : window.end])
+            for row, head, hidden in zip(SMALL_ROWS, heads, states, strict=True):
+                with torch.inference_mode():
+                    logits = head.logits(hidden[0, first : first + len(targets)]).float()
+                    logprobs = logits.log_softmax(-1)
+                nats[row] -= float(logprobs.gather(1, targets[:, None]).sum())
+        pieces = model.vocabulary.token_bytes
+        size = sum(len(pieces[i] or b"") for i in ids[1:])
+        return {row: DocumentScore(nats[row], size) for row in SMALL_ROWS}
+
+
+def static_bias(mounted: Mounted, host: HFModel) -> Tensor | None:
+    """The control of a static vocabulary bias: how much likelier a token is in the domain.
+
+    log(count in domain + 1) - log(count in general text + 1), both per token, of the memory's
+    text against the probe text, in the host's tokens: what any list of words could do.
+    """
+    if mounted.memory is None:
+        return None
+    counts = []
+    for documents in (mounted.domain_documents, mounted.probe_documents):
+        ids = [i for d in documents for i in host.encode(d.decode("utf-8", "ignore"))]
+        found = torch.bincount(torch.tensor(ids), minlength=len(host.vocabulary)).float()
+        counts.append(((found + 1) / (len(ids) + 1)).log())
+    bias = counts[0] - counts[1]
+    seen = counts[0] > counts[0].min()
+    return torch.where(seen, bias, 0.0)
+
+
+def _collect(
+    scores: dict[str, list[DocumentScore]], rows: Sequence[str], scored: ScoredDocument
+) -> None:
+    size = sum(scored.sizes)
+    for row in rows:
+        if row in FAMILIES and _measured(row, scored):
+            nats = -float(scored.row(row).sum())
+            scores.setdefault(row, []).append(DocumentScore(nats, size))
+
+
+def _measured(row: str, scored: ScoredDocument) -> bool:
+    return row == "host" or any(m in scored.logprobs for m in FAMILIES[row] if m != "host")
+
+
+def _report(
+    config: EvaluateConfig,
+    mounted: Mounted,
+    scores: Mapping[str, Mapping[str, list[DocumentScore]]],
+    first: tuple[str, ScoredDocument] | None,
+    host: HFModel,
+) -> Report:
+    estimates = {
+        kind: {row: bootstrap(found, seed=config.seed) for row, found in by_row.items()}
+        for kind, by_row in scores.items()
+    }
+    kinds = {kind: found for kind, found in estimates.items() if kind}
+    general: dict[str, Estimate] = {}
+    if kinds:
+        for row in estimates[""]:
+            general[row] = pool_kinds([found[row] for found in kinds.values()])
+    result = HostResult(
+        host=config.host,
+        small=mounted.manifest.base_model.ref,
+        domain=estimates[""],
+        general=general,
+        general_kinds=kinds,
+        test_bytes=sum(s.scored_bytes for s in scores[""]["host"]),
+    )
+    sizes = {c: mounted.manifest.bytes_of(c) for c in mounted.manifest.carriers}
+    return Report(
+        domain=config.domain,
+        hosts=(result,),
+        wall_sec={},
+        adapter_bytes=sizes,
+        tokens=_changes(first[1], host) if first else (),
+        tokens_name=first[0] if first else "",
+    )
+
+
+def _changes(scored: ScoredDocument, host: HFModel) -> tuple[TokenChange, ...]:
+    """Where the adapter changed the host's mind, token by token."""
+    best = "head+memory" if "head+memory" in scored.logprobs else "host"
+    before, after = scored.logprobs["host"], scored.row(best)
+    shown = [
+        [_text(host, int(i)) for i in scored.top_ids[name].tolist()] for name in ("host", best)
+    ]
+    return tuple(
+        TokenChange(_text(host, token), -float(b), -float(a), top_before, top_after)
+        for token, b, a, top_before, top_after in zip(
+            scored.token_ids, before, after, *shown, strict=True
+        )
+    )
+
+
+def _text(host: HFModel, token_id: int) -> str:
+    return (host.vocabulary.token_bytes[token_id] or b"").decode("utf-8", "replace")
