@@ -36,14 +36,16 @@ OUT = Path("build/demo")
 CACHE = Path("build/cache")
 TEXTS = Path("build/texts")
 
-CHOICE = corpus.Choice(seed=0, test_files=24, train_bytes=150_000)
-EVALUATED_TOKENS = 12_288
+CHOICE = corpus.Choice(seed=0, test_files=24, train_bytes=90_000)
+EVALUATED_TOKENS = 6_144
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
-DOCUMENT_TOKENS = 512
+DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
 COMPLETION_TOKENS = 48
-GROWTH_TOKENS: tuple[int, ...] = ()
-"""Sizes of recordings that are measured too; each costs a recording, a fit and a measurement."""
+GROWTH_TOKENS: tuple[int, ...] = (4_096, 12_288, 32_768)
+"""Parts of the recording that are measured too; each costs a fit and a measurement."""
+GROWTH_ROWS = ("host", "head", "memory", "head+memory")
+GROWTH_SCORED_TOKENS = 1_536
 SEED = 0
 
 
@@ -253,17 +255,19 @@ def _growth(job: Job, display: Display) -> tuple[GrowthPoint, ...]:
     points = []
     for tokens in GROWTH_TOKENS:
         folder = job.out / "growth" / str(tokens)
-        recording, adapter = folder / "recording", folder / "zig.adapter"
-        trimtab.record(
-            RecordConfig(expert=job.out / "expert", out=recording, max_tokens=tokens, seed=SEED),
-            progress=display.progress,
-        )
+        adapter = folder / "zig.adapter"
         trimtab.fit(
-            FitConfig(recording=recording, out=adapter, carriers=("head", "memory"), seed=SEED),
+            FitConfig(
+                recording=job.out / "recording",
+                out=adapter,
+                carriers=("head", "memory"),
+                max_tokens=tokens,
+                seed=SEED,
+            ),
             progress=display.progress,
         )
-        rows = ("host", "head", "memory", "head+memory")
-        config = _evaluation(job, adapter, job.hosts[0], folder, rows)
+        config = _evaluation(job, adapter, job.hosts[0], folder, GROWTH_ROWS)
+        config = config.model_copy(update={"max_tokens": GROWTH_SCORED_TOKENS, "general": ()})
         found = trimtab.evaluate(config, progress=display.progress).report.hosts[0].domain
         points.append(GrowthPoint(tokens, found))
     return tuple(points)

@@ -150,9 +150,7 @@ def compose(features: Tensor, offset: Tensor, reading: Reading) -> Reading:
     return Reading(features @ reading.matrix, features @ (reading.bias - offset))
 
 
-def calibrate(
-    reading: Reading, host_states: Tensor, target: Tensor, fold: Tensor
-) -> Reading:
+def calibrate(reading: Reading, host_states: Tensor, target: Tensor, fold: Tensor) -> Reading:
     """Correct a reading by states of both models at the same bytes of the probe text.
 
     The data-free map is right in the directions that the vocabulary shows and blind elsewhere.

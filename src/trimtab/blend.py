@@ -88,9 +88,7 @@ def evidence_weights(logprobs: Tensor, prior: Tensor, *, share: float = 0.0) -> 
     for step in logprobs.double().T:
         posterior = (columns[-1] + step).log_softmax(0)
         if share:
-            posterior = torch.logaddexp(
-                posterior + math.log1p(-share), log_prior + math.log(share)
-            )
+            posterior = torch.logaddexp(posterior + math.log1p(-share), log_prior + math.log(share))
         columns.append(posterior)
     return torch.stack(columns, 1).exp()
 

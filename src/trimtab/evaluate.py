@@ -15,8 +15,8 @@ from trimtab.backends.pair import Pair, open_pair_from
 from trimtab.config import EvaluateConfig, MountConfig
 from trimtab.corpus import read_documents, scored_windows
 from trimtab.errors import InputError
-from trimtab.metrics import DocumentScore, Estimate, bootstrap, pool_kinds
-from trimtab.mount import Mounted, mount
+from trimtab.metrics import DocumentScore, Estimate, bootstrap, paired_difference, pool_kinds
+from trimtab.mount import Mounted, mount_with_control
 from trimtab.report import HostResult, Report, TokenChange, table, write_report
 from trimtab.scoring import FAMILIES, ScoredDocument, Steers, score_document
 from trimtab.store.adapter import EXPERT_FOLDER
@@ -54,8 +54,10 @@ def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluati
     rows = _rows(config)
     texts = _texts(config)
     host = open_model(config.host, dtype=config.dtype, progress=progress)
-    texts = {kind: _cut(documents, _budget(config, kind), config, host)
-             for kind, documents in texts.items()}
+    texts = {
+        kind: _cut(documents, _budget(config, kind), config, host)
+        for kind, documents in texts.items()
+    }
     bench = _Bench.prepare(config, host, rows, progress)
     scores: dict[str, dict[str, list[DocumentScore]]] = {}
     first: tuple[str, ScoredDocument] | None = None
@@ -135,11 +137,7 @@ class _Bench:
     ) -> "_Bench":
         manifest = read_manifest(config.adapter)
         settings = MountConfig(adapter=config.adapter, host=config.host, seed=config.seed)
-        mounted = mount(settings, host=host, progress=progress)
-        control = None
-        if {"head-shuffled", "memory-shuffled"} & set(rows):
-            shuffled = settings.model_copy(update={"shuffle": True})
-            control = mount(shuffled, host=host, progress=progress)
+        mounted, control = mount_with_control(settings, host, progress=progress)
         pair = None
         if manifest.expert and {"live", "all", "proxy", *SMALL_ROWS} & set(rows):
             base = manifest.base_model
@@ -153,8 +151,8 @@ class _Bench:
         steers = Steers(
             head=mounted.head,
             memory=mounted.memory,
-            shuffled_head=control.head if control else None,
-            shuffled_memory=control.memory if control else None,
+            shuffled_head=control.head,
+            shuffled_memory=control.memory,
             bias=static_bias(mounted, host),
             live=Live(pair, host.vocabulary) if pair else None,
         )
@@ -241,12 +239,24 @@ def _report(
     if kinds:
         for row in estimates[""]:
             general[row] = pool_kinds([found[row] for found in kinds.values()])
+    changes = {
+        kind: {
+            row: paired_difference(found, by_row["host"], seed=config.seed)
+            for row, found in by_row.items()
+        }
+        for kind, by_row in scores.items()
+    }
+    general_change = {
+        row: pool_kinds([found[row] for kind, found in changes.items() if kind]) for row in general
+    }
     result = HostResult(
         host=config.host,
         small=mounted.manifest.base_model.ref,
         domain=estimates[""],
         general=general,
         general_kinds=kinds,
+        domain_change=changes[""],
+        general_change=general_change,
         test_bytes=sum(s.scored_bytes for s in scores[""]["host"]),
     )
     sizes = {c: mounted.manifest.bytes_of(c) for c in mounted.manifest.carriers}

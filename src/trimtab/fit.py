@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trimtab.anchors import choose_anchors
-from trimtab.backends.open import open_model
 from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
 from trimtab.carriers.head import Head, HeadData, HeadSettings, fit_head
 from trimtab.carriers.memory import (
     GATE_FEATURES,
@@ -66,7 +66,8 @@ class FitResult:
     def summary(self) -> str:
         """One line a carrier."""
         sizes = [
-            f"{name}: {self.manifest.bytes_of(name) / 1e6:.1f} MB" for name in self.manifest.carriers
+            f"{name}: {self.manifest.bytes_of(name) / 1e6:.1f} MB"
+            for name in self.manifest.carriers
         ]
         return f"adapter {self.folder}\n  " + "\n  ".join(sizes)
 
@@ -98,6 +99,8 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
         )
     base = _open_base(recording)
     splits = {name: recording.read(name) for name in ("train", "held_out", "general")}
+    if config.max_tokens is not None:
+        splits["train"] = _beginning(splits["train"], config.max_tokens)
     with lock(config.out), replace_directory(config.out) as folder:
         carriers = _write_carriers(config, recording, base, splits, folder, progress)
         manifest = AdapterManifest(
@@ -108,6 +111,13 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
         )
         manifest = write_adapter(folder, manifest)
     return FitResult(config.out, manifest)
+
+
+def _beginning(columns: Columns, rows: int) -> Columns:
+    """The first rows, the last of which has no next token of its document any more."""
+    kept = {name: column[:rows].clone() for name, column in columns.items()}
+    kept["next_ids"][-1] = -1
+    return kept
 
 
 def _provenance(config: FitConfig, recording: Recording) -> Provenance:
@@ -259,8 +269,8 @@ def _targets(
     ids, drawn = train["expert_sample_ids"], train["expert_sample_counts"]
     floor = 1e-9
     return lambda batch: (
-        (decode_samples(Samples(ids[batch], drawn[batch]), vocab)[:, active] + floor).log()
-    )
+        decode_samples(Samples(ids[batch], drawn[batch]), vocab)[:, active] + floor
+    ).log()
 
 
 def _head_file(head: Head, base: HFModel, general_states: Tensor) -> HeadFile:

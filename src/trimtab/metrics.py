@@ -43,9 +43,7 @@ def bits_per_byte(scores: Sequence[DocumentScore]) -> float:
     return sum(score.nll_nats for score in scores) / (scored_bytes * math.log(2))
 
 
-def bootstrap(
-    scores: Sequence[DocumentScore], *, seed: int = 0, resamples: int = 1000
-) -> Estimate:
+def bootstrap(scores: Sequence[DocumentScore], *, seed: int = 0, resamples: int = 1000) -> Estimate:
     """Estimate bits per byte with a standard error, resampling whole documents.
 
     Tokens within a document are not independent; documents nearly are.

@@ -1,31 +1,22 @@
 """Seat an adapter on a host: closed form, in seconds, without training."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from trimtab.anchors import (
-    Anchors,
-    Reading,
-    StateMap,
-    calibrate,
-    compose,
-    fit_map,
-    moment_matched,
-    pair_anchors,
-)
+from trimtab.anchors import StateMap
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.carriers.head import MountedHead, seat_rows
-from trimtab.carriers.memory import CONTEXT_BYTES, VALUE_BYTES, Memory, MountedMemory, build_index
+from trimtab.carriers.memory import CONTEXT_BYTES, MountedMemory, build_index
 from trimtab.config import MountConfig
-from trimtab.errors import AdapterError
+from trimtab.seat import ProbeStates, find_seats, probe_states
 from trimtab.store.adapter import Probe, read_head, read_memory, read_mount
 from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.manifest import read_manifest
+from trimtab.store.seats import read_seats, seats_path, write_seats
 from trimtab.types import Progress, silent
 
 POOR_FIT = 0.5
@@ -33,9 +24,6 @@ POOR_FIT = 0.5
 
 FEW_ANCHORS = 2000
 """Shared token strings below which a user is warned."""
-
-MIN_PAIRS = 512
-"""Probe positions at the same bytes that calibration needs."""
 
 
 @dataclass(frozen=True)
@@ -110,138 +98,57 @@ def mount(
         AdapterError: The adapter is broken, or shares no token string with the host.
         ModelError: The host cannot be opened.
     """
+    host = host or open_model(config.host, dtype=config.dtype, progress=progress)
+    return _mount(config, host, lambda probe: probe_states(host, probe, progress))
+
+
+def mount_with_control(
+    config: MountConfig, host: HFModel, *, progress: Progress = silent
+) -> tuple[Mounted, Mounted]:
+    """Seat an adapter twice, as it should be and with a shuffled map: one pass over the probe.
+
+    Raises:
+        AdapterError: The adapter is broken, or shares no token string with the host.
+    """
+    read: list[ProbeStates] = []
+
+    def states(probe: Probe) -> ProbeStates:
+        if not read:
+            read.append(probe_states(host, probe, progress))
+        return read[0]
+
+    shuffled = config.model_copy(update={"shuffle": True})
+    return _mount(config, host, states), _mount(shuffled, host, states)
+
+
+def _mount(
+    config: MountConfig, host: HFModel, states_on: Callable[[Probe], ProbeStates]
+) -> Mounted:
     manifest = read_manifest(config.adapter)
-    host = host or open_model(config.host, dtype=config.dtype)
+    head_file = read_head(config.adapter) if manifest.head else None
+    memory_file = read_memory(config.adapter, manifest) if manifest.memory else None
     anchors, probe = read_mount(config.adapter)
-    state_map = _map(anchors, host, config)
-    states = _probe_states(host, probe, progress) if config.moments else None
-    seat = _Seat.prepare(state_map, probe, states)
-    if config.shuffle:
-        seat = seat.shuffled(config.seed)
+    path = seats_path(config, manifest, host.fingerprint, host.model.dtype)
+    seats = read_seats(path) if config.cache else None
+    if seats is None:
+        seats = find_seats(config, host, anchors, probe, states_on, head_file, memory_file)
+        if config.cache:
+            write_seats(path, seats)
     head = memory = None
-    if manifest.head:
-        file = read_head(config.adapter)
-        reading = seat.read(file.head.down, file.head.mean, file.probe_features)
-        head = MountedHead(reading, *seat_rows(file.strings, file.string_rows, host.vocabulary))
-    if manifest.memory:
-        file = read_memory(config.adapter, manifest)
-        reading = seat.read(file.memory.projection, file.memory.mean, file.probe_features)
-        values, shares = _values(file.memory, host)
-        memory = MountedMemory(file.memory, build_index(file.memory), reading, values, shares)
+    if head_file and seats.head:
+        rows = seat_rows(head_file.strings, head_file.string_rows, host.vocabulary)
+        head = MountedHead(seats.head, *rows)
+    if memory_file and seats.memory and seats.values is not None:
+        index = build_index(memory_file.memory)
+        shares = torch.ones(seats.values.shape)
+        memory = MountedMemory(memory_file.memory, index, seats.memory, seats.values, shares)
     return Mounted(
         manifest,
         config.adapter,
         host.ref,
-        state_map,
-        seat.paired_positions,
+        seats.state_map,
+        seats.paired_positions,
         head,
         memory,
         probe.documents,
     )
-
-
-def _map(anchors: Anchors, host: HFModel, config: MountConfig) -> StateMap:
-    chosen, token_ids = pair_anchors(anchors.strings, host.vocabulary)
-    if len(chosen) < 2:
-        raise AdapterError(
-            f"{host.ref} shares {len(chosen)} token strings with the adapter's small model",
-            hint="head and memory need a common alphabet; use --carriers expert",
-        )
-    if config.shuffle:
-        generator = torch.Generator().manual_seed(config.seed)
-        token_ids = token_ids[torch.randperm(len(token_ids), generator=generator)]
-    host_rows = host.unembedding.weight[token_ids].detach().float().cpu() * host.unembedding.scale
-    return fit_map(anchors.rows[chosen], host_rows, anchors.weights[chosen], ridge=config.ridge)
-
-
-@dataclass(frozen=True)
-class _ProbeStates:
-    """The host's states on the probe text, with the document and bytes read of each."""
-
-    hidden: Tensor
-    document_index: Tensor
-    byte_ends: Tensor
-
-
-def _probe_states(host: HFModel, probe: Probe, progress: Progress) -> _ProbeStates:
-    hidden, documents, ends = [], [], []
-    lengths = torch.tensor([len(text or b"") for text in host.vocabulary.token_bytes])
-    context = host.context_ids()
-    with progress("reading the probe text", len(probe.documents)) as advance:
-        for number, document in enumerate(probe.documents):
-            ids = host.encode(document.decode("utf-8", "ignore"))
-            with torch.inference_mode():
-                states = host.hidden(torch.tensor([context + ids], device=host.device))
-            hidden.append(states[0, len(context) :].float().cpu())
-            documents.append(torch.full((len(ids),), number))
-            ends.append(lengths[ids].cumsum(0))
-            advance(1)
-    return _ProbeStates(torch.cat(hidden), torch.cat(documents), torch.cat(ends))
-
-
-@dataclass(frozen=True)
-class _Seat:
-    """Reads any features of the small model's state from the host's."""
-
-    reading: Reading
-    states: _ProbeStates | None
-    rows: Tensor
-    host_rows: Tensor
-    fold: Tensor
-
-    @staticmethod
-    def prepare(state_map: StateMap, probe: Probe, states: _ProbeStates | None) -> "_Seat":
-        nothing = torch.zeros(0, dtype=torch.long)
-        if states is None:
-            plain = Reading(state_map.matrix, torch.zeros(len(state_map.matrix)))
-            return _Seat(plain, None, nothing, nothing, nothing)
-        reading = moment_matched(state_map, probe.mean, probe.std, states.hidden)
-        rows, host_rows = _same_bytes(probe, states)
-        return _Seat(reading, states, rows, host_rows, probe.document_index[rows] % 2)
-
-    def shuffled(self, seed: int) -> "_Seat":
-        """The control: each host state is paired with the small state of another position."""
-        generator = torch.Generator().manual_seed(seed)
-        return replace(self, rows=self.rows[torch.randperm(len(self.rows), generator=generator)])
-
-    @property
-    def paired_positions(self) -> int:
-        return len(self.rows) if len(self.rows) >= MIN_PAIRS else 0
-
-    def read(self, features: Tensor, offset: Tensor, probe_features: Tensor) -> Reading:
-        reading = compose(features, offset, self.reading)
-        if self.states is None or not self.paired_positions:
-            return reading
-        states = self.states.hidden[self.host_rows]
-        return calibrate(reading, states, probe_features[self.rows], self.fold)
-
-
-def _same_bytes(probe: Probe, states: _ProbeStates) -> tuple[Tensor, Tensor]:
-    """Positions of small model and host that have read the same bytes of the same document."""
-    place = {
-        key: row
-        for row, key in enumerate(
-            zip(probe.document_index.tolist(), probe.byte_ends.tolist(), strict=True)
-        )
-    }
-    host_keys = zip(states.document_index.tolist(), states.byte_ends.tolist(), strict=True)
-    pairs = [(place[key], row) for row, key in enumerate(host_keys) if key in place]
-    both = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
-
-
-def _values(memory: Memory, host: HFModel) -> tuple[Tensor, Tensor]:
-    """First host token of what followed each entry; for a soft memory, of what the expert saw."""
-    raw = memory.text.numpy().tobytes()
-    followed = [raw[p : p + VALUE_BYTES].split(b"\0")[0] for p in memory.positions.tolist()]
-    hard = _first_tokens(followed, host)[:, None]
-    return hard, torch.ones(len(hard), 1)
-
-
-def _first_tokens(texts: Sequence[bytes], host: HFModel) -> Tensor:
-    first: dict[bytes, int] = {}
-    for text in texts:
-        if text not in first:
-            ids = host.encode(text.decode("utf-8", "ignore")) if text else []
-            first[text] = ids[0] if ids else -1
-    return torch.tensor([first[text] for text in texts])

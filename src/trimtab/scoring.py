@@ -13,7 +13,7 @@ from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import CONTEXT_BYTES, MountedMemory
 from trimtab.corpus import scored_windows
 
-CANDIDATE_NATS = 12.0
+CANDIDATE_NATS = 10.0
 """Tokens this far below the likeliest are one tail, which keeps the host's proportions."""
 
 CHUNK = 64
@@ -271,15 +271,12 @@ def _with_memory(field: _Field, logprobs: Tensor, answer, gate: tuple[float, ...
     return mix(logprobs, local.probs(logprobs.shape[1]).log(), opened[:, None])
 
 
-def _live(
-    field: _Field, reading: LiveReading, questions: range, live: Live
-) -> dict[str, Tensor]:
+def _live(field: _Field, reading: LiveReading, questions: range, live: Live) -> dict[str, Tensor]:
     host = field.logprobs[:, :-1].exp()
     pair = live.score(reading, questions, host, field.token_ids)
     expert, reference = (_with_tail(probs) for probs in pair)
     return {
-        name: log_linear(field.logprobs, expert, reference, by)
-        for name, by in LIVE_BLENDS.items()
+        name: log_linear(field.logprobs, expert, reference, by) for name, by in LIVE_BLENDS.items()
     }
 
 

@@ -167,9 +167,7 @@ class Live:
             to_host = self.alignment.to_host(
                 probs, host_probs[list(questions)], candidates.token_ids
             )
-            carried.index_add_(
-                0, torch.tensor(questions), torch.tensor(weights)[:, None] * to_host
-            )
+            carried.index_add_(0, torch.tensor(questions), torch.tensor(weights)[:, None] * to_host)
         return carried
 
     def _weighed(
@@ -255,11 +253,10 @@ class _ModelCache:
             shared += 1
         self.tokens = self.tokens[:shared]
         self.states = self.states[:shared]
-        if self.cache.get_seq_length() > shared:
-            self.cache.crop(shared)
+        self._cut(shared)
         # A forward pass needs at least one token.
         if shared == len(tree.tokens):
-            self.cache.crop(shared - 1)
+            self._cut(shared - 1)
             self.tokens, self.states = self.tokens[:-1], self.states[:-1]
             shared -= 1
         return shared
@@ -268,9 +265,13 @@ class _ModelCache:
         """Keep the trunk's keys and values; the states of all nodes, [nodes, hidden]."""
         everything = [*self.states, *states]
         trunk = tree.trunk()
-        self.cache.crop(trunk)
+        self._cut(trunk)
         self.tokens, self.states = tree.tokens[:trunk], everything[:trunk]
         return torch.stack(everything)
+
+    def _cut(self, length: int) -> None:
+        # `crop` counts the tokens to remove, below zero.
+        self.cache.crop(min(0, length - self.cache.get_seq_length()))
 
 
 @dataclass

@@ -1,0 +1,86 @@
+"""What a mount computed for one adapter on one host, kept so that it is computed once."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimtab.anchors import Reading, StateMap
+from trimtab.config import MountConfig
+from trimtab.store.adapter_schema import AdapterManifest
+from trimtab.store.files import writing_atomically
+from trimtab.store.local import trimtab_home
+
+VERSION = 1
+"""Changes whenever the way in which seats are computed does."""
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Where an adapter's carriers sit on a host.
+
+    Attributes:
+        state_map: From the host's states to the small model's.
+        paired_positions: Probe positions that the readings were calibrated on.
+        head: What the head reads, if there is one.
+        memory: What the memory is asked with, if there is one.
+        values: Host tokens that the memory's entries propose, shape [entries, proposals].
+    """
+
+    state_map: StateMap
+    paired_positions: int
+    head: Reading | None
+    memory: Reading | None
+    values: Tensor | None
+
+
+def seats_path(
+    config: MountConfig, manifest: AdapterManifest, host_fingerprint: object, dtype: torch.dtype
+) -> Path:
+    """The cache file of an adapter on a host, named by all that decides its content."""
+    settings = config.model_dump(mode="json", exclude={"adapter", "host", "cache"})
+    files = {path: entry.sha256 for path, entry in manifest.files.items()}
+    asked = [VERSION, settings, files, str(host_fingerprint), str(dtype)]
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return trimtab_home() / "mounts" / f"{key}.safetensors"
+
+
+def write_seats(path: Path, seats: Seats) -> None:
+    """Keep seats, atomically.
+
+    Raises:
+        StorageError: The disk is full or the folder cannot be written.
+    """
+    numbers = [seats.state_map.r_squared, seats.state_map.shared_tokens, seats.paired_positions]
+    tensors = {
+        "map": seats.state_map.matrix,
+        "numbers": torch.tensor(numbers, dtype=torch.float64),
+    }
+    for name, reading in (("head", seats.head), ("memory", seats.memory)):
+        if reading:
+            tensors |= {f"{name}.matrix": reading.matrix, f"{name}.bias": reading.bias}
+    if seats.values is not None:
+        tensors["values"] = seats.values
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_atomically(path) as temp:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temp)
+
+
+def read_seats(path: Path) -> Seats | None:
+    """Seats kept before; None where there are none, or a broken file that is made anew."""
+    try:
+        found = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    r_squared, shared, paired = found["numbers"].tolist()
+    readings = [
+        Reading(found[f"{name}.matrix"], found[f"{name}.bias"]) if f"{name}.bias" in found else None
+        for name in ("head", "memory")
+    ]
+    state_map = StateMap(found["map"], r_squared, int(shared))
+    return Seats(state_map, int(paired), *readings, found.get("values"))
