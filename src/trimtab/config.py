@@ -104,6 +104,8 @@ class FitConfig(Config):
     """Name that the adapter's card carries."""
     carriers: tuple[CarrierName, ...] = ("head", "memory", "expert")
     """Which carriers to make."""
+    max_tokens: int | None = Field(default=None, ge=256)
+    """Use at most this many recorded tokens of domain text (default: all)."""
     rank: int = Field(default=64, ge=1, le=512)
     """Rank of the head."""
     epochs: int = Field(default=6, ge=1)

@@ -160,7 +160,7 @@ def _write_carriers(
     progress: Progress,
 ) -> dict[str, Carrier]:
     general = splits["general"]
-    probe = _probe(recording, base, general)
+    probe = _probe(base, general)
     counts = torch.bincount(
         torch.cat([s["token_ids"] for s in splits.values()]).long(), minlength=len(base.vocabulary)
     )
@@ -186,7 +186,7 @@ def _write_carriers(
     return carriers
 
 
-def _probe(recording: Recording, base: HFModel, general: Columns) -> Probe:
+def _probe(base: HFModel, general: Columns) -> Probe:
     documents = _document_bytes(base, general)
     states = general["reference_hidden"].float()
     return Probe(

@@ -143,8 +143,9 @@ def live_logprobs(
 ) -> Mapping[str, Tensor]:
     """Every blend of host, expert and reference.
 
-    Tokens far below the host's likeliest are one tail, whose mass is blended as a whole and
-    dealt out in the host's proportions.
+    Tokens that stand for no text (the end, above all) keep the host's own probability: the pair
+    says nothing of them. Tokens far below the host's likeliest are one tail, whose mass is
+    blended as a whole and dealt out in the host's proportions.
 
     Args:
         live: Expert and reference.
@@ -156,20 +157,24 @@ def live_logprobs(
         Natural-log probabilities by blend, each of shape [rows, vocab].
     """
     device, host_logprobs = host_logprobs.device, host_logprobs.cpu()
-    likely = (host_logprobs > host_logprobs.amax(-1, keepdim=True) - CANDIDATE_NATS).any(0)
-    token_ids = torch.nonzero(likely)[:, 0]
-    chosen = host_logprobs[:, token_ids]
-    tail = _tail_of(chosen.exp())
-    host = torch.cat([chosen, tail.log()], 1)
+    known = live.alignment.first_small >= 0
+    text = host_logprobs.masked_fill(~known, -torch.inf)
+    normaliser = text.logsumexp(-1, keepdim=True)
+    text = text - normaliser
+    token_ids = torch.nonzero((text > text.amax(-1, keepdim=True) - CANDIDATE_NATS).any(0))[:, 0]
+    chosen = text[:, token_ids]
+    tail = _tail_of(chosen.exp()).log()
+    host = torch.cat([chosen, tail], 1)
     expert, reference = (
         _with_tail(probs) for probs in _scored(live, rows, chosen.exp(), token_ids)
     )
     found = {}
     for name, weights in LIVE_BLENDS.items():
         blended = log_linear(host, expert, reference, blend_at(weights, strength))
-        full = host_logprobs + (blended[:, -1:] - tail.log())
+        full = text + (blended[:, -1:] - tail)
         full[:, token_ids] = blended[:, :-1]
-        found[name] = full.log_softmax(-1).to(device)
+        full = torch.where(known, full.log_softmax(-1) + normaliser, host_logprobs)
+        found[name] = full.to(device)
     return found
 
 
