@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GenerationConfig
 
+from trimtab.align import covers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
@@ -30,11 +31,10 @@ from trimtab.mount import Mounted, mount
 from trimtab.processor import open_live
 from trimtab.record import record
 from trimtab.scoring import FAMILIES, LIVE_BLENDS, Steers, score_document
-from trimtab.steering import Rows, Steering, blend_at, last_bytes
+from trimtab.steering import Rows, Steering, blend_at, last_bytes, readable
 from trimtab.store.adapter_schema import Gate
 from trimtab.store.card import write_adapter
 from trimtab.store.manifest import read_manifest
-from trimtab.text_stream import TextStream
 from trimtab.tune import tune
 
 HOST = "tiny:qwen3?vocab=bpe&hidden=32"
@@ -548,6 +548,16 @@ def test_the_real_expert_steers(adapter: Path) -> None:
     assert plain.texts != first.texts == again.texts
 
 
+@given(st.binary(max_size=12), st.text("aä€😀", max_size=6))
+def test_readable_contexts_are_utf8_but_for_a_cut_end(noise: bytes, text: str) -> None:
+    assert readable(text.encode()) == text.encode()
+    for end in range(len(text.encode())):
+        assert readable(text.encode()[:end]) == text.encode()[:end]
+    mended = readable(noise)
+    assert mended.decode("utf-8", "ignore") in noise.decode("utf-8", "replace")
+    assert len(covers_of(mended, str.encode, [bytes([b]) for b in range(256)])[0].rest) < 4
+
+
 def test_blends_begin_at_the_host() -> None:
     weights = BlendWeights(0.5, 1.0, 0.5)
     assert blend_at(weights, 0.0) == BlendWeights(1.0, 0.0, 0.0)
@@ -560,30 +570,3 @@ def test_last_bytes() -> None:
     assert rows[0] == [0] * CONTEXT_BYTES
     assert rows[1] == [98, 97] + [0] * (CONTEXT_BYTES - 2)
     assert rows[2] == list(long[: -CONTEXT_BYTES - 1 : -1])
-
-
-def cut(text: str, stop: list[str]) -> str:
-    """A text up to the stop string that is complete first; the longest of those."""
-    for end in range(1, len(text) + 1):
-        ended = [s for s in stop if text[:end].endswith(s)]
-        if ended:
-            return text[: end - max(map(len, ended))]
-    return text
-
-
-@given(st.text("abä€\n", max_size=30), st.lists(st.text("abä€", min_size=1)), st.randoms())
-def test_streams_cut_at_stop_strings(text: str, stop: list[str], chance: random.Random) -> None:
-    stream, raw, parts, begin = TextStream(stop), text.encode(), [], 0
-    while begin < len(raw):
-        end = begin + chance.randint(1, 5)
-        parts.append(stream.add(raw[begin:end]))
-        begin = end
-    parts.append(stream.finish())
-    assert "".join(parts) == stream.text == cut(text, stop)
-    assert stream.stopped == any(s in text for s in stop)
-
-
-def test_streams_wait_for_whole_characters() -> None:
-    stream = TextStream()
-    assert [stream.add(bytes([b])) for b in "ä€".encode()] == ["", "ä", "", "", "€"]
-    assert (stream.add(b"\xe2\x82"), stream.finish()) == ("", "�")

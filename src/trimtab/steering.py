@@ -1,5 +1,6 @@
 """What a mounted adapter makes of a host's next-token scores, whatever runs the host."""
 
+import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +117,8 @@ class Steering:
         if self.live is None:
             return ()
         return tuple(
-            (self.live.read([context], row=row), range(1)) for row, context in enumerate(contexts)
+            (self.live.read([readable(context)], row=row), range(1))
+            for row, context in enumerate(contexts)
         )
 
     def _remember(self, answer: Answer, logprobs: Tensor) -> Tensor:
@@ -209,6 +211,15 @@ def text_before(token_bytes: Sequence[bytes | None]) -> bytes:
     return b"".join(text for text in token_bytes if text)
 
 
+def readable(context: bytes) -> bytes:
+    """Replace bytes that are not UTF-8, which a host may write and a tokenizer cannot read.
+
+    A character that the end cuts stays cut: its other bytes may follow.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return decoder.decode(context).encode() + decoder.getstate()[0]
+
+
 @dataclass(frozen=True)
 class ReadPrompt:
     """A prompt that a host has read, without padding.
@@ -249,7 +260,7 @@ def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPro
     if not asked:
         return steering.prior
     contexts = tuple(text_before(prompt.token_bytes[: position + 1]) for position in asked)
-    reading = steering.live.read(contexts) if steering.live else None
+    reading = steering.live.read([readable(c) for c in contexts]) if steering.live else None
     scores = []
     for begin in range(0, len(asked), CHUNK_POSITIONS):
         part = range(begin, min(begin + CHUNK_POSITIONS, len(asked)))
