@@ -198,7 +198,7 @@ class EvaluateConfig(Config):
     out: Path
     """Folder of report.json and report.html."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Score at most this many host tokens of domain text (general text: half as many a kind)."""
+    """Score at most this many host tokens of domain text (general text: a quarter, each kind)."""
     document_tokens: int = Field(default=1024, ge=64)
     """Score at most the first so many host tokens of each document."""
     window_tokens: int = Field(default=512, ge=16)

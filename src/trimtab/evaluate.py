@@ -23,6 +23,9 @@ from trimtab.store.adapter import EXPERT_FOLDER
 from trimtab.store.manifest import read_manifest
 from trimtab.types import Document, Progress, silent
 
+MIN_DOCUMENT_BYTES = 64
+"""Shorter documents, and shorter ends of what may be scored, are passed over."""
+
 SMALL_ROWS = ("reference", "expert")
 
 
@@ -58,6 +61,12 @@ def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluati
         kind: _cut(documents, _budget(config, kind), config, host)
         for kind, documents in texts.items()
     }
+    for kind, documents in texts.items():
+        if not documents:
+            raise InputError(
+                f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes",
+                hint="give longer text, or raise --max-tokens",
+            )
     bench = _Bench.prepare(config, host, rows, progress)
     scores: dict[str, dict[str, list[DocumentScore]]] = {}
     first: tuple[str, ScoredDocument] | None = None
@@ -113,10 +122,10 @@ def _cut(
     kept = []
     for document in documents:
         ids = host.encode(document.text)[: min(config.document_tokens, budget)]
-        if len(ids) < 2:
+        raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
+        if len(raw) < MIN_DOCUMENT_BYTES:
             continue
         budget -= len(ids)
-        raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
         kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
     return kept
 
