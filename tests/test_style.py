@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "types", "vocab", "unembedding"),
     (
         "align",
+        "anchors",
         "blend",
         "duplicates",
         "encoding",
@@ -30,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("carriers", "store", "corpus", "documents", "passages", "probe"),
     ("backends",),
-    ("soft_targets", "steering", "training", "training_text"),
+    ("scoring", "seat", "soft_targets", "steering", "training", "training_text"),
     ("report",),
     (
         "tune",

@@ -9,6 +9,7 @@ exact here and what is not.
 """
 
 import bisect
+import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,12 @@ Encode = Callable[[str], Sequence[int]]
 
 MAX_BACK = 2
 """Last tokens of the context that a longer token may replace."""
+
+REST_TOKENS = 64
+"""Likeliest tokens that are followed one by one where a token must begin with a rest."""
+
+REST_SHARE = 1e-3
+"""Tokens with a smaller share than this are not followed."""
 
 
 @dataclass(frozen=True)
@@ -90,47 +97,47 @@ def covers_of(context: bytes, encode: Encode, token_bytes: Sequence[bytes | None
     leaves its last space to that word).
 
     Args:
-        context: The bytes so far, valid UTF-8 up to a cut character at its end.
+        context: The bytes so far; the end may cut a character. Other bytes that are not UTF-8
+            (a window that begins inside a character, a host's slip) are passed over.
         encode: The small model's tokenizer.
         token_bytes: Of the small model.
     """
-    whole, cut = _valid_utf8(context)
-    tokens = tuple(encode(whole.decode()))
-    covers = [Cover(tokens, cut)] if cut else [Cover(tokens, b"")]
+    text, cut = _readable(context)
+    tokens = tuple(encode(text))
+    covers = [Cover(tokens, cut)]
     for back in range(1, min(MAX_BACK, len(tokens)) + 1):
         rest = b"".join(token_bytes[t] or b"" for t in tokens[-back:]) + cut
         covers.append(Cover(tokens[:-back], rest))
-    if whole[-1:].isspace() and not cut:
-        covers += _before_a_word(whole, encode, token_bytes, {c.tokens for c in covers})
+    if text[-1:].isspace() and not cut:
+        covers += _before_a_word(text, encode, token_bytes, {c.tokens for c in covers})
     return covers
 
 
 def _before_a_word(
-    context: bytes,
+    text: str,
     encode: Encode,
     token_bytes: Sequence[bytes | None],
     known: set[tuple[int, ...]],
 ) -> list[Cover]:
-    tokens, kept, size = encode((context + b"x").decode()), [], 0
-    for token in tokens:
-        text = token_bytes[token] or b""
-        if size + len(text) > len(context):
+    pieces = [(token, token_bytes[token] or b"") for token in encode(text + "x")]
+    spelled = b"".join(piece for _, piece in pieces)
+    # It may begin with a tokenizer's own space; one that cannot write all of it has no say.
+    if not spelled.endswith(text.encode() + b"x"):
+        return []
+    kept, size, end = [], 0, len(spelled) - 1
+    for token, piece in pieces:
+        if size + len(piece) > end:
             break
         kept.append(token)
-        size += len(text)
-    return [] if tuple(kept) in known else [Cover(tuple(kept), context[size:])]
+        size += len(piece)
+    return [] if tuple(kept) in known else [Cover(tuple(kept), spelled[size:end])]
 
 
-def _valid_utf8(text: bytes) -> tuple[bytes, bytes]:
-    """Part a text before a character that its end cuts."""
-    for back in range(1, min(4, len(text)) + 1):
-        lead = text[-back]
-        if lead < 0x80:
-            break
-        if lead >= 0xC0:
-            length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            return (text[:-back], text[-back:]) if length > back else (text, b"")
-    return text, b""
+def _readable(context: bytes) -> tuple[str, bytes]:
+    """The text before a character that the end cuts, and that character's first bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    text = decoder.decode(context)
+    return text, decoder.getstate()[0]
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,9 @@ class Candidates:
             if (text := host.token_bytes[token_id])
         )
         texts = tuple(text for text, _ in pairs)
-        return Candidates(token_ids, texts, torch.tensor([place for _, place in pairs]))
+        return Candidates(
+            token_ids, texts, torch.tensor([place for _, place in pairs], dtype=torch.long)
+        )
 
     def beginning_with(self, start: bytes) -> Tensor:
         """Places of the candidates that begin with `start`, it included."""
@@ -196,6 +205,10 @@ class Alignment:
         """For each small token, the longest host token that begins it; -1 if none."""
         return _firsts(self.small.vocabulary, self.host)
 
+    @cached_property
+    def _is_text(self) -> Tensor:
+        return torch.tensor([bool(text) for text in self.small.vocabulary.token_bytes])
+
     def to_host(self, probs: Tensor, host_probs: Tensor, token_ids: Tensor) -> Tensor:
         """Carry distributions over what comes next from small tokens to host tokens.
 
@@ -204,6 +217,10 @@ class Alignment:
         continues t: the small model says nothing there yet. A small token that no host token
         begins with lends it to the longest host token that begins t. The result is the
         distribution nearest to the host's (in KL) with the small model's first-token masses.
+
+        Of host tokens that no small token begins the small model says nothing, above all of those
+        that end a text: they keep the host's probability, and the small model's distribution over
+        tokens of text, given that text goes on, is dealt out over the rest.
 
         Args:
             probs: Over small tokens, shape [positions, vocab of small].
@@ -215,9 +232,12 @@ class Alignment:
         """
         first = self.first_small[token_ids]
         known = host_probs * (first >= 0)
+        foreign = host_probs - known
         first = first.clamp_min(0)
+        text_mass = probs[..., self._is_text].sum(-1, keepdim=True).clamp_min(1e-30)
+        probs = probs * (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
         mass = torch.zeros_like(probs).index_add(-1, first, known)
-        carried = known * (probs / mass.clamp_min(1e-30))[:, first]
+        carried = foreign + known * (probs / mass.clamp_min(1e-30))[:, first]
         place = torch.full((len(self.host.vocabulary),), -1)
         place[token_ids] = torch.arange(len(token_ids))
         target = torch.where(self.first_host >= 0, place[self.first_host.clamp_min(0)], -1)
@@ -258,13 +278,6 @@ class Alignment:
                 carried[longest] += prob / total
         # What was not followed one by one is left to the host's own view.
         return carried + (1.0 - float(carried.sum())) * host_probs
-
-
-REST_TOKENS = 64
-"""Likeliest tokens that are followed one by one where a token must begin with a rest."""
-
-REST_SHARE = 1e-3
-"""Tokens with a smaller share than this are not followed."""
 
 
 def _firsts(vocabulary: Vocabulary, strings: Strings) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
-CALIBRATION_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 1e6)
-"""Ridges that calibration chooses from; the last leaves the slopes alone."""
+CALIBRATION_RIDGES = (1e6, 10.0, 3.0, 1.0, 0.3, 0.1)
+"""Ridges that calibration chooses from; the first leaves the slopes alone and wins a tie."""
 
 UNSEEN_COUNT = 0.05
 """Count given to token strings that the recording never saw, so that each has some say."""
@@ -162,11 +162,15 @@ def calibrate(reading: Reading, host_states: Tensor, target: Tensor, fold: Tenso
         reading: Data-free reading of the features.
         host_states: Shape [pairs, hidden of host].
         target: The small model's own features at the same bytes, shape [pairs, features].
-        fold: 0 or 1, the half that each pair belongs to (halves share no document), [pairs].
+        fold: 0 or 1, the half that each pair belongs to (halves share no document), [pairs];
+            where one half is empty, as with a single document, only the slopes are fitted.
     """
     host_states = host_states.float()
+    halves = [fold == half for half in (0, 1)]
+    if min(int(half.sum()) for half in halves) < 2:
+        return _corrected(reading, host_states, target, CALIBRATION_RIDGES[0])
     errors = {
-        ridge: sum(_held_out_error(reading, host_states, target, fold == f, ridge) for f in (0, 1))
+        ridge: sum(_held_out_error(reading, host_states, target, half, ridge) for half in halves)
         for ridge in CALIBRATION_RIDGES
     }
     return _corrected(reading, host_states, target, min(errors, key=lambda ridge: errors[ridge]))

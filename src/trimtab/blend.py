@@ -22,7 +22,6 @@ class BlendWeights:
     reference: float
 
 
-HOST_ALONE = BlendWeights(1.0, 0.0, 0.0)
 PROXY = BlendWeights(1.0, 1.0, 1.0)
 
 
@@ -43,7 +42,8 @@ def log_linear(
     Returns:
         Natural-log probabilities, shape [..., vocab]; they sum to one.
     """
-    blended = by.host * host_logprobs
+    # 0 * -inf is no number: a model without a say may well forbid tokens.
+    blended = by.host * host_logprobs if by.host else torch.zeros_like(host_logprobs)
     if by.expert:
         blended = blended + by.expert * expert_logprobs
     if by.reference:
@@ -77,7 +77,8 @@ def evidence_weights(logprobs: Tensor, prior: Tensor, *, share: float = 0.0) -> 
         logprobs: Log-probability that each predictor gave to each token seen, in nats,
             shape [predictors, seq].
         prior: Weights before any token, positive, summing to one, shape [predictors].
-        share: Part of each weight that is dealt out again by the prior after every token.
+        share: Part of each weight that is dealt out again by the prior after every token, in
+            [0, 1).
 
     Returns:
         Weights to predict token t with, from the tokens before t only: shape

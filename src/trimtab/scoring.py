@@ -8,9 +8,9 @@ from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live, LiveReading
-from trimtab.blend import BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
+from trimtab.blend import PROXY, BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
 from trimtab.carriers.head import MountedHead
-from trimtab.carriers.memory import CONTEXT_BYTES, MountedMemory
+from trimtab.carriers.memory import CONTEXT_BYTES, Answer, MountedMemory
 from trimtab.corpus import scored_windows
 
 CANDIDATE_NATS = 10.0
@@ -23,7 +23,7 @@ LIVE_BLENDS: Mapping[str, BlendWeights] = {
     "expert-aligned": BlendWeights(0.0, 1.0, 0.0),
     "blend": BlendWeights(0.5, 1.0, 0.5),
     "mean": BlendWeights(0.5, 0.5, 0.0),
-    "proxy": BlendWeights(1.0, 1.0, 1.0),
+    "proxy": PROXY,
     "lean": BlendWeights(0.3, 0.9, 0.2),
 }
 
@@ -262,8 +262,10 @@ def _shifted(field: _Field, shift: Tensor) -> Tensor:
     return shifted.log_softmax(-1)
 
 
-def _with_memory(field: _Field, logprobs: Tensor, answer, gate: tuple[float, ...]) -> Tensor:
-    place = torch.full((int(answer.values.max()) + 1,), -1)
+def _with_memory(
+    field: _Field, logprobs: Tensor, answer: Answer, gate: tuple[float, ...]
+) -> Tensor:
+    place = torch.full((max(int(answer.values.max()), 0) + 1,), -1)
     inside = field.token_ids[field.token_ids < len(place)]
     place[inside] = torch.arange(len(inside))
     local = answer.relabelled(place)

@@ -62,7 +62,7 @@ class TokenTree:
         return line[::-1]
 
     def trunk(self) -> int:
-        """Nodes before the first branch: the tokens that all sequences share."""
+        """Number of nodes before the first branch: one line, on which all sequences begin."""
         for node, parent in enumerate(self.parents):
             if parent != node - 1:
                 return parent + 1
@@ -147,7 +147,7 @@ class Live:
         if not asked:
             return host_probs
         with torch.no_grad():
-            logprobs = head.logits(states[asked]).float().log_softmax(-1)
+            logprobs = head.logits(states[asked]).float().cpu().log_softmax(-1)
         place = {node: number for number, node in enumerate(asked)}
         carried = torch.zeros_like(host_probs)
         plain: list[tuple[int, int, float]] = []

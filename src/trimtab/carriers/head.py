@@ -11,6 +11,9 @@ from trimtab.errors import NumericalError
 from trimtab.losses import kl_nats
 from trimtab.vocab import Vocabulary
 
+MIN_STD_SHARE = 1e-3
+"""Least standard deviation of a feature, as a share of the mean one."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -103,19 +106,14 @@ def fit_head(
     Raises:
         NumericalError: The loss is not finite.
     """
+    # A feature that general text never moves must not be blown up without bound.
+    std = std.clamp_min(MIN_STD_SHARE * float(std.mean()))
     generator = torch.Generator().manual_seed(settings.seed)
     hidden = rows.shape[1]
     down = torch.randn(settings.rank, hidden, generator=generator) / hidden**0.5
     up = torch.zeros(hidden, settings.rank)
     offset = torch.zeros(hidden)
-    parameters = [p.requires_grad_() for p in (down, up, offset)]
-    optimiser = torch.optim.AdamW(
-        parameters, settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    batches = -(-len(data.hidden) // settings.batch_positions)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.learning_rate, total_steps=settings.epochs * batches
-    )
+    optimiser, schedule = _optimiser([down, up, offset], len(data.hidden), settings)
     for _ in range(settings.epochs):
         order = torch.randperm(len(data.hidden), generator=generator)
         for batch in order.split(settings.batch_positions):
@@ -136,6 +134,20 @@ def fit_head(
             on_batch(len(batch))
     folded = down.detach() / std
     return Head(folded, up.detach(), offset.detach(), mean)
+
+
+def _optimiser(
+    parameters: list[Tensor], positions: int, settings: HeadSettings
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR]:
+    optimiser = torch.optim.AdamW(
+        [p.requires_grad_() for p in parameters],
+        settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    batches = -(-positions // settings.batch_positions)
+    return optimiser, torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, settings.learning_rate, total_steps=settings.epochs * batches
+    )
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,6 @@ def look_up(
     index: faiss.IndexFlatIP,
     features: Tensor,
     contexts: Tensor,
-    *,
-    excluded: Tensor | None = None,
 ) -> Found:
     """Find the entries nearest to each question and weigh them.
 
@@ -150,8 +148,6 @@ def look_up(
         index: Of its keys.
         features: Whitened states of the questions, shape [questions, key].
         contexts: Bytes before each question, last first, [questions, CONTEXT_BYTES].
-        excluded: Document range [first, last) of positions to leave out for each question,
-            shape [questions, 2]; for questions from the memory's own text.
     """
     questions = torch.nn.functional.normalize(features.float(), dim=-1)
     count = min(NEIGHBOURS, len(memory))
@@ -163,11 +159,6 @@ def look_up(
     agree = before.view(*entries.shape, CONTEXT_BYTES) == contexts[:, None]
     matched = agree.to(torch.uint8).cumprod(-1).sum(-1)
     scores = cosines / TEMPERATURE + MATCH_WEIGHT * matched
-    if excluded is not None:
-        positions = memory.positions[entries]
-        own = (positions >= excluded[:, :1]) & (positions < excluded[:, 1:])
-        scores = scores.masked_fill(own, -1e4)
-        matched = matched.masked_fill(own, 0)
     return Found(entries, scores.softmax(-1), matched)
 
 
@@ -291,11 +282,6 @@ class Answer:
         return Answer(
             self.found, torch.where(self.values >= 0, place[self.values], -1), self.shares
         )
-
-    def probs_of(self, token_ids: Tensor) -> Tensor:
-        """The memory's probability of one token a question, shape [questions]."""
-        right = (self.values == token_ids[:, None, None]) * self.shares
-        return (right.sum(-1) * self.found.weights).sum(-1)
 
     def probs(self, vocab: int) -> Tensor:
         """The memory's distribution, shape [questions, vocab]; sums to at most one."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -212,4 +213,10 @@ def _load(path: Path) -> _Tensors:
         raise AdapterError(
             f"{path} is missing", hint="fetch the adapter again, or run `trimtab fit` again"
         )
-    return _Tensors(load_file(path))
+    try:
+        return _Tensors(load_file(path))
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{path} is broken: {error}",
+            hint="fetch the adapter again, or run `trimtab fit` again",
+        ) from error
