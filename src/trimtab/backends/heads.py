@@ -78,9 +78,16 @@ def check_unembedding(
         ref: Name of the model in the error.
 
     Raises:
-        ModelError: The two differ by more than the rounding of the model's arithmetic.
+        ModelError: The two differ by more than the rounding of the model's arithmetic, or the
+            logits are not finite.
     """
     hidden, logits = states_and_logits()
+    if not logits.isfinite().all():
+        raise ModelError(
+            f"{ref} gives logits that are not finite numbers",
+            hint="its weights are broken, or too large for this arithmetic: use another copy, or"
+            " --dtype float32",
+        )
     _compare(unembedding.logits(hidden), logits, ref)
     factor = _PROBE_LOGIT / max(float(logits.abs().max()), 1e-6)
     head: Any = model.get_output_embeddings()

@@ -87,8 +87,10 @@ def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Tokenizer files of the wild fail in many ways, of many exception types.
+        some = any(folder.glob("*token*")) or any(folder.glob("*.model"))
+        reason = _first_line(error) if some else "there is no tokenizer.json"
         raise ModelError(
-            f"{ref} has no tokenizer that can be read: {_first_line(error)}",
+            f"{ref} has no tokenizer that can be read: {reason}",
             hint=f"put the model's tokenizer.json into {folder}, or {_HINT}",
         ) from error
 

@@ -211,7 +211,7 @@ def _verify(folder: Path, manifest: ExpertManifest) -> None:
 
 
 def _read(path: Path, schema: type[_Manifest]) -> _Manifest:
-    value = read_json(path, schema.__name__)
+    value = read_json(path, "record of an expert")
     version = value.get("version")
     if isinstance(version, int) and version > VERSION:
         raise InputError(
@@ -223,4 +223,5 @@ def _read(path: Path, schema: type[_Manifest]) -> _Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path} is not valid: {where}: {first['msg']}", hint=_AGAIN) from error
+        found = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"{path} is not valid: {where}: {found}", hint=_AGAIN) from error

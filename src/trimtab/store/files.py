@@ -149,8 +149,8 @@ def _refuse_foreign(path: Path, marker: str) -> None:
         raise InputError(
             f"{path} is a file, where a folder is to be written", hint="choose another output"
         )
-    entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if entries - {LOCK_NAME} and marker not in entries:
+    entries = {entry.name for entry in path.iterdir()} - {LOCK_NAME} if path.exists() else set()
+    if entries and marker not in entries:
         raise InputError(
             f"{path} holds {len(entries)} entries but no {marker}: replacing it would lose them",
             hint="choose a new or empty output folder",

@@ -202,8 +202,9 @@ def read_recording_manifest(folder: Path) -> RecordingManifest:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "contents"
+        found = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
         raise RecordingError(
-            f"{folder / MANIFEST_NAME}: {where}: {problem['msg']}", hint=RECORD_AGAIN
+            f"{folder / MANIFEST_NAME}: {where}: {found}", hint=RECORD_AGAIN
         ) from error
 
 

@@ -1,0 +1,157 @@
+"""The main job between two small models that were trained apart, and the adapter it leaves."""
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from trimtab.cli import main
+from trimtab.config import EvaluateConfig, FitConfig, MountConfig, RecordConfig, TuneConfig
+from trimtab.evaluate import evaluate
+from trimtab.fit import fit
+from trimtab.metrics import Estimate
+from trimtab.mount import mount
+from trimtab.record import record
+from trimtab.store.files import sha256_file
+from trimtab.store.manifest import read_manifest
+from trimtab.tune import tune
+
+ROWS = ("host", "head", "memory", "head-shuffled", "memory-shuffled")
+SEED = 0
+WORDS = "billing ledger mail search login media quota audit export report stock order".split()
+KINDS = "api worker cron proxy".split()
+
+
+def deployments(seed: int, count: int = 60) -> list[str]:
+    """Files of one invented configuration language about one invented company's services."""
+    rng = random.Random(seed)
+    services = {
+        f"{word}-{kind}": (
+            rng.randrange(7000, 9999),
+            rng.choice([1, 2, 3, 5]),
+            rng.choice(["128Mi", "256Mi", "512Mi"]),
+            ", ".join(rng.sample(WORDS, 2)),
+        )
+        for word in WORDS
+        for kind in rng.sample(KINDS, 2)
+    }
+    documents = []
+    for _ in range(count):
+        text = f"#! deploy/2\nstage {rng.choice(['dev', 'test', 'live'])}-{rng.randrange(100)}\n\n"
+        for name in rng.sample(sorted(services), 3):
+            port, replicas, memory, needs = services[name]
+            text += (
+                f"service {name} {{\n\tlisten    => :{port};\n\treplicas  => {replicas};\n"
+                f"\tmemory    => {memory};\n\tneeds     => [{needs}];\n"
+                f"\tprobe     => http(/{name.partition('-')[0]}/ready, every"
+                f" {rng.choice([5, 10, 30])}s);\n}}\n\n"
+            )
+        documents.append(text)
+    return documents
+
+
+def pretrained(ref: str, folder: Path) -> str:
+    """A weak language model of general text."""
+    settings = TuneConfig(
+        model=ref, data=(str(files("trimtab") / "data" / "probe"),), out=folder, method="full",
+        learning_rate=6e-3, epochs=5, window_tokens=128, batch_windows=8, validations=1,
+        dtype="float32", seed=SEED,
+    )  # fmt: skip
+    tune(settings)
+    return str(folder / "model")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the main job left: the adapter, the host, and the measurement."""
+
+    adapter: Path
+    host: str
+    report: Path
+    bits_per_byte: dict[str, Estimate]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("job")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMTAB_HOME", str(folder / "home"))
+        small = pretrained(f"tiny:llama?hidden=48&seed={SEED}&vocab=bpe", folder / "small")
+        host = pretrained(f"tiny:qwen3?hidden=64&seed={SEED + 1}&vocab=bpe", folder / "host")
+        for number, text in enumerate(deployments(SEED)):
+            side = folder / ("test" if number % 6 == 5 else "train")
+            side.mkdir(exist_ok=True)
+            (side / f"{number}.deploy").write_text(text)
+        _adapt(small, folder)
+        result = evaluate(
+            EvaluateConfig(
+                adapter=folder / "adapter", host=host, data=(str(folder / "test"),), rows=ROWS,
+                out=folder / "report", max_tokens=3000, dtype="float32", seed=SEED,
+            )
+        )  # fmt: skip
+    measured = dict(result.report.hosts[0].domain)
+    return Job(folder / "adapter", host, folder / "report", measured)
+
+
+def _adapt(small: str, folder: Path) -> None:
+    tuning = TuneConfig(
+        model=small, data=(str(folder / "train"),), out=folder / "expert", learning_rate=5e-3,
+        epochs=5, window_tokens=128, dtype="float32", against=(str(folder / "test"),), seed=SEED,
+    )  # fmt: skip
+    tune(tuning)
+    probe = files("trimtab") / "data" / "probe"
+    general = (str(probe / "*-1[78]*"), str(probe / "python-[a-j]*"))
+    record(
+        RecordConfig(
+            expert=folder / "expert", out=folder / "recording", general=general, dtype="float32"
+        )
+    )
+    settings = FitConfig(
+        recording=folder / "recording", out=folder / "adapter", rank=16, key_size=32, seed=SEED
+    )
+    fit(settings)
+
+
+@pytest.mark.parametrize("carrier", ["head", "memory"])
+@pytest.mark.parametrize("control", ["host", "{carrier}-shuffled"])
+def test_a_carrier_beats_the_bare_host_and_a_shuffled_map(
+    carrier: str, control: str, job: Job
+) -> None:
+    found, other = job.bits_per_byte[carrier], job.bits_per_byte[control.format(carrier=carrier)]
+    assert found.mean + 4 * max(found.stderr, other.stderr) < other.mean
+
+
+def test_the_report_says_what_was_measured(job: Job) -> None:
+    report = json.loads((job.report / "report.json").read_text())
+    [measured] = report["hosts"]
+    assert report["schema"] == 1 and measured["host"] == job.host
+    assert set(measured["domain_bits_per_byte"]) == set(ROWS)
+    for row, estimate in job.bits_per_byte.items():
+        assert measured["domain_bits_per_byte"][row]["mean"] == pytest.approx(estimate.mean)
+
+
+def test_an_adapter_that_was_moved_is_the_same(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "else" / "where"
+    shutil.copytree(job.adapter, moved)
+    manifest = read_manifest(moved)
+    present = {p.relative_to(moved).as_posix() for p in moved.rglob("*") if p.is_file()}
+    assert present == {"manifest.json", *manifest.files}
+    for path, entry in manifest.files.items():
+        assert sha256_file(moved / path) == entry.sha256
+    here, there = (
+        mount(MountConfig(adapter=folder, host=job.host, cache=False, dtype="float32"))
+        for folder in (job.adapter, moved)
+    )
+    assert here.summary() == there.summary() and here.state_map.shared_tokens > 200
+    with pytest.raises(SystemExit) as end:
+        main(["show", str(moved)])
+    shown = capsys.readouterr().out
+    assert not end.value.code
+    for word in ("head", "memory", "expert", "Contains training text"):
+        assert word in shown
