@@ -130,7 +130,12 @@ def _before_a_word(
             break
         kept.append(token)
         size += len(piece)
-    return [] if tuple(kept) in known else [Cover(tuple(kept), spelled[size:end])]
+    covers = [Cover(tuple(kept), spelled[size:end])]
+    if size == end and kept:
+        # "x" stood alone; another word may take the space before it along.
+        last = token_bytes[kept[-1]] or b""
+        covers.append(Cover(tuple(kept[:-1]), last))
+    return [cover for cover in covers if cover.tokens not in known]
 
 
 def _readable(context: bytes) -> tuple[str, bytes]:
@@ -206,6 +211,12 @@ class Alignment:
         return _firsts(self.small.vocabulary, self.host)
 
     @cached_property
+    def _is_foreign(self) -> Tensor:
+        foreign = self.first_small < 0
+        foreign[self.first_host[self.first_host >= 0]] = False
+        return foreign
+
+    @cached_property
     def _is_text(self) -> Tensor:
         return torch.tensor([bool(text) for text in self.small.vocabulary.token_bytes])
 
@@ -218,9 +229,9 @@ class Alignment:
         begins with lends it to the longest host token that begins t. The result is the
         distribution nearest to the host's (in KL) with the small model's first-token masses.
 
-        Of host tokens that no small token begins the small model says nothing, above all of those
-        that end a text: they keep the host's probability, and the small model's distribution over
-        tokens of text, given that text goes on, is dealt out over the rest.
+        Of host tokens that no small token leads to the small model says nothing, above all of
+        those that end a text: they keep the host's probability, and the small model's distribution
+        over tokens of text, given that text goes on, is dealt out over the others.
 
         Args:
             probs: Over small tokens, shape [positions, vocab of small].
@@ -232,7 +243,7 @@ class Alignment:
         """
         first = self.first_small[token_ids]
         known = host_probs * (first >= 0)
-        foreign = host_probs - known
+        foreign = host_probs * self._is_foreign[token_ids]
         first = first.clamp_min(0)
         text_mass = probs[..., self._is_text].sum(-1, keepdim=True).clamp_min(1e-30)
         probs = probs * (1.0 - foreign.sum(-1, keepdim=True)) / text_mass

@@ -1,0 +1,289 @@
+"""Carrying distributions over byte strings, against small vocabularies spelled out."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trimtab.align import MAX_BACK, Alignment, Candidates, Cover, Strings, covers_of
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.vocab import Vocabulary
+
+steady = settings(deadline=None, derandomize=True, max_examples=60)
+pieces = st.binary(max_size=3).map(lambda raw: bytes(b"ab\xfe\xff"[c % 4] for c in raw))
+vocabularies = st.lists(st.one_of(st.none(), pieces), max_size=14).map(
+    lambda texts: Vocabulary((b"a", *texts))
+)
+
+
+def alignment(small: Sequence[bytes | None], host: Sequence[bytes | None]) -> Alignment:
+    return Alignment(Strings(Vocabulary(tuple(small))), Strings(Vocabulary(tuple(host))))
+
+
+def distribution(*shape: int, seed: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) ** 3
+
+
+def normalised(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True)
+
+
+@steady
+@given(vocabulary=vocabularies, start=pieces)
+def test_longer_tokens_are_all_that_go_on(vocabulary: Vocabulary, start: bytes) -> None:
+    found = Strings(vocabulary).longer_than(start)
+    oracle = {
+        token_id
+        for text, token_id in vocabulary.ids_by_bytes.items()
+        if text.startswith(start) and len(text) > len(start)
+    }
+    assert set(found.tolist()) == oracle and len(found) == len(oracle)
+    texts = [vocabulary.token_bytes[i] for i in found.tolist()]
+    assert texts == sorted(texts)
+
+
+@steady
+@given(vocabulary=vocabularies, text=pieces)
+def test_the_first_token_is_the_longest(vocabulary: Vocabulary, text: bytes) -> None:
+    begins = [s for s in vocabulary.ids_by_bytes if text.startswith(s)]
+    oracle = vocabulary.ids_by_bytes[max(begins, key=len)] if begins else -1
+    assert Strings(vocabulary).first_token(text) == oracle
+
+
+@steady
+@given(host=vocabularies, start=pieces, data=st.data())
+def test_candidates_by_their_beginnings(
+    host: Vocabulary, start: bytes, data: st.DataObject
+) -> None:
+    ids = data.draw(st.lists(st.sampled_from(range(len(host))), min_size=1, unique=True))
+    found = Candidates.of(torch.tensor(ids), host)
+    texts = [host.token_bytes[i] or b"" for i in ids]
+    begun = found.beginning_with(start)
+    assert begun.dtype == torch.long
+    assert sorted(begun.tolist()) == [p for p, t in enumerate(texts) if t and t.startswith(start)]
+    longest = found.longest_beginning(start)
+    begins = [text for text in texts if text and start.startswith(text)]
+    assert texts[longest] == max(begins, key=len) if begins else longest == -1
+
+
+def test_equal_vocabularies_carry_a_distribution_unchanged() -> None:
+    texts = [b"a", b"ab", None, b"b", b"abc", b"c"]
+    probs = distribution(4, 6, seed=1)
+    probs[:, 2] = 0
+    host = distribution(4, 6, seed=2)
+    host[:, 2] = 0
+    everything = torch.arange(6)
+    probs, host = normalised(probs), normalised(host)
+    found = alignment(texts, texts).to_host(probs, host, everything)
+    torch.testing.assert_close(found, probs)
+
+
+def test_a_token_lends_to_the_host_tokens_that_begin_with_it() -> None:
+    # "the" and "then" both begin with the small "the"; "t" only with "t"; "x" is foreign to "t".
+    small = [b"t", b"the", b"x"]
+    host = [b"t", b"then", b"the", b"th", b"x"]
+    probs = torch.tensor([[0.2, 0.7, 0.1]])
+    host_probs = torch.tensor([[0.1, 0.3, 0.1, 0.1, 0.4]])
+    found = alignment(small, host).to_host(probs, host_probs, torch.arange(5))
+    oracle = [0.2 * 0.1 / 0.2, 0.7 * 0.3 / 0.4, 0.7 * 0.1 / 0.4, 0.2 * 0.1 / 0.2, 0.1]
+    torch.testing.assert_close(found, torch.tensor([oracle]))
+
+
+def test_a_token_that_is_too_long_lends_to_its_longest_beginning() -> None:
+    found = alignment([b"rudder", b"r", b"s"], [b"r", b"rud", b"s"]).to_host(
+        torch.tensor([[0.7, 0.1, 0.2]]), torch.tensor([[0.5, 0.2, 0.3]]), torch.arange(3)
+    )
+    # "rud" continues the small "r", and so does the host's own "r"; "rudder" falls back on "rud".
+    oracle = torch.tensor([[0.1 * 5 / 7, 0.1 * 2 / 7 + 0.7, 0.2]])
+    torch.testing.assert_close(found, oracle)
+
+
+def test_what_no_candidate_takes_is_missing_to_one() -> None:
+    found = alignment([b"a", b"b", b"c"], [b"c", b"a", b"b"]).to_host(
+        torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.6, 0.3]]), torch.tensor([2, 1])
+    )
+    torch.testing.assert_close(found, torch.tensor([[0.3, 0.5]]))
+
+
+def test_tokens_without_text_keep_the_hosts_probability() -> None:
+    small = [b"a", b"b", None]
+    host = [b"a", b"b", None, b"\x00"]
+    probs = torch.tensor([[0.3, 0.1, 0.6], [0.5, 0.5, 0.0]])
+    host_probs = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]])
+    found = alignment(small, host).to_host(probs, host_probs, torch.arange(4))
+    oracle = torch.tensor([[0.5 * 0.75, 0.5 * 0.25, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]])
+    torch.testing.assert_close(found, oracle)
+
+
+@steady
+@given(small=vocabularies, host=vocabularies, seed=st.integers(0, 999))
+def test_what_is_carried_is_a_distribution(small: Vocabulary, host: Vocabulary, seed: int) -> None:
+    both = Alignment(Strings(small), Strings(host))
+    probs = normalised(distribution(2, len(small), seed=seed) + 1e-3)
+    host_probs = normalised(distribution(2, len(host), seed=seed + 1) + 1e-3)
+    found = both.to_host(probs, host_probs, torch.arange(len(host)))
+    assert (found >= 0).all()
+    assert (found.sum(-1) <= 1 + 1e-5).all()
+    # With one-byte tokens of the whole alphabet on both sides nothing can get lost.
+    alphabet = [bytes([b]) for b in b"ab\xfe\xff"]
+    full_small = Vocabulary((*small.token_bytes, *alphabet))
+    full_host = Vocabulary((*host.token_bytes, *alphabet))
+    whole = Alignment(Strings(full_small), Strings(full_host)).to_host(
+        normalised(distribution(2, len(full_small), seed=seed) + 1e-3),
+        normalised(distribution(2, len(full_host), seed=seed + 1) + 1e-3),
+        torch.arange(len(full_host)),
+    )
+    torch.testing.assert_close(whole.sum(-1), torch.ones(2))
+
+
+@steady
+@given(small=vocabularies, host=vocabularies, seed=st.integers(0, 999))
+def test_masses_of_first_tokens_are_the_small_models(
+    small: Vocabulary, host: Vocabulary, seed: int
+) -> None:
+    alphabet = tuple(bytes([b]) for b in b"ab\xfe\xff")
+    small, host = (Vocabulary((*v.token_bytes, *alphabet)) for v in (small, host))
+    both = Alignment(Strings(small), Strings(host))
+    probs = normalised(distribution(1, len(small), seed=seed) + 1e-3)
+    host_probs = normalised(distribution(1, len(host), seed=seed + 1) + 1e-3)
+    found = both.to_host(probs, host_probs, torch.arange(len(host)))[0]
+    texts = [text or b"" for text in host.token_bytes]
+    foreign = sum(p for p, t in zip(host_probs[0].tolist(), texts, strict=True) if not t)
+    going_on = sum(probs[0, i].item() for i, t in enumerate(small.token_bytes) if t)
+    for token_id in range(len(small)):
+        mine = [p for p, t in enumerate(texts) if t and Strings(small).first_token(t) == token_id]
+        lent_here = [
+            i
+            for i, text in enumerate(small.token_bytes)
+            if text
+            and not any(Strings(small).first_token(t) == i for t in texts if t)
+            and Strings(host).first_token(text) in mine
+        ]
+        if mine:
+            oracle = probs[0, [token_id, *lent_here]].sum() / going_on * (1 - foreign)
+            assert float(found[mine].sum()) == pytest.approx(float(oracle), abs=1e-5)
+
+
+def test_a_rest_is_continued_by_what_follows_it() -> None:
+    small = [b"ru", b"rudder", b"run", b"r", b"x", b"rud"]
+    host = [b"dder", b"d", b"n", b"ning", b"z"]
+    both = alignment(small, host)
+    candidates = Candidates.of(torch.arange(5), both.host.vocabulary)
+    probs = torch.tensor([0.5, 0.2, 0.1, 0.05, 0.05, 0.1])
+    host_probs = torch.tensor([0.3, 0.1, 0.15, 0.05, 0.4])
+    found = both.rest_to_host(probs, b"ru", host_probs, candidates)
+    # Given "ru" and more: rudder 0.5, run 0.25, rud 0.25.
+    oracle = torch.tensor([0.5 + 0.25 * 0.75, 0.25 * 0.25, 0.25 * 0.75, 0.25 * 0.25, 0.0])
+    torch.testing.assert_close(found, oracle)
+
+
+def test_a_rest_that_cannot_go_on_leaves_the_host_as_it_is() -> None:
+    both = alignment([b"a", b"b"], [b"c", b"d"])
+    candidates = Candidates.of(torch.arange(2), both.host.vocabulary)
+    host_probs = torch.tensor([0.4, 0.6])
+    probs = torch.tensor([0.5, 0.5])
+    assert torch.equal(both.rest_to_host(probs, b"q", host_probs, candidates), host_probs)
+    assert torch.equal(both.rest_to_host(probs, b"", host_probs, candidates), host_probs)
+    special = alignment([b"ab", b"a"], [None])
+    nothing = Candidates.of(torch.tensor([0]), special.host.vocabulary)
+    found = special.rest_to_host(probs, b"a", torch.tensor([1.0]), nothing)
+    torch.testing.assert_close(found, torch.tensor([1.0]))
+
+
+@cache
+def small_model() -> HFModel:
+    return open_model("tiny:llama?vocab=bpe", dtype="float32")
+
+
+def covers(context: bytes) -> list[Cover]:
+    model = small_model()
+    return covers_of(context, model.encode, model.vocabulary.token_bytes)
+
+
+def spelled(cover: Cover) -> bytes:
+    token_bytes = small_model().vocabulary.token_bytes
+    return b"".join(token_bytes[t] or b"" for t in cover.tokens) + cover.rest
+
+
+contexts = st.builds(
+    lambda text, cut: text.encode()[: max(len(text.encode()) - cut, 0)],
+    st.text(st.sampled_from("the rudder  \n\tturns, é€😀"), max_size=24),
+    st.integers(0, 3),
+)
+
+
+@steady
+@given(context=contexts)
+def test_every_cover_spells_the_context(context: bytes) -> None:
+    found = covers(context)
+    assert [spelled(cover) for cover in found] == [context] * len(found)
+    assert len(set(found)) == len(found)
+    readable = context.decode("utf-8", "ignore")
+    assert found[0].tokens == tuple(small_model().encode(readable))
+    assert len(found) >= min(MAX_BACK, len(found[0].tokens)) + 1
+    assert covers(context) == found
+
+
+@steady
+@given(context=contexts, ahead=st.text(max_size=4))
+def test_covers_do_not_depend_on_what_follows(context: bytes, ahead: str) -> None:
+    whole = context + ahead.encode()
+    assert covers(whole[: len(context)]) == covers(context)
+
+
+def test_covers_by_hand() -> None:
+    model = small_model()
+    rudder = tuple(model.encode("the rudder"))
+    found = covers(b"the rudder")
+    last = model.vocabulary.token_bytes[rudder[-1]] or b""
+    assert found[:2] == [Cover(rudder, b""), Cover(rudder[:-1], last)]
+    assert covers(b"") == [Cover((), b"")]
+
+
+def test_a_run_of_spaces_may_leave_its_last_to_a_word() -> None:
+    found = covers(b"def f():\n    ")
+    before_word = tuple(small_model().encode("def f():\n    return"))
+    reached = [c for c in found if c.rest == b" " and before_word[: len(c.tokens)] == c.tokens]
+    assert len(reached) == 1
+
+
+def test_a_cut_character_is_left_to_the_next_token() -> None:
+    whole, euro = b"5 ", "€".encode()
+    for cut in (1, 2):
+        found = covers(whole + euro[:cut])
+        assert found[0] == Cover(tuple(small_model().encode("5 ")), euro[:cut])
+
+
+@pytest.mark.parametrize(
+    ("context", "readable"),
+    [
+        ("€uro".encode()[1:], b"uro"),
+        ("😀 smile".encode()[2:], b" smile"),
+        (b"slip \xff\xfe here", b"slip  here"),
+        (b"slip \xc3(", b"slip ("),
+        (b"\xbf", b""),
+    ],
+)
+def test_bytes_that_are_no_text_are_passed_over(context: bytes, readable: bytes) -> None:
+    assert {spelled(cover) for cover in covers(context)} == {readable}
+
+
+def test_a_tokenizers_own_space_does_not_shift_the_rest() -> None:
+    # As SentencePiece does it: a space before the text, which the text does not have.
+    token_bytes = [b" ab", b" ", b"  ", b"x", b" x", b"c"]
+
+    def encode(text: str) -> list[int]:
+        rest, ids = (" " + text).encode(), []
+        while rest:
+            ids.append(max((len(t), i) for i, t in enumerate(token_bytes) if rest.startswith(t))[1])
+            rest = rest[len(token_bytes[ids[-1]]) :]
+        return ids
+
+    found = covers_of(b"ab ", encode, token_bytes)
+    assert Cover((0,), b" ") in found
+    assert {b"".join(token_bytes[t] for t in c.tokens) + c.rest for c in found} == {b" ab "}

@@ -1,0 +1,246 @@
+"""The memory: look-up against numpy, matches against slow loops, and a gate that knows noise."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trimtab.anchors import Reading
+from trimtab.blend import mix
+from trimtab.carriers.memory import (
+    CONTEXT_BYTES,
+    GATE_FEATURES,
+    MATCH_WEIGHT,
+    NEIGHBOURS,
+    TEMPERATURE,
+    Answer,
+    Found,
+    Memory,
+    MountedMemory,
+    build_index,
+    contexts_before,
+    fit_gate,
+    gate_features,
+    gate_probs,
+    lay_out,
+    look_up,
+    whitening,
+)
+
+HIDDEN, KEY = 10, 6
+DOCUMENTS = [b"the rudder turns the ship, ", b"", b"the trim tab turns the rudder", b"x" * 40]
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def memory(copies: int = 1) -> Memory:
+    text, starts = lay_out(DOCUMENTS * copies)
+    positions = torch.cat(
+        [torch.arange(s, s + len(d)) for s, d in zip(starts, DOCUMENTS * copies, strict=True)]
+    )
+    states = draw(len(positions), HIDDEN, seed=1) * torch.arange(1, HIDDEN + 1)
+    projection, mean = whitening(states, KEY)
+    keys = torch.nn.functional.normalize((states - mean) @ projection.T, dim=-1).half()
+    return Memory(keys, projection, mean, text, positions)
+
+
+def test_documents_lie_apart() -> None:
+    text, starts = lay_out(DOCUMENTS)
+    raw = text.numpy().tobytes()
+    for start, document in zip(starts, DOCUMENTS, strict=True):
+        assert raw[start - CONTEXT_BYTES : start] == bytes(CONTEXT_BYTES)
+        assert raw[start : start + len(document)] == document
+    assert raw.endswith(bytes(CONTEXT_BYTES))
+    assert len(raw) == sum(map(len, DOCUMENTS)) + (len(DOCUMENTS) + 1) * CONTEXT_BYTES
+
+
+def test_contexts_are_read_backwards() -> None:
+    text, starts = lay_out(DOCUMENTS)
+    raw = text.numpy().tobytes()
+    positions = torch.tensor([starts[0], starts[0] + 3, starts[2] + 20])
+    found = contexts_before(text, positions)
+    for position, row in zip(positions.tolist(), found, strict=True):
+        assert row.numpy().tobytes() == raw[position - CONTEXT_BYTES : position][::-1]
+
+
+def test_whitened_states_have_unit_covariance() -> None:
+    states = draw(400, HIDDEN, seed=2) @ draw(HIDDEN, HIDDEN, seed=3) + 4
+    projection, mean = whitening(states, KEY)
+    features = (states - mean) @ projection.T
+    torch.testing.assert_close(features.T @ features / 400, torch.eye(KEY), atol=1e-3, rtol=0)
+    # The kept directions are those in which states vary most.
+    lost = (states - mean) @ (torch.eye(HIDDEN) - projection.T @ torch.linalg.pinv(projection).T)
+    variances = torch.linalg.eigvalsh((states - mean).T @ (states - mean) / 400)
+    assert float((lost**2).sum()) / 400 == pytest.approx(
+        float(variances[: HIDDEN - KEY].sum()), rel=1e-2
+    )
+    assert whitening(states, 99)[0].shape == (HIDDEN, HIDDEN)
+
+
+def slow_match(ours: bytes, theirs: bytes) -> int:
+    count = 0
+    while count < CONTEXT_BYTES and ours[count] == theirs[count]:
+        count += 1
+    return count
+
+
+def test_look_up_against_brute_force() -> None:
+    entries = memory(copies=3)
+    assert len(entries) > NEIGHBOURS
+    states = draw(7, HIDDEN, seed=4)
+    asked = contexts_before(entries.text, entries.positions[10:17])
+    found = look_up(entries, build_index(entries), entries.features(states), asked)
+
+    keys = entries.keys.float().numpy()
+    raw = entries.text.numpy().tobytes()
+    for row in range(7):
+        question = entries.projection.numpy() @ (states[row] - entries.mean).numpy()
+        cosines = keys @ (question / np.linalg.norm(question))
+        nearest = np.argsort(-cosines)[:NEIGHBOURS]
+        assert set(found.entries[row].tolist()) == set(nearest.tolist())
+        scores = []
+        for place, entry in enumerate(found.entries[row].tolist()):
+            position = int(entries.positions[entry])
+            before = raw[position - CONTEXT_BYTES : position][::-1]
+            matched = slow_match(before, asked[row].numpy().tobytes())
+            assert int(found.matched_bytes[row, place]) == matched
+            scores.append(cosines[entry] / TEMPERATURE + MATCH_WEIGHT * matched)
+        shares = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(found.weights[row].numpy(), shares, rtol=1e-4, atol=1e-7)
+
+
+def test_a_small_memory_gives_all_its_entries() -> None:
+    entries = memory()
+    entries = replace(entries, keys=entries.keys[:3], positions=entries.positions[:3])
+    asked = torch.zeros(2, CONTEXT_BYTES, dtype=torch.uint8)
+    found = look_up(entries, build_index(entries), draw(2, KEY, seed=5), asked)
+    assert sorted(found.entries[0].tolist()) == [0, 1, 2]
+    torch.testing.assert_close(found.weights.sum(1), torch.ones(2))
+
+
+def hand_made() -> tuple[Found, Tensor, Tensor]:
+    """Two questions with three neighbours over a vocabulary of four tokens."""
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
+    matched = torch.tensor([[16, 4, 0], [0, 0, 0]])
+    found = Found(torch.tensor([[0, 1, 2], [2, 1, 0]]), weights, matched)
+    values = torch.tensor([[2, 3, 2], [-1, 1, -1]])
+    logprobs = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]]).log()
+    return found, values, logprobs
+
+
+def test_gate_features_by_hand() -> None:
+    found, values, logprobs = hand_made()
+    features = gate_features(found, values, logprobs)
+    first = [
+        1.0,
+        1.0,
+        (0.5 * 16 + 0.3 * 4) / 16,
+        0.7,
+        math.log(0.5 * 0.3 + 0.3 * 0.4 + 0.2 * 0.3 + 1e-4),
+        -sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4)),
+        math.log(0.4),
+    ]
+    second = [1.0, 0.0, 0.0, 0.3, math.log(0.3 * 0.25 + 1e-4), math.log(4), math.log(0.25)]
+    assert features.shape[1] == len(GATE_FEATURES)
+    assert features[0].tolist() == pytest.approx(first, abs=1e-5)
+    assert features[1].tolist() == pytest.approx(second, abs=1e-5)
+
+
+def test_the_memorys_distribution_by_hand() -> None:
+    found, _, _ = hand_made()
+    values = torch.tensor([[[2, 3], [3, -1], [2, 0]], [[-1, -1], [1, 1], [-1, -1]]])
+    shares = torch.tensor([[[0.75, 0.25], [1.0, 0.5], [0.5, 0.5]]]).expand(2, 3, 2)
+    probs = Answer(found, values, shares).probs(4)
+    first = [0.2 * 0.5, 0.0, 0.5 * 0.75 + 0.2 * 0.5, 0.5 * 0.25 + 0.3]
+    torch.testing.assert_close(probs, torch.tensor([first, [0, 0.3 * 1.5, 0, 0]]))
+
+
+def test_relabelled_answers_drop_what_has_no_place() -> None:
+    found, values, _ = hand_made()
+    answer = Answer(found, values[..., None], torch.ones(2, 3, 1))
+    place = torch.tensor([-1, 0, 1, -1])
+    local = answer.relabelled(place)
+    assert local.values[..., 0].tolist() == [[1, -1, 1], [-1, 0, -1]]
+    torch.testing.assert_close(local.probs(2), answer.probs(4)[:, [1, 2]])
+
+
+def test_a_mounted_memory_remembers_its_own_states() -> None:
+    entries = memory()
+    values = entries.text[entries.positions].long()[:, None]
+    gate = (-1.0, 3.0, 1.0, 0.5, 0.5, 0.1, 0.0)
+    reading = Reading(entries.projection, -entries.projection @ entries.mean)
+    mounted = MountedMemory(
+        entries, build_index(entries), reading, values, torch.ones(len(values), 1)
+    )
+    states = entries.mean + entries.keys[:5].float() @ torch.linalg.pinv(entries.projection).T
+    answer = mounted.ask(states, contexts_before(entries.text, entries.positions[:5]))
+    assert answer.found.entries[:, 0].tolist() == [0, 1, 2, 3, 4]
+    probs = answer.probs(256)
+    torch.testing.assert_close(probs.sum(1), torch.ones(5))
+    assert probs.argmax(1).tolist() == values[:5, 0].tolist()
+
+    steered = draw(5, 256, seed=8).log_softmax(-1)
+    opened = answer.gate(steered, gate)
+    oracle = gate_probs(gate_features(answer.found, answer.values[..., 0], steered), gate)
+    assert torch.equal(opened, oracle)
+    mixed = mix(steered, probs.log(), opened[:, None])
+    torch.testing.assert_close(mixed.exp().sum(1), torch.ones(5))
+
+
+def gate_data(count: int, right: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of which only the second tells when the memory is right."""
+    features = draw(count, len(GATE_FEATURES), seed=seed)
+    features[:, 0] = 1
+    features[:, 1] = right.float()
+    logprob = torch.full((count,), math.log(0.05))
+    memory_logprob = torch.where(right, math.log(0.9), -math.inf)
+    return features, logprob, memory_logprob
+
+
+def test_the_gate_opens_where_the_memory_is_right() -> None:
+    right = torch.arange(800) % 2 == 0
+    features, logprob, memory_logprob = gate_data(800, right, seed=6)
+    gate = fit_gate(features, logprob, memory_logprob, torch.full((800,), 1 / 800))
+    opened = gate_probs(features, gate)
+    assert opened[right].min() > 0.8
+    assert opened[~right].max() < 0.2
+
+
+def test_the_gate_is_closed_to_noise_and_open_to_an_oracle() -> None:
+    nothing = torch.zeros(400, dtype=torch.bool)
+    weight = torch.full((400,), 1 / 400)
+    noise = gate_data(400, nothing, seed=7)
+    assert gate_probs(noise[0], fit_gate(*noise, weight)).max() < 0.05
+    oracle = gate_data(400, ~nothing, seed=7)
+    assert gate_probs(oracle[0], fit_gate(*oracle, weight)).min() > 0.9
+
+
+def test_the_gate_reaches_the_best_constant() -> None:
+    # Right by chance three times in ten: the best gate is a constant found by a fine grid.
+    right = torch.rand(2000, generator=torch.Generator().manual_seed(9)) < 0.3
+    features, logprob, memory_logprob = gate_data(2000, right, seed=9)
+    features[:, 1] = 0.0
+    weight = torch.full((2000,), 1 / 2000)
+    opened = gate_probs(features, fit_gate(features, logprob, memory_logprob, weight, decay=1.0))
+    grid = torch.linspace(0.001, 0.999, 999)
+    share = right.float().mean()
+    gain = share * (0.95 * 0 + 0.05 * (1 - grid) + 0.9 * grid).log()
+    gain = gain + (1 - share) * (0.05 * (1 - grid)).log()
+    assert float(opened.mean()) == pytest.approx(float(grid[gain.argmax()]), abs=0.02)
+
+
+def test_heavier_positions_rule_the_gate() -> None:
+    right = torch.arange(400) % 2 == 0
+    features, logprob, memory_logprob = gate_data(400, right, seed=10)
+    features[:, 1] = 0.0
+    means = []
+    for share in (0.1, 0.9):
+        weight = torch.where(right, share, 1 - share) / 200
+        gate = fit_gate(features, logprob, memory_logprob, weight, decay=1.0)
+        means.append(float(gate_probs(features, gate).mean()))
+    assert means[0] < 0.1 and means[1] > 0.8
