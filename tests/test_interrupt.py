@@ -1,0 +1,136 @@
+"""Ctrl-C and kill -9 at a real `trimtab`: the same command again ends as if nothing happened."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_imports import ENVIRONMENT
+
+from trimtab.cli import main
+from trimtab.config import FitConfig, RecordConfig, TuneConfig
+from trimtab.fit import fit
+from trimtab.record import record
+from trimtab.tune import tune
+
+SMALL = "tiny:llama?hidden=32&layers=1"
+STOPPED = "stopped; run the same command again to continue\n"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A verb at work.
+
+    Attributes:
+        words: Its command line without --out.
+        marker: File that the verb writes last.
+        begun: Tells from the output folder that the work is under way.
+        whole: What an uninterrupted run leaves, but for files that name the folder.
+    """
+
+    words: tuple[str, ...]
+    marker: str
+    begun: Callable[[Path], bool]
+    whole: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
+    folder = tmp_path_factory.mktemp("whole")
+    text = folder / "text"
+    text.mkdir()
+    for n in range(12):
+        lines = (f"pub fn add{n}{i}(a: u32) u32 {{ return a + {n * i}; }}\n" for i in range(30))
+        (text / f"{n}.zig").write_text("".join(lines))
+    expert, recording, adapter = (folder / name for name in ("expert", "recording", "adapter"))
+    general = str(text / "1.zig")
+    tune(
+        TuneConfig(
+            model=SMALL, data=(str(text),), out=expert, window_tokens=32, batch_windows=1,
+            dtype="float32",
+        )
+    )  # fmt: skip
+    record(
+        RecordConfig(
+            expert=expert, out=recording, general=(general,), dtype="float32", window_tokens=32,
+            stride_tokens=16, shard_tokens=256,
+        )
+    )  # fmt: skip
+    fit(FitConfig(recording=recording, out=adapter, rank=4, key_size=16))
+    return {
+        "tune": Stage(
+            ("tune", str(text), "--model", SMALL, "--window-tokens", "32", "--batch-windows", "1",
+             "--dtype", "float32", "--checkpoint-every-sec", "0"),
+            "expert.json",
+            lambda out: (out / "checkpoint" / "state.safetensors").exists(),
+            contents(expert, "expert.json"),
+        ),
+        "record": Stage(
+            ("record", str(expert), "--general", general, "--dtype", "float32",
+             "--window-tokens", "32", "--stride-tokens", "16", "--shard-tokens", "256"),
+            "recording.json",
+            lambda out: len(list(out.glob("*.safetensors"))) > 2,
+            contents(recording, "recording.json"),
+        ),
+        "fit": Stage(
+            ("fit", str(recording), "--rank", "4", "--key-size", "16"),
+            "manifest.json",
+            lambda out: any(out.parent.glob(f".{out.name}.tmp-*/mount.safetensors")),
+            contents(adapter, "manifest.json"),
+        ),
+    }  # fmt: skip
+
+
+def contents(folder: Path, marker: str) -> dict[str, bytes]:
+    """Every file but the one that names folders, or the time."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    return {name: data for name, data in found.items() if name not in (marker, "README.md")}
+
+
+def interrupted(stage: Stage, out: Path, stop: signal.Signals) -> tuple[int, str]:
+    """Run a verb in a process of its own and stop it as soon as its work is under way."""
+    words = [sys.executable, "-m", "trimtab", *stage.words, "--out", str(out)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as process:
+        deadline = time.monotonic() + 60
+        while not stage.begun(out) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(stop)
+        _, shown = process.communicate(timeout=30)
+    return process.returncode, shown
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("verb", ["tune", "record", "fit"])
+def test_the_same_command_again_finishes(
+    verb: str, stop: signal.Signals, stages: dict[str, Stage], tmp_path: Path
+) -> None:
+    stage, out = stages[verb], tmp_path / "out"
+    status, shown = interrupted(stage, out, stop)
+    assert status == (130 if stop == signal.SIGINT else -stop)
+    assert "Traceback" not in shown
+    if stop == signal.SIGINT:
+        assert shown.endswith(STOPPED)
+    assert not (out / stage.marker).exists()
+    if verb == "fit":
+        # No half adapter: the folder is empty but for the lock of a killed run.
+        assert {path.name for path in out.glob("*")} <= {".lock"}
+    with pytest.raises(SystemExit) as end:
+        main([*stage.words, "--out", str(out)])
+    assert not end.value.code
+    assert json.loads((out / stage.marker).read_text())
+    assert contents(out, stage.marker) == stage.whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_before_the_work_begins(stages: dict[str, Stage], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    early = Stage(stages["tune"].words, "expert.json", lambda out: out.exists(), {})
+    status, shown = interrupted(early, out, signal.SIGINT)
+    assert (status, shown) == (130, STOPPED)
