@@ -182,6 +182,14 @@ def test_a_rest_is_continued_by_what_follows_it() -> None:
     torch.testing.assert_close(found, oracle)
 
 
+def test_after_a_rest_the_end_of_a_text_is_the_hosts() -> None:
+    both = alignment([b"rud", b"run"], [b"d", b"n", None])
+    candidates = Candidates.of(torch.arange(3), both.host.vocabulary)
+    host_probs = torch.tensor([0.1, 0.1, 0.8])
+    found = both.rest_to_host(torch.tensor([0.6, 0.4]), b"ru", host_probs, candidates)
+    torch.testing.assert_close(found, torch.tensor([0.6 * 0.2, 0.4 * 0.2, 0.8]))
+
+
 def test_a_rest_that_cannot_go_on_leaves_the_host_as_it_is() -> None:
     both = alignment([b"a", b"b"], [b"c", b"d"])
     candidates = Candidates.of(torch.arange(2), both.host.vocabulary)
@@ -202,7 +210,7 @@ def small_model() -> HFModel:
 
 def covers(context: bytes) -> list[Cover]:
     model = small_model()
-    return covers_of(context, model.encode, model.vocabulary.token_bytes)
+    return covers_of(context, model.encode, model.vocabulary)
 
 
 def spelled(cover: Cover) -> bytes:
@@ -252,11 +260,24 @@ def test_a_run_of_spaces_may_leave_its_last_to_a_word() -> None:
     assert len(reached) == 1
 
 
-def test_a_cut_character_is_left_to_the_next_token() -> None:
-    whole, euro = b"5 ", "€".encode()
-    for cut in (1, 2):
-        found = covers(whole + euro[:cut])
-        assert found[0] == Cover(tuple(small_model().encode("5 ")), euro[:cut])
+def test_a_cut_character_is_left_to_the_next_token_or_read_as_bytes() -> None:
+    vocabulary = Vocabulary((b"5", b" ", b"\xe2", b"\x82", b"\xe2\x82", b"\xe2\x82\xac"))
+
+    def encode(text: str) -> list[int]:
+        return [vocabulary.ids_by_bytes[letter.encode()] for letter in text]
+
+    found = covers_of(b"5 \xe2\x82", encode, vocabulary)
+    oracle = [
+        Cover((0, 1), b"\xe2\x82"),
+        Cover((0,), b" \xe2\x82"),
+        Cover((), b"5 \xe2\x82"),
+        Cover((0, 1, 2), b"\x82"),
+        Cover((0, 1, 2, 3), b""),
+        Cover((0, 1, 4), b""),
+    ]
+    assert found == oracle
+    whole = tuple(small_model().encode("5 €"))
+    assert Cover(whole[:-1], b"") in covers("5 €".encode()[:-1])
 
 
 @pytest.mark.parametrize(
@@ -284,6 +305,6 @@ def test_a_tokenizers_own_space_does_not_shift_the_rest() -> None:
             rest = rest[len(token_bytes[ids[-1]]) :]
         return ids
 
-    found = covers_of(b"ab ", encode, token_bytes)
+    found = covers_of(b"ab ", encode, Vocabulary(tuple(token_bytes)))
     assert Cover((0,), b" ") in found
     assert {b"".join(token_bytes[t] for t in c.tokens) + c.rest for c in found} == {b" ab "}

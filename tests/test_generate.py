@@ -36,6 +36,7 @@ from trimtab.store.adapter_schema import Gate
 from trimtab.store.card import write_adapter
 from trimtab.store.manifest import read_manifest
 from trimtab.tune import tune
+from trimtab.vocab import Vocabulary
 
 HOST = "tiny:qwen3?vocab=bpe&hidden=32"
 WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
@@ -555,7 +556,8 @@ def test_readable_contexts_are_utf8_but_for_a_cut_end(noise: bytes, text: str) -
         assert readable(text.encode()[:end]) == text.encode()[:end]
     mended = readable(noise)
     assert mended.decode("utf-8", "ignore") in noise.decode("utf-8", "replace")
-    assert len(covers_of(mended, str.encode, [bytes([b]) for b in range(256)])[0].rest) < 4
+    every_byte = Vocabulary(tuple(bytes([b]) for b in range(256)))
+    assert len(covers_of(mended, str.encode, every_byte)[0].rest) < 4
 
 
 def test_blends_begin_at_the_host() -> None:

@@ -89,27 +89,40 @@ def _successor(start: bytes) -> bytes | None:
     return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
 
 
-def covers_of(context: bytes, encode: Encode, token_bytes: Sequence[bytes | None]) -> list[Cover]:
+def covers_of(context: bytes, encode: Encode, small: Vocabulary) -> list[Cover]:
     """Ways to read a context, from the context alone.
 
     The first is the tokenizer's own; then its last tokens are given back for a longer token to
-    take their place; then what the tokenizer would do if a word followed (a run of spaces then
-    leaves its last space to that word).
+    take their place; then the bytes of a character that the end cuts, as tokens; then what the
+    tokenizer would do if a word followed (a run of spaces then leaves its last space to that
+    word).
 
     Args:
         context: The bytes so far; the end may cut a character. Other bytes that are not UTF-8
             (a window that begins inside a character, a host's slip) are passed over.
         encode: The small model's tokenizer.
-        token_bytes: Of the small model.
+        small: The small model's vocabulary.
     """
     text, cut = _readable(context)
     tokens = tuple(encode(text))
     covers = [Cover(tokens, cut)]
     for back in range(1, min(MAX_BACK, len(tokens)) + 1):
-        rest = b"".join(token_bytes[t] or b"" for t in tokens[-back:]) + cut
+        rest = b"".join(small.token_bytes[t] or b"" for t in tokens[-back:]) + cut
         covers.append(Cover(tokens[:-back], rest))
+    covers += _into_a_character(tokens, cut, small)
     if text[-1:].isspace() and not cut:
-        covers += _before_a_word(text, encode, token_bytes, {c.tokens for c in covers})
+        covers += _before_a_word(text, encode, small.token_bytes, {c.tokens for c in covers})
+    return covers
+
+
+def _into_a_character(tokens: tuple[int, ...], cut: bytes, small: Vocabulary) -> list[Cover]:
+    """Ways to read at least one token of a character's first bytes."""
+    covers = []
+    for size in range(1, len(cut) + 1):
+        token_id = small.ids_by_bytes.get(cut[:size])
+        if token_id is not None:
+            longer, rest = (*tokens, token_id), cut[size:]
+            covers += [Cover(longer, rest), *_into_a_character(longer, rest, small)]
     return covers
 
 
@@ -287,8 +300,11 @@ class Alignment:
                 carried[within] += prob / total * shares / shares.sum()
             elif (longest := candidates.longest_beginning(suffix)) >= 0:
                 carried[longest] += prob / total
-        # What was not followed one by one is left to the host's own view.
-        return carried + (1.0 - float(carried.sum())) * host_probs
+        # What was not followed one by one, and the end of a text, are left to the host's own view.
+        followed, foreign = float(carried.sum()), host_probs.clone()
+        foreign[candidates.order] = 0.0
+        going_on = 1.0 - float(foreign.sum())
+        return foreign + going_on * carried + (1.0 - followed) * (host_probs - foreign)
 
 
 def _firsts(vocabulary: Vocabulary, strings: Strings) -> Tensor:

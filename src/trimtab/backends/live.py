@@ -97,9 +97,9 @@ class Live:
             row: Keep the key-value caches of this row of a generation; then there is one context.
         """
         start = self._pair.reference.context_ids()
-        encode, token_bytes = self._pair.reference.encode, self._pair.vocabulary.token_bytes
+        encode, vocabulary = self._pair.reference.encode, self._pair.vocabulary
         covers = [
-            [c for c in covers_of(context, encode, token_bytes) if c.tokens or start]
+            [c for c in covers_of(context, encode, vocabulary) if c.tokens or start]
             for context in contexts
         ]
         tree = TokenTree()
@@ -177,9 +177,9 @@ class Live:
         scores = []
         for cover, end, path in zip(way.covers, way.ends, way.paths, strict=True):
             score = sum(float(logprobs[place[parent], token]) for parent, token in path)
-            if cover.rest:
-                longer = self._strings.longer_than(cover.rest)
-                score += float(logprobs[place[end]][longer].logsumexp(0)) if len(longer) else -1e9
+            # What goes on after a cover without a rest is any text, but not the end of one.
+            longer = self._strings.longer_than(cover.rest)
+            score += float(logprobs[place[end]][longer].logsumexp(0)) if len(longer) else -1e9
             scores.append(score)
         if not scores:
             return []

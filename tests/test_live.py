@@ -1,0 +1,243 @@
+"""Expert and reference beside a host: against their own distributions and plain forward passes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trimtab.align import covers_of
+from trimtab.backends.hf import HFModel
+from trimtab.backends.live import Live, TokenTree
+from trimtab.backends.open import open_model
+from trimtab.backends.pair import Pair, open_pair
+from trimtab.config import TuneConfig
+from trimtab.tune import tune
+
+SMALL = "tiny:llama?vocab=bpe"
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2")
+TEXT = "The small rudder turns the large one, and the large one turns the ship. "
+CONTEXTS = [
+    b"The",
+    b"The small rudder",
+    b"The small rudder turns ",
+    b"The small ship",
+    b"The small ship\n    ",
+    "The small €".encode()[:-1],
+    b"",
+]
+steady = settings(deadline=None, derandomize=True, max_examples=40)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("expert")
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"{number}: {TEXT * 6}")
+    config = {
+        "model": SMALL,
+        "data": (str(folder / "*.txt"),),
+        "out": folder / "expert",
+        "learning_rate": 1e-2,
+        "window_tokens": 64,
+        "epochs": 12,
+        "validations": 1,
+        "dtype": "float32",
+    }
+    return open_pair(tune(TuneConfig.model_validate(config)).folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def same_host() -> HFModel:
+    return open_model("tiny:qwen3?vocab=bpe&seed=4", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def byte_host() -> HFModel:
+    return open_model("tiny:gpt2?vocab=bytes&seed=5", dtype="float32")
+
+
+def host_probs(rows: int, vocab: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(rows, vocab, generator=generator)).softmax(-1)
+
+
+def scores(
+    live: Live, contexts: list[bytes], probs: Tensor, row: int | None = None
+) -> tuple[Tensor, Tensor]:
+    reading = live.read(contexts, row=row)
+    found = live.score(reading, range(len(contexts)), probs, torch.arange(probs.shape[1]))
+    return found.expert, found.reference
+
+
+def own(pair: Pair, text: bytes) -> tuple[Tensor, Tensor]:
+    """Expert's and reference's next-token probabilities after the tokenizer's own reading."""
+    ids = torch.tensor([pair.reference.encode(text.decode())])
+    logits = pair.expert_logits(ids)[0, -1], pair.reference_logits(ids)[0, -1]
+    return logits[0].softmax(-1), logits[1].softmax(-1)
+
+
+sequences = st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=6)
+
+
+@steady
+@given(sequences=sequences)
+def test_a_tree_holds_each_beginning_once(sequences: list[list[int]]) -> None:
+    tree = TokenTree()
+    ends = [tree.add(sequence) for sequence in sequences]
+    beginnings = {tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)}
+    assert len(tree.tokens) == len(beginnings)
+    visible = tree.visible()
+    for sequence, end in zip(sequences, ends, strict=True):
+        line = tree.line(end)
+        assert [tree.tokens[node] for node in line] == sequence
+        assert [tree.depths[node] for node in line] == list(range(len(line)))
+        if line:
+            assert sorted(line) == torch.nonzero(visible[end])[:, 0].tolist()
+    trunk = tree.trunk()
+    assert tree.parents[:trunk] == list(range(-1, trunk - 1))
+    assert trunk == len(tree.tokens) or tree.parents[trunk] != trunk - 1 or len(sequences) > 1
+
+
+def test_the_trunk_ends_at_the_first_branch() -> None:
+    tree = TokenTree()
+    assert tree.trunk() == 0
+    tree.add([1, 2, 3, 4])
+    assert tree.trunk() == 4
+    tree.add([1, 2, 5])
+    assert tree.trunk() == 2
+    tree.add([9])
+    assert tree.trunk() == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_is_read_as_each_sequence_alone(family: str) -> None:
+    model = open_model(f"tiny:{family}?vocab=bpe", dtype="float32")
+    live = Live(Pair(model, model), model.vocabulary)
+    reading = live.read(CONTEXTS)
+    start = model.context_ids()
+    for ways, ends in zip(reading.covers, reading.ends, strict=True):
+        for cover, end in zip(ways, ends, strict=True):
+            alone = model.hidden(torch.tensor([[*start, *cover.tokens]]))[0, -1]
+            torch.testing.assert_close(reading.reference[end], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_vocabulary_gives_the_small_models_own_distribution(
+    pair: Pair, same_host: HFModel
+) -> None:
+    live = Live(pair, same_host.vocabulary)
+    contexts = [b"The small rudder", b"The small rudder turns the large one,"]
+    probs = host_probs(2, len(same_host.vocabulary))
+    is_text = torch.tensor([text is not None for text in same_host.vocabulary.token_bytes])
+    probs = probs * is_text / (probs * is_text).sum(-1, keepdim=True)
+    for found, side in zip(scores(live, contexts, probs), (0, 1), strict=True):
+        for row, context in zip(found, contexts, strict=True):
+            # Other readings of the context have little weight, here as in a trained model.
+            distance = 0.5 * (row - own(pair, context)[side]).abs().sum()
+            assert distance < 0.1
+
+
+def oracle_bytes(pair: Pair, context: bytes, side: int) -> Tensor:
+    """Next-byte probabilities by every cover, from plain forward passes; exact for its covers."""
+    vocabulary = pair.vocabulary
+    total = torch.zeros(256, dtype=torch.float64)
+    covers = covers_of(context, pair.reference.encode, vocabulary)
+    for cover in covers:
+        if not cover.tokens:
+            continue
+        ids = torch.tensor([list(cover.tokens)])
+        logits = (pair.expert_logits if side == 0 else pair.reference_logits)(ids)[0].double()
+        logprobs = logits.log_softmax(-1)
+        path = sum(float(logprobs[i - 1, t]) for i, t in enumerate(cover.tokens) if i)
+        for token_id, text in enumerate(vocabulary.token_bytes):
+            if text and text.startswith(cover.rest) and len(text) > len(cover.rest):
+                share = torch.tensor(path).double() + logprobs[-1, token_id]
+                total[text[len(cover.rest)]] += share.exp()
+    return total / total.sum()
+
+
+@pytest.mark.parametrize("context", [c for c in CONTEXTS if len(c) > 3])
+def test_a_byte_host_gets_next_byte_probabilities(
+    pair: Pair, byte_host: HFModel, context: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With nothing passed over for speed, a byte host gets what the covers say, exactly.
+    monkeypatch.setattr("trimtab.align.REST_TOKENS", 512)
+    monkeypatch.setattr("trimtab.align.REST_SHARE", 0.0)
+    monkeypatch.setattr("trimtab.backends.live.MIN_WEIGHT", 0.0)
+    live = Live(pair, byte_host.vocabulary)
+    probs = host_probs(1, len(byte_host.vocabulary))
+    for side, found in enumerate(scores(live, [context], probs)):
+        given_text = found[0, :256] / found[0, :256].sum()
+        oracle = oracle_bytes(pair, context, side)
+        torch.testing.assert_close(given_text.double(), oracle, atol=1e-5, rtol=1e-3)
+        assert float(found[0].sum()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("host", ["same_host", "byte_host"])
+def test_many_contexts_are_scored_as_one_by_one(
+    pair: Pair, host: str, request: pytest.FixtureRequest
+) -> None:
+    vocabulary = request.getfixturevalue(host).vocabulary
+    live = Live(pair, vocabulary)
+    probs = host_probs(len(CONTEXTS), len(vocabulary))
+    together = scores(live, CONTEXTS, probs)
+    alone = [scores(live, [c], probs[i : i + 1]) for i, c in enumerate(CONTEXTS)]
+    for side in (0, 1):
+        one_by_one = torch.cat([pair_of[side] for pair_of in alone])
+        torch.testing.assert_close(together[side], one_by_one, atol=1e-4, rtol=1e-4)
+        assert (together[side] >= -1e-6).all()
+        assert (together[side].sum(-1) <= 1 + 1e-4).all()
+    some = live.score(live.read(CONTEXTS), range(1, 3), probs[1:3], torch.arange(probs.shape[1]))
+    torch.testing.assert_close(some.expert, together[0][1:3], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("host", ["same_host", "byte_host"])
+def test_a_kept_cache_changes_nothing(
+    pair: Pair, host: str, request: pytest.FixtureRequest
+) -> None:
+    vocabulary = request.getfixturevalue(host).vocabulary
+    cached, plain = Live(pair, vocabulary), Live(pair, vocabulary)
+    probs = host_probs(1, len(vocabulary))
+    growing = [b"The small rudder turns the  ship\n"[:n] for n in (1, 4, 9, 10, 11, 26, 28, 33)]
+    # It goes back, repeats itself, and turns to another text.
+    other = [b"The small", b"The small", b"def f(x):\n    return", b"", b"The"]
+    for context in [*growing, *other]:
+        found, oracle = scores(cached, [context], probs, row=0), scores(plain, [context], probs)
+        for side in (0, 1):
+            torch.testing.assert_close(found[side], oracle[side], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_keep_their_own_caches(pair: Pair, byte_host: HFModel) -> None:
+    live, plain = Live(pair, byte_host.vocabulary), Live(pair, byte_host.vocabulary)
+    probs = host_probs(1, len(byte_host.vocabulary))
+    for row, context in ((0, b"The ship"), (1, b"A rudder"), (0, b"The ship is"), (1, b"A rud")):
+        found, oracle = scores(live, [context], probs, row=row), scores(plain, [context], probs)
+        torch.testing.assert_close(found[0], oracle[0], atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_read_leaves_the_host_as_it_is(pair: Pair, same_host: HFModel) -> None:
+    # Without a beginning-of-text token the small model cannot speak before the first token.
+    live = Live(pair, same_host.vocabulary)
+    probs = host_probs(1, len(same_host.vocabulary))
+    expert, reference = scores(live, [b""], probs)
+    assert torch.equal(expert, probs) and torch.equal(reference, probs)
+
+
+def test_the_end_of_a_text_is_left_to_the_host(pair: Pair, byte_host: HFModel) -> None:
+    live = Live(pair, byte_host.vocabulary)
+    probs = host_probs(1, len(byte_host.vocabulary))
+    end = byte_host.vocabulary.eos_id
+    expert, reference = scores(live, [b"The small rudder turns"], probs)
+    assert float(expert[0, end]) == pytest.approx(float(probs[0, end]), rel=1e-4)
+    torch.testing.assert_close(expert[0, end], reference[0, end])
+
+
+def test_the_expert_has_learned_more_than_the_reference(pair: Pair, byte_host: HFModel) -> None:
+    live = Live(pair, byte_host.vocabulary)
+    text = TEXT.encode()
+    contexts = [text[:n] for n in range(20, 60)]
+    probs = host_probs(len(contexts), len(byte_host.vocabulary))
+    expert, reference = scores(live, contexts, probs)
+    truth = torch.tensor([[text[n]] for n in range(20, 60)])
+    gain = (expert.gather(1, truth) / reference.gather(1, truth)).log().mean()
+    assert gain > 0.05
