@@ -27,7 +27,7 @@ help:  ## Say what can be made
 	@echo "options      PYTHON=python3.11  TORCH_INDEX=URL (which build of PyTorch; see README.md)"
 
 test: $(VENV)/ready-test models
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
 
 demo: $(VENV)/ready-demo
 	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m examples.demo $(DEMO_OPTIONS)
