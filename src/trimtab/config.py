@@ -137,6 +137,8 @@ class MountConfig(Config):
     """Adapter folder."""
     host: str
     """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    carriers: tuple[CarrierName, ...] | None = None
+    """Carriers to seat (default: all that the adapter has)."""
     ridge: float = Field(default=1e-3, gt=0)
     """Ridge of the map, as a share of the mean diagonal."""
     moments: bool = True

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import torch
 
-from trimtab.anchors import StateMap
+from trimtab.anchors import Reading, StateMap
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.carriers.head import MountedHead, seat_rows
+from trimtab.carriers.head import Head, MountedHead, seat_rows
 from trimtab.carriers.memory import CONTEXT_BYTES, MountedMemory, build_index
-from trimtab.config import MountConfig
-from trimtab.seat import ProbeStates, find_seats, probe_states
+from trimtab.config import CarrierName, MountConfig
+from trimtab.errors import AdapterError
+from trimtab.host_states import HostStates, host_states
+from trimtab.recorded import token_lengths
+from trimtab.seat import Seatable, find_seats
 from trimtab.store.adapter import Probe, read_head, read_memory, read_mount
-from trimtab.store.adapter_schema import AdapterManifest
+from trimtab.store.adapter_schema import AdapterManifest, HeadCarrier
 from trimtab.store.manifest import read_manifest
 from trimtab.store.seats import read_seats, seats_path, write_seats
 from trimtab.types import Progress, silent
@@ -59,9 +62,16 @@ class Mounted:
         return [part for part in raw.split(bytes(CONTEXT_BYTES)) if part]
 
     @property
+    def fitted_on_host(self) -> bool:
+        """The head was fitted on this host itself, and needs no map."""
+        return self.manifest.head is not None and self.manifest.head.host is not None
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know about a poor fit, in plain words."""
-        found = []
+        found: list[str] = []
+        if self.memory is None and (self.head is None or self.fitted_on_host):
+            return ()
         if self.state_map.r_squared < POOR_FIT:
             found.append(
                 f"the vocabularies explain only {self.state_map.r_squared:.0%} of each other:"
@@ -95,11 +105,12 @@ def mount(
         progress: Shows the pass over the probe text.
 
     Raises:
-        AdapterError: The adapter is broken, or shares no token string with the host.
+        AdapterError: The adapter is broken, lacks a carrier that was asked for, shares no token
+            string with the host, or has a head that was fitted on another host.
         ModelError: The host cannot be opened.
     """
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
-    return _mount(config, host, lambda probe: probe_states(host, probe, progress))
+    return _mount(config, host, lambda probe: _probe_states(host, probe, progress))
 
 
 def mount_with_control(
@@ -107,41 +118,54 @@ def mount_with_control(
 ) -> tuple[Mounted, Mounted]:
     """Seat an adapter twice, as it should be and with a shuffled map: one pass over the probe.
 
-    Raises:
-        AdapterError: The adapter is broken, or shares no token string with the host.
-    """
-    read: list[ProbeStates] = []
+    A head that was fitted on the host has no map to shuffle; the control is then without one.
 
-    def states(probe: Probe) -> ProbeStates:
+    Raises:
+        AdapterError: As `mount`.
+    """
+    read: list[HostStates] = []
+
+    def states(probe: Probe) -> HostStates:
         if not read:
-            read.append(probe_states(host, probe, progress))
+            read.append(_probe_states(host, probe, progress))
         return read[0]
 
     shuffled = config.model_copy(update={"shuffle": True})
     return _mount(config, host, states), _mount(shuffled, host, states)
 
 
-def _mount(
-    config: MountConfig, host: HFModel, states_on: Callable[[Probe], ProbeStates]
-) -> Mounted:
+def _probe_states(host: HFModel, probe: Probe, progress: Progress) -> HostStates:
+    return host_states(host, probe.documents, "reading the probe text", progress)
+
+
+def _mount(config: MountConfig, host: HFModel, states_on: Callable[[Probe], HostStates]) -> Mounted:
     manifest = read_manifest(config.adapter)
-    head_file = read_head(config.adapter) if manifest.head else None
-    memory_file = read_memory(config.adapter, manifest) if manifest.memory else None
-    anchors, probe = read_mount(config.adapter)
-    path = seats_path(config, manifest, host.fingerprint, host.model.dtype)
-    seats = read_seats(path) if config.cache else None
+    config = config.model_copy(update={"carriers": _seated(config, manifest)})
+    seats_file = seats_path(config, manifest, host.fingerprint, host.model.dtype)
+    head_file = memory_file = None
+    own = None
+    if manifest.head and "head" in _names(config):
+        head_file = read_head(config.adapter)
+        if manifest.head.host is not None:
+            _check_host(manifest.head, host)
+            own, head_file = head_file.head, None
+    if "memory" in _names(config):
+        memory_file = read_memory(config.adapter, manifest)
+    parts = Seatable(*read_mount(config.adapter), head_file, memory_file)
+    seats = read_seats(seats_file) if config.cache else None
     if seats is None:
-        seats = find_seats(config, host, anchors, probe, states_on, head_file, memory_file)
+        seats = find_seats(config, host, parts, states_on)
         if config.cache:
-            write_seats(path, seats)
+            write_seats(seats_file, seats)
     head = memory = None
+    if own is not None and not config.shuffle:
+        head = _own_head(own, host)
     if head_file and seats.head:
         rows = seat_rows(head_file.strings, head_file.string_rows, host.vocabulary)
         head = MountedHead(seats.head, *rows)
-    if memory_file and seats.memory and seats.values is not None:
+    if memory_file and seats.memory and seats.values is not None and seats.shares is not None:
         index = build_index(memory_file.memory)
-        shares = torch.ones(seats.values.shape)
-        memory = MountedMemory(memory_file.memory, index, seats.memory, seats.values, shares)
+        memory = MountedMemory(memory_file.memory, index, seats.memory, seats.values, seats.shares)
     return Mounted(
         manifest,
         config.adapter,
@@ -150,5 +174,43 @@ def _mount(
         seats.paired_positions,
         head,
         memory,
-        probe.documents,
+        parts.probe.documents,
     )
+
+
+def _names(config: MountConfig) -> tuple[CarrierName, ...]:
+    return config.carriers or ()
+
+
+def _seated(config: MountConfig, manifest: AdapterManifest) -> tuple[CarrierName, ...]:
+    """The carriers that need a seat; the expert does not."""
+    missing = [name for name in config.carriers or () if name not in manifest.carriers]
+    if missing:
+        raise AdapterError(
+            f"the adapter {manifest.name} does not carry {', '.join(missing)};"
+            f" it carries {', '.join(manifest.carriers)}",
+            hint="name carriers that it has in --carriers",
+        )
+    wanted = manifest.carriers if config.carriers is None else config.carriers
+    seats: tuple[CarrierName, ...] = ("head", "memory")
+    return tuple(name for name in seats if name in wanted and name in manifest.carriers)
+
+
+def _check_host(head: HeadCarrier, host: HFModel) -> None:
+    ours = (head.host_vocabulary_sha256, head.host_unembedding_sha256)
+    if (host.fingerprint.vocabulary_sha256, host.fingerprint.unembedding_sha256) != ours:
+        raise AdapterError(
+            f"the adapter's head was fitted on the host {head.host} and works on no other;"
+            f" {host.ref} is another model (its fingerprint differs)",
+            hint=f"mount it on {head.host}, or run `trimtab fit` without --host for a head that any"
+            " host can wear; mount and generate also take --carriers memory",
+        )
+
+
+def _own_head(head: Head, host: HFModel) -> MountedHead:
+    """Seat a head that was fitted on this very host: exact, but silent on special tokens."""
+    weight = host.unembedding.weight.detach().float().cpu()
+    rows = weight @ torch.cat([head.up, head.offset[:, None]], 1) * host.unembedding.scale
+    rows = rows * (token_lengths(host.vocabulary) > 0)[:, None]
+    reading = Reading(head.down, -head.down @ head.mean)
+    return MountedHead(reading, rows[:, :-1].contiguous(), rows[:, -1].contiguous())

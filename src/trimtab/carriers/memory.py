@@ -26,6 +26,9 @@ TEMPERATURE = 0.1
 MATCH_WEIGHT = 0.4
 """A byte more in common counts like so much times TEMPERATURE more cosine."""
 
+MIN_SPREAD = 0.05
+"""A feature that varies less than this is not blown up: its weight would not transfer."""
+
 GATE_FEATURES = (
     "one",
     "longest_match",
@@ -48,9 +51,10 @@ class Memory:
         text: The documents, each after CONTEXT_BYTES zero bytes, uint8, shape [bytes].
         positions: Where what followed begins, shape [entries].
         gate: Weights of GATE_FEATURES: the log-odds that the memory speaks.
-        soft_ids: The expert's most likely tokens (ids of the small model), [entries, kept]; None
-            where entries answer only by what followed.
+        soft_ids: The expert's most likely tokens, as places in `soft_strings`, [entries, kept];
+            None where entries answer only by what followed.
         soft_probs: Their probabilities, shape [entries, kept].
+        soft_strings: Bytes of the tokens; empty for one that stands for no text.
     """
 
     keys: Tensor
@@ -61,6 +65,7 @@ class Memory:
     gate: tuple[float, ...] = ()
     soft_ids: Tensor | None = None
     soft_probs: Tensor | None = None
+    soft_strings: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         """Number of entries."""
@@ -162,7 +167,9 @@ def look_up(
     return Found(entries, scores.softmax(-1), matched)
 
 
-def gate_features(found: Found, values: Tensor, logprobs: Tensor) -> Tensor:
+def gate_features(
+    found: Found, values: Tensor, logprobs: Tensor, *, weights: Tensor | None = None
+) -> Tensor:
     """What a gate can know before it opens, shape [questions, len(GATE_FEATURES)].
 
     All features are comparable between models and tokenizers: they are read from bytes, from
@@ -171,14 +178,16 @@ def gate_features(found: Found, values: Tensor, logprobs: Tensor) -> Tensor:
 
     Args:
         found: What the memory found.
-        values: Token that each neighbour proposes, -1 for none, [questions, neighbours].
+        values: Proposed tokens, -1 for none, shape [questions, proposals]; one a neighbour
+            unless `weights` is given.
         logprobs: The steered model's log-probabilities, shape [questions, vocab].
+        weights: How likely the memory finds each proposal, shape [questions, proposals].
     """
     has_value = values >= 0
     proposed = logprobs.gather(1, values.clamp_min(0)).exp() * has_value
-    weights = found.weights * has_value
-    same = values[:, :, None] == values[:, None, :]
-    top_prob = (same * weights[:, None, :]).sum(-1).amax(-1)
+    weights = (found.weights if weights is None else weights) * has_value
+    dense = torch.zeros_like(logprobs, dtype=weights.dtype)
+    top_prob = dense.scatter_add(1, values.clamp_min(0), weights).amax(-1)
     probs = logprobs.exp()
     entropy = -(probs * logprobs.clamp_min(-1e4)).sum(-1)
     matched = found.matched_bytes.float() / CONTEXT_BYTES
@@ -221,7 +230,7 @@ def fit_gate(
         weight: How much each position counts, summing to one, shape [positions].
         decay: L2 penalty on the standardised weights.
     """
-    mean, std = features.mean(0), features.std(0).clamp_min(1e-3)
+    mean, std = features.mean(0), features.std(0).clamp_min(MIN_SPREAD)
     mean[0], std[0] = 0.0, 1.0
     standard = (features - mean) / std
     weights = torch.zeros(features.shape[1])
@@ -285,11 +294,18 @@ class Answer:
 
     def probs(self, vocab: int) -> Tensor:
         """The memory's distribution, shape [questions, vocab]; sums to at most one."""
-        weighted = (self.shares * self.found.weights[..., None]) * (self.values >= 0)
+        weighted = self._weights * (self.values.flatten(1) >= 0)
         dense = torch.zeros(len(self.values), vocab)
-        return dense.scatter_add(1, self.values.clamp_min(0).flatten(1), weighted.flatten(1))
+        return dense.scatter_add(1, self.values.clamp_min(0).flatten(1), weighted)
 
     def gate(self, logprobs: Tensor, weights: tuple[float, ...]) -> Tensor:
         """How far to follow it, given the steered model's [questions, vocab], in (0, 1)."""
-        features = gate_features(self.found, self.values[..., 0], logprobs)
-        return gate_probs(features, weights)
+        return gate_probs(self.gate_features(logprobs), weights)
+
+    def gate_features(self, logprobs: Tensor) -> Tensor:
+        """GATE_FEATURES of these proposals, given the steered model's [questions, vocab]."""
+        return gate_features(self.found, self.values.flatten(1), logprobs, weights=self._weights)
+
+    @property
+    def _weights(self) -> Tensor:
+        return (self.shares * self.found.weights[..., None]).flatten(1)

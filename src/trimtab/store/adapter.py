@@ -166,7 +166,13 @@ def write_memory(folder: Path, file: MemoryFile) -> None:
         "probe_features": file.probe_features.half(),
     }
     if memory.soft_ids is not None and memory.soft_probs is not None:
-        tensors |= {"soft_ids": memory.soft_ids, "soft_probs": memory.soft_probs.half()}
+        string_bytes, string_ends = pack_strings(memory.soft_strings)
+        tensors |= {
+            "soft_ids": memory.soft_ids,
+            "soft_probs": memory.soft_probs.half(),
+            "soft_string_bytes": string_bytes,
+            "soft_string_ends": string_ends,
+        }
     _save(folder / MEMORY_FILE, tensors)
 
 
@@ -178,7 +184,7 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
     """
     found = _load(folder / MEMORY_FILE)
     carrier = manifest.memory
-    soft = found.get("soft_probs")
+    soft = carrier is not None and carrier.values == "soft"
     memory = Memory(
         found["keys"],
         found["projection"],
@@ -186,8 +192,9 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
         found["text"],
         found["positions"],
         carrier.gate.weights if carrier else (),
-        found.get("soft_ids"),
-        None if soft is None else soft.float(),
+        found["soft_ids"] if soft else None,
+        found["soft_probs"].float() if soft else None,
+        unpack_strings(found["soft_string_bytes"], found["soft_string_ends"]) if soft else (),
     )
     return MemoryFile(memory, found["probe_features"].float())
 

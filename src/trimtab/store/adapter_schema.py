@@ -103,7 +103,20 @@ class HeadCarrier(Part):
     linear: bool = True
     """The shift is linear in the hidden state, so that it can be served as a LoRA on lm_head."""
     hidden: int = Field(ge=1)
-    """Size of the small model's hidden state."""
+    """Size of the hidden state that it reads: the small model's, or that of `host`."""
+    host: str | None = None
+    """The one host that a host-fit head works on; null where any can be mounted."""
+    host_vocabulary_sha256: Sha256 | None = None
+    """Fingerprint of that host's vocabulary."""
+    host_unembedding_sha256: Sha256 | None = None
+    """Fingerprint of that host's unembedding."""
+
+    @model_validator(mode="after")
+    def _host_is_whole(self) -> Self:
+        named = (self.host, self.host_vocabulary_sha256, self.host_unembedding_sha256)
+        if len({part is None for part in named}) != 1:
+            raise ValueError("a host-fit head needs its host's name and both its fingerprints")
+        return self
 
 
 class MemoryCarrier(Part):

@@ -106,7 +106,9 @@ def _carrier_table(manifest: AdapterManifest) -> str:
         hidden = {"kind", "files", "contains_text", "gate"}
         settings = ", ".join(
             f"{key} {json.dumps(value)}".replace('"', "")
-            for key, value in carrier.model_dump(mode="json", exclude=hidden).items()
+            for key, value in carrier.model_dump(
+                mode="json", exclude=hidden, exclude_none=True
+            ).items()
         )
         text = "**yes**" if carrier.contains_text else "no"
         rows.append(f"| {name} | {settings} | {readable_bytes(manifest.bytes_of(name))} | {text} |")

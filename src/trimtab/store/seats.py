@@ -16,7 +16,7 @@ from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.files import writing_atomically
 from trimtab.store.local import trimtab_home
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the way in which seats are computed does."""
 
 
@@ -30,6 +30,7 @@ class Seats:
         head: What the head reads, if there is one.
         memory: What the memory is asked with, if there is one.
         values: Host tokens that the memory's entries propose, shape [entries, proposals].
+        shares: How likely each entry finds them, same shape.
     """
 
     state_map: StateMap
@@ -37,6 +38,7 @@ class Seats:
     head: Reading | None
     memory: Reading | None
     values: Tensor | None
+    shares: Tensor | None
 
 
 def seats_path(
@@ -64,8 +66,8 @@ def write_seats(path: Path, seats: Seats) -> None:
     for name, reading in (("head", seats.head), ("memory", seats.memory)):
         if reading:
             tensors |= {f"{name}.matrix": reading.matrix, f"{name}.bias": reading.bias}
-    if seats.values is not None:
-        tensors["values"] = seats.values
+    if seats.values is not None and seats.shares is not None:
+        tensors |= {"values": seats.values, "shares": seats.shares}
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing_atomically(path) as temp:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temp)
@@ -75,12 +77,17 @@ def read_seats(path: Path) -> Seats | None:
     """Seats kept before; None where there are none, or a broken file that is made anew."""
     try:
         found = load_file(path)
-    except (FileNotFoundError, SafetensorError):
+        return _seats(found)
+    except (FileNotFoundError, SafetensorError, KeyError):
         return None
+
+
+def _seats(found: dict[str, Tensor]) -> Seats:
     r_squared, shared, paired = found["numbers"].tolist()
-    readings = [
+    head, memory = (
         Reading(found[f"{name}.matrix"], found[f"{name}.bias"]) if f"{name}.bias" in found else None
         for name in ("head", "memory")
-    ]
+    )
     state_map = StateMap(found["map"], r_squared, int(shared))
-    return Seats(state_map, int(paired), *readings, found.get("values"))
+    values, shares = found.get("values"), found.get("shares")
+    return Seats(state_map, int(paired), head, memory, values, shares)

@@ -1,0 +1,96 @@
+"""A host's hidden states on documents, and where another model has read the same bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.hf import HFModel
+from trimtab.passages import passages
+from trimtab.recorded import token_lengths
+from trimtab.types import Progress
+
+WINDOW_TOKENS = 512
+"""Host tokens that are run at once; fewer where the host's positions end before."""
+
+CONTEXT_TOKENS = 64
+"""Tokens of context that each window but the first repeats."""
+
+
+@dataclass(frozen=True)
+class HostStates:
+    """A host's states on documents, at every one of its tokens.
+
+    Attributes:
+        token_ids: The host's tokens, shape [positions].
+        hidden: In the host's dtype, shape [positions, hidden of host].
+        document_index: Document of each, shape [positions].
+        byte_ends: Bytes of its document read, the token's own included, shape [positions].
+    """
+
+    token_ids: Tensor
+    hidden: Tensor
+    document_index: Tensor
+    byte_ends: Tensor
+
+
+def host_states(
+    host: HFModel, documents: Sequence[bytes], label: str, progress: Progress
+) -> HostStates:
+    """Run a host over documents, in windows.
+
+    Args:
+        host: The host.
+        documents: UTF-8; a cut character at an end is left out.
+        label: What the progress display says.
+        progress: Counts host tokens.
+    """
+    encoded = [host.encode(document.decode("utf-8", "ignore")) for document in documents]
+    parts = []
+    with progress(label, sum(map(len, encoded))) as advance:
+        for ids in encoded:
+            for states in _windows(host, ids):
+                parts.append(states)
+                advance(len(states))
+    lengths, spare = token_lengths(host.vocabulary), int(host.vocabulary.prefix_space)
+    nothing = torch.zeros(0, dtype=torch.long)
+    numbered = [torch.full((len(ids),), number) for number, ids in enumerate(encoded)]
+    ends = [lengths[torch.tensor(ids, dtype=torch.long)].cumsum(0) - spare for ids in encoded]
+    return HostStates(
+        torch.tensor([i for ids in encoded for i in ids], dtype=torch.long),
+        torch.cat(parts) if parts else torch.zeros(0, host.unembedding.weight.shape[1]),
+        torch.cat([nothing, *numbered]),
+        torch.cat([nothing, *ends]),
+    )
+
+
+def _windows(host: HFModel, ids: list[int]) -> list[Tensor]:
+    context = host.context_ids()
+    window = min(WINDOW_TOKENS, (host.max_tokens or WINDOW_TOKENS) - len(context))
+    stride = max(1, window - CONTEXT_TOKENS)
+    parts = []
+    for start, first, end in passages(len(ids), window, stride):
+        with torch.inference_mode():
+            states = host.hidden(torch.tensor([context + ids[start:end]]))[0]
+        parts.append(states[len(context) + first - start :].cpu())
+    return parts
+
+
+def same_bytes(documents: Tensor, byte_ends: Tensor, states: HostStates) -> tuple[Tensor, Tensor]:
+    """Positions of a small model and a host that have read the same bytes of the same document.
+
+    Args:
+        documents: The small model's documents, shape [positions of small].
+        byte_ends: Bytes that it has read of them, shape [positions of small].
+        states: The host's.
+
+    Returns:
+        Positions of the small model and of the host, both of shape [pairs].
+    """
+    keys = zip(documents.tolist(), byte_ends.tolist(), strict=True)
+    place = {key: row for row, key in enumerate(keys)}
+    host_keys = zip(states.document_index.tolist(), states.byte_ends.tolist(), strict=True)
+    pairs = [(place[key], row) for row, key in enumerate(host_keys) if key in place]
+    both = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+    return both[:, 0], both[:, 1]

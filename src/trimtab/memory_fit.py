@@ -1,0 +1,173 @@
+"""Make a memory from a recording, and learn when it may speak."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimtab.align import Strings
+from trimtab.anchors import Reading
+from trimtab.backends.hf import HFModel
+from trimtab.carriers.memory import (
+    Memory,
+    MountedMemory,
+    build_index,
+    contexts_before,
+    fit_gate,
+    lay_out,
+    whitening,
+)
+from trimtab.config import FitConfig
+from trimtab.errors import InputError, RecordingError
+from trimtab.proposals import propose
+from trimtab.recorded import Columns, byte_ends, document_bytes
+from trimtab.types import Progress
+from trimtab.unembedding import Unembedding
+
+SOFT_VALUES = 8
+"""Expert's tokens kept per entry of a soft memory."""
+
+QUESTIONS = 256
+"""Positions that the memory is asked about at once."""
+
+
+def fit_memory(
+    config: FitConfig,
+    base: HFModel,
+    expert_head: Unembedding,
+    splits: dict[str, Columns],
+    progress: Progress,
+) -> Memory:
+    """Remember the training text under the reference's states.
+
+    Args:
+        config: Sizes, and what entries say.
+        base: The reference.
+        expert_head: From the expert's states to its logits.
+        splits: train, held_out and general of a recording.
+        progress: Shows the look-ups that the gate is learnt from.
+
+    Raises:
+        InputError: Soft values from a recording that has no probabilities.
+        RecordingError: The recording holds no position to remember, or none to learn a gate from.
+    """
+    train = splits["train"]
+    answered = train["next_ids"] >= 0
+    if not answered.any():
+        raise RecordingError(
+            "the recording's training text holds no two tokens in a row to remember",
+            hint="record longer documents, or leave memory out of --carriers",
+        )
+    states = train["reference_hidden"][answered].float()
+    projection, mean = whitening(states, config.key_size)
+    text, starts = lay_out(document_bytes(base.vocabulary, train))
+    first = torch.tensor(starts)[train["document_index"].long()]
+    positions = first + byte_ends(base.vocabulary, train)
+    memory = Memory(
+        torch.nn.functional.normalize((states - mean) @ projection.T, dim=-1).half(),
+        projection,
+        mean,
+        text,
+        positions[answered],
+    )
+    if config.values == "soft":
+        memory = _soft(memory, base, expert_head, {k: v[answered] for k, v in train.items()})
+    gate = _gate(base, memory, train["next_ids"][answered].long(), splits, progress)
+    return replace(memory, gate=gate)
+
+
+@torch.no_grad()
+def _soft(memory: Memory, base: HFModel, head: Unembedding, train: Columns) -> Memory:
+    """Keep the expert's likeliest tokens at each entry."""
+    if "expert_top_ids" in train:
+        ids = train["expert_top_ids"][:, :SOFT_VALUES].long()
+        probs = train["expert_top_logprobs"][:, :SOFT_VALUES].exp()
+    elif "expert_hidden" in train:
+        tops = [
+            head.logits(states.float()).softmax(-1).topk(SOFT_VALUES)
+            for states in train["expert_hidden"].split(512)
+        ]
+        ids = torch.cat([top.indices for top in tops])
+        probs = torch.cat([top.values for top in tops])
+    else:
+        raise InputError(
+            "soft values need an exact or a sparse recording, and this one is sampled",
+            hint="record again with --encoding exact or sparse, or fit with --values hard",
+        )
+    kept, places = torch.unique(ids, return_inverse=True)
+    strings = tuple(base.vocabulary.token_bytes[i] or b"" for i in kept.tolist())
+    # As the adapter stores them, so that the gate is learnt on what a host will see.
+    return replace(
+        memory, soft_ids=places.int(), soft_probs=probs.half().float(), soft_strings=strings
+    )
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """Some positions of a split, with the bytes before them and what came next."""
+
+    states: Tensor
+    contexts: Tensor
+    truth: Tensor
+    weight: float
+
+
+def _questions(base: HFModel, columns: Columns) -> Iterator[_Questions]:
+    """All positions that a token follows, QUESTIONS at a time; a split weighs one half."""
+    text, starts = lay_out(document_bytes(base.vocabulary, columns))
+    first = torch.tensor(starts, dtype=torch.long)[columns["document_index"].long()]
+    contexts = contexts_before(text, first + byte_ends(base.vocabulary, columns))
+    answered = torch.nonzero(columns["next_ids"] >= 0)[:, 0]
+    for rows in answered.split(QUESTIONS):
+        if len(rows):
+            yield _Questions(
+                columns["reference_hidden"][rows].float(),
+                contexts[rows],
+                columns["next_ids"][rows].long(),
+                0.5 / len(answered),
+            )
+
+
+def _gate(
+    base: HFModel,
+    memory: Memory,
+    following: Tensor,
+    splits: dict[str, Columns],
+    progress: Progress,
+) -> tuple[float, ...]:
+    """Learn the gate on held-out domain text and general text, each with half the weight.
+
+    The reference is asked as a host is, with its own state as its reading of itself.
+    """
+    reading = Reading(memory.projection, -memory.projection @ memory.mean)
+    said = propose(memory, following, Strings(base.vocabulary))
+    mounted = MountedMemory(memory, build_index(memory), reading, said.values, said.shares)
+    asked: list[tuple[Tensor, ...]] = []
+    total = sum(int((splits[s]["next_ids"] >= 0).sum()) for s in ("held_out", "general"))
+    with progress("fitting the memory's gate", total) as advance, torch.no_grad():
+        for split in ("held_out", "general"):
+            if not len(splits[split]["token_ids"]):
+                continue
+            for questions in _questions(base, splits[split]):
+                asked.append(_outcome(base, mounted, questions))
+                advance(len(questions.truth))
+    if not asked:
+        raise RecordingError(
+            "the recording holds no held-out and no general text to learn a gate from",
+            hint="tune with --held-out above 0 and record again",
+        )
+    return fit_gate(*(torch.cat(parts) for parts in zip(*asked, strict=True)))
+
+
+def _outcome(base: HFModel, memory: MountedMemory, questions: _Questions) -> tuple[Tensor, ...]:
+    """Gate features, both log-probabilities of what came next, and weights: as `fit_gate` asks."""
+    logprobs = base.unembedding.logits(questions.states).log_softmax(-1)
+    answer = memory.ask(questions.states, questions.contexts)
+    right = questions.truth[:, None]
+    return (
+        answer.gate_features(logprobs),
+        logprobs.gather(1, right)[:, 0],
+        answer.probs(logprobs.shape[1]).gather(1, right)[:, 0].log(),
+        torch.full((len(right),), questions.weight),
+    )

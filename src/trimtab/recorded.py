@@ -1,0 +1,71 @@
+"""What a recording holds, as text and as the expert's distributions."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
+from trimtab.store.recording import Recording
+from trimtab.unembedding import Unembedding
+from trimtab.vocab import Vocabulary
+
+Columns = dict[str, Tensor]
+"""A split of a recording, one row a position."""
+
+ExpertLogits = Callable[[Tensor, Tensor], Tensor]
+"""From positions of the training text [batch] and token ids [chosen] to the expert's logits, or
+log-probabilities, of these tokens, shape [batch, chosen]."""
+
+UNDRAWN_PROB = 1e-9
+"""Probability of a token that a sampled recording never drew; a logit needs one."""
+
+
+def document_bytes(vocabulary: Vocabulary, columns: Columns) -> list[bytes]:
+    """Put the recorded documents together again from their tokens.
+
+    Args:
+        vocabulary: Of the small model.
+        columns: A split with `token_ids` and `document_index`.
+    """
+    documents: dict[int, list[bytes]] = {}
+    rows = zip(columns["document_index"].tolist(), columns["token_ids"].tolist(), strict=True)
+    for document, token_id in rows:
+        documents.setdefault(document, []).append(vocabulary.token_bytes[token_id] or b"")
+    spare = int(vocabulary.prefix_space)
+    return [b"".join(parts)[spare:] for parts in documents.values()]
+
+
+def byte_ends(vocabulary: Vocabulary, columns: Columns) -> Tensor:
+    """Bytes of its document read at each position, its own token included, shape [positions]."""
+    ends = token_lengths(vocabulary)[columns["token_ids"].long()].cumsum(0)
+    _, sizes = torch.unique_consecutive(columns["document_index"].long(), return_counts=True)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[sizes.cumsum(0)[:-1] - 1]])
+    return ends - starts.repeat_interleave(sizes) - int(vocabulary.prefix_space)
+
+
+def token_lengths(vocabulary: Vocabulary) -> Tensor:
+    """Bytes of each token, 0 for special ones, shape [vocab]."""
+    return torch.tensor([len(text or b"") for text in vocabulary.token_bytes])
+
+
+def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding) -> ExpertLogits:
+    """Read the expert's distributions from any encoding.
+
+    Args:
+        recording: Where the expert's own head is, if it has one.
+        train: The training split.
+        unembedding: The reference's.
+    """
+    vocab = recording.manifest.vocab
+    if "expert_hidden" in train:
+        head, states = recording.expert_unembedding() or unembedding, train["expert_hidden"]
+        return lambda batch, ids: head.logits(states[batch].float(), ids)
+    if "expert_top_ids" in train:
+        names = ("top_ids", "top_logprobs", "log_tail", "log_normaliser")
+        parts = [train[f"expert_{name}"] for name in names]
+        return lambda batch, ids: decode_topk(TopK(*(p[batch] for p in parts)), vocab)[:, ids]
+    drawn, counts = train["expert_sample_ids"], train["expert_sample_counts"]
+    return lambda batch, ids: (
+        decode_samples(Samples(drawn[batch], counts[batch]), vocab)[:, ids] + UNDRAWN_PROB
+    ).log()
