@@ -14,8 +14,8 @@ from trimtab.fit import FitResult, fit
 from trimtab.host_states import host_states, same_bytes
 from trimtab.hostfit import prepare
 from trimtab.mount import mount
-from trimtab.recorded import byte_ends, document_bytes, expert_logits
 from trimtab.record import record
+from trimtab.recorded import byte_ends, document_bytes, expert_logits
 from trimtab.scoring import Steers, score_document
 from trimtab.store.adapter import read_head, read_memory, read_mount
 from trimtab.store.manifest import read_manifest
@@ -39,16 +39,19 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def write_texts(folder: Path) -> Path:
     for number in range(4):
         (folder / f"{number}.txt").write_text(f"{number}. {DOMAIN * 5}")
         (folder / f"{number}.md").write_text(f"{number}. {GENERAL * 2}Ende äöü.")
     return folder
 
 
-def tuned(texts: Path, method: str) -> Path:
+def tuned(texts: Path, method: str, *, model: str = SMALL) -> Path:
     config = {
-        "model": SMALL,
+        "model": model,
         "data": (str(texts / "*.txt"),),
         "out": texts / method,
         "method": method,

@@ -60,7 +60,7 @@ class HostFit:
             active: Host tokens that the loss tells apart, shape [active].
             general_weight: How much a position of general text counts.
         """
-        pairs, everything = len(self.small_rows), torch.arange(len(self.alignment.small.vocabulary))
+        pairs = len(self.small_rows)
         weight = torch.ones(len(hidden))
         weight[pairs:] = general_weight
 
@@ -71,7 +71,7 @@ class HostFit:
         def target(batch: Tensor) -> Tensor:
             logits, domain = base(batch), batch < pairs
             if domain.any():
-                probs = expert(self.small_rows[batch[domain]], everything).softmax(-1)
+                probs = expert(self.small_rows[batch[domain]], None).softmax(-1)
                 carried = self.alignment.to_host(probs, logits[domain].softmax(-1), active)
                 logits[domain] = carried.clamp_min(LEAST_PROB).log()
             return logits

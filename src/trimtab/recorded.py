@@ -13,9 +13,9 @@ from trimtab.vocab import Vocabulary
 Columns = dict[str, Tensor]
 """A split of a recording, one row a position."""
 
-ExpertLogits = Callable[[Tensor, Tensor], Tensor]
-"""From positions of the training text [batch] and token ids [chosen] to the expert's logits, or
-log-probabilities, of these tokens, shape [batch, chosen]."""
+ExpertLogits = Callable[[Tensor, Tensor | None], Tensor]
+"""From positions of the training text [batch] and token ids [chosen], None being all, to the
+expert's logits, or log-probabilities, of these tokens, shape [batch, chosen]."""
 
 UNDRAWN_PROB = 1e-9
 """Probability of a token that a sampled recording never drew; a logit needs one."""
@@ -64,8 +64,12 @@ def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding
     if "expert_top_ids" in train:
         names = ("top_ids", "top_logprobs", "log_tail", "log_normaliser")
         parts = [train[f"expert_{name}"] for name in names]
-        return lambda batch, ids: decode_topk(TopK(*(p[batch] for p in parts)), vocab)[:, ids]
+        return lambda batch, ids: _chosen(decode_topk(TopK(*(p[batch] for p in parts)), vocab), ids)
     drawn, counts = train["expert_sample_ids"], train["expert_sample_counts"]
     return lambda batch, ids: (
-        decode_samples(Samples(drawn[batch], counts[batch]), vocab)[:, ids] + UNDRAWN_PROB
+        _chosen(decode_samples(Samples(drawn[batch], counts[batch]), vocab), ids) + UNDRAWN_PROB
     ).log()
+
+
+def _chosen(rows: Tensor, ids: Tensor | None) -> Tensor:
+    return rows if ids is None else rows[:, ids]
