@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trimtab import hostfit
 from trimtab.backends.open import open_model
 from trimtab.config import FitConfig, MountConfig, RecordConfig, TuneConfig
 from trimtab.errors import AdapterError, InputError, RecordingError
@@ -22,6 +23,7 @@ from trimtab.store.manifest import read_manifest
 from trimtab.store.recording import Recording
 from trimtab.tune import tune
 from trimtab.types import silent
+from trimtab.vocab import Vocabulary
 
 SMALL = "tiny:llama?hidden=48&vocab=bpe"
 HOST = "tiny:qwen3?hidden=32"
@@ -293,8 +295,7 @@ def test_a_host_fit_target_is_the_expert_in_the_hosts_tokens(recordings: dict[st
     prepared = prepare(host, small.vocabulary, splits, silent)
     expert = expert_logits(recording, splits["train"], small.unembedding)
     active = prepared.active(300)
-    hidden = torch.cat([prepared.train.hidden[prepared.host_rows], prepared.general.hidden])
-    data = prepared.head_data(hidden, expert, active, 0.25)
+    data = prepared.head_data(prepared.expert_targets(expert, active), active, 0.25)
     row = torch.tensor([11])
     probs = expert(prepared.small_rows[row], torch.arange(512)).softmax(-1)[0].detach()
     # A byte is as likely as all small tokens that begin with it, among tokens of text.
@@ -332,3 +333,24 @@ def test_an_expert_that_was_tuned_whole_is_no_lora_to_copy(
 ) -> None:
     with pytest.raises(InputError, match="expert carrier is a copy"):
         fitted(recordings["exact"], tmp_path / "a", carriers=("expert",))
+
+
+def test_targets_that_do_not_fit_are_computed_in_each_pass(
+    recordings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"host": HOST, "carriers": ("head",), "dtype": "float32"}
+    kept = read_head(fitted(recordings["exact"], tmp_path / "kept", **options).folder).head
+    monkeypatch.setattr(hostfit, "KEPT_BYTES", 0)
+    anew = read_head(fitted(recordings["exact"], tmp_path / "anew", **options).folder).head
+    torch.testing.assert_close(kept.offset, anew.offset, atol=1e-3, rtol=0.05)
+    torch.testing.assert_close(kept.up, anew.up, atol=1e-3, rtol=0.05)
+
+
+def test_a_tokenizers_own_first_space_is_not_in_the_text() -> None:
+    vocabulary = Vocabulary((b" The", b" cat", b"!", None), prefix_space=True)
+    columns = {
+        "token_ids": torch.tensor([0, 1, 0, 2]),
+        "document_index": torch.tensor([0, 0, 1, 1]),
+    }
+    assert document_bytes(vocabulary, columns) == [b"The cat", b"The!"]
+    assert byte_ends(vocabulary, columns).tolist() == [3, 7, 3, 4]

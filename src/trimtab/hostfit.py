@@ -3,6 +3,7 @@
 The host runs forward over the recorded text and is never trained: no gradient passes through it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,12 @@ from trimtab.host_states import HostStates, host_states, same_bytes
 from trimtab.recorded import Columns, ExpertLogits, byte_ends, document_bytes, token_lengths
 from trimtab.types import Progress
 from trimtab.vocab import Vocabulary
+
+KEPT_BYTES = 2**30
+"""Targets up to this size are computed once and kept in float16, else anew in each pass."""
+
+CARRY_POSITIONS = 256
+"""Positions whose targets are computed at once when they are kept."""
 
 LEAST_PROB = 1e-9
 """Probability of a host token to which the alignment carries nothing; a logit needs one."""
@@ -49,18 +56,42 @@ class HostFit:
         order = torch.argsort(counts, descending=True, stable=True)
         return order[token_lengths(self.host.vocabulary)[order] > 0][:limit]
 
+    @property
+    def hidden(self) -> Tensor:
+        """The host's states: of the pairs, then of general text, shape [positions, hidden]."""
+        return torch.cat([self.train.hidden[self.host_rows], self.general.hidden])
+
+    def expert_targets(self, expert: ExpertLogits, active: Tensor) -> Callable[[Tensor], Tensor]:
+        """The expert in the host's tokens.
+
+        Args:
+            expert: The expert at recorded positions.
+            active: Host tokens, shape [active].
+
+        Returns:
+            From pairs [batch] to log-probabilities, up to a constant, shape [batch, active].
+        """
+        weight, device = self.host.unembedding, self.host.device
+
+        def carried(batch: Tensor) -> Tensor:
+            states = self.train.hidden[self.host_rows[batch]].to(device)
+            host_probs = weight.logits(states, active).float().cpu().softmax(-1)
+            probs = expert(self.small_rows[batch], None).float().softmax(-1)
+            return self.alignment.to_host(probs, host_probs, active).clamp_min(LEAST_PROB).log()
+
+        return carried
+
     def head_data(
-        self, hidden: Tensor, expert: ExpertLogits, active: Tensor, general_weight: float
+        self, target: Callable[[Tensor], Tensor], active: Tensor, general_weight: float
     ) -> HeadData:
         """What the head is fitted to: the expert on the domain, the host itself elsewhere.
 
         Args:
-            hidden: The host's states: of the pairs, then of general text, [positions, hidden].
-            expert: The expert at recorded positions.
+            target: From pairs to the expert in the host's tokens, as `expert_targets` gives it.
             active: Host tokens that the loss tells apart, shape [active].
             general_weight: How much a position of general text counts.
         """
-        pairs = len(self.small_rows)
+        pairs, hidden = len(self.small_rows), self.hidden
         weight = torch.ones(len(hidden))
         weight[pairs:] = general_weight
 
@@ -68,15 +99,13 @@ class HostFit:
             states = hidden[batch].to(self.host.device)
             return self.host.unembedding.logits(states, active).float().cpu()
 
-        def target(batch: Tensor) -> Tensor:
+        def followed(batch: Tensor) -> Tensor:
             logits, domain = base(batch), batch < pairs
             if domain.any():
-                probs = expert(self.small_rows[batch[domain]], None).softmax(-1)
-                carried = self.alignment.to_host(probs, logits[domain].softmax(-1), active)
-                logits[domain] = carried.clamp_min(LEAST_PROB).log()
+                logits[domain] = target(batch[domain])
             return logits
 
-        return HeadData(hidden, base, target, weight)
+        return HeadData(hidden, base, followed, weight)
 
 
 def prepare(
@@ -134,15 +163,29 @@ def fit_host_head(
     unembedding = prepared.host.unembedding
     active = prepared.active(config.active_tokens)
     rows = unembedding.weight[active.to(unembedding.weight.device)].detach().float().cpu()
-    general = prepared.general.hidden
-    hidden = torch.cat([prepared.train.hidden[prepared.host_rows], general])
-    # Without general text the domain's own statistics are all there is.
-    spread = (general if len(general) > 1 else hidden).float()
-    data = prepared.head_data(hidden, expert, active, config.general_weight)
+    target = prepared.expert_targets(expert, active)
+    pairs = len(prepared.small_rows)
+    if 2 * pairs * len(active) <= KEPT_BYTES:
+        target = _kept(target, pairs, progress)
+    spread = prepared.general.hidden.float()
+    data = prepared.head_data(target, active, config.general_weight)
     settings = HeadSettings(config.rank, config.epochs, config.learning_rate, config.seed)
     return fit_with_progress(
         data, rows * unembedding.scale, (spread.mean(0), spread.std(0)), settings, progress
     )
+
+
+@torch.no_grad()
+def _kept(
+    target: Callable[[Tensor], Tensor], pairs: int, progress: Progress
+) -> Callable[[Tensor], Tensor]:
+    parts = []
+    with progress("carrying the expert to the host's tokens", pairs) as advance:
+        for batch in torch.arange(pairs).split(CARRY_POSITIONS):
+            parts.append(target(batch).half())
+            advance(len(batch))
+    kept = torch.cat(parts)
+    return lambda batch: kept[batch].float()
 
 
 def fit_with_progress(
