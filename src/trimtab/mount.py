@@ -19,7 +19,7 @@ from trimtab.seat import Seatable, find_seats
 from trimtab.store.adapter import Probe, read_head, read_memory, read_mount
 from trimtab.store.adapter_schema import AdapterManifest, HeadCarrier
 from trimtab.store.manifest import read_manifest
-from trimtab.store.seats import read_seats, seats_path, write_seats
+from trimtab.store.seats import Seats, read_seats, seats_path, write_seats
 from trimtab.types import Progress, silent
 
 POOR_FIT = 0.5
@@ -62,15 +62,15 @@ class Mounted:
         return [part for part in raw.split(bytes(CONTEXT_BYTES)) if part]
 
     @property
-    def fitted_on_host(self) -> bool:
-        """The head was fitted on this host itself, and needs no map."""
+    def _is_host_fit(self) -> bool:
         return self.manifest.head is not None and self.manifest.head.host is not None
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know about a poor fit, in plain words."""
         found: list[str] = []
-        if self.memory is None and (self.head is None or self.fitted_on_host):
+        # A head that was fitted on the host itself needs no map.
+        if self.memory is None and (self.head is None or self._is_host_fit):
             return ()
         if self.state_map.r_squared < POOR_FIT:
             found.append(
@@ -140,32 +140,19 @@ def _probe_states(host: HFModel, probe: Probe, progress: Progress) -> HostStates
 
 def _mount(config: MountConfig, host: HFModel, states_on: Callable[[Probe], HostStates]) -> Mounted:
     manifest = read_manifest(config.adapter)
-    config = config.model_copy(update={"carriers": _seated(config, manifest)})
-    seats_file = seats_path(config, manifest, host.fingerprint, host.model.dtype)
-    head_file = memory_file = None
-    own = None
-    if manifest.head and "head" in _names(config):
-        head_file = read_head(config.adapter)
-        if manifest.head.host is not None:
-            _check_host(manifest.head, host)
-            own, head_file = head_file.head, None
-    if "memory" in _names(config):
-        memory_file = read_memory(config.adapter, manifest)
-    parts = Seatable(*read_mount(config.adapter), head_file, memory_file)
-    seats = read_seats(seats_file) if config.cache else None
+    # Named the same however they were asked for, so that the seats kept are found again.
+    config = config.model_copy(update={"carriers": _to_seat(config, manifest)})
+    parts, own_head = _read(config, manifest, host)
+    path = seats_path(config, manifest, host.fingerprint, host.model.dtype)
+    seats = read_seats(path) if config.cache else None
     if seats is None:
         seats = find_seats(config, host, parts, states_on)
         if config.cache:
-            write_seats(seats_file, seats)
-    head = memory = None
-    if own is not None and not config.shuffle:
-        head = _own_head(own, host)
-    if head_file and seats.head:
-        rows = seat_rows(head_file.strings, head_file.string_rows, host.vocabulary)
+            write_seats(path, seats)
+    head = None if own_head is None or config.shuffle else _seat_own(own_head, host)
+    if parts.head and seats.head:
+        rows = seat_rows(parts.head.strings, parts.head.string_rows, host.vocabulary)
         head = MountedHead(seats.head, *rows)
-    if memory_file and seats.memory and seats.values is not None and seats.shares is not None:
-        index = build_index(memory_file.memory)
-        memory = MountedMemory(memory_file.memory, index, seats.memory, seats.values, seats.shares)
     return Mounted(
         manifest,
         config.adapter,
@@ -173,16 +160,34 @@ def _mount(config: MountConfig, host: HFModel, states_on: Callable[[Probe], Host
         seats.state_map,
         seats.paired_positions,
         head,
-        memory,
+        _seat_memory(parts, seats),
         parts.probe.documents,
     )
 
 
-def _names(config: MountConfig) -> tuple[CarrierName, ...]:
-    return config.carriers or ()
+def _read(
+    config: MountConfig, manifest: AdapterManifest, host: HFModel
+) -> tuple[Seatable, Head | None]:
+    """What is seated through the vocabulary, and a head that was fitted on this host."""
+    wanted = config.carriers or ()
+    head = read_head(config.adapter) if "head" in wanted else None
+    memory = read_memory(config.adapter, manifest) if "memory" in wanted else None
+    own = None
+    if head and manifest.head and manifest.head.host is not None:
+        _check_host(manifest.head, host)
+        own, head = head.head, None
+    return Seatable(*read_mount(config.adapter), head, memory), own
 
 
-def _seated(config: MountConfig, manifest: AdapterManifest) -> tuple[CarrierName, ...]:
+def _seat_memory(parts: Seatable, seats: Seats) -> MountedMemory | None:
+    if parts.memory is None or seats.memory is None:
+        return None
+    assert seats.values is not None and seats.shares is not None
+    memory = parts.memory.memory
+    return MountedMemory(memory, build_index(memory), seats.memory, seats.values, seats.shares)
+
+
+def _to_seat(config: MountConfig, manifest: AdapterManifest) -> tuple[CarrierName, ...]:
     """The carriers that need a seat; the expert does not."""
     missing = [name for name in config.carriers or () if name not in manifest.carriers]
     if missing:
@@ -207,7 +212,7 @@ def _check_host(head: HeadCarrier, host: HFModel) -> None:
         )
 
 
-def _own_head(head: Head, host: HFModel) -> MountedHead:
+def _seat_own(head: Head, host: HFModel) -> MountedHead:
     """Seat a head that was fitted on this very host: exact, but silent on special tokens."""
     weight = host.unembedding.weight.detach().float().cpu()
     rows = weight @ torch.cat([head.up, head.offset[:, None]], 1) * host.unembedding.scale
