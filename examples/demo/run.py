@@ -51,10 +51,11 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Model:
-    """A model by what `open_model` takes, and by its name for people."""
+    """A model by what `open_model` takes, by its name for people, and its terms."""
 
     ref: str
     title: str
+    licence: str = "not stated"
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def _say_downloads(refs: Sequence[str]) -> None:
 
 def _fetched(ref: str) -> Model:
     if ref in models.MODELS:
-        return Model(str(models.fetch_model(ref)), models.MODELS[ref].title)
+        known = models.MODELS[ref]
+        return Model(str(models.fetch_model(ref)), known.title, known.licence)
     return Model(ref, Path(ref).name if Path(ref).expanduser().exists() else ref)
 
 
@@ -184,7 +186,14 @@ def _make_adapter(job: Job, clock: Clock, display: Display) -> None:
         config = RecordConfig(expert=expert, out=recording, seed=SEED)
         print(trimtab.record(config, progress=display.progress).summary())
     with clock.step("fit", job.adapter):
-        config = FitConfig(recording=recording, out=job.adapter, name="zig", seed=SEED)
+        config = FitConfig(
+            recording=recording,
+            out=job.adapter,
+            name="zig",
+            data_licence="MIT (Zig's standard library)",
+            model_licence=job.small.licence,
+            seed=SEED,
+        )
         print(trimtab.fit(config, progress=display.progress).summary())
 
 

@@ -102,6 +102,12 @@ class FitConfig(Config):
     """Folder of the adapter."""
     name: str = "adapter"
     """Name that the adapter's card carries."""
+    licence: str = "not stated"
+    """Terms of the adapter itself, in words or as an SPDX name."""
+    data_licence: str = "not stated"
+    """Terms of the training text."""
+    model_licence: str = "not stated"
+    """Terms of the small model."""
     carriers: tuple[CarrierName, ...] = ("head", "memory", "expert")
     """Which carriers to make."""
     max_tokens: int | None = Field(default=None, ge=256)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from trimtab.anchors import choose_anchors
@@ -33,15 +34,20 @@ from trimtab.store.adapter_schema import (
     ExpertCarrier,
     Gate,
     HeadCarrier,
+    Licences,
     MemoryCarrier,
     Provenance,
 )
 from trimtab.store.card import write_adapter
+from trimtab.store.expert import EXPERT_NAME, ExpertManifest, read_expert
 from trimtab.store.files import lock, package_versions, replace_directory, sha256_file
 from trimtab.store.manifest import MANIFEST_NAME, read_manifest
 from trimtab.store.recording import Recording
 from trimtab.store.recording_schema import SPLITS
 from trimtab.types import Progress, silent
+
+_PLACES = {"model", "data", "against", "out"}
+"""Settings of `tune` that name places on its user's machine, which an adapter does not tell."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,10 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
             name=config.name,
             base_model=recording.manifest.base,
             carriers=carriers,
+            metrics=_expert_metrics(recording),
+            licences=Licences(
+                adapter=config.licence, data=config.data_licence, models=config.model_licence
+            ),
             provenance=provenance,
         )
         manifest = write_adapter(folder, manifest)
@@ -151,11 +161,11 @@ def _provenance(config: FitConfig, recording: Recording, host: HFModel | None) -
     if host:
         settings["host"] = _portable(host)
         inputs["host"] = host.fingerprint.unembedding_sha256
-    source = Path(str(recorded.config["expert"])) / "expert.json"
-    if source.exists():
-        inputs["expert"] = sha256_file(source)
+    expert = _expert_of(recording)
+    if expert:
+        inputs["expert"] = sha256_file(Path(str(recorded.config["expert"])) / EXPERT_NAME)
     return Provenance(
-        tune={},
+        tune=expert.config.model_dump(mode="json", exclude=_PLACES) if expert else {},
         record={k: v for k, v in recorded.config.items() if k not in {"expert", "out"}},
         fit=settings,
         packages=package_versions(),
@@ -163,6 +173,20 @@ def _provenance(config: FitConfig, recording: Recording, host: HFModel | None) -
         inputs=inputs,
         tokens=recorded.splits["train"].tokens,
     )
+
+
+def _expert_of(recording: Recording) -> ExpertManifest | None:
+    """What `tune` wrote, if the expert still lies where it was recorded from."""
+    folder = Path(str(recording.manifest.config["expert"]))
+    return read_expert(folder, verify=False) if (folder / EXPERT_NAME).exists() else None
+
+
+def _expert_metrics(recording: Recording) -> dict[str, JsonValue]:
+    """What tuning did to the held-out text, as `tune` measured it."""
+    expert = _expert_of(recording)
+    if expert is None or expert.held_out is None:
+        return {}
+    return {"expert_held_out": expert.held_out.model_dump(mode="json")}
 
 
 def _portable(host: HFModel) -> str:

@@ -18,6 +18,7 @@ from trimtab.anchors import (
     pair_anchors,
 )
 from trimtab.backends.hf import HFModel
+from trimtab.carriers.memory import Memory
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
 from trimtab.host_states import HostStates, same_bytes
@@ -76,8 +77,7 @@ def find_seats(
     if memory:
         entries = memory.memory
         memory_reading = seat.read(entries.projection, entries.mean, memory.probe_features)
-        following = first_tokens(followed(entries), host.encode)
-        said = propose(entries, following, Strings(host.vocabulary))
+        said = propose(entries, _following(entries, host), Strings(host.vocabulary))
     return Seats(
         state_map,
         seat.paired_positions,
@@ -86,6 +86,16 @@ def find_seats(
         said.values if said else None,
         said.shares if said else None,
     )
+
+
+def _following(memory: Memory, host: HFModel) -> Tensor:
+    """Host token that begins what followed each entry, -1 for none, shape [entries]."""
+    texts = followed(memory)
+    if not host.vocabulary.prefix_space:
+        return first_tokens(texts, host.encode)
+    # Such a tokenizer reads every text as the beginning of one and puts a space before it.
+    strings = Strings(host.vocabulary)
+    return torch.tensor([strings.first_token(text) for text in texts])
 
 
 def _map(anchors: Anchors, host: HFModel, config: MountConfig) -> StateMap:
