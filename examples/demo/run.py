@@ -29,6 +29,7 @@ from trimtab.errors import InputError
 from trimtab.progress import Display
 from trimtab.report import Completion, GrowthPoint, Report, merge_hosts, table, write_report
 from trimtab.store.local import HOME_VARIABLE
+from trimtab.store.manifest import read_manifest
 
 SMALL = "smollm2-135m-instruct"
 HOST = "gemma-3-270m"
@@ -36,16 +37,18 @@ OUT = Path("build/demo")
 CACHE = Path("build/cache")
 TEXTS = Path("build/texts")
 
-CHOICE = corpus.Choice(seed=0, test_files=24, train_bytes=90_000)
-EVALUATED_TOKENS = 6_144
+CHOICE = corpus.Choice(seed=0, test_files=16, train_bytes=70_000)
+EVALUATED_TOKENS = 4_096
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
 DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
 COMPLETION_TOKENS = 48
-GROWTH_TOKENS: tuple[int, ...] = (4_096, 12_288, 32_768)
-"""Parts of the recording that are measured too; each costs a fit and a measurement."""
-GROWTH_ROWS = ("host", "head", "memory", "head+memory")
-GROWTH_SCORED_TOKENS = 1_536
+HEAD_EPOCHS = 4
+GROWTH_TOKENS = 6_144
+"""Part of the recording whose memory is measured beside the whole; it costs a fit and two
+measurements."""
+GROWTH_ROWS = ("host", "memory")
+GROWTH_SCORED_TOKENS = 1_024
 SEED = 0
 
 
@@ -132,7 +135,8 @@ def run(small: str, hosts: Sequence[str], out: Path | None = None) -> Report:
     _make_adapter(job, clock, display)
     reports = [_on_host(job, host, functions, clock, display) for host in job.hosts]
     report = merge_hosts(reports)
-    report = replace(report, growth=_growth(job, display), settings=_settings(job))
+    growth = _growth(job, clock, display)
+    report = replace(report, growth=growth, wall_sec=clock.wall_sec, settings=_settings(job))
     write_report(report, out)
     print(table(report))
     print(f"report:  {out / 'report.html'}\nadapter: {job.adapter}")
@@ -190,6 +194,7 @@ def _make_adapter(job: Job, clock: Clock, display: Display) -> None:
             recording=recording,
             out=job.adapter,
             name="zig",
+            epochs=HEAD_EPOCHS,
             data_licence="MIT (Zig's standard library)",
             model_licence=job.small.licence,
             seed=SEED,
@@ -259,27 +264,30 @@ def _completions(
     )
 
 
-def _growth(job: Job, display: Display) -> tuple[GrowthPoint, ...]:
-    """Quality on the first host with recordings of growing size."""
-    points = []
-    for tokens in GROWTH_TOKENS:
-        folder = job.out / "growth" / str(tokens)
-        adapter = folder / "zig.adapter"
-        trimtab.fit(
-            FitConfig(
-                recording=job.out / "recording",
-                out=adapter,
-                carriers=("head", "memory"),
-                max_tokens=tokens,
-                seed=SEED,
-            ),
-            progress=display.progress,
+def _growth(job: Job, clock: Clock, display: Display) -> tuple[GrowthPoint, ...]:
+    """Quality of the memory on the first host: with nothing recorded, with a part, with all."""
+    part = job.out / "growth" / "part.adapter"
+    with clock.step("growth", part):
+        config = FitConfig(
+            recording=job.out / "recording",
+            out=part,
+            carriers=("memory",),
+            max_tokens=GROWTH_TOKENS,
+            seed=SEED,
         )
-        config = _evaluation(job, adapter, job.hosts[0], folder, GROWTH_ROWS)
-        config = config.model_copy(update={"max_tokens": GROWTH_SCORED_TOKENS, "general": ()})
-        found = trimtab.evaluate(config, progress=display.progress).report.hosts[0].domain
-        points.append(GrowthPoint(tokens, found))
-    return tuple(points)
+        trimtab.fit(config, progress=display.progress)
+        found = []
+        for adapter in (part, job.adapter):
+            folder = job.out / "growth" / adapter.stem
+            config = _evaluation(job, adapter, job.hosts[0], folder, GROWTH_ROWS)
+            config = config.model_copy(update={"max_tokens": GROWTH_SCORED_TOKENS, "general": ()})
+            report = trimtab.evaluate(config, progress=display.progress).report
+            found.append(report.hosts[0].domain)
+    whole = read_manifest(job.adapter, verify=False).memory
+    entries = whole.entries if whole else 0
+    sizes = (0, min(GROWTH_TOKENS, entries), entries)
+    measured = ({"memory": found[0]["host"]}, *({"memory": row["memory"]} for row in found))
+    return tuple(GrowthPoint(*point) for point in zip(sizes, measured, strict=True))
 
 
 def _settings(job: Job) -> dict[str, str]:
