@@ -6,6 +6,7 @@ A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from trimtab import cli, config
 from trimtab.metrics import Estimate
 from trimtab.report import HostResult, Report, read_report
+from trimtab.report.values import ordered
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "demo.json"
@@ -97,17 +99,24 @@ def host_table(result: HostResult) -> str:
         "| row | domain text | against host | general text | against host |",
         "|---|---|---|---|---|",
     ]
-    for row, figure in result.domain.items():
-        cells = [*shown(figure, result.domain["host"])]
-        general = result.general.get(row)
-        cells += shown(general, result.general["host"]) if general else ["", ""]
+    for row in ordered(result.domain):
+        cells = [*shown(row, result.domain, result.domain_change)]
+        cells += shown(row, result.general, result.general_change)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def shown(figure: Estimate, host: Estimate) -> tuple[str, str]:
-    """A figure with its standard error, and its change against the host."""
-    change = "" if figure == host else f"{100 * (figure.mean / host.mean - 1):+.1f} %"
+def shown(
+    row: str, figures: Mapping[str, Estimate], paired: Mapping[str, Estimate]
+) -> tuple[str, str]:
+    """A row's figure and its change against the host, each with its standard error."""
+    if row not in figures:
+        return "", ""
+    figure, host = figures[row], figures["host"]
+    change = ""
+    if row != "host":
+        error = f" ± {100 * paired[row].stderr / host.mean:.1f}" if row in paired else ""
+        change = f"{100 * (figure.mean / host.mean - 1):+.1f}{error} %"
     return f"{figure.mean:.3f} ± {figure.stderr:.3f}", change
 
 
