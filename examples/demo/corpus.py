@@ -208,7 +208,7 @@ def held_out_functions(
     texts: Mapping[str, str],
     count: int,
     *,
-    prompt_chars: tuple[int, int] = (300, 2_500),
+    prompt_chars: tuple[int, int] = (300, 4_000),
     body_lines: tuple[int, int] = (3, 12),
 ) -> list[HeldOutFunction]:
     """Find documented public functions to complete, at most one a file.
