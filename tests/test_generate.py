@@ -22,6 +22,7 @@ from trimtab.carriers.memory import (
     MATCH_WEIGHT,
     NEIGHBOURS,
     TEMPERATURE,
+    last_bytes,
 )
 from trimtab.config import FitConfig, GenerateConfig, MountConfig, RecordConfig, TuneConfig
 from trimtab.errors import AdapterError, InputError, ModelError
@@ -31,7 +32,7 @@ from trimtab.mount import Mounted, mount
 from trimtab.processor import open_live
 from trimtab.record import record
 from trimtab.scoring import FAMILIES, LIVE_BLENDS, Steers, score_document
-from trimtab.steering import Rows, Steering, blend_at, last_bytes, readable
+from trimtab.steering import Rows, Steering, blend_at, readable
 from trimtab.store.adapter_schema import Gate
 from trimtab.store.card import write_adapter
 from trimtab.store.manifest import read_manifest

@@ -16,7 +16,7 @@ from trimtab.config import EvaluateConfig, MountConfig
 from trimtab.corpus import read_documents, scored_windows
 from trimtab.errors import InputError
 from trimtab.metrics import DocumentScore, Estimate, bootstrap, paired_difference, pool_kinds
-from trimtab.mount import Mounted, mount_with_control
+from trimtab.mount import Mounted, mount, mount_with_control
 from trimtab.report import HostResult, Report, TokenChange, table, write_report
 from trimtab.scoring import FAMILIES, ScoredDocument, Steers, score_document
 from trimtab.store.adapter import EXPERT_FOLDER
@@ -82,13 +82,9 @@ def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluati
                 first = first or (document.name, scored)
                 advance(len(document.text.encode()))
     report = _report(config, bench.mounted, scores, first, host)
-    report = _timed(report, time.perf_counter() - started)
+    report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
     return Evaluation(report, config.out)
-
-
-def _timed(report: Report, wall_sec: float) -> Report:
-    return replace(report, wall_sec={"evaluate": wall_sec})
 
 
 def _rows(config: EvaluateConfig) -> tuple[str, ...]:
@@ -146,7 +142,11 @@ class _Bench:
     ) -> "_Bench":
         manifest = read_manifest(config.adapter)
         settings = MountConfig(adapter=config.adapter, host=config.host, seed=config.seed)
-        mounted, control = mount_with_control(settings, host, progress=progress)
+        control = None
+        if {"head-shuffled", "memory-shuffled"} & set(rows):
+            mounted, control = mount_with_control(settings, host, progress=progress)
+        else:
+            mounted = mount(settings, host=host, progress=progress)
         pair = None
         if manifest.expert and {"live", "all", "proxy", *SMALL_ROWS} & set(rows):
             base = manifest.base_model
@@ -160,8 +160,8 @@ class _Bench:
         steers = Steers(
             head=mounted.head,
             memory=mounted.memory,
-            shuffled_head=control.head,
-            shuffled_memory=control.memory,
+            shuffled_head=control.head if control else None,
+            shuffled_memory=control.memory if control else None,
             bias=static_bias(mounted, host),
             live=Live(pair, host.vocabulary) if pair else None,
         )

@@ -10,7 +10,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live, LiveReading
 from trimtab.blend import PROXY, BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
 from trimtab.carriers.head import MountedHead
-from trimtab.carriers.memory import CONTEXT_BYTES, Answer, MountedMemory
+from trimtab.carriers.memory import Answer, MountedMemory, last_bytes
 from trimtab.corpus import scored_windows
 
 CANDIDATE_NATS = 10.0
@@ -189,12 +189,6 @@ class _Field:
         return chosen + self.tail_logprobs
 
 
-def context_bytes(contexts: Sequence[bytes]) -> Tensor:
-    """Last bytes of contexts, last first, zero padded, uint8 [contexts, CONTEXT_BYTES]."""
-    rows = [c[-CONTEXT_BYTES:][::-1].ljust(CONTEXT_BYTES, b"\0") for c in contexts]
-    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
-
-
 def _field(host: HFModel, chunk: _Chunk, wanted: Tensor) -> _Field:
     logits = host.unembedding.logits(chunk.states).float().cpu()
     normaliser = logits.logsumexp(-1, keepdim=True)
@@ -214,7 +208,7 @@ def _field(host: HFModel, chunk: _Chunk, wanted: Tensor) -> _Field:
 def _score_chunk(
     host: HFModel, chunk: _Chunk, steers: Steers
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    before = context_bytes(chunk.contexts)
+    before = last_bytes(chunk.contexts)
     states = chunk.states.float().cpu()
     answers = {
         name: memory.ask(states, before)
@@ -276,13 +270,18 @@ def _with_memory(
 def _live(field: _Field, reading: LiveReading, questions: range, live: Live) -> dict[str, Tensor]:
     host = field.logprobs[:, :-1].exp()
     pair = live.score(reading, questions, host, field.token_ids)
-    expert, reference = (_with_tail(probs) for probs in pair)
+    expert, reference = (with_tail(probs) for probs in pair)
     return {
         name: log_linear(field.logprobs, expert, reference, by) for name, by in LIVE_BLENDS.items()
     }
 
 
-def _with_tail(probs: Tensor) -> Tensor:
-    tail = (1.0 - probs.sum(-1, keepdim=True)).clamp_min(1e-9)
-    full = torch.cat([probs.clamp_min(1e-12), tail], 1)
+def tail_of(probs: Tensor) -> Tensor:
+    """What the candidates leave to all other tokens, above 0, shape [rows, 1]."""
+    return (1.0 - probs.sum(-1, keepdim=True)).clamp_min(1e-9)
+
+
+def with_tail(probs: Tensor) -> Tensor:
+    """Log-probabilities of candidates and, last, of all other tokens: [rows, candidates + 1]."""
+    full = torch.cat([probs.clamp_min(1e-12), tail_of(probs)], 1)
     return (full / full.sum(-1, keepdim=True)).log()

@@ -12,8 +12,16 @@ from torch import Tensor
 from trimtab.backends.live import Live, LiveReading
 from trimtab.blend import BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
 from trimtab.carriers.head import MountedHead
-from trimtab.carriers.memory import CONTEXT_BYTES, Answer, MountedMemory
-from trimtab.scoring import CANDIDATE_NATS, FAMILIES, LIVE_BLENDS, SHARE, prior_of
+from trimtab.carriers.memory import Answer, MountedMemory, last_bytes
+from trimtab.scoring import (
+    CANDIDATE_NATS,
+    FAMILIES,
+    LIVE_BLENDS,
+    SHARE,
+    prior_of,
+    tail_of,
+    with_tail,
+)
 from trimtab.unembedding import Unembedding
 
 EVIDENCE_TOKENS = 256
@@ -165,11 +173,9 @@ def live_logprobs(
     text = text - normaliser
     token_ids = torch.nonzero((text > text.amax(-1, keepdim=True) - CANDIDATE_NATS).any(0))[:, 0]
     chosen = text[:, token_ids]
-    tail = _tail_of(chosen.exp()).log()
+    tail = tail_of(chosen.exp()).log()
     host = torch.cat([chosen, tail], 1)
-    expert, reference = (
-        _with_tail(probs) for probs in _scored(live, rows, chosen.exp(), token_ids)
-    )
+    expert, reference = (with_tail(probs) for probs in _scored(live, rows, chosen.exp(), token_ids))
     found = {}
     for name, weights in LIVE_BLENDS.items():
         blended = log_linear(host, expert, reference, blend_at(weights, strength))
@@ -188,22 +194,6 @@ def _scored(live: Live, rows: Rows, host_probs: Tensor, token_ids: Tensor) -> li
         for (reading, questions), probs in zip(rows.questions, host_probs.split(sizes), strict=True)
     ]
     return [torch.cat(side).float() for side in zip(*pairs, strict=True)]
-
-
-def _tail_of(probs: Tensor) -> Tensor:
-    return (1.0 - probs.sum(-1, keepdim=True)).clamp_min(1e-9)
-
-
-def _with_tail(probs: Tensor) -> Tensor:
-    full = torch.cat([probs.clamp_min(1e-12), _tail_of(probs)], 1)
-    return (full / full.sum(-1, keepdim=True)).log()
-
-
-def last_bytes(contexts: Sequence[bytes]) -> Tensor:
-    """The last bytes before each row, last byte first, zero padded: [rows, CONTEXT_BYTES]."""
-    ends = (text[-CONTEXT_BYTES:][::-1].ljust(CONTEXT_BYTES, b"\0") for text in contexts)
-    joined = torch.frombuffer(bytearray(b"".join(ends)), dtype=torch.uint8)
-    return joined.reshape(-1, CONTEXT_BYTES)
 
 
 def text_before(token_bytes: Sequence[bytes | None]) -> bytes:

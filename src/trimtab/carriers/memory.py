@@ -6,6 +6,7 @@ the text before the question. The state says where to look; the bytes, which nee
 models, say how far to trust what is found.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import faiss
@@ -129,6 +130,13 @@ def lay_out(documents: list[bytes]) -> tuple[Tensor, list[int]]:
 def contexts_before(text: Tensor, positions: Tensor) -> Tensor:
     """The bytes before each position, last byte first, shape [positions, CONTEXT_BYTES]."""
     return text[positions[:, None] - 1 - torch.arange(CONTEXT_BYTES)]
+
+
+def last_bytes(contexts: Sequence[bytes]) -> Tensor:
+    """The last bytes before each question, last byte first, zero padded: [.., CONTEXT_BYTES]."""
+    ends = (text[-CONTEXT_BYTES:][::-1].ljust(CONTEXT_BYTES, b"\0") for text in contexts)
+    joined = torch.frombuffer(bytearray(b"".join(ends)), dtype=torch.uint8)
+    return joined.reshape(-1, CONTEXT_BYTES)
 
 
 def build_index(memory: Memory) -> faiss.IndexFlatIP:
