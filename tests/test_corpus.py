@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.corpus import (
+from trimtab.errors import InputError
+from trimtab.text.corpus import (
     load_documents,
     save_documents,
     scored_windows,
     sha256_of_documents,
     split_held_out,
 )
-from trimtab.errors import InputError
 from trimtab.types import Document
 
 
@@ -156,5 +156,5 @@ def test_windows_of_the_measurement() -> None:
 
 
 def test_a_corpus_does_not_load_torch() -> None:
-    code = "import sys, trimtab.corpus; sys.exit('torch' in sys.modules)"
+    code = "import sys, trimtab.text.corpus; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

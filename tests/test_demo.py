@@ -9,8 +9,8 @@ import pytest
 from examples.demo import corpus, models, packages, run
 from examples.demo.clock import Clock
 from trimtab.errors import InputError
-from trimtab.probe import probe_documents
 from trimtab.store.files import sha256_bytes
+from trimtab.text.probe import probe_documents
 
 FUNCTION = """//! File.
 {filler}

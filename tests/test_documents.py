@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trimtab.corpus import load_documents, save_documents
-from trimtab.documents import read_documents
 from trimtab.errors import InputError
+from trimtab.text.corpus import load_documents, save_documents
+from trimtab.text.documents import read_documents
 from trimtab.types import Document
 
 

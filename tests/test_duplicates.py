@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trimtab.duplicates import drop_near_duplicates
+from trimtab.text.duplicates import drop_near_duplicates
 from trimtab.types import Document
 
 WORDS = [f"w{i}" for i in range(400)]

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab import hostfit
 from trimtab.backends.open import open_model
 from trimtab.config import FitConfig, MountConfig, RecordConfig, TuneConfig
 from trimtab.errors import AdapterError, InputError, RecordingError
 from trimtab.fit import FitResult, fit
-from trimtab.host_states import host_states, same_bytes
-from trimtab.hostfit import prepare
+from trimtab.fitting import host_head
+from trimtab.fitting.host_head import prepare
+from trimtab.fitting.recorded import byte_ends, document_bytes, expert_logits
 from trimtab.mount import mount
 from trimtab.record import record
-from trimtab.recorded import byte_ends, document_bytes, expert_logits
-from trimtab.scoring import Steers, score_document
+from trimtab.steering.host_states import host_states, same_bytes
+from trimtab.steering.scoring import Steers, score_document
 from trimtab.store.adapter import read_head, read_memory, read_mount
 from trimtab.store.manifest import read_manifest
 from trimtab.store.recording import Recording
@@ -340,7 +340,7 @@ def test_targets_that_do_not_fit_are_computed_in_each_pass(
 ) -> None:
     options = {"host": HOST, "carriers": ("head",), "dtype": "float32"}
     kept = read_head(fitted(recordings["exact"], tmp_path / "kept", **options).folder).head
-    monkeypatch.setattr(hostfit, "KEPT_BYTES", 0)
+    monkeypatch.setattr(host_head, "KEPT_BYTES", 0)
     anew = read_head(fitted(recordings["exact"], tmp_path / "anew", **options).folder).head
     torch.testing.assert_close(kept.offset, anew.offset, atol=1e-3, rtol=0.05)
     torch.testing.assert_close(kept.up, anew.up, atol=1e-3, rtol=0.05)

@@ -28,11 +28,12 @@ from trimtab.config import FitConfig, GenerateConfig, MountConfig, RecordConfig,
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.fit import fit
 from trimtab.generate import GenerateResult, generate, steered
-from trimtab.mount import Mounted, mount
-from trimtab.processor import open_live
+from trimtab.mount import mount
 from trimtab.record import record
-from trimtab.scoring import FAMILIES, LIVE_BLENDS, Steers, score_document
-from trimtab.steering import Rows, Steering, blend_at, readable
+from trimtab.steering.mounted import Mounted
+from trimtab.steering.predictors import Rows, Steering, blend_at, readable
+from trimtab.steering.processor import open_live
+from trimtab.steering.scoring import FAMILIES, LIVE_BLENDS, Steers, score_document
 from trimtab.store.adapter_schema import Gate
 from trimtab.store.card import write_adapter
 from trimtab.store.manifest import read_manifest

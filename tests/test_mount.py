@@ -12,8 +12,9 @@ from trimtab.backends.open import open_model
 from trimtab.carriers.memory import VALUE_BYTES, Memory, contexts_before
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
-from trimtab.mount import Mounted, mount, mount_with_control
-from trimtab.proposals import first_tokens, followed, propose
+from trimtab.mount import mount, mount_with_control
+from trimtab.steering.mounted import Mounted
+from trimtab.steering.proposals import first_tokens, followed, propose
 from trimtab.store.adapter import read_head
 from trimtab.store.files import write_json
 from trimtab.store.local import trimtab_home

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.backends.open import open_model
-from trimtab.packing import TokenisedDocument, counted_by_spans, pack
+from trimtab.text.packing import TokenisedDocument, counted_by_spans, pack
 
 BOS = 900
 

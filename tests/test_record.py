@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from trimtab.backends.pair import PairStates, open_pair
 from trimtab.config import RecordConfig, TuneConfig
-from trimtab.corpus import load_documents
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
 from trimtab.errors import InputError, NumericalError, RecordingError
-from trimtab.passages import cut_shards, passages, tokenised
-from trimtab.probe import probe_documents
 from trimtab.record import record
 from trimtab.soft_targets import Heads, run_passages, state_columns
 from trimtab.store.recording import Recording
+from trimtab.text.corpus import load_documents
+from trimtab.text.passages import cut_shards, passages, tokenised
+from trimtab.text.probe import probe_documents
 from trimtab.tune import tune
 from trimtab.types import Document
 
@@ -307,7 +307,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     code = """
 import contextlib, sys, time
 from trimtab.config import RecordConfig
-from trimtab.probe import probe_documents
+from trimtab.text.probe import probe_documents
 from trimtab.record import record
 
 @contextlib.contextmanager

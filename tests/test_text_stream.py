@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.text_stream import TextStream
+from trimtab.text.stream import TextStream
 
 
 def cut(text: str, stop: list[str]) -> str:

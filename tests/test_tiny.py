@@ -47,6 +47,12 @@ def test_a_saved_tiny_model_opens_as_the_same_model(tmp_path, family, vocab):
     assert opened.fingerprint == made.fingerprint
     text = "pub fn add(a: i32) <eos> Größe 🦄"
     assert opened.encode(text) == made.encode(text)
+    ours, theirs = opened.model.state_dict(), made.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # Weights mapped from a file lie anywhere, and some processors sum differently there.
+    for weight in opened.model.parameters():
+        weight.data = weight.data.clone()
     assert torch.equal(opened.logits(_ids(opened)), made.logits(_ids(made)))
 
 

@@ -9,9 +9,9 @@ import torch
 from trimtab.backends.open import open_model
 from trimtab.errors import InputError
 from trimtab.losses import masked_cross_entropy_nats
-from trimtab.packing import TokenisedDocument, Windows, pack
-from trimtab.schedule import Schedule, one_cycle
-from trimtab.training import Learner, TrainingState
+from trimtab.text.packing import TokenisedDocument, Windows, pack
+from trimtab.tuning.schedule import Schedule, one_cycle
+from trimtab.tuning.training import Learner, TrainingState
 
 
 @pytest.mark.parametrize("steps", [4, 5, 26, 300])
@@ -94,7 +94,7 @@ def learner_and_windows(text: str = "const x = 1;\n" * 20) -> tuple[Learner, Win
 def test_a_batch_in_parts_takes_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for elements in (2**26, 1):
-        monkeypatch.setattr("trimtab.training._LOGIT_ELEMENTS", elements)
+        monkeypatch.setattr("trimtab.tuning.training._LOGIT_ELEMENTS", elements)
         learner, windows = learner_and_windows()
         loss = learner.step(windows.rows(slice(0, 3)), 1e-3, seed=0)
         results.append((loss, learner.weights()))

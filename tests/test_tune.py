@@ -26,8 +26,8 @@ from trimtab.config import TuneConfig
 from trimtab.errors import InputError, ModelError, NumericalError
 from trimtab.losses import masked_cross_entropy_nats
 from trimtab.store.expert import EXPERT_NAME, read_expert
-from trimtab.training_text import held_out_windows, training_windows
 from trimtab.tune import tune
+from trimtab.tuning.training_text import held_out_windows, training_windows
 from trimtab.types import Progress
 
 LLAMA = "tiny:llama?hidden=32&layers=1"

@@ -311,3 +311,8 @@ def _firsts(vocabulary: Vocabulary, strings: Strings) -> Tensor:
     return torch.tensor(
         [strings.first_token(text) if text else -1 for text in vocabulary.token_bytes]
     )
+
+
+def token_lengths(vocabulary: Vocabulary) -> Tensor:
+    """Bytes of each token, 0 for special ones, shape [vocab]."""
+    return torch.tensor([len(text or b"") for text in vocabulary.token_bytes])

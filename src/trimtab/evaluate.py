@@ -13,14 +13,15 @@ from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair, open_pair_from
 from trimtab.config import EvaluateConfig, MountConfig
-from trimtab.corpus import read_documents, scored_windows
 from trimtab.errors import InputError
 from trimtab.metrics import DocumentScore, Estimate, bootstrap, paired_difference, pool_kinds
-from trimtab.mount import Mounted, mount, mount_with_control
+from trimtab.mount import mount, mount_with_control
 from trimtab.report import HostResult, Report, TokenChange, table, write_report
-from trimtab.scoring import FAMILIES, ScoredDocument, Steers, score_document
+from trimtab.steering.mounted import Mounted
+from trimtab.steering.scoring import FAMILIES, ScoredDocument, Steers, score_document
 from trimtab.store.adapter import EXPERT_FOLDER
 from trimtab.store.manifest import read_manifest
+from trimtab.text.corpus import read_documents, scored_windows
 from trimtab.types import Document, Progress, silent
 
 MIN_DOCUMENT_BYTES = 64

@@ -16,9 +16,9 @@ from trimtab.carriers.head import Head, HeadData, HeadSettings
 from trimtab.carriers.memory import GATE_FEATURES
 from trimtab.config import CarrierName, FitConfig
 from trimtab.errors import InputError, RecordingError
-from trimtab.hostfit import fit_host_head, fit_with_progress, prepare
-from trimtab.memory_fit import fit_memory
-from trimtab.recorded import Columns, ExpertLogits, byte_ends, document_bytes, expert_logits
+from trimtab.fitting.host_head import fit_host_head, fit_with_progress, prepare
+from trimtab.fitting.memory import fit_memory
+from trimtab.fitting.recorded import Columns, ExpertLogits, byte_ends, document_bytes, expert_logits
 from trimtab.store.adapter import (
     EXPERT_FOLDER,
     HeadFile,

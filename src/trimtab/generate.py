@@ -15,10 +15,10 @@ from trimtab.backends.open import open_model
 from trimtab.config import CarrierName, GenerateConfig, MountConfig
 from trimtab.errors import AdapterError, InputError
 from trimtab.mount import mount
-from trimtab.processor import DEFAULT_CARRIERS, check_carriers, open_live
-from trimtab.processor import steered as steered
+from trimtab.steering.processor import DEFAULT_CARRIERS, check_carriers, open_live
+from trimtab.steering.processor import steered as steered
 from trimtab.store.manifest import read_manifest
-from trimtab.text_stream import TextStream
+from trimtab.text.stream import TextStream
 from trimtab.types import Advance, Progress, silent
 
 OnText = Callable[[int, str], None]

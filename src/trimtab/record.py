@@ -10,11 +10,8 @@ import torch
 from trimtab.backends.chat import Rendered, chat_renderer
 from trimtab.backends.pair import Pair, open_pair
 from trimtab.config import RecordConfig
-from trimtab.corpus import load_documents, read_documents, sha256_of_documents
 from trimtab.encoding import bits_needed
 from trimtab.errors import InputError
-from trimtab.passages import DocumentTokens, Passage, cut_shards, tokenised
-from trimtab.probe import probe_documents
 from trimtab.soft_targets import (
     Heads,
     encode_states,
@@ -52,6 +49,9 @@ from trimtab.store.recording_schema import (
     read_recording_manifest,
     shard_name,
 )
+from trimtab.text.corpus import load_documents, read_documents, sha256_of_documents
+from trimtab.text.passages import DocumentTokens, Passage, cut_shards, tokenised
+from trimtab.text.probe import probe_documents
 from trimtab.types import Document, Progress, silent
 
 

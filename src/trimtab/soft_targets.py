@@ -19,13 +19,13 @@ from trimtab.encoding import (
     pack_topk,
 )
 from trimtab.errors import NumericalError
-from trimtab.passages import DocumentTokens, Passage
 from trimtab.store.recording_schema import (
     Encoding,
     ExactEncoding,
     SampledEncoding,
     SparseEncoding,
 )
+from trimtab.text.passages import DocumentTokens, Passage
 from trimtab.types import Advance
 from trimtab.unembedding import Unembedding
 

@@ -17,8 +17,6 @@ from trimtab.backends.open import open_model, resolve_dtype
 from trimtab.config import TuneConfig
 from trimtab.errors import InputError, ModelError
 from trimtab.metrics import DocumentScore, bits_per_byte
-from trimtab.packing import Windows
-from trimtab.schedule import Schedule
 from trimtab.store.adapter_schema import BaseModelReference
 from trimtab.store.expert import (
     CHECKPOINT_NAME,
@@ -38,8 +36,15 @@ from trimtab.store.expert import (
     write_run,
 )
 from trimtab.store.files import LOCK_NAME, lock, package_versions, replace_directory
-from trimtab.training import Checkpoints, Learner, TrainingState, train
-from trimtab.training_text import fingerprints, gather_documents, held_out_windows, training_windows
+from trimtab.text.packing import Windows
+from trimtab.tuning.schedule import Schedule
+from trimtab.tuning.training import Checkpoints, Learner, TrainingState, train
+from trimtab.tuning.training_text import (
+    fingerprints,
+    gather_documents,
+    held_out_windows,
+    training_windows,
+)
 from trimtab.types import Progress, silent
 
 

@@ -21,8 +21,8 @@ from trimtab.backends.pair import open_pair_from
 from trimtab.carriers.head import MountedHead
 from trimtab.config import CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
-from trimtab.mount import Mounted
-from trimtab.steering import (
+from trimtab.steering.mounted import Mounted
+from trimtab.steering.predictors import (
     ReadPrompt,
     Rows,
     Steering,

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trimtab.documents import RenderChat as RenderChat
-from trimtab.documents import json_lines, shown_name
-from trimtab.documents import read_documents as read_documents
-from trimtab.duplicates import Deduplicated as Deduplicated
-from trimtab.duplicates import Dropped as Dropped
-from trimtab.duplicates import drop_near_duplicates as drop_near_duplicates
 from trimtab.errors import InputError
 from trimtab.store.files import write_atomic
+from trimtab.text.documents import RenderChat as RenderChat
+from trimtab.text.documents import json_lines, shown_name
+from trimtab.text.documents import read_documents as read_documents
+from trimtab.text.duplicates import Deduplicated as Deduplicated
+from trimtab.text.duplicates import Dropped as Dropped
+from trimtab.text.duplicates import drop_near_duplicates as drop_near_duplicates
 from trimtab.types import Document
 
 _SAVED_KEYS = {"name", "text", "loss_spans"}

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from trimtab.errors import InputError, NumericalError
 from trimtab.losses import masked_cross_entropy_nats
-from trimtab.packing import Windows
-from trimtab.schedule import Schedule, one_cycle, step_seed
 from trimtab.store.files import writing_atomically
+from trimtab.text.packing import Windows
+from trimtab.tuning.schedule import Schedule, one_cycle, step_seed
 from trimtab.types import Advance
 
 # Logits that are held in float32 at once (256 MiB); a batch beyond that is run in parts.

@@ -13,7 +13,7 @@ from trimtab.backends.live import Live, LiveReading
 from trimtab.blend import BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import Answer, MountedMemory, last_bytes
-from trimtab.scoring import (
+from trimtab.steering.scoring import (
     CANDIDATE_NATS,
     FAMILIES,
     LIVE_BLENDS,

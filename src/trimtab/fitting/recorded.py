@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trimtab.align import token_lengths
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
 from trimtab.store.recording import Recording
 from trimtab.unembedding import Unembedding
@@ -42,11 +43,6 @@ def byte_ends(vocabulary: Vocabulary, columns: Columns) -> Tensor:
     _, sizes = torch.unique_consecutive(columns["document_index"].long(), return_counts=True)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[sizes.cumsum(0)[:-1] - 1]])
     return ends - starts.repeat_interleave(sizes) - int(vocabulary.prefix_space)
-
-
-def token_lengths(vocabulary: Vocabulary) -> Tensor:
-    """Bytes of each token, 0 for special ones, shape [vocab]."""
-    return torch.tensor([len(text or b"") for text in vocabulary.token_bytes])
 
 
 def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding) -> ExpertLogits:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.align import Alignment, Strings
+from trimtab.align import Alignment, Strings, token_lengths
 from trimtab.backends.hf import HFModel
 from trimtab.carriers.head import Head, HeadData, HeadSettings, fit_head
 from trimtab.config import FitConfig
 from trimtab.errors import InputError
-from trimtab.host_states import HostStates, host_states, same_bytes
-from trimtab.recorded import Columns, ExpertLogits, byte_ends, document_bytes, token_lengths
+from trimtab.fitting.recorded import Columns, ExpertLogits, byte_ends, document_bytes
+from trimtab.steering.host_states import HostStates, host_states, same_bytes
 from trimtab.types import Progress
 from trimtab.vocab import Vocabulary
 

@@ -10,12 +10,12 @@ import torch
 from trimtab.backends.chat import Rendered, chat_renderer
 from trimtab.backends.hf import HFModel
 from trimtab.config import TuneConfig
-from trimtab.corpus import load_documents, save_documents, sha256_of_documents, split_held_out
-from trimtab.documents import read_documents
-from trimtab.duplicates import drop_near_duplicates
 from trimtab.errors import InputError
-from trimtab.packing import TokenisedDocument, Windows, counted_by_spans, pack
 from trimtab.store.expert import HELD_OUT_NAME, TRAIN_NAME, Documents
+from trimtab.text.corpus import load_documents, save_documents, sha256_of_documents, split_held_out
+from trimtab.text.documents import read_documents
+from trimtab.text.duplicates import drop_near_duplicates
+from trimtab.text.packing import TokenisedDocument, Windows, counted_by_spans, pack
 from trimtab.types import Document
 
 _TYPICAL_TOKEN_CHARACTERS = 4

@@ -11,7 +11,7 @@ from trimtab.backends.live import Live, LiveReading
 from trimtab.blend import PROXY, BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import Answer, MountedMemory, last_bytes
-from trimtab.corpus import scored_windows
+from trimtab.text.corpus import scored_windows
 
 CANDIDATE_NATS = 10.0
 """Tokens this far below the likeliest are one tail, which keeps the host's proportions."""

@@ -21,8 +21,8 @@ from trimtab.backends.hf import HFModel
 from trimtab.carriers.memory import Memory
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
-from trimtab.host_states import HostStates, same_bytes
-from trimtab.proposals import first_tokens, followed, propose
+from trimtab.steering.host_states import HostStates, same_bytes
+from trimtab.steering.proposals import first_tokens, followed, propose
 from trimtab.store.adapter import HeadFile, MemoryFile, Probe
 from trimtab.store.seats import Seats
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.align import token_lengths
 from trimtab.backends.hf import HFModel
-from trimtab.passages import passages
-from trimtab.recorded import token_lengths
+from trimtab.text.passages import passages
 from trimtab.types import Progress
 
 WINDOW_TOKENS = 512

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab.corpus import scored_windows
+from trimtab.text.corpus import scored_windows
 from trimtab.types import Document
 
 

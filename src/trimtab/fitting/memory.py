@@ -20,8 +20,8 @@ from trimtab.carriers.memory import (
 )
 from trimtab.config import FitConfig
 from trimtab.errors import InputError, RecordingError
-from trimtab.proposals import propose
-from trimtab.recorded import Columns, byte_ends, document_bytes
+from trimtab.fitting.recorded import Columns, byte_ends, document_bytes
+from trimtab.steering.proposals import propose
 from trimtab.types import Progress
 from trimtab.unembedding import Unembedding
 

@@ -1,0 +1,1 @@
+"""Text that models read: files, documents, windows, near-duplicates."""
