@@ -118,6 +118,12 @@ def test_wrong_carriers_and_rules_over_several_fields(capsys: pytest.CaptureFixt
     )
     assert run("record", "e", "--out", "o", "--window-tokens", "16") == 2
     assert "stride_tokens must be at most window_tokens" in capsys.readouterr().err
+    tuning = ("tune", "a.txt", "--model", "tiny:llama", "--out", "o", "--eaft-alpha")
+    assert run(*tuning, "2") == 2
+    assert "eaft_alpha has an effect with loss eaft only" in capsys.readouterr().err
+    for alpha, rule in (("-0.5", "greater than or equal to 0"), ("inf", "a finite number")):
+        assert run(*tuning, alpha, "--loss", "eaft") == 2
+        assert f"--eaft-alpha: Input should be {rule}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

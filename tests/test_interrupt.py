@@ -49,12 +49,13 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
         (text / f"{n}.zig").write_text("".join(lines))
     expert, recording, adapter = (folder / name for name in ("expert", "recording", "adapter"))
     general = str(text / "1.zig")
-    tune(
-        TuneConfig(
-            model=SMALL, data=(str(text),), out=expert, window_tokens=32, batch_windows=1,
-            dtype="float32",
-        )
+    tuning = TuneConfig(
+        model=SMALL, data=(str(text),), out=expert, window_tokens=32, batch_windows=1,
+        dtype="float32",
     )  # fmt: skip
+    eaft = tuning.model_copy(update={"out": folder / "eaft", "loss": "eaft"})
+    tune(tuning)
+    tune(eaft)
     record(
         RecordConfig(
             expert=expert, out=recording, general=(general,), dtype="float32", window_tokens=32,
@@ -62,13 +63,17 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
         )
     )  # fmt: skip
     fit(FitConfig(recording=recording, out=adapter, rank=4, key_size=16))
+    tune_words = (
+        "tune", str(text), "--model", SMALL, "--window-tokens", "32", "--batch-windows", "1",
+        "--dtype", "float32", "--checkpoint-every-sec", "0",
+    )  # fmt: skip
     return {
-        "tune": Stage(
-            ("tune", str(text), "--model", SMALL, "--window-tokens", "32", "--batch-windows", "1",
-             "--dtype", "float32", "--checkpoint-every-sec", "0"),
+        "tune": Stage(tune_words, "expert.json", saved, contents(expert, "expert.json")),
+        "tune eaft": Stage(
+            (*tune_words, "--loss", "eaft"),
             "expert.json",
-            lambda out: (out / "checkpoint" / "state.safetensors").exists(),
-            contents(expert, "expert.json"),
+            saved,
+            contents(eaft.out, "expert.json"),
         ),
         "record": Stage(
             ("record", str(expert), "--general", general, "--dtype", "float32",
@@ -84,6 +89,11 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
             contents(adapter, "manifest.json"),
         ),
     }  # fmt: skip
+
+
+def saved(out: Path) -> bool:
+    """Whether tune has written a checkpoint."""
+    return (out / "checkpoint" / "state.safetensors").exists()
 
 
 def contents(folder: Path, marker: str) -> dict[str, bytes]:
@@ -123,28 +133,33 @@ def interrupted(stage: Stage, out: Path, stop: signal.Signals) -> tuple[int | No
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("verb", ["tune", "record", "fit"])
+@pytest.mark.parametrize("name", ["tune", "tune eaft", "record", "fit"])
 def test_the_same_command_again_finishes(
-    verb: str, stop: signal.Signals, stages: dict[str, Stage], tmp_path: Path
+    name: str, stop: signal.Signals, stages: dict[str, Stage], tmp_path: Path
 ) -> None:
-    stage, out = stages[verb], tmp_path / "out"
+    stage, out = stages[name], tmp_path / "out"
     status, shown = interrupted(stage, out, stop)
     assert status == (130 if stop == signal.SIGINT else -stop)
     assert "Traceback" not in shown
     if stop == signal.SIGINT:
         assert shown.endswith(STOPPED)
     assert not (out / stage.marker).exists()
-    if verb == "fit":
+    if name == "fit":
         # No half adapter: the folder is empty but for the lock of a killed run.
         assert {path.name for path in out.glob("*")} <= {".lock"}
     # How often tune saves changes no result, and takes time.
-    rest = ["--checkpoint-every-sec", "60"] if verb == "tune" else []
+    rest = ["--checkpoint-every-sec", "60"] if stage.words[0] == "tune" else []
     with pytest.raises(SystemExit) as end:
         main([*stage.words, "--out", str(out), *rest])
     assert not end.value.code
     assert json.loads((out / stage.marker).read_text())
     assert contents(out, stage.marker) == stage.whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_loss_is_one_of_the_settings_that_change_the_expert(stages: dict[str, Stage]) -> None:
+    weights = [stages[n].whole["lora/adapter_model.safetensors"] for n in ("tune", "tune eaft")]
+    assert weights[0] != weights[1]
 
 
 def test_ctrl_c_before_the_work_begins(stages: dict[str, Stage], tmp_path: Path) -> None:

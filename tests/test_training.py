@@ -8,7 +8,7 @@ import torch
 
 from trimtab.backends.open import open_model
 from trimtab.errors import InputError
-from trimtab.losses import masked_cross_entropy_nats
+from trimtab.losses import Loss, entropy_adaptive_nats, masked_cross_entropy_nats
 from trimtab.text.packing import TokenisedDocument, Windows, pack
 from trimtab.tuning.schedule import Schedule, one_cycle
 from trimtab.tuning.training import Learner, TrainingState
@@ -84,20 +84,22 @@ def test_cross_entropy_against_a_loop() -> None:
     assert masked_cross_entropy_nats(logits, targets, counted & False).item() == 0
 
 
-def learner_and_windows(text: str = "const x = 1;\n" * 20) -> tuple[Learner, Windows]:
+def learner_and_windows(loss: Loss = masked_cross_entropy_nats) -> tuple[Learner, Windows]:
     model = open_model("tiny:llama?hidden=16&layers=1&heads=2", dtype="float32")
-    ids = model.encode(text)
+    ids = model.encode("const x = 1;\n" * 20)
     packed = pack([TokenisedDocument(ids, [True] * len(ids), [1] * len(ids))], window_tokens=32)
-    return Learner(model.model, vocab=len(model.vocabulary), arithmetic=torch.float32), packed
+    vocab = len(model.vocabulary)
+    return Learner(model.model, vocab=vocab, arithmetic=torch.float32, loss=loss), packed
 
 
-def test_a_batch_in_parts_takes_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loss", [masked_cross_entropy_nats, entropy_adaptive_nats])
+def test_a_batch_in_parts_takes_the_same_step(monkeypatch: pytest.MonkeyPatch, loss: Loss) -> None:
     results = []
     for elements in (2**26, 1):
         monkeypatch.setattr("trimtab.tuning.training._LOGIT_ELEMENTS", elements)
-        learner, windows = learner_and_windows()
-        loss = learner.step(windows.rows(slice(0, 3)), 1e-3, seed=0)
-        results.append((loss, learner.weights()))
+        learner, windows = learner_and_windows(loss)
+        nats = learner.step(windows.rows(slice(0, 3)), 1e-3, seed=0)
+        results.append((nats, learner.weights()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     for whole, parts in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)

@@ -25,11 +25,12 @@ from trimtab.backends.pair import Pair, open_pair
 from trimtab.config import TuneConfig
 from trimtab.errors import InputError, ModelError, NumericalError
 from trimtab.losses import masked_cross_entropy_nats
-from trimtab.store.expert import EXPERT_NAME, read_expert
+from trimtab.store.expert import EXPERT_NAME, RUN_NAME, read_expert
 from trimtab.tune import tune
 from trimtab.tuning.training_text import held_out_windows, training_windows
 from trimtab.types import Progress
 
+GOLDEN = Path(__file__).parent / "golden" / "expert_v1.json"
 LLAMA = "tiny:llama?hidden=32&layers=1"
 GPT2 = "tiny:gpt2?hidden=32&layers=1"
 LINE = "pub fn add{n}(a: u32, b: u32) u32 {{ return a + b * {n}; }}\n"
@@ -212,6 +213,29 @@ def test_training_that_does_not_help_keeps_the_base(corpus: Path, tmp_path: Path
     assert not any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
+def test_eaft_learns_and_its_validation_is_the_cross_entropy(
+    corpus: Path, lora: TuneConfig, tmp_path: Path
+) -> None:
+    config = configuration(corpus, tmp_path / "expert", loss="eaft")
+    tune(config)
+    manifest, plain = read_expert(config.out), read_expert(lora.out).held_out
+    assert (manifest.config.loss, manifest.config.eaft_alpha) == ("eaft", 1.0)
+    assert plain is not None and manifest.held_out is not None
+    nats = manifest.held_out.nats_per_token
+    assert nats[0] == plain.nats_per_token[0]
+    assert min(nats) < nats[0] - 0.2 and nats[1:] != plain.nats_per_token[1:]
+    with open_pair(config.out, dtype="float32").as_expert() as expert:
+        assert held_out_loss(expert, config) == pytest.approx(min(nats), rel=1e-5)
+
+
+def test_eaft_with_alpha_nought_ends_with_the_bytes_of_the_cross_entropy(
+    corpus: Path, lora: TuneConfig, tmp_path: Path
+) -> None:
+    config = configuration(corpus, tmp_path / "expert", loss="eaft", eaft_alpha=0)
+    tune(config)
+    assert contents(config.out) == contents(lora.out)
+
+
 def test_without_held_out_text_all_steps_are_taken(corpus: Path, tmp_path: Path) -> None:
     config = configuration(corpus, tmp_path / "expert", held_out=0, max_tokens=600, epochs=2)
     result = tune(config)
@@ -355,6 +379,23 @@ def test_another_run_in_the_same_folder_is_refused(
     (moved / "0.zig").write_text("other text\n")
     with pytest.raises(InputError, match="the text in data is not the text"):
         tune(config)
+
+
+def test_runs_from_before_the_loss_was_a_choice_go_on_as_cross_entropy(
+    corpus: Path, lora: TuneConfig, tmp_path: Path
+) -> None:
+    (tmp_path / EXPERT_NAME).write_bytes(GOLDEN.read_bytes())
+    assert read_expert(tmp_path, verify=False).config.loss == "cross-entropy"
+    config = lora.model_copy(update={"out": tmp_path / "expert", "checkpoint_every_sec": 0.0})
+    with pytest.raises(KeyboardInterrupt):
+        tune(config, progress=stopped_after(2))
+    run = json.loads((config.out / RUN_NAME).read_text())
+    del run["config"]["loss"], run["config"]["eaft_alpha"]
+    (config.out / RUN_NAME).write_text(json.dumps(run))
+    with pytest.raises(InputError, match="loss is 'eaft', was 'cross-entropy'"):
+        tune(config.model_copy(update={"loss": "eaft"}))
+    tune(config)
+    assert contents(config.out) == contents(lora.out)
 
 
 def test_a_run_that_never_trained_can_begin_with_other_settings(

@@ -30,6 +30,10 @@ class TuneConfig(Config):
     """LoRA leaves the base unchanged and its head untouched; full trains all weights."""
     rank: int = Field(default=16, ge=1, le=512)
     """LoRA rank."""
+    loss: Literal["cross-entropy", "eaft"] = "cross-entropy"
+    """eaft counts tokens less the surer the model is; validation is always cross-entropy."""
+    eaft_alpha: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """How much less eaft counts them: power of the entropy's share; 0 is cross-entropy."""
     learning_rate: float = Field(default=3e-4, gt=0, lt=1)
     """Peak of the one-cycle schedule."""
     epochs: int = Field(default=1, ge=1)
@@ -56,6 +60,12 @@ class TuneConfig(Config):
     """Arithmetic; auto takes bfloat16 where the processor has it in hardware."""
     seed: int = 0
     """Seed of everything random."""
+
+    @model_validator(mode="after")
+    def _alpha_is_used(self) -> "TuneConfig":
+        if self.loss != "eaft" and self.eaft_alpha != TuneConfig.model_fields["eaft_alpha"].default:
+            raise ValueError("eaft_alpha has an effect with loss eaft only")
+        return self
 
 
 class RecordConfig(Config):

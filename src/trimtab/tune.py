@@ -4,6 +4,7 @@ import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.backends.open import open_model, resolve_dtype
 from trimtab.config import TuneConfig
 from trimtab.errors import InputError, ModelError
+from trimtab.losses import Loss, entropy_adaptive_nats, masked_cross_entropy_nats
 from trimtab.metrics import DocumentScore, bits_per_byte
 from trimtab.store.adapter_schema import BaseModelReference
 from trimtab.store.expert import (
@@ -245,7 +247,8 @@ def _train(
     network: nn.Module = model.model
     vocab = len(model.unembedding.weight)
     device_map = None if model.device.type == "cpu" else model.device.type
-    learner = Learner(network, vocab=vocab, arithmetic=resolve_dtype(config.dtype, device_map))
+    arithmetic = resolve_dtype(config.dtype, device_map)
+    learner = Learner(network, vocab=vocab, arithmetic=arithmetic, loss=_loss(config))
     limit = len(windows)
     if config.max_tokens is not None:
         limit = min(limit, max(1, config.max_tokens // config.window_tokens))
@@ -269,6 +272,12 @@ def _train(
             checkpoints=checkpoints,
             advance=lambda done: advance(done * config.window_tokens),
         )
+
+
+def _loss(config: TuneConfig) -> Loss:
+    if config.loss == "eaft":
+        return partial(entropy_adaptive_nats, alpha=config.eaft_alpha)
+    return masked_cross_entropy_nats
 
 
 def _save_weights(config: TuneConfig, model: HFModel, wrapped: PeftModel | None) -> None:

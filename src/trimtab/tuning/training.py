@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.errors import InputError, NumericalError
-from trimtab.losses import masked_cross_entropy_nats
+from trimtab.losses import Loss, masked_cross_entropy_nats
 from trimtab.store.files import writing_atomically
 from trimtab.text.packing import Windows
 from trimtab.tuning.schedule import Schedule, one_cycle, step_seed
@@ -34,7 +34,8 @@ class TrainingState:
     Attributes:
         step: Steps done.
         train_tokens: Tokens that the loss counted, over all steps.
-        held_out_nats: Loss of each validation, nats per token; the first is before training.
+        held_out_nats: Cross entropy of each validation, nats per token; the first is before
+            training.
         best: Weights of the best validation, in the order of the learner's parameters.
     """
 
@@ -53,15 +54,25 @@ class TrainingState:
 class Learner:
     """A model in training: its trainable weights, their AdamW, and the arithmetic."""
 
-    def __init__(self, model: nn.Module, *, vocab: int, arithmetic: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        vocab: int,
+        arithmetic: torch.dtype,
+        loss: Loss = masked_cross_entropy_nats,
+    ) -> None:
         """Take the model's weights that require gradients; all are kept in float32.
 
         Args:
             model: A causal transformers model.
             vocab: Number of its logits.
             arithmetic: float32, or bfloat16 for mixed precision over the float32 weights.
+            loss: What steps minimise; validations are cross entropy whatever it is, so that they
+                can be compared.
         """
         self._model = model
+        self._loss = loss
         self._vocab = vocab
         self._arithmetic = arithmetic
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -91,7 +102,7 @@ class Learner:
         tokens = int(windows.counted.sum())
         loss = 0.0
         for part in self._parts(windows):
-            part_loss = self._nats(part) / tokens
+            part_loss = self._nats(part, self._loss) / tokens
             part_loss.backward()
             loss += part_loss.item()
         norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
@@ -105,10 +116,11 @@ class Learner:
 
     @torch.no_grad()
     def nats_per_token(self, windows: Windows, *, batch_windows: int) -> float:
-        """Score windows without training, nats per counted token."""
+        """Score windows without training: cross entropy, nats per counted token."""
         self._model.eval()
         parts = (windows.rows(slice(n, n + batch_windows)) for n in _steps(windows, batch_windows))
-        nats = [self._nats(p).item() for batch in parts for p in self._parts(batch)]
+        loss = masked_cross_entropy_nats
+        nats = [self._nats(p, loss).item() for batch in parts for p in self._parts(batch)]
         return math.fsum(nats) / int(windows.counted.sum())
 
     def weights(self) -> list[Tensor]:
@@ -176,15 +188,13 @@ class Learner:
         )
         return TrainingState(**numbers, best=[tensor.to(self.device) for tensor in best])
 
-    def _nats(self, windows: Windows) -> Tensor:
+    def _nats(self, windows: Windows, loss: Loss) -> Tensor:
         windows = windows.to(self.device)
         with self._mixed_precision():
             logits = self._model(
                 input_ids=windows.token_ids, position_ids=windows.position_ids, use_cache=False
             ).logits
-        return masked_cross_entropy_nats(
-            logits[:, :-1], windows.token_ids[:, 1:], windows.counted[:, 1:]
-        )
+        return loss(logits[:, :-1], windows.token_ids[:, 1:], windows.counted[:, 1:])
 
     def _mixed_precision(self) -> AbstractContextManager[object]:
         mixed = self._arithmetic is not torch.float32
