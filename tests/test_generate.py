@@ -1,5 +1,6 @@
 """Steered generation on a real tiny adapter, against a slow reference of every step."""
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from trimtab.align import covers_of
+from trimtab.backends.chat import chat_prompt
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
+from trimtab.backends.pair import Pair
 from trimtab.blend import BlendWeights
 from trimtab.carriers.memory import (
     CONTEXT_BYTES,
@@ -119,7 +122,10 @@ def run(adapter: Path | None, *prompts: str, **options: object) -> GenerateResul
 
 
 def inputs(host: HFModel, *prompts: str) -> dict[str, Tensor]:
-    ids = [host.context_ids() + host.encode(prompt) for prompt in prompts]
+    return padded(host, [host.context_ids() + host.encode(prompt) for prompt in prompts])
+
+
+def padded(host: HFModel, ids: list[list[int]]) -> dict[str, Tensor]:
     longest = max(map(len, ids))
     pad = host.tokenizer.pad_token_id
     return {
@@ -174,16 +180,25 @@ def reference_remembered(mounted: Mounted, strength: float, probs: Tensor, h: Te
     return mixed / mixed.sum()
 
 
-def reference_next(host: HFModel, mounted: Mounted, strength: float, ids: list[int], prompt: int):
-    """Distribution after `ids`, of which the first `prompt` tokens are evidence."""
+def reference_next(
+    host: HFModel,
+    mounted: Mounted,
+    strength: float,
+    ids: list[int],
+    prompt: int,
+    message: range | None = None,
+):
+    """Distribution after `ids`, of which the first `prompt` tokens are evidence; or a message."""
     hidden = host.hidden(torch.tensor([ids]))[0]
     logits = host.logits(torch.tensor([ids]))[0]
     names = host.vocabulary.token_bytes
-    text = [b"".join(names[i] or b"" for i in ids[: t + 1]) for t in range(len(ids))]
+    message = message or range(prompt)
+    shown = [(names[i] or b"") if t in message or t >= prompt else b"" for t, i in enumerate(ids)]
+    text = [b"".join(shown[: t + 1]) for t in range(len(ids))]
     prior = torch.tensor([0.25] * 4, dtype=torch.float64)
     weights = prior
     for t in range(prompt - 1):
-        if names[ids[t + 1]]:
+        if names[ids[t + 1]] and t + 1 in message:
             each = reference_predictors(mounted, strength, logits[t], hidden[t], text[t])
             weights = weights * each[:, ids[t + 1]]
             weights = 0.99 * weights / weights.sum() + 0.01 * prior
@@ -335,6 +350,201 @@ def test_seeds_and_chat(adapter: Path) -> None:
     before = torch.random.get_rng_state()
     run(None, "The m", temperature=1, max_new_tokens=1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+MESSAGES = ("The rudder turns the hull.", "The m", "What, äöü, is a user?")
+OTHER_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<pad>{% endfor %}"
+    "{% if add_generation_prompt %}<bos>answer: {% endif %}"
+)
+SCORES = {"max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
+
+
+def chat_inputs(host: HFModel, *messages: str) -> dict[str, Tensor]:
+    texts = [host.chat_text([{"role": "user", "content": message}]) for message in messages]
+    return padded(host, [host.encode(text, markup=True) for text in texts])
+
+
+@pytest.mark.parametrize("message", [*MESSAGES, "x", "xyz", " a ", "assistant", "user", "of<eos>x"])
+@pytest.mark.parametrize("template", [None, OTHER_TEMPLATE])
+def test_a_message_is_found_in_its_template(
+    host: HFModel, message: str, template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = open_model("tiny:gemma3", dtype="float32")
+    monkeypatch.setattr(small.tokenizer, "chat_template", template)
+    found = chat_prompt(host, message, small)
+    names = host.tokenizer.convert_ids_to_tokens(list(found.token_ids))
+    spelled = host.tokenizer.convert_tokens_to_string(
+        names[found.message.start :][: len(found.message)]
+    )
+    assert spelled == message
+    if template is None:
+        assert found.opening_ids is None
+        assert found.small_ids == (256, *message.encode())
+    else:
+        opening = (256, *b"[user] ")
+        shown = small.encode(message, markup=True)
+        assert found.opening_ids == opening
+        assert found.small_ids == (*opening, *shown, 258, 256, *b"answer: ")
+
+
+def test_a_chat_follows_the_slow_reference(
+    host: HFModel, mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The template's own words stand in the memory too, and must not be compared with it.
+    template = OTHER_TEMPLATE.replace("answer: ", "The keel turns")
+    monkeypatch.setattr(host.tokenizer, "chat_template", template)
+    batch = chat_inputs(host, *MESSAGES)
+    with steered(host, mounted, strength=0.8, messages=MESSAGES) as model:
+        result = model.generate(**batch, **SCORES)
+    prompt = batch["input_ids"].shape[1]
+    for row, message in enumerate(MESSAGES):
+        places = chat_prompt(host, message).message
+        padding = int((batch["attention_mask"][row] == 0).sum())
+        for step, scores in enumerate(result.scores):
+            read = result.sequences[row, padding : prompt + step].tolist()
+            expected, _ = reference_next(host, mounted, 0.8, read, prompt - padding, places)
+            torch.testing.assert_close(scores[row].exp().double(), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def byte_host() -> HFModel:
+    return open_model("tiny:qwen3?hidden=32", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def byte_mounted(adapter: Path, byte_host: HFModel) -> Mounted:
+    return mount(
+        MountConfig.model_validate({"adapter": adapter, "host": byte_host.ref}), host=byte_host
+    )
+
+
+def decided_live(host: HFModel) -> Live:
+    """Expert and reference that are sure of what they say, each of something else."""
+    pair = [open_model(f"tiny:llama?hidden=32&seed={seed}", dtype="float32") for seed in (7, 8)]
+    for model in pair:
+        with torch.no_grad():
+            model.unembedding.weight.mul_(10)
+    return Live(Pair(*pair), host.vocabulary)
+
+
+def reference_blends(host: HFModel, pair: Pair, ids: list[int], small_ids: list[int]) -> Tensor:
+    """The host and every blend after `ids`, where the pair has read `small_ids`."""
+    is_text = torch.tensor([text is not None for text in host.vocabulary.token_bytes])
+    plain = host.logits(torch.tensor([ids]))[0, -1].double().softmax(-1)
+    given = plain * is_text / plain[is_text].sum()
+    expert = reference = given
+    if small_ids:
+        read = torch.tensor([small_ids])
+        expert, reference = (
+            logits[0, -1].double().masked_fill(~is_text, -torch.inf).softmax(-1)
+            for logits in (pair.expert_logits(read), pair.reference_logits(read))
+        )
+    found = [plain]
+    for name in FAMILIES["live"][1:]:
+        by = LIVE_BLENDS[name]
+        powers = given**by.host * expert**by.expert
+        powers = torch.where(is_text, powers / reference**by.reference, 0.0)
+        found.append(torch.where(is_text, powers / powers.sum() * plain[is_text].sum(), plain))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("template", ["host's", OTHER_TEMPLATE, None])
+def test_in_a_chat_the_expert_reads_its_own_template(
+    byte_host: HFModel,
+    byte_mounted: Mounted,
+    template: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live = decided_live(byte_host)
+    small, message = live.pair.reference, MESSAGES[0]
+    if template != "host's":
+        monkeypatch.setattr(small.tokenizer, "chat_template", template)
+    text = small.chat_text([{"role": "user", "content": message}]) if template else message
+    before = text.split(message)[0]
+    opening, small_ids = (small.encode(part, markup=True) for part in (before, text))
+    batch = chat_inputs(byte_host, message)
+    with steered(
+        byte_host, byte_mounted, carriers=("expert",), live=live, messages=[message]
+    ) as model:
+        result = model.generate(**batch, **SCORES)
+    ids, pair, prompt = result.sequences[0].tolist(), live.pair, batch["input_ids"].shape[1]
+    start = ids.index(ord(">")) + 1
+    assert bytes(ids[start : start + len(message)]) == message.encode()
+    prior = torch.tensor([0.25] + [0.75 / 4] * 4, dtype=torch.float64)
+    weights = prior
+    for t in range(len(message)):
+        read = [*opening, *ids[start : start + t]]
+        each = reference_blends(byte_host, pair, ids[: start + t], read)
+        weights = weights * each[:, ids[start + t]]
+        weights = 0.99 * weights / weights.sum() + 0.01 * prior
+    for step, scores in enumerate(result.scores):
+        read = ids[: prompt + step]
+        answer = readable(bytes(read[prompt:]))
+        each = reference_blends(byte_host, pair, read, [*small_ids, *answer])
+        torch.testing.assert_close(scores[0].exp().double(), weights @ each, atol=1e-6, rtol=1e-3)
+
+
+def test_the_template_of_the_small_model_matters(
+    byte_host: HFModel, byte_mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = decided_live(byte_host)
+    tokenizer, batch = live.pair.reference.tokenizer, chat_inputs(byte_host, MESSAGES[0])
+    found = []
+    for template in (tokenizer.chat_template, OTHER_TEMPLATE, None, "as text"):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        messages = () if template == "as text" else MESSAGES[:1]
+        with steered(
+            byte_host, byte_mounted, carriers=("expert",), live=live, messages=messages
+        ) as model:
+            found.append(model.generate(**batch, **SCORES).scores[0].exp())
+    for one, other in itertools.combinations(found, 2):
+        assert (one - other).abs().max() > 3e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}])
+def test_a_batch_of_chats_gives_what_each_gives_alone(
+    byte_host: HFModel, byte_mounted: Mounted, options: dict[str, object]
+) -> None:
+    carriers, options = ("head", "memory", "expert"), {**SCORES, **options}
+    runs = []
+    for messages in (MESSAGES, *((message,) for message in MESSAGES)):
+        live = decided_live(byte_host)
+        live.pair.reference.tokenizer.chat_template = OTHER_TEMPLATE
+        with steered(
+            byte_host, byte_mounted, carriers=carriers, live=live, messages=messages
+        ) as model:
+            runs.append(model.generate(**chat_inputs(byte_host, *messages), **options))
+    together, *each = runs
+    for row, alone in enumerate(each):
+        answer = alone.sequences[0, len(chat_inputs(byte_host, MESSAGES[row])["input_ids"][0]) :]
+        begin = len(chat_inputs(byte_host, *MESSAGES)["input_ids"][0])
+        assert torch.equal(together.sequences[row, begin : begin + len(answer)], answer)
+        for ours, theirs in zip(together.scores, alone.scores, strict=False):
+            own = ours[row * len(theirs) : (row + 1) * len(theirs)]
+            torch.testing.assert_close(own, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("messages", [("The m",), ("The m", "The rudder"), ("The m",) * 3])
+def test_prompts_that_are_not_the_messages_are_refused(
+    host: HFModel, mounted: Mounted, messages: tuple[str, ...]
+) -> None:
+    batch = chat_inputs(host, "The m", "The mast")
+    with (
+        steered(host, mounted, messages=messages) as model,
+        pytest.raises(ModelError, match=f"other prompts than the {len(messages)} messages"),
+    ):
+        model.generate(**batch, max_new_tokens=1)
+
+
+def test_generate_chats_with_an_expert(adapter: Path) -> None:
+    options = {"carriers": ("head", "memory", "expert"), "chat": True}
+    together = run(adapter, *MESSAGES, **options)
+    assert together.texts == tuple(run(adapter, m, **options).texts[0] for m in MESSAGES)
+    assert together.texts != run(adapter, *MESSAGES, carriers=("head", "memory", "expert")).texts
+    for strength in (0, 2):
+        answer = run(adapter, "The m", host="tiny:t5?hidden=32", strength=strength, **options)
+        assert answer.tokens[0]
 
 
 def test_streamed_pieces_are_the_text(adapter: Path) -> None:

@@ -215,6 +215,55 @@ def test_rows_keep_their_own_caches(pair: Pair, byte_host: HFModel) -> None:
         torch.testing.assert_close(found[0], oracle[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_given_tokens_are_read_first_and_never_given_back(family: str) -> None:
+    model = open_model(f"tiny:{family}?vocab=bpe", dtype="float32")
+    start = model.encode("<user>The<eos><assistant>", markup=True)
+    assert model.vocabulary.eos_id in start
+    reading = Live(Pair(model, model), model.vocabulary).read(CONTEXTS, start=start)
+    for context, ways, ends in zip(CONTEXTS, reading.covers, reading.ends, strict=True):
+        assert ways == covers_of(context, model.encode, model.vocabulary)
+        for cover, end in zip(ways, ends, strict=True):
+            alone = model.hidden(torch.tensor([[*start, *cover.tokens]]))[0, -1]
+            torch.testing.assert_close(reading.reference[end], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_after_given_tokens_the_same_vocabulary_has_the_pairs_own_distribution() -> None:
+    # Byte tokens read a text in one way only.
+    one, two = (open_model(f"tiny:llama?seed={seed}", dtype="float32") for seed in (1, 2))
+    small = Pair(one, two)
+    start = one.encode("<user>The<eos><assistant>", markup=True)
+    contexts = [b"", b"T", b"The ship"]
+    is_text = torch.tensor([text is not None for text in one.vocabulary.token_bytes])
+    probs = host_probs(len(contexts), len(is_text)) * is_text
+    probs = probs / probs.sum(-1, keepdim=True)
+    live = Live(small, one.vocabulary)
+    for row in (None, 0):
+        for context, host in zip(contexts, probs.split(1), strict=True):
+            reading = live.read([context], start=start, row=row)
+            found = live.score(reading, range(1), host, torch.arange(len(is_text)))
+            ids = torch.tensor([[*start, *context]])
+            for side, logits in zip(
+                found, (small.expert_logits(ids), small.reference_logits(ids)), strict=True
+            ):
+                own_probs = logits[0, -1].masked_fill(~is_text, -torch.inf).softmax(-1)
+                torch.testing.assert_close(side[0], own_probs, atol=1e-6, rtol=1e-4)
+
+
+def test_a_kept_cache_after_given_tokens_changes_nothing(pair: Pair, byte_host: HFModel) -> None:
+    cached, plain = Live(pair, byte_host.vocabulary), Live(pair, byte_host.vocabulary)
+    probs, every = host_probs(1, len(byte_host.vocabulary)), torch.arange(len(byte_host.vocabulary))
+    starts = [pair.reference.encode(text, markup=True) for text in ("<user>a<eos>", "<bos>b")]
+    for start in starts:
+        for context in (b"", b"The s", b"The sm", b"The small ", b"", b"A rudder"):
+            found, oracle = (
+                live.score(live.read([context], start=start, row=row), range(1), probs, every)
+                for live, row in ((cached, 0), (plain, None))
+            )
+            torch.testing.assert_close(found.expert, oracle.expert, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found.reference, oracle.reference, atol=1e-4, rtol=1e-4)
+
+
 def test_nothing_read_leaves_the_host_as_it_is(pair: Pair, same_host: HFModel) -> None:
     # Without a beginning-of-text token the small model cannot speak before the first token.
     live = Live(pair, same_host.vocabulary)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from trimtab.backends.gguf import converted_folder
 from trimtab.backends.open import load_tokenizer
 from trimtab.backends.tiny import parse_tiny, tiny_tokenizer
-from trimtab.backends.tokenizers import encode_plain, read_vocabulary
+from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary
 from trimtab.errors import ModelError
 from trimtab.types import silent
 
@@ -107,6 +107,8 @@ def test_sentencepiece_tokens_spell_any_text_after_one_space(make, text):
     vocabulary = read_vocabulary(tokenizer, len(tokenizer))
     assert vocabulary.prefix_space
     assert _spelled(tokenizer, vocabulary, text) == b" " + text.encode()
+    following = encode_following(tokenizer, text, vocabulary)
+    assert b"".join(vocabulary.token_bytes[i] for i in following) == text.encode()
 
 
 def test_a_sentencepiece_vocabulary_in_full():

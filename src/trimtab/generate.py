@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
+from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.backends.open import open_model
 from trimtab.config import CarrierName, GenerateConfig, MountConfig
@@ -72,7 +73,8 @@ def generate(
     host = open_model(
         config.host, dtype=config.dtype, device_map=config.device_map, progress=progress
     )
-    prompts = [_encode(host, prompt, chat=config.chat) for prompt in config.prompt]
+    encode = chat_ids if config.chat else prompt_ids
+    prompts = [encode(host, prompt) for prompt in config.prompt]
     limit = _new_tokens(host, prompts, config.max_new_tokens)
     start_sec = time.monotonic()
     with (
@@ -135,22 +137,15 @@ def _ready(
     live = None
     if "expert" in carriers:
         live = open_live(mounted, host, dtype=config.dtype, progress=progress)
-    with steered(host, mounted, carriers=carriers, strength=config.strength, live=live) as model:
+    with steered(
+        host,
+        mounted,
+        carriers=carriers,
+        strength=config.strength,
+        live=live,
+        messages=config.prompt if config.chat else (),
+    ) as model:
         yield model
-
-
-def _encode(host: HFModel, prompt: str, *, chat: bool) -> list[int]:
-    if chat:
-        text = host.chat_text([{"role": "user", "content": prompt}])
-        ids = host.encode(text, markup=True)
-    else:
-        ids = host.encode(prompt)
-    if host.is_encoder_decoder:
-        end = host.vocabulary.eos_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
-    context = host.context_ids()
-    # A chat template spells out what stands before a text; not all of them do.
-    return ids if ids[: len(context)] == context else context + ids
 
 
 def _new_tokens(host: HFModel, prompts: Sequence[Sequence[int]], asked: int) -> int:

@@ -1,6 +1,8 @@
-"""Chat records as training text: rendered by a model's template, replies marked."""
+"""Chats under a model's own template: as training text, and as the prompt of an answer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 
 from trimtab.backends.hf import HFModel
 from trimtab.errors import InputError
@@ -46,3 +48,86 @@ def _reply_spans(
             cursor = len(so_far) if whole else cursor
             spans.append((start, cursor))
     return tuple(spans)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A user's message as a host and the small models beside it read it, each in its own template.
+
+    Attributes:
+        token_ids: What the host reads before its answer.
+        message: Places of the message itself among them; none in an encoder-decoder, whose answer
+            is a text of its own.
+        opening_ids: What the small models read before the message; None without a template: what
+            they expect before any text.
+        small_ids: What the small models read before the answer.
+    """
+
+    token_ids: tuple[int, ...]
+    message: range
+    opening_ids: tuple[int, ...] | None = None
+    small_ids: tuple[int, ...] = ()
+
+
+def chat_prompt(host: HFModel, message: str, small: HFModel | None = None) -> ChatPrompt:
+    """Render a message for a host and, where there is one, for the small model beside it.
+
+    Args:
+        host: Must have a chat template.
+        message: What the user says.
+        small: Reads the plain message where it has no chat template.
+
+    Raises:
+        ModelError: The host has no chat template, or a template refuses the message.
+    """
+    ids, places = _located(message, lambda text: chat_ids(host, text))
+    if host.is_encoder_decoder:
+        places = range(0)
+    if small is None:
+        return ChatPrompt(tuple(ids), places)
+    if not small.tokenizer.chat_template:
+        return ChatPrompt(tuple(ids), places, None, tuple(prompt_ids(small, message)))
+    small_ids, shown = _located(message, lambda text: chat_ids(small, text))
+    return ChatPrompt(tuple(ids), places, tuple(small_ids[: shown.start]), tuple(small_ids))
+
+
+def chat_ids(model: HFModel, message: str) -> list[int]:
+    """Encode a user's message in the model's chat template, up to where the answer begins.
+
+    Raises:
+        ModelError: The model has no chat template, or its template refuses the message.
+    """
+    text = model.chat_text([{"role": "user", "content": message}])
+    return prompt_ids(model, text, markup=True)
+
+
+def prompt_ids(model: HFModel, text: str, *, markup: bool = False) -> list[int]:
+    """Encode a text with the special tokens that the model expects around a prompt.
+
+    Args:
+        model: Reads it.
+        text: At least one character.
+        markup: As in `HFModel.encode`.
+    """
+    ids = model.encode(text, markup=markup)
+    if model.is_encoder_decoder:
+        end = model.vocabulary.eos_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    context = model.context_ids()
+    # A chat template spells out what stands before a text; not all of them do.
+    return ids if ids[: len(context)] == context else context + ids
+
+
+def _located(message: str, read: Callable[[str], list[int]]) -> tuple[list[int], range]:
+    """A prompt's tokens, and which of them change when the message is another."""
+    edges = message.strip()[:1] + message.strip()[-1:]
+    other = next(letter for letter in "xyz" if letter not in edges)
+    ids, others = read(message), read(other)
+    start = _shared(ids, others)
+    after = _shared(ids[start:][::-1], others[start:][::-1])
+    return ids, range(start, len(ids) - after)
+
+
+def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+    return len(list(same))

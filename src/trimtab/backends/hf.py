@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trimtab.backends.heads import check_unembedding, read_unembedding
-from trimtab.backends.tokenizers import encode_plain, read_vocabulary
+from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary
 from trimtab.errors import ModelError
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
@@ -91,6 +91,14 @@ class HFModel:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return list(ids)
         return encode_plain(self.tokenizer, text, prefix_space=self.vocabulary.prefix_space)
+
+    def encode_following(self, text: str) -> list[int]:
+        """Encode a text that follows other tokens: the tokenizer's own space is not put before it.
+
+        Args:
+            text: Any text, of which the names of special tokens are a part like others.
+        """
+        return encode_following(self.tokenizer, text, self.vocabulary)
 
     def context_ids(self) -> list[int]:
         """Ids that the model expects before a text: its first token, if it wants one."""

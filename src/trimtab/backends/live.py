@@ -89,15 +89,29 @@ class Live:
         self.alignment = Alignment(self._strings, Strings(host))
         self._rows: dict[int, _Cached] = {}
 
-    def read(self, contexts: Sequence[bytes], *, row: int | None = None) -> "LiveReading":
+    @property
+    def pair(self) -> Pair:
+        """Expert and reference."""
+        return self._pair
+
+    def read(
+        self,
+        contexts: Sequence[bytes],
+        *,
+        start: Sequence[int] | None = None,
+        row: int | None = None,
+    ) -> "LiveReading":
         """Run both models over contexts, as one tree: contexts that begin alike share tokens.
 
         Args:
             contexts: Bytes before each question.
+            start: Tokens of the small models that all contexts go on from; no cover gives them
+                back (default: what the small models expect before any text).
             row: Keep the key-value caches of this row of a generation; then there is one context.
         """
-        start = self._pair.reference.context_ids()
-        encode, vocabulary = self._pair.reference.encode, self._pair.vocabulary
+        reference, vocabulary = self._pair.reference, self._pair.vocabulary
+        encode = reference.encode if start is None else reference.encode_following
+        start = reference.context_ids() if start is None else start
         covers = [
             [c for c in covers_of(context, encode, vocabulary) if c.tokens or start]
             for context in contexts

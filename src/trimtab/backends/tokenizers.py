@@ -73,6 +73,30 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, prefix_space:
     return _plain(tokenizer, text)
 
 
+def encode_following(
+    tokenizer: PreTrainedTokenizerBase, text: str, vocabulary: Vocabulary
+) -> list[int]:
+    """Encode a text that stands after other tokens, as `encode_plain` does but without a space.
+
+    Args:
+        tokenizer: A model's tokenizer.
+        text: Any text.
+        vocabulary: The bytes of its tokens.
+
+    Returns:
+        Token ids; with the space all the same where the tokenizer cannot write a line's end, or
+        joins it with the text.
+    """
+    if vocabulary.prefix_space:
+        # The space goes before the line's end, and both are cut off.
+        ids, spelled = encode_plain(tokenizer, "\n" + text, prefix_space=True), b""
+        for place, token_id in enumerate(ids, start=1):
+            spelled += vocabulary.token_bytes[token_id] or b""
+            if spelled == b" \n":
+                return ids[place:]
+    return encode_plain(tokenizer, text, prefix_space=vocabulary.prefix_space)
+
+
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return list(encoded["input_ids"])

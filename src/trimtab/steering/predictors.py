@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import Live, LiveReading
 from trimtab.blend import BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
 from trimtab.carriers.head import MountedHead
@@ -43,7 +44,8 @@ class Rows:
     Attributes:
         logits: The host's own, after cap and scale, shape [rows, vocab].
         hidden: The states that gave them, shape [rows, hidden].
-        contexts: All bytes of text before each row's next token.
+        contexts: All bytes of text before each row's next token; in a chat, of the message and the
+            answer.
         questions: How the expert has read the contexts: readings with the questions asked of each,
             one after another one a row; empty without an expert.
     """
@@ -116,17 +118,24 @@ class Steering:
                     found[name] = self._remember(answer, base)
         return torch.stack([found[name] for name in self.predictors])
 
-    def ask(self, contexts: Sequence[bytes]) -> tuple[tuple[LiveReading, range], ...]:
+    def ask(
+        self, contexts: Sequence[bytes], chats: Sequence[ChatPrompt] = ()
+    ) -> tuple[tuple[LiveReading, range], ...]:
         """Let the expert read on, where there is one: row i continues row i of the call before.
+
+        Args:
+            contexts: All text of each row; in chats, the answer so far.
+            chats: What each row answers.
 
         Returns:
             The questions of `Rows`.
         """
         if self.live is None:
             return ()
+        starts = [chat.small_ids for chat in chats] or [None] * len(contexts)
         return tuple(
-            (self.live.read([readable(context)], row=row), range(1))
-            for row, context in enumerate(contexts)
+            (self.live.read([readable(context)], start=start, row=row), range(1))
+            for row, (context, start) in enumerate(zip(contexts, starts, strict=True))
         )
 
     def _remember(self, answer: Answer, logprobs: Tensor) -> Tensor:
@@ -219,11 +228,13 @@ class ReadPrompt:
         token_bytes: Bytes of each token, None for special ones.
         hidden: The host's states, shape [states, hidden], of the last `states` tokens (fewer
             than seq where the first tokens were read by an earlier call).
+        chat: Where it is a chat: what is the message, and how the small models read it.
     """
 
     token_ids: Tensor
     token_bytes: tuple[bytes | None, ...]
     hidden: Tensor
+    chat: ChatPrompt | None = None
 
 
 def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPrompt) -> Tensor:
@@ -231,7 +242,7 @@ def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPro
 
     Predictors are weighed by what each gave to the prompt's tokens of text, each given the
     tokens before it (`evidence_weights`). On text that the adapter does not help, the host takes
-    over.
+    over. In a chat the user's message alone is text.
 
     Args:
         steering: What would steer.
@@ -242,15 +253,20 @@ def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPro
         Weights that sum to one, shape [predictors]; the prior without evidence.
     """
     first = len(prompt.token_ids) - len(prompt.hidden)
+    text, opening = range(len(prompt.token_ids)), None
+    if prompt.chat:
+        text, opening = prompt.chat.message, prompt.chat.opening_ids
     asked = [
         position
         for position in range(first, len(prompt.token_ids) - 1)
-        if prompt.token_bytes[position + 1]
+        if position + 1 in text and prompt.token_bytes[position + 1]
     ][-EVIDENCE_TOKENS:]
     if not asked:
         return steering.prior
-    contexts = tuple(text_before(prompt.token_bytes[: position + 1]) for position in asked)
-    reading = steering.live.read([readable(c) for c in contexts]) if steering.live else None
+    contexts = tuple(text_before(prompt.token_bytes[text.start : p + 1]) for p in asked)
+    reading = None
+    if steering.live:
+        reading = steering.live.read([readable(c) for c in contexts], start=opening)
     scores = []
     for begin in range(0, len(asked), CHUNK_POSITIONS):
         part = range(begin, min(begin + CHUNK_POSITIONS, len(asked)))

@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from trimtab.anchors import Reading
+from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, ModelFingerprint, adopt_model
-from trimtab.backends.live import Live
+from trimtab.backends.live import Live, LiveReading
 from trimtab.backends.pair import open_pair_from
 from trimtab.carriers.head import MountedHead
 from trimtab.config import CarrierName, Dtype
@@ -57,6 +58,7 @@ def steered(
     carriers: Sequence[CarrierName] = DEFAULT_CARRIERS,
     strength: float = 1.0,
     live: Live | None = None,
+    messages: Sequence[str] = (),
 ) -> Iterator[PreTrainedModel]:
     """Steer a model's `generate` inside the context; outside it is as it was, exactly.
 
@@ -72,11 +74,14 @@ def steered(
         carriers: Which carriers steer.
         strength: How far to follow them, in [0, 2].
         live: Runs the expert, where it is among the carriers (default: opened with `open_live`).
+        messages: The users' messages, where the prompts of `generate` are these, in this order,
+            under the host's chat template. The small models then read them under their own.
 
     Raises:
         AdapterError: The adapter lacks a carrier, or is mounted on another host.
-        ModelError: The model is being steered already, the expert's base cannot be opened, or
-            (inside, from `generate`) a way of decoding is asked for that cannot be steered.
+        ModelError: The model is being steered already, the expert's base cannot be opened, there
+            are messages and the host has no chat template, or (inside, from `generate`) a way of
+            decoding is asked for that cannot be steered, or prompts are not those of the messages.
     """
     with _adopted(host) as opened:
         check_carriers(mounted.manifest.name, tuple(mounted.manifest.carriers), carriers)
@@ -84,7 +89,9 @@ def steered(
             yield opened.model
             return
         steering = _steering(opened, mounted, carriers, strength, live)
-        with _generate_replaced(opened, steering):
+        small = steering.live.pair.reference if steering.live else None
+        chats = [chat_prompt(opened, message, small) for message in messages]
+        with _generate_replaced(opened, steering, chats):
             yield opened.model
 
 
@@ -172,7 +179,9 @@ def _adopted(host: Host) -> Iterator[HFModel]:
 
 
 @contextmanager
-def _generate_replaced(host: HFModel, steering: Steering) -> Iterator[None]:
+def _generate_replaced(
+    host: HFModel, steering: Steering, chats: Sequence[ChatPrompt]
+) -> Iterator[None]:
     model: Any = host.model
     if "generate" in vars(model):
         raise ModelError(
@@ -186,7 +195,7 @@ def _generate_replaced(host: HFModel, steering: Steering) -> Iterator[None]:
         mask = options.get(
             "decoder_attention_mask" if host.is_encoder_decoder else "attention_mask"
         )
-        ours = SteeringProcessor(host, steering, trace, mask)
+        ours = SteeringProcessor(host, steering, trace, mask, chats)
         given = options.pop("logits_processor", None) or ()
         with trace.running():
             return plain(*args, logits_processor=LogitsProcessorList([ours, *given]), **options)
@@ -254,13 +263,20 @@ class SteeringProcessor(LogitsProcessor):
     """Replaces the host's scores by steered log-probabilities, for one call of `generate`."""
 
     def __init__(
-        self, host: HFModel, steering: Steering, trace: _Trace, mask: Tensor | None
+        self,
+        host: HFModel,
+        steering: Steering,
+        trace: _Trace,
+        mask: Tensor | None,
+        chats: Sequence[ChatPrompt] = (),
     ) -> None:
         """Prepare for prompts with this attention mask, shape [prompts, seq], if there is one."""
         self._host = host
         self._steering = steering
         self._trace = trace
         self._mask = mask
+        self._chats = chats
+        self._prompt_tokens = 0
         self._weights: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -273,15 +289,32 @@ class SteeringProcessor(LogitsProcessor):
         token_bytes = self._host.vocabulary.token_bytes
         spelled = [tuple(token_bytes[i] for i in row.tolist()) for row in rows]
         if self._weights is None:
+            self._prompt_tokens = input_ids.shape[1]
+            self._chats = _chat_of_each(self._host, self._chats, rows)
             prompts = [
-                ReadPrompt(row, text, state[-len(row) :])
-                for row, text, state in zip(rows, spelled, states, strict=True)
+                ReadPrompt(row, text, state[-len(row) :], chat)
+                for row, text, state, chat in zip(
+                    rows, spelled, states, self._chats or [None] * len(rows), strict=True
+                )
             ]
             self._weights = self._weigh(prompts).to(scores.device)
-        contexts = tuple(text_before(text) for text in spelled)
-        hidden = states[:, -1].to(scores.device)
-        asked = Rows(scores, hidden, contexts, self._steering.ask(contexts))
+        contexts, questions = self._read(spelled, input_ids.shape[1] - self._prompt_tokens)
+        asked = Rows(scores, states[:, -1].to(scores.device), contexts, questions)
         return mixed_logprobs(self._steering, asked, self._weights)
+
+    def _read(
+        self, spelled: Sequence[Sequence[bytes | None]], new_tokens: int
+    ) -> tuple[tuple[bytes, ...], tuple[tuple[LiveReading, range], ...]]:
+        """The text before each row's next token, and how the expert has read it."""
+        if not self._chats:
+            contexts = tuple(text_before(text) for text in spelled)
+            return contexts, self._steering.ask(contexts)
+        answers = [text_before(text[len(text) - new_tokens :]) for text in spelled]
+        contexts = tuple(
+            text_before(text[chat.message.start : chat.message.stop]) + answer
+            for text, chat, answer in zip(spelled, self._chats, answers, strict=True)
+        )
+        return contexts, self._steering.ask(answers, self._chats)
 
     def _rows(self, input_ids: Tensor) -> list[Tensor]:
         """Token ids of each row without the padding of its prompt."""
@@ -301,3 +334,21 @@ class SteeringProcessor(LogitsProcessor):
             if key not in known:
                 known[key] = prompt_weights(self._steering, self._host.unembedding, prompt)
         return torch.stack([known[key] for key in keys], 1)
+
+
+def _chat_of_each(
+    host: HFModel, chats: Sequence[ChatPrompt], rows: Sequence[Tensor]
+) -> Sequence[ChatPrompt]:
+    """What each row answers, where these are chats: a prompt's rows follow each other."""
+    each = [chat for chat in chats for _ in range(len(rows) // len(chats))]
+    # The rows of an encoder-decoder are answers alone.
+    same = host.is_encoder_decoder or all(
+        list(chat.token_ids) == row.tolist() for chat, row in zip(each, rows, strict=False)
+    )
+    if chats and not (same and len(each) == len(rows)):
+        raise ModelError(
+            f"generate was given other prompts than the {len(chats)} messages under the chat"
+            f" template of {host.ref}",
+            hint="give it one prompt a message, in order, up to where the answer begins",
+        )
+    return each
