@@ -148,9 +148,10 @@ def _encode(host: HFModel, prompt: str, *, chat: bool) -> list[int]:
     if host.is_encoder_decoder:
         end = host.vocabulary.eos_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
-    context = host.context_ids()
-    # A chat template spells out what stands before a text; not all of them do.
-    return ids if ids[: len(context)] == context else context + ids
+    first = host.first_ids
+    # A chat template spells out the first token; not all of them do.
+    text = ids[len(first) :] if ids[: len(first)] == first else ids
+    return host.context_ids() + text
 
 
 def _new_tokens(host: HFModel, prompts: Sequence[Sequence[int]], asked: int) -> int:
