@@ -118,6 +118,11 @@ def test_wrong_carriers_and_rules_over_several_fields(capsys: pytest.CaptureFixt
     )
     assert run("record", "e", "--out", "o", "--window-tokens", "16") == 2
     assert "stride_tokens must be at most window_tokens" in capsys.readouterr().err
+    for targets in ("labels", "blend"):
+        assert run("fit", "r", "--out", "o", "--targets", targets) == 2
+        shown = capsys.readouterr().err
+        assert f"targets {targets} are for a head that is fitted on a host (--host)" in shown
+        assert "a head on the small model follows the expert" in shown
     tuning = ("tune", "a.txt", "--model", "tiny:llama", "--out", "o", "--eaft-alpha")
     assert run(*tuning, "2") == 2
     assert "eaft_alpha has an effect with loss eaft only" in capsys.readouterr().err

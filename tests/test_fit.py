@@ -1,19 +1,31 @@
 """Fitting adapters to recordings of a real tiny pair."""
 
 import json
+import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
+from trimtab.carriers.head import Head
 from trimtab.config import FitConfig, MountConfig, RecordConfig, TuneConfig
 from trimtab.errors import AdapterError, InputError, RecordingError
 from trimtab.fit import FitResult, fit
 from trimtab.fitting import host_head
-from trimtab.fitting.host_head import prepare
-from trimtab.fitting.recorded import byte_ends, document_bytes, expert_logits
+from trimtab.fitting.host_head import Followed, HostFit, prepare
+from trimtab.fitting.recorded import (
+    SmallLogits,
+    byte_ends,
+    document_bytes,
+    expert_logits,
+    reference_logits,
+)
+from trimtab.losses import kl_nats
 from trimtab.mount import mount
 from trimtab.record import record
 from trimtab.steering.host_states import host_states, same_bytes
@@ -288,29 +300,195 @@ def test_a_host_without_a_head_to_fit_is_refused(
         fitted(recordings["exact"], tmp_path / "a", host=HOST, carriers=("memory",))
 
 
-def test_a_host_fit_target_is_the_expert_in_the_hosts_tokens(recordings: dict[str, Path]) -> None:
+@dataclass(frozen=True)
+class Prepared:
+    """A recording as a host-fit reads it."""
+
+    small: HFModel
+    expert: SmallLogits
+    reference: SmallLogits
+    texts: list[str]
+    fit: HostFit
+
+    def by_byte(self, probs: Tensor) -> Tensor:
+        """Probability of the next byte: of all small tokens that begin with it."""
+        found = torch.zeros(256)
+        for token_id, text in enumerate(self.small.vocabulary.token_bytes):
+            if text:
+                found[text[0]] += probs[token_id]
+        return found / found.sum()
+
+
+@pytest.fixture(scope="module")
+def prepared(recordings: dict[str, Path]) -> Prepared:
     recording = Recording.open(recordings["exact"])
     small, host = (open_model(ref, dtype="float32") for ref in (SMALL, HOST))
     splits = {name: recording.read(name) for name in ("train", "general")}
-    prepared = prepare(host, small.vocabulary, splits, silent)
-    expert = expert_logits(recording, splits["train"], small.unembedding)
-    active = prepared.active(300)
-    data = prepared.head_data(prepared.expert_targets(expert, active), active, 0.25)
-    row = torch.tensor([11])
-    probs = expert(prepared.small_rows[row], torch.arange(512)).softmax(-1)[0].detach()
-    # A byte is as likely as all small tokens that begin with it, among tokens of text.
-    by_byte = torch.zeros(256)
-    for token_id, text in enumerate(small.vocabulary.token_bytes):
-        if text:
-            by_byte[text[0]] += probs[token_id]
-    target = data.target_logits(row)[0].softmax(-1)
+    train = splits["train"]
+    return Prepared(
+        small,
+        expert_logits(recording, train, small.unembedding),
+        reference_logits(train, small.unembedding),
+        [text.decode() for text in document_bytes(small.vocabulary, train)],
+        prepare(host, small.vocabulary, splits, silent),
+    )
+
+
+def byte_order(prepared: Prepared, active: Tensor, logits: Tensor) -> Tensor:
+    """Probabilities of active tokens of a host of bytes, by byte."""
     found = torch.zeros(256)
     for place, token_id in enumerate(active.tolist()):
-        found[(host.vocabulary.token_bytes[token_id] or b"\0")[0]] += target[place]
-    torch.testing.assert_close(found, by_byte / by_byte.sum(), atol=1e-4, rtol=1e-3)
-    general = torch.tensor([len(prepared.small_rows) + 3])
+        byte = prepared.fit.host.vocabulary.token_bytes[token_id]
+        assert byte
+        found[byte[0]] = logits.softmax(-1)[place]
+    return found
+
+
+def test_a_host_fit_target_is_the_expert_in_the_hosts_tokens(prepared: Prepared) -> None:
+    fit, row = prepared.fit, torch.tensor([11])
+    active = fit.active(300)
+    data = fit.head_data(fit.soft_targets(active, prepared.expert), active, 0.25)
+    probs = prepared.expert(fit.small_rows[row], None).softmax(-1)[0].detach()
+    target = byte_order(prepared, active, data.target_logits(row)[0])
+    torch.testing.assert_close(target, prepared.by_byte(probs), atol=1e-4, rtol=1e-3)
+    general = torch.tensor([len(fit.small_rows) + 3])
     torch.testing.assert_close(data.target_logits(general), data.base_logits(general))
     assert data.weight[row] == 1 and data.weight[general] == 0.25
+
+
+def test_a_blend_target_is_host_expert_and_reference_at_the_same_bytes(prepared: Prepared) -> None:
+    fit = prepared.fit
+    active = fit.active(300)
+    followed = fit.soft_targets(active, prepared.expert, prepared.reference)
+    assert torch.equal(followed.rows, fit.host_rows)
+    for place in (0, 11, len(fit.host_rows) - 2):
+        row = torch.tensor([place])
+        document = int(fit.train.document_index[fit.host_rows[place]])
+        read = prepared.texts[document][: int(fit.train.byte_ends[fit.host_rows[place]])]
+        # All three as they are when they have read this text alone.
+        host_logits = fit.host.logits(torch.tensor([fit.host.encode(read)]))[0, -1]
+        host_probs = host_logits[:256].softmax(-1)
+        small = prepared.small
+        reference_probs = small.logits(torch.tensor([small.encode(read)]))[0, -1].softmax(-1)
+        expert_probs = prepared.expert(fit.small_rows[row], None).softmax(-1)[0].detach()
+        expert_bytes, reference_bytes = map(prepared.by_byte, (expert_probs, reference_probs))
+        expected = host_probs.sqrt() * expert_bytes / reference_bytes.sqrt()
+        assert not torch.allclose(expected / expected.sum(), expert_bytes, atol=1e-2)
+        target = byte_order(prepared, active, followed.logits(row)[0])
+        torch.testing.assert_close(target, expected / expected.sum(), atol=1e-4, rtol=5e-3)
+
+
+def text_nats(host: HFModel, texts: list[str], active: Tensor) -> list[float]:
+    """What a host pays for each token but the first of each text, among the active tokens."""
+    paid = []
+    for text in texts:
+        ids = host.encode(text)
+        logits = host.logits(torch.tensor([host.context_ids() + ids]))[0]
+        for place, token_id in enumerate(ids[1:], start=1):
+            row = logits[len(host.context_ids()) + place - 1, active].double()
+            total = sum(math.exp(logit) for logit in row.tolist())
+            paid.append(math.log(total) - float(row[active.tolist().index(token_id)]))
+    return paid
+
+
+def test_labels_are_all_next_tokens_and_the_loss_their_cross_entropy(prepared: Prepared) -> None:
+    fit = prepared.fit
+    active = fit.active(300)
+    followed = fit.label_targets(active)
+    assert len(followed.rows) == sum(len(text.encode()) - 1 for text in prepared.texts)
+    assert len(followed.rows) > len(fit.small_rows)
+    data = fit.head_data(followed, active, 0.25)
+    places = torch.arange(len(followed.rows))
+    loss = kl_nats(data.target_logits(places), data.base_logits(places))
+    expected = torch.tensor(text_nats(fit.host, prepared.texts, active))
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+    general = places[-1:] + 3
+    torch.testing.assert_close(data.target_logits(general), data.base_logits(general))
+    assert data.weight[0] == 1 and data.weight[general] == 0.25
+
+
+def test_a_label_outside_the_active_tokens_is_passed_over(prepared: Prepared) -> None:
+    fit, few = prepared.fit, prepared.fit.active(5)
+    read = {int(i) for i in few}
+    followed = fit.label_targets(few)
+    texts = [text.encode() for text in prepared.texts]
+    assert len(followed.rows) == sum(byte in read for text in texts for byte in text[1:])
+    labels = few[followed.logits(torch.arange(len(followed.rows))).argmax(-1)]
+    assert torch.equal(labels, fit.train.token_ids[followed.rows + 1])
+    with pytest.raises(InputError, match="no document of the recorded text has a next token"):
+        fit.label_targets(torch.tensor([0]))
+
+
+LONG = {"epochs": 60, "learning_rate": 3e-2, "rank": 8, "dtype": "float32"}
+
+
+@torch.no_grad()
+def distances_nats(fit: HostFit, followed: Followed, heads: dict[str, Head]) -> dict[str, float]:
+    """Mean KL from what is followed to the host under each head, "" being none."""
+    active, places = fit.active(300), torch.arange(len(followed.rows))
+    wanted = followed.logits(places)
+    states, rows = fit.train.hidden[followed.rows], fit.host.unembedding.weight[active]
+    base = fit.host.unembedding.logits(states, active)
+    shifts = {name: head.shift(states) @ rows.T for name, head in heads.items()}
+    shifted = {"": base} | {name: base + shift for name, shift in shifts.items()}
+    return {name: float(kl_nats(wanted, logits).mean()) for name, logits in shifted.items()}
+
+
+def test_each_head_comes_nearest_to_what_it_followed(
+    prepared: Prepared, recordings: dict[str, Path], tmp_path: Path
+) -> None:
+    fit, active = prepared.fit, prepared.fit.active(300)
+    followed = {
+        "expert": fit.soft_targets(active, prepared.expert),
+        "blend": fit.soft_targets(active, prepared.expert, prepared.reference),
+        "labels": fit.label_targets(active),
+    }
+    heads = {}
+    for targets in followed:
+        options = LONG | {"host": HOST, "carriers": ("head",), "targets": targets}
+        made = fitted(recordings["exact"], tmp_path / targets, **options)
+        assert made.manifest.provenance.fit["targets"] == targets
+        heads[targets] = read_head(made.folder).head
+    for targets, target in followed.items():
+        distance = distances_nats(fit, target, heads)
+        assert min(distance, key=lambda name: distance[name]) == targets
+        assert distance[targets] < 0.5 * distance[""]
+
+
+def test_labels_become_likelier_in_the_training_text(
+    prepared: Prepared, recordings: dict[str, Path], tmp_path: Path
+) -> None:
+    options = LONG | {"host": HOST, "carriers": ("head",), "targets": "labels"}
+    made = fitted(recordings["exact"], tmp_path / "a", **options)
+    for text in prepared.texts:
+        paid = nats(made.folder, HOST, text)
+        assert paid["head"] < 0.5 * paid["host"]
+
+
+@pytest.mark.parametrize("encoding", ["exact", "sparse", "sampled"])
+def test_a_head_that_follows_the_blend_helps_its_host(
+    encoding: str, recordings: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"epochs": 12, "learning_rate": 3e-2, "carriers": ("head",), "dtype": "float32"}
+    options |= {"host": HOST, "rank": 8, "targets": "blend"}
+    paid = nats(fitted(recordings[encoding], tmp_path / "a", **options).folder, HOST, DOMAIN * 3)
+    assert paid["head"] < paid["host"] - 0.3
+
+
+def test_an_adapter_from_before_targets_was_fitted_to_the_expert(
+    recordings: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"host": HOST, "carriers": ("head",)}
+    made = fitted(recordings["exact"], tmp_path / "a", **options)
+    path = made.folder / "manifest.json"
+    older = json.loads(path.read_text())
+    del older["provenance"]["fit"]["targets"]
+    path.write_text(json.dumps(older))
+    before = payload(made.folder)
+    fitted(recordings["exact"], tmp_path / "a", **options)
+    assert payload(made.folder) == before
+    with pytest.raises(InputError, match="fitted with other settings"):
+        fitted(recordings["exact"], tmp_path / "a", targets="labels", **options)
 
 
 def test_states_are_paired_where_the_same_bytes_were_read(recordings: dict[str, Path]) -> None:

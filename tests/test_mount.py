@@ -1,5 +1,6 @@
 """Mounting a real tiny adapter on hosts of several families and tokenizers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,15 @@ def test_without_moments_the_host_is_not_run(adapter: Path, host: HFModel) -> No
     state = torch.randn(32)
     expected = file.down @ (mounted.state_map.matrix @ state - file.mean)
     torch.testing.assert_close(mounted.head.reading(state), expected)
+
+
+def test_seats_behind_a_preamble_are_not_kept_for_the_bare_host(
+    adapter: Path, host: HFModel, home: Path
+) -> None:
+    plain = mounted_on(host, adapter)
+    reading = mounted_on(replace(host, preamble=tuple(host.encode(DOMAIN))), adapter)
+    assert not same(reading, plain) and same(mounted_on(host, adapter), plain)
+    assert len(list((home / "mounts").iterdir())) == 1
 
 
 def test_a_second_mount_is_read_back_without_running_the_host(

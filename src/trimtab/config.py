@@ -140,10 +140,21 @@ class FitConfig(Config):
     """Token strings whose unembedding the adapter carries for mounting."""
     host: str | None = None
     """Fit the head on this host's own hidden states instead (host-fit)."""
+    targets: Literal["expert", "blend", "labels"] = "expert"
+    """What a host-fit head follows; blend: host, expert and reference; labels: the text itself."""
     dtype: Dtype = "auto"
     """Arithmetic of a host's forward passes (host-fit only)."""
     seed: int = 0
     """Seed of everything random."""
+
+    @model_validator(mode="after")
+    def _targets_need_a_host(self) -> "FitConfig":
+        if self.targets != "expert" and self.host is None:
+            raise ValueError(
+                f"targets {self.targets} are for a head that is fitted on a host (--host);"
+                " a head on the small model follows the expert"
+            )
+        return self
 
 
 class MountConfig(Config):

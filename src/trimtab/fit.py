@@ -18,7 +18,14 @@ from trimtab.config import CarrierName, FitConfig
 from trimtab.errors import InputError, RecordingError
 from trimtab.fitting.host_head import fit_host_head, fit_with_progress, prepare
 from trimtab.fitting.memory import fit_memory
-from trimtab.fitting.recorded import Columns, ExpertLogits, byte_ends, document_bytes, expert_logits
+from trimtab.fitting.recorded import (
+    Columns,
+    SmallLogits,
+    byte_ends,
+    document_bytes,
+    expert_logits,
+    reference_logits,
+)
 from trimtab.store.adapter import (
     EXPERT_FOLDER,
     HeadFile,
@@ -48,6 +55,9 @@ from trimtab.types import Progress, silent
 
 _PLACES = {"model", "data", "against", "out"}
 """Settings of `tune` that name places on its user's machine, which an adapter does not tell."""
+
+_ONCE_FIXED = {"targets": "expert"}
+"""Settings that older adapters do not state, with the value that they had."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,8 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
     provenance = _provenance(config, recording, host)
     if (config.out / MANIFEST_NAME).exists():
         manifest = read_manifest(config.out)
-        if manifest.provenance.fit == provenance.fit and (
-            manifest.provenance.inputs == provenance.inputs
-        ):
+        settings = _ONCE_FIXED | manifest.provenance.fit
+        if settings == provenance.fit and manifest.provenance.inputs == provenance.inputs:
             return FitResult(config.out, manifest)
         raise InputError(
             f"{config.out} holds an adapter that was fitted with other settings",
@@ -117,7 +126,7 @@ class _Work:
     recording: Recording
     base: HFModel
     splits: dict[str, Columns]
-    expert: ExpertLogits
+    expert: SmallLogits
 
     @staticmethod
     def prepare(config: FitConfig, recording: Recording) -> "_Work":
@@ -291,7 +300,8 @@ def _fit_head(work: _Work, counts: Tensor, progress: Progress) -> HeadFile:
 def _fit_host_head(work: _Work, host: HFModel, progress: Progress) -> HeadFile:
     """Fit the head on the host's states; its rows are the host's own, which the host has."""
     prepared = prepare(host, work.base.vocabulary, work.splits, progress)
-    head = fit_host_head(work.config, prepared, work.expert, progress)
+    reference = reference_logits(work.splits["train"], work.base.unembedding)
+    head = fit_host_head(work.config, prepared, work.expert, reference, progress)
     return HeadFile(
         head, (), torch.zeros(0, work.config.rank + 1), torch.zeros(0, work.config.rank)
     )

@@ -72,10 +72,12 @@ def _mount(config: MountConfig, host: HFModel, states_on: Callable[[Probe], Host
     config = config.model_copy(update={"carriers": _to_seat(config, manifest)})
     parts, own_head = _read(config, manifest, host)
     path = seats_path(config, manifest, host.fingerprint, host.model.dtype)
-    seats = read_seats(path) if config.cache else None
+    # A preamble moves the states that seats are calibrated on, and has no say in the file's name.
+    cache = config.cache and not host.preamble
+    seats = read_seats(path) if cache else None
     if seats is None:
         seats = find_seats(config, host, parts, states_on)
-        if config.cache:
+        if cache:
             write_seats(path, seats)
     head = None if own_head is None or config.shuffle else _seat_own(own_head, host)
     if parts.head and seats.head:

@@ -113,9 +113,10 @@ def prompt_ids(model: HFModel, text: str, *, markup: bool = False) -> list[int]:
     if model.is_encoder_decoder:
         end = model.vocabulary.eos_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
-    context = model.context_ids()
-    # A chat template spells out what stands before a text; not all of them do.
-    return ids if ids[: len(context)] == context else context + ids
+    first = model.first_ids
+    # A chat template spells out the first token; not all of them do.
+    text_ids = ids[len(first) :] if ids[: len(first)] == first else ids
+    return model.context_ids() + text_ids
 
 
 def _located(message: str, read: Callable[[str], list[int]]) -> tuple[list[int], range]:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from trimtab.backends.heads import check_unembedding, read_unembedding
 from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary
-from trimtab.errors import ModelError
+from trimtab.errors import InputError, ModelError
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
@@ -44,6 +44,8 @@ class HFModel:
         tokenizer: Its tokenizer.
         vocabulary: The bytes of every token id.
         unembedding: Its last step, made of the live parameters.
+        preamble: Token ids that it reads before every text, in every window. Set it with
+            `dataclasses.replace`: both then share one live model and their fingerprint.
     """
 
     ref: str
@@ -51,6 +53,21 @@ class HFModel:
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     vocabulary: Vocabulary = field(repr=False)
     unembedding: Unembedding = field(repr=False)
+    preamble: tuple[int, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a preamble after which no text fits.
+
+        Raises:
+            InputError: Preamble and first token fill the model's positions.
+        """
+        limit = self.max_tokens if self.preamble else None
+        if limit is not None and (before := len(self.context_ids())) >= limit:
+            raise InputError(
+                f"{before} tokens are to be read before every text, and {self.ref} has positions"
+                f" for {limit}",
+                hint=f"shorten the preamble to less than {limit} tokens",
+            )
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +81,7 @@ class HFModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """Longest text that the model's positions allow, in tokens; None where unbounded."""
+        """Positions that the model has, for `context_ids` and text; None where unbounded."""
         config = self.model.config.get_text_config(decoder=True)
         return getattr(config, "max_position_embeddings", None)
 
@@ -100,11 +117,16 @@ class HFModel:
         """
         return encode_following(self.tokenizer, text, self.vocabulary)
 
-    def context_ids(self) -> list[int]:
-        """Ids that the model expects before a text: its first token, if it wants one."""
+    @property
+    def first_ids(self) -> list[int]:
+        """The token that the model expects before anything else, if it wants one."""
         if self.is_encoder_decoder:
             return [self.model.config.decoder_start_token_id]
         return [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
+
+    def context_ids(self) -> list[int]:
+        """Ids that the model reads before a text: its first token and the preamble."""
+        return [*self.first_ids, *self.preamble]
 
     def chat_text(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
@@ -154,6 +176,9 @@ class HFModel:
 
         Returns:
             Final hidden states, shape [batch, seq, hidden].
+
+        Raises:
+            InputError: More tokens than the model has positions.
         """
         inputs = self._inputs(token_ids, encoder_ids, attention_mask)
         with torch.no_grad():
@@ -174,7 +199,7 @@ class HFModel:
         encoder_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Compute the model's own logits, shape [batch, seq, vocab]; arguments as `hidden`."""
+        """Compute the model's own logits, [batch, seq, vocab]; arguments and errors as `hidden`."""
         inputs = self._inputs(token_ids, encoder_ids, attention_mask)
         with torch.no_grad():
             return self.model(**inputs, use_cache=False).logits
@@ -187,6 +212,7 @@ class HFModel:
     def _inputs(
         self, token_ids: Tensor, encoder_ids: Tensor | None, attention_mask: Tensor | None
     ) -> dict[str, Tensor]:
+        self._check_length(token_ids.shape[1])
         device = self.device
         token_ids = token_ids.to(device)
         mask = None if attention_mask is None else attention_mask.to(device)
@@ -200,6 +226,17 @@ class HFModel:
                 "decoder_attention_mask": mask,
             }
         return {name: value for name, value in given.items() if value is not None}
+
+    def _check_length(self, tokens: int) -> None:
+        limit = self.max_tokens
+        if limit is not None and tokens > limit:
+            preamble = f", {len(self.preamble)} of them the preamble," if self.preamble else ""
+            raise InputError(
+                f"{self.ref} is to read {tokens} tokens at once{preamble} and has positions for"
+                f" {limit}",
+                hint="use shorter windows (--window-tokens)"
+                + (", or a shorter preamble" if self.preamble else ""),
+            )
 
     def _empty_source(self, batch: int) -> Tensor:
         end = self.vocabulary.eos_id

@@ -1,6 +1,8 @@
 """Host-fit: the same head fitted on one host's own hidden states, against recorded soft targets.
 
 The host runs forward over the recorded text and is never trained: no gradient passes through it.
+Labels, the text's own next tokens, can be followed in place of soft targets: the control that
+says what the soft targets are worth.
 """
 
 from collections.abc import Callable
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from trimtab.align import Alignment, Strings, token_lengths
 from trimtab.backends.hf import HFModel
+from trimtab.blend import BlendWeights, log_linear
 from trimtab.carriers.head import Head, HeadData, HeadSettings, fit_head
 from trimtab.config import FitConfig
 from trimtab.errors import InputError
-from trimtab.fitting.recorded import Columns, ExpertLogits, byte_ends, document_bytes
+from trimtab.fitting.recorded import Columns, SmallLogits, byte_ends, document_bytes
 from trimtab.steering.host_states import HostStates, host_states, same_bytes
 from trimtab.types import Progress
 from trimtab.vocab import Vocabulary
@@ -27,6 +30,27 @@ CARRY_POSITIONS = 256
 
 LEAST_PROB = 1e-9
 """Probability of a host token to which the alignment carries nothing; a logit needs one."""
+
+
+IMPOSSIBLE_LOGIT = -1e4
+"""Logit of a token that is not the label: its probability is 0 in float32, and 0 times it is 0."""
+
+TARGET_BLEND = BlendWeights(0.5, 1.0, 0.5)
+"""What a blend target is made of; its weights sum to one, so that equal models change nothing."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What the head is to follow on the training text.
+
+    Attributes:
+        rows: Rows of the host's training states, shape [followed].
+        logits: From places in `rows` [batch] to log-probabilities, up to a constant,
+            shape [batch, active].
+    """
+
+    rows: Tensor
+    logits: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,56 +80,103 @@ class HostFit:
         order = torch.argsort(counts, descending=True, stable=True)
         return order[token_lengths(self.host.vocabulary)[order] > 0][:limit]
 
-    @property
-    def hidden(self) -> Tensor:
-        """The host's states: of the pairs, then of general text, shape [positions, hidden]."""
-        return torch.cat([self.train.hidden[self.host_rows], self.general.hidden])
+    def soft_targets(
+        self, active: Tensor, expert: SmallLogits, reference: SmallLogits | None = None
+    ) -> Followed:
+        """The expert in the host's tokens, or its blend with the host and the reference.
 
-    def expert_targets(self, expert: ExpertLogits, active: Tensor) -> Callable[[Tensor], Tensor]:
-        """The expert in the host's tokens.
+        Both are carried to the host's tokens where host and small model have read the same bytes;
+        the other positions have no target.
 
         Args:
+            active: Host tokens that the loss tells apart, shape [active].
             expert: The expert at recorded positions.
-            active: Host tokens, shape [active].
+            reference: The reference likewise, to follow the blend by `TARGET_BLEND`.
 
-        Returns:
-            From pairs [batch] to log-probabilities, up to a constant, shape [batch, active].
+        Raises:
+            InputError: Nowhere do both tokenizers end a token after the same bytes.
         """
-        weight, device = self.host.unembedding, self.host.device
+        if not len(self.small_rows):
+            raise InputError(
+                f"{self.host.ref} and the small model never end a token after the same bytes of"
+                " the recorded text",
+                hint="fit without --host: head and memory are then mounted by the vocabulary",
+            )
 
-        def carried(batch: Tensor) -> Tensor:
-            states = self.train.hidden[self.host_rows[batch]].to(device)
-            host_probs = weight.logits(states, active).float().cpu().softmax(-1)
-            probs = expert(self.small_rows[batch], None).float().softmax(-1)
+        def carried(small: SmallLogits, batch: Tensor, host_probs: Tensor) -> Tensor:
+            probs = small(self.small_rows[batch], None).float().softmax(-1)
             return self.alignment.to_host(probs, host_probs, active).clamp_min(LEAST_PROB).log()
 
-        return carried
+        def logits(batch: Tensor) -> Tensor:
+            host_logits = self._host_logits(self.train.hidden[self.host_rows[batch]], active)
+            host_probs = host_logits.softmax(-1)
+            expert_logprobs = carried(expert, batch, host_probs)
+            if reference is None:
+                return expert_logprobs
+            reference_logprobs = carried(reference, batch, host_probs)
+            return log_linear(
+                host_logits.log_softmax(-1), expert_logprobs, reference_logprobs, TARGET_BLEND
+            )
 
-    def head_data(
-        self, target: Callable[[Tensor], Tensor], active: Tensor, general_weight: float
-    ) -> HeadData:
-        """What the head is fitted to: the expert on the domain, the host itself elsewhere.
+        return Followed(self.host_rows, logits)
+
+    def label_targets(self, active: Tensor) -> Followed:
+        """The text's own next tokens, as the host reads it; the loss is then the cross entropy.
+
+        No alignment is needed: every position counts whose next token is of the same document
+        and active. A label outside the active tokens, which the loss cannot tell apart, is
+        passed over.
 
         Args:
-            target: From pairs to the expert in the host's tokens, as `expert_targets` gives it.
+            active: Host tokens that the loss tells apart, shape [active].
+
+        Raises:
+            InputError: No position has such a label.
+        """
+        place = torch.full((len(self.host.vocabulary),), -1)
+        place[active] = torch.arange(len(active))
+        labels = place[self.train.token_ids[1:]]
+        goes_on = self.train.document_index[1:] == self.train.document_index[:-1]
+        rows = (goes_on & (labels >= 0)).nonzero().flatten()
+        if not len(rows):
+            raise InputError(
+                f"no document of the recorded text has a next token of {self.host.ref} to follow",
+                hint="record longer documents, or raise --active-tokens",
+            )
+
+        def logits(batch: Tensor) -> Tensor:
+            others = torch.full((len(batch), len(active)), IMPOSSIBLE_LOGIT)
+            return others.scatter_(1, labels[rows[batch]][:, None], 0.0)
+
+        return Followed(rows, logits)
+
+    def head_data(self, followed: Followed, active: Tensor, general_weight: float) -> HeadData:
+        """What the head is fitted to: targets on the domain, the host itself elsewhere.
+
+        Args:
+            followed: The targets.
             active: Host tokens that the loss tells apart, shape [active].
             general_weight: How much a position of general text counts.
         """
-        pairs, hidden = len(self.small_rows), self.hidden
+        domain = len(followed.rows)
+        hidden = torch.cat([self.train.hidden[followed.rows], self.general.hidden])
         weight = torch.ones(len(hidden))
-        weight[pairs:] = general_weight
+        weight[domain:] = general_weight
 
         def base(batch: Tensor) -> Tensor:
-            states = hidden[batch].to(self.host.device)
-            return self.host.unembedding.logits(states, active).float().cpu()
+            return self._host_logits(hidden[batch], active)
 
-        def followed(batch: Tensor) -> Tensor:
-            logits, domain = base(batch), batch < pairs
-            if domain.any():
-                logits[domain] = target(batch[domain])
+        def target(batch: Tensor) -> Tensor:
+            logits, steered = base(batch), batch < domain
+            if steered.any():
+                logits[steered] = followed.logits(batch[steered])
             return logits
 
-        return HeadData(hidden, base, followed, weight)
+        return HeadData(hidden, base, target, weight)
+
+    def _host_logits(self, states: Tensor, active: Tensor) -> Tensor:
+        unembedding = self.host.unembedding
+        return unembedding.logits(states.to(self.host.device), active).float().cpu()
 
 
 def prepare(
@@ -118,9 +189,6 @@ def prepare(
         small: Vocabulary of the recorded model.
         splits: train and general of the recording.
         progress: Shows both passes.
-
-    Raises:
-        InputError: Nowhere do both tokenizers end a token after the same bytes.
     """
     domain, general = (
         host_states(host, document_bytes(small, splits[name]), label, progress)
@@ -132,43 +200,45 @@ def prepare(
     train = splits["train"]
     # Documents count from 0 in both, even where a limit cuts the recording's end.
     rows = same_bytes(train["document_index"], byte_ends(small, train), domain)
-    if not len(rows[0]):
-        raise InputError(
-            f"{host.ref} and the small model never end a token after the same bytes of the"
-            " recorded text",
-            hint="fit without --host: head and memory are then mounted by the vocabulary",
-        )
     alignment = Alignment(Strings(small), Strings(host.vocabulary))
     return HostFit(host, alignment, domain, general, *rows)
 
 
 def fit_host_head(
-    config: FitConfig, prepared: HostFit, expert: ExpertLogits, progress: Progress
+    config: FitConfig,
+    prepared: HostFit,
+    expert: SmallLogits,
+    reference: SmallLogits,
+    progress: Progress,
 ) -> Head:
     """Fit the head on the host's states.
 
-    The base that it shifts is the host's own logits and the target the expert's distribution,
-    carried to the host's tokens wherever both have read the same bytes; on general text the
-    target is the host itself.
+    The base that it shifts is the host's own logits and the target what the configuration says:
+    the expert, the blend or the labels. On general text the target is the host itself.
 
     Args:
-        config: Rank, passes, step size.
+        config: Targets, rank, passes, step size.
         prepared: The host's states.
         expert: The expert at recorded positions.
+        reference: The reference likewise.
         progress: Counts positions.
 
     Raises:
+        InputError: No position has a target.
         NumericalError: The loss is not finite.
     """
     unembedding = prepared.host.unembedding
     active = prepared.active(config.active_tokens)
     rows = unembedding.weight[active.to(unembedding.weight.device)].detach().float().cpu()
-    target = prepared.expert_targets(expert, active)
-    pairs = len(prepared.small_rows)
-    if 2 * pairs * len(active) <= KEPT_BYTES:
-        target = _kept(target, pairs, progress)
+    if config.targets == "labels":
+        followed = prepared.label_targets(active)
+    else:
+        beside = reference if config.targets == "blend" else None
+        followed = prepared.soft_targets(active, expert, beside)
+        if 2 * len(followed.rows) * len(active) <= KEPT_BYTES:
+            followed = _kept(followed, progress)
     spread = prepared.general.hidden.float()
-    data = prepared.head_data(target, active, config.general_weight)
+    data = prepared.head_data(followed, active, config.general_weight)
     settings = HeadSettings(config.rank, config.epochs, config.learning_rate, config.seed)
     return fit_with_progress(
         data, rows * unembedding.scale, (spread.mean(0), spread.std(0)), settings, progress
@@ -176,16 +246,14 @@ def fit_host_head(
 
 
 @torch.no_grad()
-def _kept(
-    target: Callable[[Tensor], Tensor], pairs: int, progress: Progress
-) -> Callable[[Tensor], Tensor]:
+def _kept(followed: Followed, progress: Progress) -> Followed:
     parts = []
-    with progress("carrying the expert to the host's tokens", pairs) as advance:
-        for batch in torch.arange(pairs).split(CARRY_POSITIONS):
-            parts.append(target(batch).half())
+    with progress("carrying the targets to the host's tokens", len(followed.rows)) as advance:
+        for batch in torch.arange(len(followed.rows)).split(CARRY_POSITIONS):
+            parts.append(followed.logits(batch).half())
             advance(len(batch))
     kept = torch.cat(parts)
-    return lambda batch: kept[batch].float()
+    return Followed(followed.rows, lambda batch: kept[batch].float())
 
 
 def fit_with_progress(

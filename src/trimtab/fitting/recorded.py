@@ -1,4 +1,4 @@
-"""What a recording holds, as text and as the expert's distributions."""
+"""What a recording holds, as text and as the small model's distributions."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ from trimtab.vocab import Vocabulary
 Columns = dict[str, Tensor]
 """A split of a recording, one row a position."""
 
-ExpertLogits = Callable[[Tensor, Tensor | None], Tensor]
+SmallLogits = Callable[[Tensor, Tensor | None], Tensor]
 """From positions of the training text [batch] and token ids [chosen], None being all, to the
-expert's logits, or log-probabilities, of these tokens, shape [batch, chosen]."""
+logits, or log-probabilities, that expert or reference gives them, shape [batch, chosen]."""
 
 UNDRAWN_PROB = 1e-9
 """Probability of a token that a sampled recording never drew; a logit needs one."""
@@ -45,7 +45,7 @@ def byte_ends(vocabulary: Vocabulary, columns: Columns) -> Tensor:
     return ends - starts.repeat_interleave(sizes) - int(vocabulary.prefix_space)
 
 
-def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding) -> ExpertLogits:
+def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding) -> SmallLogits:
     """Read the expert's distributions from any encoding.
 
     Args:
@@ -65,6 +65,17 @@ def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding
     return lambda batch, ids: (
         _chosen(decode_samples(Samples(drawn[batch], counts[batch]), vocab), ids) + UNDRAWN_PROB
     ).log()
+
+
+def reference_logits(train: Columns, unembedding: Unembedding) -> SmallLogits:
+    """The reference's distributions, whose states are in every encoding.
+
+    Args:
+        train: The training split.
+        unembedding: The reference's.
+    """
+    states = train["reference_hidden"]
+    return lambda batch, ids: unembedding.logits(states[batch].float(), ids)
 
 
 def _chosen(rows: Tensor, ids: Tensor | None) -> Tensor:

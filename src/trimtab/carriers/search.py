@@ -1,0 +1,137 @@
+"""Finding entries of a memory: by the state that asks, and by the bytes before the question.
+
+A nearest-neighbour language model (Khandelwal et al. 2020) is joined with a search for the longest
+common context, as in an n-gram model without a bound on n. Neither is enough: a state finds what
+means the same, but crosses to another model through a map that blurs it; bytes need no map, but
+know only what was said before in the same words.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.carriers.memory import CONTEXT_BYTES, Memory, contexts_before
+
+Finds = Literal["both", "state", "bytes"]
+"""What entries are found by."""
+
+NEIGHBOURS = 128
+"""Entries found by the state."""
+
+BYTE_NEIGHBOURS = 64
+"""Entries found by the bytes before them."""
+
+TEMPERATURE = 0.1
+MATCH_WEIGHT = 0.8
+"""A byte more in common counts like so much times TEMPERATURE more cosine."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Search over a memory's entries.
+
+    Attributes:
+        keys: Exact inner products with the keys.
+        contexts: The bytes before each entry, last byte first, in byte order, shape [entries].
+        entries: The entry of each of `contexts`, shape [entries].
+    """
+
+    keys: faiss.IndexFlatIP
+    contexts: np.ndarray
+    entries: Tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """Entries near each question.
+
+    Attributes:
+        entries: Indices of entries, shape [questions, neighbours].
+        weights: Their shares, summing to one, shape [questions, neighbours].
+        matched_bytes: Bytes that agree before entry and question, at most CONTEXT_BYTES.
+    """
+
+    entries: Tensor
+    weights: Tensor
+    matched_bytes: Tensor
+
+
+def build_index(memory: Memory) -> Index:
+    """Prepare both searches."""
+    keys = faiss.IndexFlatIP(memory.keys.shape[1])
+    keys.add(memory.keys.float().numpy())  # pyright: ignore[reportCallIssue]
+    contexts = _as_strings(contexts_before(memory.text, memory.positions))
+    order = np.argsort(contexts, kind="stable")
+    return Index(keys, contexts[order], torch.from_numpy(order))
+
+
+def look_up(
+    memory: Memory,
+    index: Index,
+    features: Tensor | None,
+    contexts: Tensor,
+    *,
+    finds: Finds = "both",
+) -> Found:
+    """Find the entries nearest to each question and weigh them.
+
+    weight ~ exp(cosine / TEMPERATURE + MATCH_WEIGHT * matched bytes), over the NEIGHBOURS entries
+    with the nearest states and the BYTE_NEIGHBOURS entries with the longest common context; an
+    entry that both find counts once. By bytes alone there is no cosine.
+
+    Args:
+        memory: The memory.
+        index: Over its entries.
+        features: Whitened states of the questions, shape [questions, key]; None where entries are
+            found by bytes.
+        contexts: Bytes before each question, last first, [questions, CONTEXT_BYTES].
+        finds: What entries are found by.
+    """
+    near = _by_state(index, features) if features is not None and finds != "bytes" else None
+    alike = _by_bytes(memory, index, contexts) if finds != "state" else None
+    entries = torch.cat([part for part in (near, alike) if part is not None], 1)
+    matched = _matched_bytes(memory, entries, contexts)
+    scores = MATCH_WEIGHT * matched.float()
+    if near is not None and features is not None:
+        questions = torch.nn.functional.normalize(features.float(), dim=-1)
+        keys = memory.keys[entries].float()
+        scores = scores + torch.einsum("qnk,qk->qn", keys, questions) / TEMPERATURE
+    if near is not None and alike is not None:
+        again = (alike[:, :, None] == near[:, None]).any(-1)
+        scores[:, near.shape[1] :].masked_fill_(again, -torch.inf)
+    return Found(entries, scores.softmax(-1), matched)
+
+
+def _by_state(index: Index, features: Tensor) -> Tensor:
+    questions = torch.nn.functional.normalize(features.float(), dim=-1)
+    count = min(NEIGHBOURS, index.keys.ntotal)
+    _, entries = index.keys.search(  # pyright: ignore[reportCallIssue]
+        np.ascontiguousarray(questions.numpy()), count
+    )
+    return torch.from_numpy(entries)
+
+
+def _by_bytes(memory: Memory, index: Index, contexts: Tensor) -> Tensor:
+    """In byte order the entries with the longest common context lie around the question's own."""
+    count = min(BYTE_NEIGHBOURS, len(memory))
+    place = torch.from_numpy(np.searchsorted(index.contexts, _as_strings(contexts)))
+    room = min(2 * count, len(memory))
+    first = (place - count).clamp(0, len(memory) - room)
+    around = index.entries[first[:, None] + torch.arange(room)]
+    longest = _matched_bytes(memory, around, contexts).topk(count, dim=1).indices
+    return around.gather(1, longest)
+
+
+def _matched_bytes(memory: Memory, entries: Tensor, contexts: Tensor) -> Tensor:
+    before = contexts_before(memory.text, memory.positions[entries.flatten()])
+    agree = before.view(*entries.shape, CONTEXT_BYTES) == contexts[:, None]
+    return agree.to(torch.uint8).cumprod(-1).sum(-1)
+
+
+def _as_strings(contexts: Tensor) -> np.ndarray:
+    """Rows of bytes as values that numpy can sort; zeros at the end count for nothing."""
+    return np.ascontiguousarray(contexts.numpy()).view(f"S{CONTEXT_BYTES}")[:, 0]

@@ -1,0 +1,79 @@
+"""Which predictors a way of steering weighs against each other. Pure."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.store.adapter_schema import Blend
+
+TEMPERATURES = (0.8, 0.9, 1.1, 1.25)
+"""Of the control that only makes the host more or less sure."""
+
+
+def with_memory(base: str, blend: Blend) -> dict[str, float]:
+    """Predictors that mix a memory into another predictor: the gate's shift by name.
+
+    Args:
+        base: Name of the other predictor; `host` gives `memory`.
+        blend: The adapter's.
+    """
+    name = "memory" if base == "host" else f"{base}+memory"
+    return {f"{name}{shift:+g}" if shift else name: shift for shift in blend.gate_shifts}
+
+
+def families(blend: Blend) -> Mapping[str, tuple[str, ...]]:
+    """Predictors of each row that lives on a host, the bare host first among them.
+
+    Args:
+        blend: The adapter's.
+    """
+    memory = tuple(with_memory("host", blend))
+    head_memory = tuple(with_memory("head", blend))
+    live = ("host", *blend.live)
+    remembering = (name for base in blend.live_with_memory for name in with_memory(base, blend))
+    return {
+        "host": ("host",),
+        "proxy": ("proxy",),
+        "proxy-0.5": ("proxy-0.5",),
+        "mixture": ("mixture",),
+        "temperature": ("host", *(f"temperature-{t:g}" for t in TEMPERATURES)),
+        "bias": ("host", "bias-half", "bias-full"),
+        "bytes": ("host", *(name.replace("memory", "bytes") for name in memory)),
+        "head": ("host", "head"),
+        "memory": ("host", *memory),
+        "head+memory": ("host", "head", *memory, *head_memory),
+        "head-shuffled": ("host", "head-shuffled"),
+        "memory-shuffled": ("host", *(name.replace("memory", "shuffled") for name in memory)),
+        "live": live,
+        "all": (*live, *head_memory, *remembering),
+    }
+
+
+def present(row: str, names: Sequence[str], there: Collection[str]) -> tuple[str, ...]:
+    """The predictors of a row that are there; none where the row would be another one.
+
+    Args:
+        row: Name of the row.
+        names: Its predictors.
+        there: Predictors that could be computed.
+    """
+    # The first of each part stands for it: "head+memory" without a memory would be "head".
+    needed = {"live": names[1:2], "all": names[1:2]}.get(row, row.split("+"))
+    if row in ("head+memory", "live", "all") and not set(needed) <= set(there):
+        return ()
+    found = tuple(name for name in names if name in there)
+    return found if row == "host" or found != ("host",) else ()
+
+
+def prior_of(members: Sequence[str], blend: Blend) -> Tensor:
+    """Trust in each predictor before any evidence, shape [members].
+
+    Args:
+        members: Names, `host` among them unless there is one only.
+        blend: The adapter's, which says how far the bare host is trusted; others share the rest.
+    """
+    if len(members) == 1:
+        return torch.ones(1)
+    others = (1.0 - blend.host_prior) / (len(members) - 1)
+    return torch.tensor([blend.host_prior if m == "host" else others for m in members])
