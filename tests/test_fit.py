@@ -113,9 +113,11 @@ def nats(adapter: Path, host_ref: str, text: str) -> dict[str, float]:
     host = open_model(host_ref, dtype="float32")
     config = MountConfig(adapter=adapter, host=host_ref, cache=False)
     mounted = mount(config, host=host)
-    steers = Steers(head=mounted.head, memory=mounted.memory)
+    heads = {"head": mounted.head} if mounted.head else {}
+    memories = {"memory": mounted.memory} if mounted.memory else {}
+    steers = Steers(("host", "head", "memory", "head+memory"), heads, memories)
     scored = score_document(host, text, steers, window_tokens=256, stride_tokens=128)
-    return {name: -float(logprobs.mean()) for name, logprobs in scored.logprobs.items()}
+    return {name: -float(row.logprobs.mean()) for name, row in scored.rows.items()}
 
 
 def payload(folder: Path) -> dict[str, bytes]:

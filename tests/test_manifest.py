@@ -12,6 +12,7 @@ from trimtab.store.local import adapters_home, list_adapters
 from trimtab.store.manifest import (
     AdapterManifest,
     BaseModelReference,
+    Blend,
     ExpertCarrier,
     Gate,
     HeadCarrier,
@@ -39,10 +40,11 @@ def full_manifest() -> AdapterManifest:
                 entries=3,
                 key_size=8,
                 gate=Gate(features=("cosine", "constant"), weights=(0.1, -2.0)),
+                bytes_gate=Gate(features=("constant",), weights=(-1.0,)),
             ),
             "expert": ExpertCarrier(rank=2),
         },
-        blend={"host": 0.5, "expert": 1.0, "reference": 0.5},
+        blend=Blend(live={"blend": (0.5, 1.0, 0.5)}, live_with_memory=("blend",), share=0.01),
         metrics={"held_out_nats": 1.25},
         licences=Licences(adapter="Apache-2.0", data="MIT", models="Apache-2.0"),
         provenance=Provenance(

@@ -10,24 +10,18 @@ from torch import Tensor
 
 from trimtab.anchors import Reading
 from trimtab.blend import mix
-from trimtab.carriers.memory import (
-    CONTEXT_BYTES,
-    GATE_FEATURES,
+from trimtab.carriers.gate import GATE_FEATURES, fit_gate, gate_features, gate_probs
+from trimtab.carriers.memory import CONTEXT_BYTES, Memory, contexts_before, lay_out, whitening
+from trimtab.carriers.recall import Answer, MountedMemory
+from trimtab.carriers.search import (
+    BYTE_NEIGHBOURS,
     MATCH_WEIGHT,
     NEIGHBOURS,
     TEMPERATURE,
-    Answer,
+    Finds,
     Found,
-    Memory,
-    MountedMemory,
     build_index,
-    contexts_before,
-    fit_gate,
-    gate_features,
-    gate_probs,
-    lay_out,
     look_up,
-    whitening,
 )
 
 HIDDEN, KEY = 10, 6
@@ -89,29 +83,44 @@ def slow_match(ours: bytes, theirs: bytes) -> int:
     return count
 
 
-def test_look_up_against_brute_force() -> None:
+@pytest.mark.parametrize("finds", ["both", "state", "bytes"])
+def test_look_up_against_brute_force(finds: Finds) -> None:
     entries = memory(copies=3)
     assert len(entries) > NEIGHBOURS
     states = draw(7, HIDDEN, seed=4)
     asked = contexts_before(entries.text, entries.positions[10:17])
-    found = look_up(entries, build_index(entries), entries.features(states), asked)
+    features = None if finds == "bytes" else entries.features(states)
+    found = look_up(entries, build_index(entries), features, asked, finds=finds)
 
     keys = entries.keys.float().numpy()
     raw = entries.text.numpy().tobytes()
     for row in range(7):
         question = entries.projection.numpy() @ (states[row] - entries.mean).numpy()
         cosines = keys @ (question / np.linalg.norm(question))
-        nearest = np.argsort(-cosines)[:NEIGHBOURS]
-        assert set(found.entries[row].tolist()) == set(nearest.tolist())
-        scores = []
-        for place, entry in enumerate(found.entries[row].tolist()):
-            position = int(entries.positions[entry])
-            before = raw[position - CONTEXT_BYTES : position][::-1]
-            matched = slow_match(before, asked[row].numpy().tobytes())
-            assert int(found.matched_bytes[row, place]) == matched
-            scores.append(cosines[entry] / TEMPERATURE + MATCH_WEIGHT * matched)
-        shares = np.exp(scores) / np.exp(scores).sum()
-        np.testing.assert_allclose(found.weights[row].numpy(), shares, rtol=1e-4, atol=1e-7)
+        before = [raw[p - CONTEXT_BYTES : p][::-1] for p in entries.positions.tolist()]
+        matches = np.array([slow_match(b, asked[row].numpy().tobytes()) for b in before])
+        nearest = set(np.argsort(-cosines)[:NEIGHBOURS].tolist())
+        sizes = {"both": [NEIGHBOURS, BYTE_NEIGHBOURS], "state": [NEIGHBOURS]}
+        parts = found.entries[row].split(sizes.get(finds, [BYTE_NEIGHBOURS]))
+        if finds != "bytes":
+            assert set(parts[0].tolist()) == nearest
+        if finds != "state":
+            longest = sorted(matches.tolist(), reverse=True)[:BYTE_NEIGHBOURS]
+            alike = parts[-1].tolist()
+            assert sorted(matches[alike].tolist(), reverse=True) == longest
+            assert len(set(alike)) == BYTE_NEIGHBOURS
+        assert found.matched_bytes[row].tolist() == matches[found.entries[row].tolist()].tolist()
+        # Once each, however often it was found.
+        shares = {}
+        for entry, share in zip(found.entries[row].tolist(), found.weights[row], strict=True):
+            shares[entry] = shares.get(entry, 0.0) + float(share)
+        scores = {
+            e: MATCH_WEIGHT * matches[e] + (finds != "bytes") * cosines[e] / TEMPERATURE
+            for e in shares
+        }
+        total = sum(math.exp(score) for score in scores.values())
+        for entry, score in scores.items():
+            assert shares[entry] == pytest.approx(math.exp(score) / total, rel=1e-3, abs=1e-7)
 
 
 def test_a_small_memory_gives_all_its_entries() -> None:
@@ -119,8 +128,9 @@ def test_a_small_memory_gives_all_its_entries() -> None:
     entries = replace(entries, keys=entries.keys[:3], positions=entries.positions[:3])
     asked = torch.zeros(2, CONTEXT_BYTES, dtype=torch.uint8)
     found = look_up(entries, build_index(entries), draw(2, KEY, seed=5), asked)
-    assert sorted(found.entries[0].tolist()) == [0, 1, 2]
+    assert sorted(found.entries[0, :3].tolist()) == [0, 1, 2]
     torch.testing.assert_close(found.weights.sum(1), torch.ones(2))
+    assert float(found.weights[:, 3:].sum()) == 0
 
 
 def hand_made() -> tuple[Found, Tensor, Tensor]:
@@ -185,7 +195,8 @@ def test_a_mounted_memory_remembers_its_own_states() -> None:
     assert probs.argmax(1).tolist() == values[:5, 0].tolist()
 
     steered = draw(5, 256, seed=8).log_softmax(-1)
-    opened = answer.gate(steered, gate)
+    opened, wider = answer.gates(steered, gate, (0.0, 1.5))
+    assert (wider > opened).all()
     oracle = gate_probs(gate_features(answer.found, answer.values[..., 0], steered), gate)
     assert torch.equal(opened, oracle)
     mixed = mix(steered, probs.log(), opened[:, None])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.backends.tiny import MAX_POSITIONS
 from trimtab.errors import InputError
-from trimtab.generate import _encode
 from trimtab.steering.host_states import host_states
 from trimtab.steering.scoring import Steers, score_document
 from trimtab.text.corpus import scored_windows
@@ -44,11 +44,11 @@ def test_a_text_is_scored_as_after_the_preamble(ref: str, window: int) -> None:
         for place in range(part.score_from - part.start, len(shown)):
             expected.append(logprobs[place - 1, shown[place]])
     sizes = {"window_tokens": window, "stride_tokens": window // 2}
-    scored = score_document(read, TEXT, Steers(), **sizes)
+    scored = score_document(read, TEXT, Steers(("host",)), **sizes)
     assert scored.token_ids == tuple(ids[1:])
-    found = scored.logprobs["host"]
+    found = scored.rows["host"].logprobs.float()
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
-    bare = score_document(host, TEXT, Steers(), **sizes).logprobs["host"]
+    bare = score_document(host, TEXT, Steers(("host",)), **sizes).rows["host"].logprobs.float()
     assert not torch.allclose(found, bare, atol=1e-2)
 
 
@@ -74,8 +74,8 @@ def test_host_and_fingerprint_stay_as_they_were() -> None:
 def test_a_chat_reads_the_preamble_after_a_single_first_token() -> None:
     _, read = opened("tiny:gemma3", "ab")
     read.tokenizer.chat_template = "<bos>{{ messages[0]['content'] }}"
-    assert _encode(read, "c", chat=True) == [256, *b"abc"]
-    assert _encode(read, "c", chat=False) == [256, *b"abc"]
+    assert chat_ids(read, "c") == [256, *b"abc"]
+    assert prompt_ids(read, "c") == [256, *b"abc"]
 
 
 def test_positions_count_the_preamble() -> None:

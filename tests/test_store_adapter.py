@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.anchors import Anchors
+from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.head import Head
-from trimtab.carriers.memory import GATE_FEATURES, Memory, lay_out
+from trimtab.carriers.memory import Memory, lay_out
 from trimtab.errors import AdapterError
 from trimtab.store.adapter import (
     HEAD_FILE,
@@ -41,6 +42,7 @@ BASE = BaseModelReference(
 )
 STRINGS = (b"the", b"\x00\xff", " é".encode(), b"a" * 300)
 GATE = tuple(0.5 * n - 1 for n in range(len(GATE_FEATURES)))
+BYTES_GATE = tuple(0.25 * n for n in range(len(GATE_FEATURES)))
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -107,6 +109,7 @@ def memory_file(*, soft: bool) -> MemoryFile:
         text,
         torch.tensor([starts[0], starts[0] + 3, starts[1]]),
         GATE,
+        BYTES_GATE,
         torch.tensor([[0, 1], [3, 2], [1, 1]], dtype=torch.int32) if soft else None,
         torch.tensor([[0.5, 0.25], [0.75, 0.125], [1.0, 0.0]]) if soft else None,
         *((STRINGS,) if soft else ()),
@@ -120,6 +123,7 @@ def manifest(*, soft: bool) -> AdapterManifest:
         key_size=4,
         values="soft" if soft else "hard",
         gate=Gate(features=GATE_FEATURES, weights=GATE),
+        bytes_gate=Gate(features=GATE_FEATURES, weights=BYTES_GATE),
     )
     return AdapterManifest(name="ships", base_model=BASE, carriers={"memory": carrier})
 

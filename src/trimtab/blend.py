@@ -65,7 +65,9 @@ def mix(logprobs: Tensor, other_logprobs: Tensor, gate: Tensor) -> Tensor:
     return torch.logaddexp(logprobs + torch.log1p(-gate), other_logprobs + gate.log())
 
 
-def evidence_weights(logprobs: Tensor, prior: Tensor, *, share: float = 0.0) -> Tensor:
+def evidence_weights(
+    logprobs: Tensor, prior: Tensor, *, share: float = 0.0, start: Tensor | None = None
+) -> Tensor:
     """Weigh several predictors by how well each has predicted the text so far.
 
     This is the Bayesian mixture of predictors (with share > 0 the fixed-share forecaster of
@@ -79,13 +81,15 @@ def evidence_weights(logprobs: Tensor, prior: Tensor, *, share: float = 0.0) -> 
         prior: Weights before any token, positive, summing to one, shape [predictors].
         share: Part of each weight that is dealt out again by the prior after every token, in
             [0, 1).
+        start: Weights to begin with, where the text goes on from a part that was weighed before:
+            that part's last column; None is the prior.
 
     Returns:
         Weights to predict token t with, from the tokens before t only: shape
         [predictors, seq + 1]; each column sums to one.
     """
-    columns = [prior.double().log()]
-    log_prior = columns[0]
+    log_prior = prior.double().log()
+    columns = [log_prior if start is None else start.double().log()]
     for step in logprobs.double().T:
         posterior = (columns[-1] + step).log_softmax(0)
         if share:

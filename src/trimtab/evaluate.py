@@ -1,5 +1,7 @@
 """Measure what an adapter changes on a host: on domain text, on general text, with controls."""
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +14,19 @@ from trimtab.backends.hf import HFModel, ModelFingerprint
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair, open_pair_from
+from trimtab.carriers.head import MountedHead
+from trimtab.carriers.recall import MountedMemory
 from trimtab.config import EvaluateConfig, MountConfig
 from trimtab.errors import InputError
 from trimtab.metrics import DocumentScore, Estimate, bootstrap, paired_difference, pool_kinds
 from trimtab.mount import mount, mount_with_control
-from trimtab.report import HostResult, Report, TokenChange, table, write_report
+from trimtab.report import ROWS, HostResult, Report, TokenChange, table, write_report
+from trimtab.steering.kept import VERSION, Kept, read_scores, write_scores
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.scoring import FAMILIES, ScoredDocument, Steers, score_document
+from trimtab.steering.rows import families
+from trimtab.steering.scoring import RowScore, ScoredDocument, Steers, score_document
 from trimtab.store.adapter import EXPERT_FOLDER
+from trimtab.store.adapter_schema import Blend
 from trimtab.store.manifest import read_manifest
 from trimtab.text.corpus import read_documents, scored_windows
 from trimtab.types import Document, Progress, silent
@@ -28,6 +35,7 @@ MIN_DOCUMENT_BYTES = 64
 """Shorter documents, and shorter ends of what may be scored, are passed over."""
 
 SMALL_ROWS = ("reference", "expert")
+LIVE_ROWS = ("live", "all", "proxy", "proxy-0.5", "mixture")
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,9 @@ class Evaluation:
 
 def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluation:
     """Measure every row on held-out domain text and on general text.
+
+    Each document's scores are kept in `out`: an interrupted run goes on where it was, and more
+    documents are added to those that are scored already.
 
     Args:
         config: Adapter, host, texts.
@@ -76,11 +87,9 @@ def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluati
         for kind, documents in texts.items():
             scores[kind] = {}
             for document in documents:
-                scored = bench.score(document.text)
-                _collect(scores[kind], rows, scored)
-                for row, score in bench.score_small(document.text, rows).items():
-                    scores[kind].setdefault(row, []).append(score)
-                first = first or (document.name, scored)
+                kept = bench.score(document.text)
+                _collect(scores[kind], rows, kept)
+                first = first or (document.name, kept.on_host)
                 advance(len(document.text.encode()))
     report = _report(config, bench.mounted, scores, first, host)
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
@@ -89,11 +98,11 @@ def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluati
 
 
 def _rows(config: EvaluateConfig) -> tuple[str, ...]:
-    known = (*SMALL_ROWS, *FAMILIES)
+    known = (*SMALL_ROWS, *families(Blend()))
     for row in config.rows:
         if row not in known:
             raise InputError(f"unknown row {row!r}", hint=f"rows are {', '.join(known)}")
-    return config.rows or known
+    return config.rows or ROWS
 
 
 def _texts(config: EvaluateConfig) -> dict[str, list[Document]]:
@@ -134,12 +143,13 @@ class _Bench:
     config: EvaluateConfig
     host: HFModel
     mounted: Mounted
+    rows: tuple[str, ...]
     steers: Steers
     pair: Pair | None
 
     @staticmethod
     def prepare(
-        config: EvaluateConfig, host: HFModel, rows: Sequence[str], progress: Progress
+        config: EvaluateConfig, host: HFModel, rows: tuple[str, ...], progress: Progress
     ) -> "_Bench":
         manifest = read_manifest(config.adapter)
         settings = MountConfig(adapter=config.adapter, host=config.host, seed=config.seed)
@@ -149,7 +159,7 @@ class _Bench:
         else:
             mounted = mount(settings, host=host, progress=progress)
         pair = None
-        if manifest.expert and {"live", "all", "proxy", *SMALL_ROWS} & set(rows):
+        if manifest.expert and {*LIVE_ROWS, *SMALL_ROWS} & set(rows):
             base = manifest.base_model
             pair = open_pair_from(
                 base.ref,
@@ -159,28 +169,40 @@ class _Bench:
                 progress=progress,
             )
         steers = Steers(
-            head=mounted.head,
-            memory=mounted.memory,
-            shuffled_head=control.head if control else None,
-            shuffled_memory=control.memory if control else None,
+            rows=rows,
+            heads=_heads(mounted, control),
+            memories=_memories(mounted, control, rows),
             bias=static_bias(mounted, host),
-            live=Live(pair, host.vocabulary) if pair else None,
+            live=Live(pair, host.vocabulary) if pair and {*LIVE_ROWS} & set(rows) else None,
+            blend=manifest.blend,
         )
-        return _Bench(config, host, mounted, steers, pair)
+        return _Bench(config, host, mounted, rows, steers, pair)
 
-    def score(self, text: str) -> ScoredDocument:
-        """Score one document under every predictor on the host."""
-        return score_document(
-            self.host,
-            text,
-            self.steers,
-            window_tokens=self.config.window_tokens,
-            stride_tokens=self.config.stride_tokens,
-        )
+    def score(self, text: str) -> Kept:
+        """Score one document under every row, unless it is scored already."""
+        path = self.config.out / "scores" / f"{self._key(text)}.safetensors"
+        kept = read_scores(path)
+        if kept is None:
+            windows = (self.config.window_tokens, self.config.stride_tokens)
+            on_host = score_document(
+                self.host, text, self.steers, window_tokens=windows[0], stride_tokens=windows[1]
+            )
+            kept = Kept(on_host, self._alone(text))
+            write_scores(path, kept)
+        return kept
 
-    def score_small(self, text: str, rows: Sequence[str]) -> Mapping[str, DocumentScore]:
+    def _key(self, text: str) -> str:
+        """Names a document's scores by all that decides them."""
+        config, host = self.config, self.host
+        files = {path: entry.sha256 for path, entry in self.mounted.manifest.files.items()}
+        blend = self.mounted.manifest.blend.model_dump(mode="json")
+        asked = (VERSION, files, blend, str(host.fingerprint), str(host.model.dtype))
+        how = (self.rows, config.window_tokens, config.stride_tokens, config.seed, text)
+        return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()[:32]
+
+    def _alone(self, text: str) -> Mapping[str, DocumentScore]:
         """Reference and expert alone, on their own tokens of the same text."""
-        if self.pair is None or not set(SMALL_ROWS) & set(rows):
+        if self.pair is None or not set(SMALL_ROWS) & set(self.rows):
             return {}
         model = self.pair.reference
         ids, context = model.encode(text), model.context_ids()
@@ -201,6 +223,29 @@ class _Bench:
         return {row: DocumentScore(nats[row], size) for row in SMALL_ROWS}
 
 
+def _heads(mounted: Mounted, control: Mounted | None) -> dict[str, MountedHead]:
+    heads = {"head": mounted.head}
+    if control and control.head:
+        # The static part passes through no map; `bias` is its own control.
+        silent_bias = torch.zeros_like(control.head.bias)
+        heads["head-shuffled"] = replace(control.head, bias=silent_bias)
+    return {name: head for name, head in heads.items() if head}
+
+
+def _memories(
+    mounted: Mounted, control: Mounted | None, rows: Sequence[str]
+) -> dict[str, MountedMemory]:
+    """The memory; what it finds by bytes alone; and what a shuffled map finds, without bytes."""
+    if mounted.memory is None:
+        return {}
+    memories = {"memory": mounted.memory}
+    if "bytes" in rows:
+        memories["bytes"] = replace(mounted.memory, finds="bytes")
+    if control and control.memory:
+        memories["shuffled"] = replace(control.memory, finds="state")
+    return memories
+
+
 def static_bias(mounted: Mounted, host: HFModel) -> Tensor | None:
     """The control of a static vocabulary bias: how much likelier a token is in the domain.
 
@@ -219,18 +264,15 @@ def static_bias(mounted: Mounted, host: HFModel) -> Tensor | None:
     return torch.where(seen, bias, 0.0)
 
 
-def _collect(
-    scores: dict[str, list[DocumentScore]], rows: Sequence[str], scored: ScoredDocument
-) -> None:
-    size = sum(scored.sizes)
-    for row in rows:
-        if row in FAMILIES and _measured(row, scored):
-            nats = -float(scored.row(row).sum())
-            scores.setdefault(row, []).append(DocumentScore(nats, size))
-
-
-def _measured(row: str, scored: ScoredDocument) -> bool:
-    return row == "host" or any(m in scored.logprobs for m in FAMILIES[row] if m != "host")
+def _collect(scores: dict[str, list[DocumentScore]], rows: Sequence[str], kept: Kept) -> None:
+    size = sum(kept.on_host.sizes)
+    found = {
+        row: DocumentScore(-float(score.logprobs.sum()), size)
+        for row, score in kept.on_host.rows.items()
+    }
+    for row, score in (found | dict(kept.small)).items():
+        if row in rows:
+            scores.setdefault(row, []).append(score)
 
 
 def _report(
@@ -282,17 +324,17 @@ def _report(
 
 def _changes(scored: ScoredDocument, host: HFModel) -> tuple[TokenChange, ...]:
     """Where the adapter changed the host's mind, token by token."""
-    best = "head+memory" if "head+memory" in scored.logprobs else "host"
-    before, after = scored.logprobs["host"], scored.row(best)
-    shown = [
-        [_text(host, int(i)) for i in scored.top_ids[name].tolist()] for name in ("host", best)
-    ]
+    before = scored.rows["host"]
+    after = scored.rows.get("head+memory", before)
+    columns = (scored.token_ids, before.logprobs, after.logprobs, _tops(host, before))
     return tuple(
         TokenChange(_text(host, token), -float(b), -float(a), top_before, top_after)
-        for token, b, a, top_before, top_after in zip(
-            scored.token_ids, before, after, *shown, strict=True
-        )
+        for token, b, a, top_before, top_after in zip(*columns, _tops(host, after), strict=True)
     )
+
+
+def _tops(host: HFModel, row: RowScore) -> list[str]:
+    return [_text(host, token_id) for token_id in row.top_ids.tolist()]
 
 
 def _text(host: HFModel, token_id: int) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 from trimtab.anchors import choose_anchors
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
+from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.head import Head, HeadData, HeadSettings
-from trimtab.carriers.memory import GATE_FEATURES
 from trimtab.config import CarrierName, FitConfig
 from trimtab.errors import InputError, RecordingError
 from trimtab.fitting.host_head import fit_host_head, fit_with_progress, prepare
@@ -256,6 +256,7 @@ def _write_memory(work: _Work, folder: Path, progress: Progress) -> MemoryCarrie
         key_size=memory.keys.shape[1],
         values=work.config.values,
         gate=Gate(features=GATE_FEATURES, weights=memory.gate),
+        bytes_gate=Gate(features=GATE_FEATURES, weights=memory.bytes_gate),
     )
 
 

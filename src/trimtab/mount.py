@@ -9,7 +9,8 @@ from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.carriers.head import Head, MountedHead, seat_rows
-from trimtab.carriers.memory import MountedMemory, build_index
+from trimtab.carriers.recall import MountedMemory
+from trimtab.carriers.search import build_index
 from trimtab.config import CarrierName, MountConfig
 from trimtab.errors import AdapterError
 from trimtab.steering.host_states import HostStates, host_states

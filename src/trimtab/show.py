@@ -41,7 +41,10 @@ class ShowResult:
         }
         lines = [f"{manifest.name}  ({self.folder})", *_aligned(facts), ""]
         lines += _carriers(manifest)
-        for title, values in (("blend", manifest.blend), ("metrics", manifest.metrics)):
+        for title, values in (
+            ("blend", manifest.blend.model_dump()),
+            ("metrics", manifest.metrics),
+        ):
             if values:
                 lines += ["", title, *_aligned({key: _value(v) for key, v in values.items()})]
         return _printable(lines)

@@ -88,6 +88,7 @@ class Live:
         self._host = host
         self.alignment = Alignment(self._strings, Strings(host))
         self._rows: dict[int, _Cached] = {}
+        self._one_vocabulary = pair.vocabulary.token_bytes == host.token_bytes
 
     @property
     def pair(self) -> Pair:
@@ -98,13 +99,18 @@ class Live:
         self,
         contexts: Sequence[bytes],
         *,
+        host_ids: Sequence[Sequence[int]] | None = None,
         start: Sequence[int] | None = None,
         row: int | None = None,
     ) -> "LiveReading":
         """Run both models over contexts, as one tree: contexts that begin alike share tokens.
 
+        Where host and small models have one vocabulary, the host's own tokens are the one cover:
+        what follows them is then compared token by token, with no loss at any boundary.
+
         Args:
             contexts: Bytes before each question.
+            host_ids: The host's tokens of each context, without those that stand for no text.
             start: Tokens of the small models that all contexts go on from; no cover gives them
                 back (default: what the small models expect before any text).
             row: Keep the key-value caches of this row of a generation; then there is one context.
@@ -112,10 +118,11 @@ class Live:
         reference, vocabulary = self._pair.reference, self._pair.vocabulary
         encode = reference.encode if start is None else reference.encode_following
         start = reference.context_ids() if start is None else start
-        covers = [
-            [c for c in covers_of(context, encode, vocabulary) if c.tokens or start]
-            for context in contexts
-        ]
+        if self._one_vocabulary and host_ids is not None:
+            ways = [[Cover(tuple(ids), b"")] for ids in host_ids]
+        else:
+            ways = [covers_of(context, encode, vocabulary) for context in contexts]
+        covers = [[cover for cover in found if cover.tokens or start] for found in ways]
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
         return LiveReading(tree, covers, ends, *self._states(tree, row))

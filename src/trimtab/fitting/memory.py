@@ -9,15 +9,10 @@ from torch import Tensor
 from trimtab.align import Strings
 from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
-from trimtab.carriers.memory import (
-    Memory,
-    MountedMemory,
-    build_index,
-    contexts_before,
-    fit_gate,
-    lay_out,
-    whitening,
-)
+from trimtab.carriers.gate import fit_gate
+from trimtab.carriers.memory import Memory, contexts_before, lay_out, whitening
+from trimtab.carriers.recall import MountedMemory
+from trimtab.carriers.search import build_index
 from trimtab.config import FitConfig
 from trimtab.errors import InputError, RecordingError
 from trimtab.fitting.recorded import Columns, byte_ends, document_bytes
@@ -73,8 +68,8 @@ def fit_memory(
     )
     if config.values == "soft":
         memory = _soft(memory, base, expert_head, {k: v[answered] for k, v in train.items()})
-    gate = _gate(base, memory, train["next_ids"][answered].long(), splits, progress)
-    return replace(memory, gate=gate)
+    gate, bytes_gate = _gates(base, memory, train["next_ids"][answered].long(), splits, progress)
+    return replace(memory, gate=gate, bytes_gate=bytes_gate)
 
 
 @torch.no_grad()
@@ -129,40 +124,45 @@ def _questions(base: HFModel, columns: Columns) -> Iterator[_Questions]:
             )
 
 
-def _gate(
+def _gates(
     base: HFModel,
     memory: Memory,
     following: Tensor,
     splits: dict[str, Columns],
     progress: Progress,
-) -> tuple[float, ...]:
-    """Learn the gate on held-out domain text and general text, each with half the weight.
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Learn both gates on held-out domain text and general text, each with half the weight.
 
     The reference is asked as a host is, with its own state as its reading of itself.
     """
     reading = Reading(memory.projection, -memory.projection @ memory.mean)
     said = propose(memory, following, Strings(base.vocabulary))
     mounted = MountedMemory(memory, build_index(memory), reading, said.values, said.shares)
-    asked: list[tuple[Tensor, ...]] = []
+    ways = (mounted, replace(mounted, finds="bytes"))
+    asked: list[list[tuple[Tensor, ...]]] = []
     total = sum(int((splits[s]["next_ids"] >= 0).sum()) for s in ("held_out", "general"))
-    with progress("fitting the memory's gate", total) as advance, torch.no_grad():
+    with progress("fitting the memory's gates", total) as advance, torch.no_grad():
         for split in ("held_out", "general"):
             if not len(splits[split]["token_ids"]):
                 continue
             for questions in _questions(base, splits[split]):
-                asked.append(_outcome(base, mounted, questions))
+                logprobs = base.unembedding.logits(questions.states).log_softmax(-1)
+                asked.append([_outcome(way, questions, logprobs) for way in ways])
                 advance(len(questions.truth))
     if not asked:
         raise RecordingError(
             "the recording holds no held-out and no general text to learn a gate from",
             hint="tune with --held-out above 0 and record again",
         )
-    return fit_gate(*(torch.cat(parts) for parts in zip(*asked, strict=True)))
+    gate, bytes_gate = (
+        fit_gate(*(torch.cat(parts) for parts in zip(*outcomes, strict=True)))
+        for outcomes in zip(*asked, strict=True)
+    )
+    return gate, bytes_gate
 
 
-def _outcome(base: HFModel, memory: MountedMemory, questions: _Questions) -> tuple[Tensor, ...]:
+def _outcome(memory: MountedMemory, questions: _Questions, logprobs: Tensor) -> tuple[Tensor, ...]:
     """Gate features, both log-probabilities of what came next, and weights: as `fit_gate` asks."""
-    logprobs = base.unembedding.logits(questions.states).log_softmax(-1)
     answer = memory.ask(questions.states, questions.contexts)
     right = questions.truth[:, None]
     return (

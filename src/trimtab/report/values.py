@@ -5,20 +5,23 @@ from dataclasses import dataclass, field
 
 from trimtab.metrics import Estimate
 
-BASELINES = ("host", "reference", "expert", "proxy")
+BASELINES = ("host", "reference", "expert", "proxy", "proxy-0.5", "mixture", "bytes")
 """Rows that stand beside the adapter: what there was before, and what it competes with."""
 
 STEERED = ("head", "memory", "head+memory", "live", "all")
 """Rows of a host that is steered by the adapter."""
 
-CONTROLS = ("bias", "head-shuffled", "memory-shuffled")
+CONTROLS = ("temperature", "bias", "head-shuffled", "memory-shuffled")
 """Rows that show what remains when the part that should matter is taken away."""
 
 ROWS = (
-    *("host", "reference", "expert", "proxy", "bias", "head", "memory", "head+memory"),
+    *("host", "reference", "expert", "proxy", "bias", "bytes", "head", "memory", "head+memory"),
     *("head-shuffled", "memory-shuffled", "live", "all"),
 )
-"""All rows of a table in their order; rows not measured are absent."""
+"""Rows that are measured unless others are asked for, in the order of a table."""
+
+MORE_ROWS = ("proxy-0.5", "mixture", "temperature")
+"""Further rows for comparison; they follow the others in a table."""
 
 Figures = Mapping[str, Estimate]
 """One figure in bits per byte for each measured row."""

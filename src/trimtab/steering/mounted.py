@@ -5,7 +5,8 @@ from pathlib import Path
 
 from trimtab.anchors import StateMap
 from trimtab.carriers.head import MountedHead
-from trimtab.carriers.memory import CONTEXT_BYTES, MountedMemory
+from trimtab.carriers.memory import CONTEXT_BYTES
+from trimtab.carriers.recall import MountedMemory
 from trimtab.store.adapter_schema import AdapterManifest
 
 POOR_FIT = 0.5

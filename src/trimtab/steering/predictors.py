@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
 
@@ -13,16 +13,11 @@ from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import Live, LiveReading
 from trimtab.blend import BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
 from trimtab.carriers.head import MountedHead
-from trimtab.carriers.memory import Answer, MountedMemory, last_bytes
-from trimtab.steering.scoring import (
-    CANDIDATE_NATS,
-    FAMILIES,
-    LIVE_BLENDS,
-    SHARE,
-    prior_of,
-    tail_of,
-    with_tail,
-)
+from trimtab.carriers.memory import last_bytes
+from trimtab.carriers.recall import Answer, MountedMemory
+from trimtab.steering.rows import families, prior_of, with_memory
+from trimtab.steering.scoring import CANDIDATE_NATS, tail_of, with_tail
+from trimtab.store.adapter_schema import Blend
 from trimtab.unembedding import Unembedding
 
 EVIDENCE_TOKENS = 256
@@ -34,7 +29,6 @@ CHUNK_POSITIONS = 16
 predictor needs as much again."""
 
 _GATE_LIMIT = 1 - 1e-6
-_WITH_MEMORY = "+memory"
 
 
 @dataclass(frozen=True)
@@ -71,28 +65,37 @@ class Steering:
         head: Shifts the logits.
         memory: Is mixed in, by its gate.
         live: Expert and reference beside the host.
+        blend: How predictors are made and weighed.
     """
 
     strength: float
     head: MountedHead | None = None
     memory: MountedMemory | None = None
     live: Live | None = None
+    blend: Blend = field(default_factory=Blend)
 
     @cached_property
     def predictors(self) -> tuple[str, ...]:
         """Names of the predictors, `host` first."""
+        rows = families(self.blend)
         light = "+".join(name for name in ("head", "memory") if getattr(self, name) is not None)
         if self.live is None:
-            return FAMILIES[light or "host"]
+            return rows[light or "host"]
         if light in ("", "head+memory"):
-            return FAMILIES["all" if light else "live"]
-        remembering = ("blend+memory", "lean+memory") if self.memory else ()
-        return (*FAMILIES["live"], light, *remembering)
+            return rows["all" if light else "live"]
+        if light == "head":
+            return (*rows["live"], "head")
+        return (*rows["live"], *with_memory("host", self.blend), *self._with_live)
+
+    @property
+    def _with_live(self) -> tuple[str, ...]:
+        bases = self.blend.live_with_memory
+        return tuple(name for base in bases for name in with_memory(base, self.blend))
 
     @property
     def prior(self) -> Tensor:
         """Trust in each predictor before any evidence, shape [predictors]."""
-        return prior_of(self.predictors) if len(self.predictors) > 1 else torch.ones(1)
+        return prior_of(self.predictors, self.blend)
 
     def logprobs(self, rows: Rows) -> Tensor:
         """What each predictor says.
@@ -107,24 +110,26 @@ class Steering:
             shift = self.head.shift(rows.hidden)
             found["head"] = (logits + self.strength * shift).log_softmax(-1)
         if self.live is not None:
-            found |= live_logprobs(self.live, found["host"], rows, self.strength)
+            found |= live_logprobs(self.live, found["host"], rows, self.blend, self.strength)
         if self.memory is not None:
             # The search over keys runs on the CPU, and the gate reads its results.
             answer = self.memory.ask(rows.hidden.cpu(), last_bytes(rows.contexts))
-            found["memory"] = self._remember(answer, found["host"])
-            for name in self.predictors:
-                if name.endswith(_WITH_MEMORY):
-                    base = found[name.removesuffix(_WITH_MEMORY)]
-                    found[name] = self._remember(answer, base)
+            for base in ("host", "head", *self.blend.live_with_memory):
+                if base in found and set(with_memory(base, self.blend)) & set(self.predictors):
+                    found |= self._remember(answer, base, found[base])
         return torch.stack([found[name] for name in self.predictors])
 
     def ask(
-        self, contexts: Sequence[bytes], chats: Sequence[ChatPrompt] = ()
+        self,
+        contexts: Sequence[bytes],
+        host_ids: Sequence[Sequence[int]],
+        chats: Sequence[ChatPrompt] = (),
     ) -> tuple[tuple[LiveReading, range], ...]:
         """Let the expert read on, where there is one: row i continues row i of the call before.
 
         Args:
             contexts: All text of each row; in chats, the answer so far.
+            host_ids: The host's tokens of that text.
             chats: What each row answers.
 
         Returns:
@@ -133,19 +138,26 @@ class Steering:
         if self.live is None:
             return ()
         starts = [chat.small_ids for chat in chats] or [None] * len(contexts)
-        return tuple(
-            (self.live.read([readable(context)], start=start, row=row), range(1))
-            for row, (context, start) in enumerate(zip(contexts, starts, strict=True))
+        readings = (
+            self.live.read([readable(context)], host_ids=[ids], start=start, row=row)
+            for row, (context, ids, start) in enumerate(
+                zip(contexts, host_ids, starts, strict=True)
+            )
         )
+        return tuple((reading, range(1)) for reading in readings)
 
-    def _remember(self, answer: Answer, logprobs: Tensor) -> Tensor:
+    def _remember(self, answer: Answer, base: str, logprobs: Tensor) -> dict[str, Tensor]:
         assert self.memory is not None
-        steered = logprobs.cpu()
-        gate = answer.gate(steered, self.memory.memory.gate) * self.strength
-        gate = gate.clamp(max=_GATE_LIMIT)[:, None]
-        mixed = mix(steered, answer.probs(steered.shape[-1]).log(), gate)
-        # Entries whose continuation no host token begins leave their share of the mass unused.
-        return mixed.log_softmax(-1).to(logprobs.device)
+        steered, said = logprobs.cpu(), answer.probs(logprobs.shape[-1]).log()
+        shifts = with_memory(base, self.blend)
+        gates = answer.gates(steered, self.memory.gate, tuple(shifts.values()))
+        found = {}
+        for name, gate in zip(shifts, gates, strict=True):
+            followed = (gate * self.strength).clamp(max=_GATE_LIMIT)[:, None]
+            # Entries whose continuation no host token begins leave their share unused.
+            mixed = mix(steered, said, followed).log_softmax(-1)
+            found[name] = mixed.to(logprobs.device)
+        return found
 
 
 def blend_at(weights: BlendWeights, strength: float) -> BlendWeights:
@@ -158,7 +170,7 @@ def blend_at(weights: BlendWeights, strength: float) -> BlendWeights:
 
 
 def live_logprobs(
-    live: Live, host_logprobs: Tensor, rows: Rows, strength: float
+    live: Live, host_logprobs: Tensor, rows: Rows, blend: Blend, strength: float
 ) -> Mapping[str, Tensor]:
     """Every blend of host, expert and reference.
 
@@ -170,7 +182,8 @@ def live_logprobs(
         live: Expert and reference.
         host_logprobs: The host's own, shape [rows, vocab].
         rows: What is asked.
-        strength: How far to follow each blend.
+        blend: The blends.
+        strength: How far to follow each.
 
     Returns:
         Natural-log probabilities by blend, each of shape [rows, vocab].
@@ -186,8 +199,9 @@ def live_logprobs(
     host = torch.cat([chosen, tail], 1)
     expert, reference = (with_tail(probs) for probs in _scored(live, rows, chosen.exp(), token_ids))
     found = {}
-    for name, weights in LIVE_BLENDS.items():
-        blended = log_linear(host, expert, reference, blend_at(weights, strength))
+    for name, weights in blend.live.items():
+        by = blend_at(BlendWeights(*weights), strength)
+        blended = log_linear(host, expert, reference, by)
         full = text + (blended[:, -1:] - tail)
         full[:, token_ids] = blended[:, :-1]
         full = torch.where(known, full.log_softmax(-1) + normaliser, host_logprobs)
@@ -208,6 +222,14 @@ def _scored(live: Live, rows: Rows, host_probs: Tensor, token_ids: Tensor) -> li
 def text_before(token_bytes: Sequence[bytes | None]) -> bytes:
     """The text that tokens stand for; special tokens contribute nothing."""
     return b"".join(text for text in token_bytes if text)
+
+
+def text_ids(
+    token_ids: Tensor, token_bytes: Sequence[bytes | None], start: int, end: int
+) -> list[int]:
+    """The tokens from start to end that stand for text."""
+    part = zip(token_ids[start:end].tolist(), token_bytes[start:end], strict=True)
+    return [token_id for token_id, text in part if text]
 
 
 def readable(context: bytes) -> bytes:
@@ -266,7 +288,8 @@ def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPro
     contexts = tuple(text_before(prompt.token_bytes[text.start : p + 1]) for p in asked)
     reading = None
     if steering.live:
-        reading = steering.live.read([readable(c) for c in contexts], start=opening)
+        ids = [text_ids(prompt.token_ids, prompt.token_bytes, text.start, p + 1) for p in asked]
+        reading = steering.live.read([readable(c) for c in contexts], host_ids=ids, start=opening)
     scores = []
     for begin in range(0, len(asked), CHUNK_POSITIONS):
         part = range(begin, min(begin + CHUNK_POSITIONS, len(asked)))
@@ -280,7 +303,9 @@ def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPro
             ((reading, part),) if reading else (),
         )
         scores.append(_logprobs_of(steering.logprobs(rows), prompt.token_ids[positions + 1]))
-    return evidence_weights(torch.cat(scores, 1), steering.prior, share=SHARE)[:, -1].float()
+    return evidence_weights(torch.cat(scores, 1), steering.prior, share=steering.blend.share)[
+        :, -1
+    ].float()
 
 
 def _logprobs_of(logprobs: Tensor, token_ids: Tensor) -> Tensor:

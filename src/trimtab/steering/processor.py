@@ -30,6 +30,7 @@ from trimtab.steering.predictors import (
     mixed_logprobs,
     prompt_weights,
     text_before,
+    text_ids,
 )
 from trimtab.store.adapter import EXPERT_FOLDER
 from trimtab.types import Progress, silent
@@ -130,7 +131,7 @@ def _steering(
     if head is not None:
         head = _to_device(head, host.unembedding.weight.device)
     beside = (live or open_live(mounted, host)) if "expert" in carriers else None
-    return Steering(strength, head, memory, beside)
+    return Steering(strength, head, memory, beside, mounted.manifest.blend)
 
 
 def check_carriers(name: str, carried: Sequence[CarrierName], asked: Sequence[CarrierName]) -> None:
@@ -298,23 +299,27 @@ class SteeringProcessor(LogitsProcessor):
                 )
             ]
             self._weights = self._weigh(prompts).to(scores.device)
-        contexts, questions = self._read(spelled, input_ids.shape[1] - self._prompt_tokens)
+        contexts, questions = self._read(rows, spelled, input_ids.shape[1] - self._prompt_tokens)
         asked = Rows(scores, states[:, -1].to(scores.device), contexts, questions)
         return mixed_logprobs(self._steering, asked, self._weights)
 
     def _read(
-        self, spelled: Sequence[Sequence[bytes | None]], new_tokens: int
+        self, rows: Sequence[Tensor], spelled: Sequence[Sequence[bytes | None]], new_tokens: int
     ) -> tuple[tuple[bytes, ...], tuple[tuple[LiveReading, range], ...]]:
         """The text before each row's next token, and how the expert has read it."""
+        starts = [len(text) - new_tokens if self._chats else 0 for text in spelled]
+        ids = [
+            text_ids(row, text, start, len(text))
+            for row, text, start in zip(rows, spelled, starts, strict=True)
+        ]
+        answers = [text_before(text[start:]) for text, start in zip(spelled, starts, strict=True)]
         if not self._chats:
-            contexts = tuple(text_before(text) for text in spelled)
-            return contexts, self._steering.ask(contexts)
-        answers = [text_before(text[len(text) - new_tokens :]) for text in spelled]
+            return tuple(answers), self._steering.ask(answers, ids)
         contexts = tuple(
             text_before(text[chat.message.start : chat.message.stop]) + answer
             for text, chat, answer in zip(spelled, self._chats, answers, strict=True)
         )
-        return contexts, self._steering.ask(answers, self._chats)
+        return contexts, self._steering.ask(answers, ids, self._chats)
 
     def _rows(self, input_ids: Tensor) -> list[Tensor]:
         """Token ids of each row without the padding of its prompt."""

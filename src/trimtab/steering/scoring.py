@@ -1,16 +1,28 @@
 """What every way of steering pays for a text, token by token, in one pass of the host."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import final
 
 import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live, LiveReading
-from trimtab.blend import PROXY, BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
+from trimtab.blend import (
+    PROXY,
+    BlendWeights,
+    evidence_weights,
+    log_linear,
+    mix,
+    mixture_logprobs,
+)
 from trimtab.carriers.head import MountedHead
-from trimtab.carriers.memory import Answer, MountedMemory, last_bytes
+from trimtab.carriers.memory import last_bytes
+from trimtab.carriers.recall import Answer, MountedMemory
+from trimtab.steering.rows import TEMPERATURES, families, present, prior_of, with_memory
+from trimtab.store.adapter_schema import Blend
 from trimtab.text.corpus import scored_windows
 
 CANDIDATE_NATS = 10.0
@@ -19,93 +31,68 @@ CANDIDATE_NATS = 10.0
 CHUNK = 64
 """Positions whose full-vocabulary logits are held at once."""
 
-LIVE_BLENDS: Mapping[str, BlendWeights] = {
-    "expert-aligned": BlendWeights(0.0, 1.0, 0.0),
-    "blend": BlendWeights(0.5, 1.0, 0.5),
-    "mean": BlendWeights(0.5, 0.5, 0.0),
+CONTROL_BLENDS: Mapping[str, BlendWeights] = {
     "proxy": PROXY,
-    "lean": BlendWeights(0.3, 0.9, 0.2),
+    "proxy-0.5": BlendWeights(1.0, 0.5, 0.5),
 }
-
-FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "head": ("host", "head"),
-    "memory": ("host", "memory"),
-    "head+memory": ("host", "head", "memory", "head+memory"),
-    "head-shuffled": ("host", "head-shuffled"),
-    "memory-shuffled": ("host", "memory-shuffled"),
-    "bias": ("host", "bias-half", "bias-full"),
-    "live": ("host", "expert-aligned", "blend", "mean", "lean"),
-    "all": (
-        "host",
-        "head+memory",
-        "expert-aligned",
-        "blend",
-        "mean",
-        "lean",
-        "blend+memory",
-        "lean+memory",
-    ),
-    "proxy": ("proxy",),
-    "host": ("host",),
-}
-"""Predictors that each row weighs by the evidence of the text so far."""
+"""Blends that are shown for comparison and never weighed by evidence."""
 
 
 @dataclass(frozen=True)
 class Steers:
-    """What may steer the host in one pass; None and absent ones are passed over.
+    """What may steer the host in one pass.
 
     Attributes:
-        head: The mounted head.
-        memory: The mounted memory.
-        shuffled_head: The control with a shuffled map.
-        shuffled_memory: Likewise.
+        rows: Rows to score.
+        heads: By predictor: `head`, and `head-shuffled` for the control.
+        memories: By predictor: `memory`, and for the controls `bytes` and `shuffled`.
         bias: Static vocabulary bias, shape [vocab].
         live: Expert and reference beside the host.
+        blend: How predictors are made and weighed.
     """
 
-    head: MountedHead | None = None
-    memory: MountedMemory | None = None
-    shuffled_head: MountedHead | None = None
-    shuffled_memory: MountedMemory | None = None
+    rows: tuple[str, ...] = ()
+    heads: Mapping[str, MountedHead] = field(default_factory=dict)
+    memories: Mapping[str, MountedMemory] = field(default_factory=dict)
     bias: Tensor | None = None
     live: Live | None = None
+    blend: Blend = field(default_factory=Blend)
+
+    @cached_property
+    def families(self) -> Mapping[str, tuple[str, ...]]:
+        """Predictors by row, for the rows that are asked for."""
+        found = families(self.blend)
+        return {row: found[row] for row in self.rows if row in found}
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """What a row makes of a document's tokens.
+
+    Attributes:
+        logprobs: Of each token, in nats, shape [tokens].
+        top_ids: The row's likeliest token at each place, shape [tokens].
+        top_logprobs: How likely the row finds it, shape [tokens].
+    """
+
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
 
 
 @dataclass(frozen=True)
 class ScoredDocument:
-    """Log-probabilities of a document's tokens under each predictor.
+    """A document under every row.
 
     Attributes:
         token_ids: The scored host tokens.
         sizes: Bytes of each.
-        logprobs: By predictor, shape [tokens], in nats.
-        top_ids: Each row's likeliest token for some predictors, by predictor, shape [tokens].
+        rows: By name.
     """
 
     token_ids: tuple[int, ...]
     sizes: tuple[int, ...]
-    logprobs: Mapping[str, Tensor]
-    top_ids: Mapping[str, Tensor]
-
-    def row(self, name: str) -> Tensor:
-        """Log-probabilities of a row: its predictors, weighed by the evidence so far."""
-        members = [m for m in FAMILIES[name] if m in self.logprobs]
-        stacked = torch.stack([self.logprobs[m] for m in members]).double()
-        if len(members) == 1:
-            return stacked[0]
-        weights = evidence_weights(stacked, prior_of(members), share=SHARE)[:, :-1]
-        return mixture_logprobs(stacked, weights)
-
-
-SHARE = 0.01
-"""Part of the evidence that is dealt out anew at each token, so that a text may turn."""
-
-
-def prior_of(members: Sequence[str]) -> Tensor:
-    """Trust before any evidence: a quarter in the bare host, the rest shared."""
-    others = len(members) - 1
-    return torch.tensor([0.25 if m == "host" else 0.75 / others for m in members])
+    rows: Mapping[str, RowScore]
 
 
 def score_document(
@@ -127,7 +114,7 @@ def score_document(
     """
     ids = host.encode(text)
     pieces = [host.vocabulary.token_bytes[i] or b"" for i in ids]
-    parts = []
+    scorer = _Scorer(host, steers)
     for window in scored_windows(len(ids), window_tokens, stride_tokens):
         context = host.context_ids()
         read = torch.tensor([context + ids[window.start : window.end]], device=host.device)
@@ -136,7 +123,10 @@ def score_document(
         skip = len(context) - window.start
         scored = range(window.score_from, window.end)
         before = list(_contexts(pieces, window.start, scored.start, scored.stop))
-        reading = steers.live.read(before) if steers.live else None
+        reading = None
+        if steers.live:
+            seen = [ids[window.start : position] for position in scored]
+            reading = steers.live.read(before, host_ids=seen)
         for first in range(scored.start, scored.stop, CHUNK):
             last = min(first + CHUNK, window.end)
             asked = range(first - scored.start, last - scored.start)
@@ -148,13 +138,9 @@ def score_document(
                 reading,
             )
             with torch.inference_mode():
-                parts.append(_score_chunk(host, chunk, steers))
-    names = parts[0][0].keys() if parts else ()
+                scorer.score(chunk)
     return ScoredDocument(
-        tuple(ids[1:]),
-        tuple(len(piece) for piece in pieces[1:]),
-        {name: torch.cat([part[0][name] for part in parts]) for name in names},
-        {n: torch.cat([part[1][n] for part in parts]) for n in (parts[0][1] if parts else ())},
+        tuple(ids[1:]), tuple(len(piece) for piece in pieces[1:]), scorer.result()
     )
 
 
@@ -183,20 +169,24 @@ class _Field:
     places: Tensor
     tail_logprobs: Tensor
 
+    def over(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of the candidates and the tail, given the logits of all tokens."""
+        logprobs = logits[:, self.token_ids] - logits.logsumexp(-1, keepdim=True)
+        return torch.cat([logprobs, _tail_logprobs(logprobs)], 1)
+
     def of_targets(self, logprobs: Tensor) -> Tensor:
         """Log-probability of each target; inside the tail the host's proportions hold."""
         chosen = logprobs.gather(1, self.places[:, None])[:, 0]
         return chosen + self.tail_logprobs
 
 
-def _field(host: HFModel, chunk: _Chunk, wanted: Tensor) -> _Field:
-    logits = host.unembedding.logits(chunk.states).float().cpu()
+def _field(logits: Tensor, chunk: _Chunk, wanted: Tensor) -> _Field:
     normaliser = logits.logsumexp(-1, keepdim=True)
     likely = (logits > logits.amax(-1, keepdim=True) - CANDIDATE_NATS).any(0)
     likely[wanted] = True
     token_ids = torch.nonzero(likely)[:, 0]
     logprobs = logits[:, token_ids] - normaliser
-    tail = torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+    tail = _tail_logprobs(logprobs)
     place = torch.full((logits.shape[1],), len(token_ids))
     place[token_ids] = torch.arange(len(token_ids))
     places = place[chunk.targets]
@@ -205,49 +195,73 @@ def _field(host: HFModel, chunk: _Chunk, wanted: Tensor) -> _Field:
     return _Field(token_ids, torch.cat([logprobs, tail], 1), places, inside)
 
 
-def _score_chunk(
-    host: HFModel, chunk: _Chunk, steers: Steers
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _tail_logprobs(logprobs: Tensor) -> Tensor:
+    return torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+
+
+@final
+class _Scorer:
+    """Scores a document chunk by chunk, and weighs predictors by what came before."""
+
+    def __init__(self, host: HFModel, steers: Steers) -> None:
+        self._host = host
+        self._steers = steers
+        self._weights: dict[str, Tensor] = {}
+        self._parts: dict[str, list[RowScore]] = {}
+
+    def score(self, chunk: _Chunk) -> None:
+        """Score the next chunk."""
+        field, dense = _predicted(self._host, chunk, self._steers)
+        for row, names in self._steers.families.items():
+            members = present(row, names, dense)
+            if members:
+                self._parts.setdefault(row, []).append(self._mixed(row, members, field, dense))
+
+    def _mixed(
+        self, row: str, members: Sequence[str], field: _Field, dense: Mapping[str, Tensor]
+    ) -> RowScore:
+        stacked = torch.stack([dense[name] for name in members])
+        logprobs = torch.stack([field.of_targets(part) for part in stacked])
+        blend, start = self._steers.blend, self._weights.get(row)
+        prior = prior_of(members, blend)
+        weights = evidence_weights(logprobs, prior, share=blend.share, start=start)
+        self._weights[row], weights = weights[:, -1], weights[:, :-1]
+        mixed = mixture_logprobs(stacked, weights[..., None])
+        top = mixed[:, :-1].max(-1)
+        scores = mixture_logprobs(logprobs.double(), weights)
+        return RowScore(scores, field.token_ids[top.indices], top.values)
+
+    def result(self) -> dict[str, RowScore]:
+        """All rows that were scored."""
+        names = ("logprobs", "top_ids", "top_logprobs")
+        return {
+            row: RowScore(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+            for row, parts in self._parts.items()
+        }
+
+
+def _predicted(host: HFModel, chunk: _Chunk, steers: Steers) -> tuple[_Field, dict[str, Tensor]]:
+    """Every predictor's distributions over the candidates and the tail."""
     before = last_bytes(chunk.contexts)
     states = chunk.states.float().cpu()
-    answers = {
-        name: memory.ask(states, before)
-        for name, memory in (
-            ("memory", steers.memory),
-            ("memory-shuffled", steers.shuffled_memory),
-        )
-        if memory
-    }
+    answers = {name: memory.ask(states, before) for name, memory in steers.memories.items()}
     proposed = [answer.values[answer.values >= 0] for answer in answers.values()]
-    field = _field(host, chunk, torch.cat([torch.zeros(0, dtype=torch.long), *proposed]).unique())
+    logits = host.unembedding.logits(chunk.states).float().cpu()
+    field = _field(logits, chunk, torch.cat([torch.zeros(0, dtype=torch.long), *proposed]).unique())
     dense: dict[str, Tensor] = {"host": field.logprobs}
-    for name, head in (("head", steers.head), ("head-shuffled", steers.shuffled_head)):
-        if head:
-            dense[name] = _shifted(field, head.shift_of(states, field.token_ids))
+    for temperature in TEMPERATURES:
+        dense[f"temperature-{temperature:g}"] = field.over(logits / temperature)
+    for name, head in steers.heads.items():
+        dense[name] = _shifted(field, head.shift_of(states, field.token_ids))
     if steers.bias is not None:
         shift = steers.bias[field.token_ids].expand(len(states), -1)
         dense["bias-half"] = _shifted(field, 0.5 * shift)
         dense["bias-full"] = _shifted(field, shift)
     if steers.live and chunk.reading:
-        dense |= _live(field, chunk.reading, chunk.questions, steers.live)
-    steered_by_memory = {
-        "memory": ("host", "memory"),
-        "head+memory": ("head", "memory"),
-        "memory-shuffled": ("host", "memory-shuffled"),
-        "blend+memory": ("blend", "memory"),
-        "lean+memory": ("lean", "memory"),
-    }
-    gate = steers.memory.memory.gate if steers.memory else ()
-    for name, (base, which) in steered_by_memory.items():
-        if base in dense and which in answers:
-            dense[name] = _with_memory(field, dense[base], answers[which], gate)
-    scores = {name: field.of_targets(logprobs) for name, logprobs in dense.items()}
-    shown = {n: _top(field, dense[n]) for n in ("host", "head+memory", "blend") if n in dense}
-    return scores, shown
-
-
-def _top(field: _Field, logprobs: Tensor) -> Tensor:
-    return field.token_ids[logprobs[:, :-1].argmax(-1)]
+        dense |= _live(field, chunk.reading, chunk.questions, steers.live, steers.blend)
+    for name, answer in answers.items():
+        dense |= _remembered(field, dense, name, answer, steers)
+    return field, dense
 
 
 def _shifted(field: _Field, shift: Tensor) -> Tensor:
@@ -256,24 +270,38 @@ def _shifted(field: _Field, shift: Tensor) -> Tensor:
     return shifted.log_softmax(-1)
 
 
-def _with_memory(
-    field: _Field, logprobs: Tensor, answer: Answer, gate: tuple[float, ...]
-) -> Tensor:
+def _remembered(
+    field: _Field, dense: Mapping[str, Tensor], name: str, answer: Answer, steers: Steers
+) -> dict[str, Tensor]:
+    """A memory mixed into each predictor that is there; a control only into the host."""
     place = torch.full((max(int(answer.values.max()), 0) + 1,), -1)
     inside = field.token_ids[field.token_ids < len(place)]
     place[inside] = torch.arange(len(inside))
     local = answer.relabelled(place)
-    opened = local.gate(logprobs, gate)
-    return mix(logprobs, local.probs(logprobs.shape[1]).log(), opened[:, None])
+    said = local.probs(field.logprobs.shape[1]).log()
+    bases = ["host"]
+    if name == "memory":
+        bases += [base for base in ("head", *steers.blend.live_with_memory) if base in dense]
+    found = {}
+    for base in bases:
+        shifts = with_memory(base, steers.blend)
+        gates = local.gates(dense[base], steers.memories[name].gate, tuple(shifts.values()))
+        for predictor, gate in zip(shifts, gates, strict=True):
+            mixed = mix(dense[base], said, gate[:, None])
+            found[predictor.replace("memory", name)] = mixed
+    return found
 
 
-def _live(field: _Field, reading: LiveReading, questions: range, live: Live) -> dict[str, Tensor]:
+def _live(
+    field: _Field, reading: LiveReading, questions: range, live: Live, blend: Blend
+) -> dict[str, Tensor]:
     host = field.logprobs[:, :-1].exp()
     pair = live.score(reading, questions, host, field.token_ids)
     expert, reference = (with_tail(probs) for probs in pair)
-    return {
-        name: log_linear(field.logprobs, expert, reference, by) for name, by in LIVE_BLENDS.items()
-    }
+    blends = {name: BlendWeights(*by) for name, by in blend.live.items()} | dict(CONTROL_BLENDS)
+    found = {name: log_linear(field.logprobs, expert, reference, by) for name, by in blends.items()}
+    half = torch.full((len(host), 1), 0.5)
+    return found | {"mixture": mix(field.logprobs, expert, half)}
 
 
 def tail_of(probs: Tensor) -> Tensor:

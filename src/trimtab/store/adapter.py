@@ -155,7 +155,7 @@ def read_head(folder: Path) -> HeadFile:
 
 
 def write_memory(folder: Path, file: MemoryFile) -> None:
-    """Write memory/memory.safetensors; its gate is in the manifest."""
+    """Write memory/memory.safetensors; its gates are in the manifest."""
     memory = file.memory
     tensors = {
         "keys": memory.keys,
@@ -177,7 +177,7 @@ def write_memory(folder: Path, file: MemoryFile) -> None:
 
 
 def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
-    """Read memory/memory.safetensors, with the gate from the manifest.
+    """Read memory/memory.safetensors, with the gates from the manifest.
 
     Raises:
         AdapterError: The file is missing or lacks a tensor.
@@ -192,6 +192,7 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
         found["text"],
         found["positions"],
         carrier.gate.weights if carrier else (),
+        carrier.bytes_gate.weights if carrier else (),
         found["soft_ids"] if soft else None,
         found["soft_probs"].float() if soft else None,
         unpack_strings(found["soft_string_bytes"], found["soft_string_ends"]) if soft else (),

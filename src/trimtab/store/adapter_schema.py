@@ -136,6 +136,8 @@ class MemoryCarrier(Part):
     """What an entry says: the bytes that followed, or the expert's distribution."""
     gate: Gate = Gate()
     """When it speaks."""
+    bytes_gate: Gate = Gate()
+    """When it speaks if its entries are found by bytes alone."""
 
 
 class ExpertCarrier(Part):
@@ -201,6 +203,33 @@ class Licences(Part):
     """Terms of the models it was made from."""
 
 
+class Blend(Part):
+    """How predictors are made of the carriers and weighed against the bare host."""
+
+    live: dict[str, tuple[float, float, float]] = {
+        "expert-aligned": (0.0, 1.0, 0.0),
+        "blend": (0.5, 1.0, 0.5),
+        "mean": (0.5, 0.5, 0.0),
+        "lean": (0.3, 0.9, 0.2),
+    }
+    """Exponents of host, expert and reference, by name."""
+    live_with_memory: tuple[str, ...] = ("blend", "lean")
+    """Those of `live` that a memory is mixed into as well."""
+    gate_shifts: tuple[float, ...] = (-1.5, 0.0, 1.5)
+    """Added to the log-odds of the memory's gate, a predictor each."""
+    host_prior: float = Field(default=0.25, gt=0, lt=1)
+    """Trust in the bare host before any evidence; the others share the rest."""
+    share: float = Field(default=0.002, ge=0, lt=1)
+    """Part of the evidence that is dealt out anew at each token, so that a text may turn."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        unknown = set(self.live_with_memory) - set(self.live)
+        if unknown:
+            raise ValueError(f"live_with_memory names {sorted(unknown)}, which live lacks")
+        return self
+
+
 def _now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
@@ -220,8 +249,8 @@ class AdapterManifest(Part):
     """The small model."""
     carriers: dict[CarrierName, Carrier] = Field(min_length=1)
     """What it carries; each key is the carrier's kind."""
-    blend: dict[str, JsonValue] = {}
-    """Weights and gates of the blend."""
+    blend: Blend = Blend()
+    """How its predictors are made and weighed."""
     metrics: dict[str, JsonValue] = {}
     """What was measured while it was made."""
     licences: Licences = Licences()

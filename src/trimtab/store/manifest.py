@@ -23,6 +23,7 @@ from trimtab.store.adapter_schema import (
     carrier_of,
 )
 from trimtab.store.adapter_schema import BaseModelReference as BaseModelReference
+from trimtab.store.adapter_schema import Blend as Blend
 from trimtab.store.adapter_schema import Carrier as Carrier
 from trimtab.store.adapter_schema import ExpertCarrier as ExpertCarrier
 from trimtab.store.adapter_schema import Gate as Gate
