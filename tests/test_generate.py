@@ -200,7 +200,7 @@ def reference_next(
     message = message or range(prompt)
     shown = [(names[i] or b"") if t in message or t >= prompt else b"" for t, i in enumerate(ids)]
     text = [b"".join(shown[: t + 1]) for t in range(len(ids))]
-    prior = torch.tensor([0.25] + [0.75 / 7] * 7, dtype=torch.float64)
+    prior = torch.tensor([0.5] + [0.5 / 7] * 7, dtype=torch.float64)
     weights = prior
     for t in range(prompt - 1):
         if names[ids[t + 1]] and t + 1 in message:
@@ -334,7 +334,7 @@ def test_forbidden_tokens_stay_forbidden(host: HFModel, mounted: Mounted) -> Non
 
 def test_a_prompt_of_one_token_has_the_prior(host: HFModel, mounted: Mounted) -> None:
     expected, weights = reference_next(host, mounted, 1.0, [84], 1)
-    assert weights.tolist() == [0.25] + [0.75 / 7] * 7
+    assert weights.tolist() == [0.5] + [0.5 / 7] * 7
     with steered(host, mounted) as model:
         result = model.generate(
             torch.tensor([[84]]), max_new_tokens=1, output_scores=True, return_dict_in_generate=True
@@ -476,7 +476,7 @@ def test_in_a_chat_the_expert_reads_its_own_template(
     ids, pair, prompt = result.sequences[0].tolist(), live.pair, batch["input_ids"].shape[1]
     start = ids.index(ord(">")) + 1
     assert bytes(ids[start : start + len(message)]) == message.encode()
-    prior = torch.tensor([0.25] + [0.75 / 4] * 4, dtype=torch.float64)
+    prior = torch.tensor([0.5] + [0.5 / 4] * 4, dtype=torch.float64)
     weights = prior
     for t in range(len(message)):
         read = [*opening, *ids[start : start + t]]
@@ -749,7 +749,7 @@ def test_the_experts_caches_change_nothing(host: HFModel, mounted: Mounted, live
                 *(n for b in ("host", "blend", "lean") for n in with_memory(b, BLEND)),
             ),
         ),
-        (("memory",), ("host", "memory-1.5", "memory", "memory+1.5")),
+        (("memory",), ("host", "memory-2", "memory", "memory+2")),
     ],
 )
 def test_predictors_of_carriers(

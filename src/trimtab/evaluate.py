@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -40,17 +40,26 @@ LIVE_ROWS = ("live", "all", "proxy", "proxy-0.5", "mixture")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured."""
+    """What was measured.
+
+    Attributes:
+        report: The figures.
+        folder: Where report and scores lie.
+        scored: Each document's scores by kind of text; the domain's kind is "".
+    """
 
     report: Report
     folder: Path
+    scored: Mapping[str, Sequence[Kept]] = field(default_factory=dict, repr=False)
 
     def summary(self) -> str:
         """The table."""
         return table(self.report)
 
 
-def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluation:
+def evaluate(
+    config: EvaluateConfig, *, host: HFModel | None = None, progress: Progress = silent
+) -> Evaluation:
     """Measure every row on held-out domain text and on general text.
 
     Each document's scores are kept in `out`: an interrupted run goes on where it was, and more
@@ -58,6 +67,8 @@ def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluati
 
     Args:
         config: Adapter, host, texts.
+        host: The host, if it is open already; it may differ from the named one (a LoRA in it, a
+            preamble), and nothing of its mount is kept.
         progress: Shows the scoring.
 
     Raises:
@@ -68,7 +79,8 @@ def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluati
     started = time.perf_counter()
     rows = _rows(config)
     texts = _texts(config)
-    host = open_model(config.host, dtype=config.dtype, progress=progress)
+    cache = host is None
+    host = host or open_model(config.host, dtype=config.dtype, progress=progress)
     texts = {
         kind: _cut(documents, _budget(config, kind), config, host)
         for kind, documents in texts.items()
@@ -79,22 +91,22 @@ def evaluate(config: EvaluateConfig, *, progress: Progress = silent) -> Evaluati
                 f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes",
                 hint="give longer text, or raise --max-tokens",
             )
-    bench = _Bench.prepare(config, host, rows, progress)
-    scores: dict[str, dict[str, list[DocumentScore]]] = {}
-    first: tuple[str, ScoredDocument] | None = None
+    settings = MountConfig(adapter=config.adapter, host=config.host, seed=config.seed, cache=cache)
+    bench = _Bench.prepare(config, settings, host, rows, progress)
+    scored: dict[str, list[Kept]] = {}
     total = sum(len(document.text.encode()) for found in texts.values() for document in found)
     with progress("scoring", total) as advance:
         for kind, documents in texts.items():
-            scores[kind] = {}
+            scored[kind] = []
             for document in documents:
-                kept = bench.score(document.text)
-                _collect(scores[kind], rows, kept)
-                first = first or (document.name, kept.on_host)
+                scored[kind].append(bench.score(document.text))
                 advance(len(document.text.encode()))
+    scores = {kind: _by_row(kept, rows) for kind, kept in scored.items()}
+    first = (texts[""][0].name, scored[""][0].on_host)
     report = _report(config, bench.mounted, scores, first, host)
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
-    return Evaluation(report, config.out)
+    return Evaluation(report, config.out, scored)
 
 
 def _rows(config: EvaluateConfig) -> tuple[str, ...]:
@@ -149,10 +161,13 @@ class _Bench:
 
     @staticmethod
     def prepare(
-        config: EvaluateConfig, host: HFModel, rows: tuple[str, ...], progress: Progress
+        config: EvaluateConfig,
+        settings: MountConfig,
+        host: HFModel,
+        rows: tuple[str, ...],
+        progress: Progress,
     ) -> "_Bench":
         manifest = read_manifest(config.adapter)
-        settings = MountConfig(adapter=config.adapter, host=config.host, seed=config.seed)
         control = None
         if {"head-shuffled", "memory-shuffled"} & set(rows):
             mounted, control = mount_with_control(settings, host, progress=progress)
@@ -264,22 +279,25 @@ def static_bias(mounted: Mounted, host: HFModel) -> Tensor | None:
     return torch.where(seen, bias, 0.0)
 
 
-def _collect(scores: dict[str, list[DocumentScore]], rows: Sequence[str], kept: Kept) -> None:
-    size = sum(kept.on_host.sizes)
-    found = {
-        row: DocumentScore(-float(score.logprobs.sum()), size)
-        for row, score in kept.on_host.rows.items()
-    }
-    for row, score in (found | dict(kept.small)).items():
-        if row in rows:
-            scores.setdefault(row, []).append(score)
+def _by_row(scored: Sequence[Kept], rows: Sequence[str]) -> dict[str, list[DocumentScore]]:
+    scores: dict[str, list[DocumentScore]] = {}
+    for kept in scored:
+        size = sum(kept.on_host.sizes)
+        found = {
+            row: DocumentScore(-float(score.logprobs.sum()), size)
+            for row, score in kept.on_host.rows.items()
+        }
+        for row, score in (found | dict(kept.small)).items():
+            if row in rows:
+                scores.setdefault(row, []).append(score)
+    return scores
 
 
 def _report(
     config: EvaluateConfig,
     mounted: Mounted,
     scores: Mapping[str, Mapping[str, list[DocumentScore]]],
-    first: tuple[str, ScoredDocument] | None,
+    first: tuple[str, ScoredDocument],
     host: HFModel,
 ) -> Report:
     estimates = {
@@ -317,8 +335,8 @@ def _report(
         hosts=(result,),
         wall_sec={},
         adapter_bytes=sizes,
-        tokens=_changes(first[1], host) if first else (),
-        tokens_name=first[0] if first else "",
+        tokens=_changes(first[1], host),
+        tokens_name=first[0],
     )
 
 

@@ -91,28 +91,36 @@ def look_up(
         contexts: Bytes before each question, last first, [questions, CONTEXT_BYTES].
         finds: What entries are found by.
     """
-    near = _by_state(index, features) if features is not None and finds != "bytes" else None
-    alike = _by_bytes(memory, index, contexts) if finds != "state" else None
-    entries = torch.cat([part for part in (near, alike) if part is not None], 1)
+    parts: list[tuple[Tensor, Tensor]] = []
+    if features is not None and finds != "bytes":
+        parts.append(_by_state(index, features))
+    if finds != "state":
+        alike = _by_bytes(memory, index, contexts)
+        cosines = torch.zeros(alike.shape)
+        if parts and features is not None:
+            # What both find counts once.
+            again = (alike[:, :, None] == parts[0][0][:, None]).any(-1)
+            cosines = _cosines(memory, alike, features).masked_fill(again, -torch.inf)
+        parts.append((alike, cosines))
+    entries, cosines = (torch.cat(side, 1) for side in zip(*parts, strict=True))
     matched = _matched_bytes(memory, entries, contexts)
-    scores = MATCH_WEIGHT * matched.float()
-    if near is not None and features is not None:
-        questions = torch.nn.functional.normalize(features.float(), dim=-1)
-        keys = memory.keys[entries].float()
-        scores = scores + torch.einsum("qnk,qk->qn", keys, questions) / TEMPERATURE
-    if near is not None and alike is not None:
-        again = (alike[:, :, None] == near[:, None]).any(-1)
-        scores[:, near.shape[1] :].masked_fill_(again, -torch.inf)
+    scores = cosines / TEMPERATURE + MATCH_WEIGHT * matched
     return Found(entries, scores.softmax(-1), matched)
 
 
-def _by_state(index: Index, features: Tensor) -> Tensor:
+def _by_state(index: Index, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries with the nearest states, and their cosines."""
     questions = torch.nn.functional.normalize(features.float(), dim=-1)
     count = min(NEIGHBOURS, index.keys.ntotal)
-    _, entries = index.keys.search(  # pyright: ignore[reportCallIssue]
+    cosines, entries = index.keys.search(  # pyright: ignore[reportCallIssue]
         np.ascontiguousarray(questions.numpy()), count
     )
-    return torch.from_numpy(entries)
+    return torch.from_numpy(entries), torch.from_numpy(cosines)
+
+
+def _cosines(memory: Memory, entries: Tensor, features: Tensor) -> Tensor:
+    questions = torch.nn.functional.normalize(features.float(), dim=-1)
+    return torch.einsum("qnk,qk->qn", memory.keys[entries].float(), questions)
 
 
 def _by_bytes(memory: Memory, index: Index, contexts: Tensor) -> Tensor:

@@ -215,9 +215,9 @@ class Blend(Part):
     """Exponents of host, expert and reference, by name."""
     live_with_memory: tuple[str, ...] = ("blend", "lean")
     """Those of `live` that a memory is mixed into as well."""
-    gate_shifts: tuple[float, ...] = (-1.5, 0.0, 1.5)
+    gate_shifts: tuple[float, ...] = (-2.0, 0.0, 2.0)
     """Added to the log-odds of the memory's gate, a predictor each."""
-    host_prior: float = Field(default=0.25, gt=0, lt=1)
+    host_prior: float = Field(default=0.5, gt=0, lt=1)
     """Trust in the bare host before any evidence; the others share the rest."""
     share: float = Field(default=0.002, ge=0, lt=1)
     """Part of the evidence that is dealt out anew at each token, so that a text may turn."""
