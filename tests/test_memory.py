@@ -168,6 +168,9 @@ def test_the_memorys_distribution_by_hand() -> None:
     probs = Answer(found, values, shares).probs(4)
     first = [0.2 * 0.5, 0.0, 0.5 * 0.75 + 0.2 * 0.5, 0.5 * 0.25 + 0.3]
     torch.testing.assert_close(probs, torch.tensor([first, [0, 0.3 * 1.5, 0, 0]]))
+    for token in range(4):
+        alone = Answer(found, values, shares).prob_of(torch.tensor([token, token]))
+        torch.testing.assert_close(alone, probs[:, token])
 
 
 def test_relabelled_answers_drop_what_has_no_place() -> None:

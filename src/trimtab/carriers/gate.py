@@ -39,8 +39,10 @@ def gate_features(
     has_value = values >= 0
     proposed = logprobs.gather(1, values.clamp_min(0)).exp() * has_value
     weights = (found.weights if weights is None else weights) * has_value
-    dense = torch.zeros_like(logprobs, dtype=weights.dtype)
-    top_prob = dense.scatter_add(1, values.clamp_min(0), weights).amax(-1)
+    # Over the proposed tokens alone: a whole vocabulary would cost more than all else here.
+    tokens, places = values.clamp_min(0).unique(return_inverse=True)
+    dense = torch.zeros(len(values), len(tokens), dtype=weights.dtype)
+    top_prob = dense.scatter_add(1, places, weights).amax(-1)
     probs = logprobs.exp()
     entropy = -(probs * logprobs.clamp_min(-1e4)).sum(-1)
     matched = found.matched_bytes.float() / CONTEXT_BYTES

@@ -64,6 +64,10 @@ class Answer:
         dense = torch.zeros(len(self.values), vocab)
         return dense.scatter_add(1, self.values.clamp_min(0).flatten(1), weighted)
 
+    def prob_of(self, token_ids: Tensor) -> Tensor:
+        """How likely the memory finds one token a question, shape [questions]."""
+        return (self._weights * (self.values.flatten(1) == token_ids[:, None])).sum(1)
+
     def gates(
         self, logprobs: Tensor, weights: tuple[float, ...], shifts: Sequence[float] = (0.0,)
     ) -> list[Tensor]:

@@ -164,10 +164,9 @@ def _gates(
 def _outcome(memory: MountedMemory, questions: _Questions, logprobs: Tensor) -> tuple[Tensor, ...]:
     """Gate features, both log-probabilities of what came next, and weights: as `fit_gate` asks."""
     answer = memory.ask(questions.states, questions.contexts)
-    right = questions.truth[:, None]
     return (
         answer.gate_features(logprobs),
-        logprobs.gather(1, right)[:, 0],
-        answer.probs(logprobs.shape[1]).gather(1, right)[:, 0].log(),
-        torch.full((len(right),), questions.weight),
+        logprobs.gather(1, questions.truth[:, None])[:, 0],
+        answer.prob_of(questions.truth).log(),
+        torch.full((len(questions.truth),), questions.weight),
     )

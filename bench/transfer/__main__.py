@@ -1,0 +1,64 @@
+"""The transfer suite: `python -m bench.transfer --pair PAIR --domain DOMAIN [--steps ...]`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from bench.transfer.domains import DOMAINS
+from bench.transfer.pairs import PAIRS, pair_of
+from bench.transfer.results import RESULTS, add, table
+from bench.transfer.suite import STEPS, Run, prepare
+from trimtab.cli_errors import reported
+from trimtab.progress import Display
+from trimtab.store.local import HOME_VARIABLE
+from trimtab.store.manifest import read_manifest
+
+FOLDER = Path("build/transfer")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the suite; exits with the same statuses as `trimtab`."""
+    parser = argparse.ArgumentParser(prog="bench.transfer", description=__doc__)
+    parser.add_argument("--pair", default="qwen-0.5b-1.5b", help=f"of {', '.join(PAIRS)}, or new")
+    parser.add_argument("--small", help="small model of a new pair")
+    parser.add_argument("--host", help="host of a new pair")
+    parser.add_argument("--domain", nargs="+", default=["zig"], choices=list(DOMAINS))
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--test-tokens", type=int, default=20_000)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the results and end")
+    given = parser.parse_args(words)
+    os.environ.setdefault(HOME_VARIABLE, "build/cache")
+    try:
+        with reported():
+            _run(given)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+
+
+def _run(given: argparse.Namespace) -> None:
+    if given.table:
+        print(table(given.results))
+        return
+    pair, display = pair_of(given.pair, given.small, given.host), Display()
+    for domain in given.domain:
+        for seed in given.seed:
+            folder = given.folder / pair.name / domain / f"seed{seed}"
+            run = Run(pair, domain, seed, folder, given.test_tokens)
+            prepare(run, display)
+            tokens = read_manifest(run.adapter, verify=False).provenance.tokens
+            key = {"pair": pair.name, "domain": domain, "seed": seed, "train_tokens": tokens}
+            for step in given.steps:
+                print(f"{pair.name}, {domain}, seed {seed}: {step}", flush=True)
+                add(key, STEPS[step](run, display), given.results)
+    print(table(given.results))
+
+
+if __name__ == "__main__":
+    main()

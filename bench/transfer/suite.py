@@ -1,0 +1,187 @@
+"""One run of the transfer suite: a pair on a domain with a seed, step by step, resumable.
+
+Every step is one of Trimtab's verbs in a folder of its own: an interrupted run goes on where it
+was, and steps can be left for later.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import trimtab
+from bench.transfer.domains import DOMAINS, lay_out
+from bench.transfer.metrics import row_tasks
+from bench.transfer.pairs import Pair, model_ref
+from bench.transfer.results import Found
+from trimtab import EvaluateConfig, FitConfig, RecordConfig, TuneConfig
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.backends.pair import open_pair
+from trimtab.evaluate import Evaluation
+from trimtab.progress import Display
+from trimtab.store.expert import read_expert
+from trimtab.text.documents import read_documents
+
+LIGHT_ROWS = (
+    *("host", "temperature", "bias", "bytes", "head", "memory", "head+memory"),
+    *("head-shuffled", "memory-shuffled"),
+)
+LIVE_ROWS = ("reference", "expert", "proxy", "proxy-0.5", "mixture", "live", "all")
+LORA_LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+"""Of LoRA on the host; the best on validation text is shown."""
+
+PROMPT_TOKENS = 1024
+"""Domain text in context, in host tokens."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run works on.
+
+    Attributes:
+        pair: The models.
+        domain: Name of the domain.
+        seed: Seed of the split and of all training.
+        folder: Folder of the run.
+        test_tokens: Score at most this many host tokens of test text.
+    """
+
+    pair: Pair
+    domain: str
+    seed: int
+    folder: Path
+    test_tokens: int
+
+    @property
+    def texts(self) -> Path:
+        """Where the run's texts lie."""
+        return self.folder / "texts"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter."""
+        return self.folder / "domain.adapter"
+
+    def tuned(self, model: str, name: str, display: Display, **settings: float) -> Path:
+        """Tune a model on the training text, unless it is done; the expert's folder."""
+        config = TuneConfig(
+            model=model,
+            data=(str(self.texts / "train"),),
+            against=(str(self.texts / "test"), str(self.texts / "validation")),
+            out=self.folder / name,
+            seed=self.seed,
+        ).model_copy(update=settings)
+        print(trimtab.tune(config, progress=display.progress).summary(), flush=True)
+        return config.out
+
+    def evaluated(
+        self,
+        name: str,
+        rows: Sequence[str],
+        display: Display,
+        *,
+        adapter: Path | None = None,
+        host: HFModel | None = None,
+    ) -> Evaluation:
+        """Score rows on test text and general text, unless they are scored."""
+        kinds = sorted((self.texts / "general").iterdir())
+        config = EvaluateConfig(
+            adapter=adapter or self.adapter,
+            host=model_ref(self.pair.host),
+            data=(str(self.texts / "test"),),
+            general=tuple(f"{kind.name}={kind}" for kind in kinds),
+            out=self.folder / "scores" / name,
+            max_tokens=self.test_tokens,
+            rows=tuple(rows),
+            domain=self.domain,
+            seed=self.seed,
+        )
+        return trimtab.evaluate(config, host=host, progress=display.progress)
+
+
+def prepare(run: Run, display: Display) -> None:
+    """Texts, expert, recording and adapter: everything that needs no host."""
+    lay_out(DOMAINS[run.domain], run.texts, seed=run.seed)
+    make_adapter(run, display)
+
+
+def make_adapter(run: Run, display: Display) -> None:
+    """Expert, recording and adapter from texts that are laid out."""
+    expert = run.tuned(model_ref(run.pair.small), "expert", display)
+    recording = RecordConfig(expert=expert, out=run.folder / "recording", seed=run.seed)
+    print(trimtab.record(recording, progress=display.progress).summary(), flush=True)
+    fitting = FitConfig(recording=recording.out, out=run.adapter, name=run.domain, seed=run.seed)
+    print(trimtab.fit(fitting, progress=display.progress).summary(), flush=True)
+
+
+def light(run: Run, display: Display) -> Found:
+    """The host, controls, and carriers that need no small model beside it."""
+    evaluation = run.evaluated("light", LIGHT_ROWS, display)
+    host = open_model(model_ref(run.pair.host))
+    return Found.of(evaluation, row_tasks(evaluation.scored[""], host.vocabulary.token_bytes))
+
+
+def live(run: Run, display: Display) -> Found:
+    """Rows that run the small models."""
+    evaluation = run.evaluated("live", ("host", *LIVE_ROWS), display)
+    host = open_model(model_ref(run.pair.host))
+    tasks = row_tasks(evaluation.scored[""], host.vocabulary.token_bytes)
+    return Found.of(evaluation, tasks).without("host")
+
+
+def _host_head(targets: str, row: str) -> Callable[[Run, Display], Found]:
+    def step(run: Run, display: Display) -> Found:
+        fitting = FitConfig.model_validate(
+            {
+                "recording": run.folder / "recording",
+                "out": run.folder / f"{row}.adapter",
+                "carriers": ("head",),
+                "host": model_ref(run.pair.host),
+                "targets": targets,
+                "seed": run.seed,
+            }
+        )
+        trimtab.fit(fitting, progress=display.progress)
+        evaluation = run.evaluated(row, ("host", "head"), display, adapter=fitting.out)
+        return Found.of(evaluation, {}).renamed({"head": row})
+
+    return step
+
+
+def prompt(run: Run, display: Display) -> Found:
+    """The host with domain text in its context: the beginning of the training text."""
+    host = open_model(model_ref(run.pair.host))
+    documents = read_documents([str(run.texts / "train")])
+    ids = [i for document in documents for i in host.encode(document.text)][:PROMPT_TOKENS]
+    read = replace(host, preamble=tuple(ids))
+    evaluation = run.evaluated("prompt", ("host",), display, host=read)
+    return Found.of(evaluation, {}).renamed({"host": "prompt"})
+
+
+def lora(run: Run, display: Display) -> Found:
+    """LoRA on the host itself, at the learning rate that is best on held-out text."""
+    host = model_ref(run.pair.host)
+    experts = {
+        rate: run.tuned(host, f"lora-host/{rate:g}", display, learning_rate=rate)
+        for rate in LORA_LEARNING_RATES
+    }
+    best = min(experts.values(), key=_held_out_nats)
+    with open_pair(best, progress=display.progress).as_expert() as tuned:
+        evaluation = run.evaluated("lora-host", ("host", "memory"), display, host=tuned)
+    return Found.of(evaluation, {}).renamed({"host": "lora-host", "memory": "lora-host+memory"})
+
+
+def _held_out_nats(expert: Path) -> float:
+    held_out = read_expert(expert, verify=False).held_out
+    return held_out.nats_per_token_after if held_out else float("inf")
+
+
+STEPS: Mapping[str, Callable[[Run, Display], Found]] = {
+    "light": light,
+    "live": live,
+    "hostfit-head": _host_head("blend", "hostfit-head"),
+    "label-head": _host_head("labels", "label-head"),
+    "prompt": prompt,
+    "lora-host": lora,
+}
+"""What is measured, in the order of cost."""

@@ -1,0 +1,109 @@
+"""The transfer suite on toy models: every step, its rows, and a second run that changes nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.transfer.metrics import calibration_error, row_tasks
+from bench.transfer.pairs import Pair
+from bench.transfer.results import add, table
+from bench.transfer.suite import STEPS, Run, make_adapter
+from trimtab.metrics import DocumentScore
+from trimtab.progress import Display
+from trimtab.steering.kept import Kept, read_scores, write_scores
+from trimtab.steering.scoring import RowScore, ScoredDocument
+
+WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
+
+
+def sentences(seed: int, count: int = 30) -> str:
+    draw = np.random.default_rng(seed)
+    return "".join(
+        f"The {WORDS[a]} turns the {WORDS[b]}.\n" for a, b in draw.integers(0, 12, (count, 2))
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    counts = {"train": 6, "validation": 1, "test": 2, "general/prose": 2}
+    for split, count in counts.items():
+        (folder / "texts" / split).mkdir(parents=True)
+        for number in range(count):
+            seed = 100 * len(split) + number
+            text = sentences(seed) if "/" not in split else f"Plain prose {number}. " * 12
+            (folder / "texts" / split / f"{number}.txt").write_text(text)
+    pair = Pair("toy", "tiny:llama?hidden=32", "tiny:qwen3?hidden=32&vocab=bpe")
+    return Run(pair, "toy", 0, folder, 10_000)
+
+
+def test_every_step_fills_the_results(run: Run, tmp_path: Path) -> None:
+    make_adapter(run, Display())
+    key = {"pair": "toy", "domain": "toy", "seed": 0, "train_tokens": 1}
+    path = tmp_path / "transfer.json"
+    for step in STEPS.values():
+        add(key, step(run, Display()), path)
+    first = path.read_bytes()
+    stored = json.loads(first)
+    rows = stored["runs"][0]["rows"]
+    assert {"host", "reference", "expert", "proxy", "proxy-0.5", "mixture", "prompt"} <= set(rows)
+    assert {"bias", "bytes", "head", "memory", "head+memory", "live", "all"} <= set(rows)
+    assert {"hostfit-head", "label-head", "lora-host", "lora-host+memory"} <= set(rows)
+    assert {"temperature", "head-shuffled", "memory-shuffled"} <= set(rows)
+    host, adapted = (rows[r]["domain_bits_per_byte"]["mean"] for r in ("host", "lora-host"))
+    assert adapted < host
+    assert rows["host"]["perplexity_change_percent"] == 0
+    assert rows["lora-host"]["perplexity_change_percent"] < 0
+    # Scores are kept: a second run reads them and finds the same.
+    for step in STEPS.values():
+        add(key, step(run, Display()), path)
+    assert path.read_bytes() == first
+    assert "| lora-host |" in table(path)
+
+
+def kept(right: list[bool], sure: list[float]) -> Kept:
+    ids = torch.arange(len(right))
+    tops = torch.where(torch.tensor(right), ids, -1)
+    row = RowScore(torch.zeros(len(right)), tops, torch.tensor(sure).log())
+    document = ScoredDocument(tuple(ids.tolist()), (1,) * len(right), {"host": row})
+    return Kept(document, {"expert": DocumentScore(1.5, 3)})
+
+
+def test_lines_are_right_as_a_whole_and_the_first_is_left_out() -> None:
+    token_bytes = [b"a", b"\n", b"b", b"c\n", b"d", b"\n", b"e"]
+    scored = [kept([False, True, True, True, True, False, True], [0.5] * 7)]
+    tasks = row_tasks(scored, token_bytes)
+    assert tasks["next-line"]["host"].mean == pytest.approx(0.5)
+    assert tasks["ece"]["host"].mean == pytest.approx(abs(5 / 7 - 0.5))
+
+
+def test_calibration_error_against_a_slow_reference() -> None:
+    draw = np.random.default_rng(0)
+    probs = draw.uniform(size=500)
+    items = np.stack([probs, draw.uniform(size=500) < probs**2], 1).astype(float)
+    total = 0.0
+    for number in range(15):
+        low, high = number / 15, (number + 1) / 15
+        chosen = [i for i in items if low <= i[0] < high]
+        if chosen:
+            gap = sum(i[1] for i in chosen) / len(chosen) - sum(i[0] for i in chosen) / len(chosen)
+            total += len(chosen) / 500 * abs(gap)
+    assert calibration_error(items) == pytest.approx(total)
+
+
+def test_kept_scores_come_back(tmp_path: Path) -> None:
+    scored = kept([True, False], [0.25, 0.5])
+    write_scores(tmp_path / "a.safetensors", scored)
+    found = read_scores(tmp_path / "a.safetensors")
+    assert found and found.small == scored.small
+    assert found.on_host.token_ids == (0, 1)
+    assert found.on_host.rows["host"].top_logprobs.tolist() == pytest.approx(
+        [math.log(0.25), math.log(0.5)]
+    )
+    (tmp_path / "a.safetensors").write_bytes(b"broken")
+    assert read_scores(tmp_path / "a.safetensors") is None
+    assert read_scores(tmp_path / "b.safetensors") is None
