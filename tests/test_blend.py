@@ -133,3 +133,12 @@ def test_mixture_logprobs_against_probabilities() -> None:
     single = mixture_logprobs(logprobs.float(), weights)
     assert single.dtype == torch.float32
     assert found.exp().sum(-1).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_evidence_goes_on_where_a_part_ended() -> None:
+    logprobs = torch.randn(3, 9, generator=torch.Generator().manual_seed(4)).abs().neg()
+    prior = torch.tensor([0.5, 0.25, 0.25])
+    whole = evidence_weights(logprobs, prior, share=0.01)
+    first = evidence_weights(logprobs[:, :4], prior, share=0.01)
+    second = evidence_weights(logprobs[:, 4:], prior, share=0.01, start=first[:, -1])
+    torch.testing.assert_close(torch.cat([first[:, :-1], second], 1), whole)

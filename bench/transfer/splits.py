@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import PurePosixPath
 
+from examples.demo import corpus
 from trimtab.errors import InputError
 from trimtab.text.duplicates import drop_near_duplicates
 from trimtab.types import Document
@@ -15,7 +16,6 @@ from trimtab.types import Document
 Cut = Callable[[str, int], list[str]]
 """Pieces of a text, each of at most so many bytes."""
 
-MIDDLE_SHARE = 0.45
 LARGE_FAMILY_SHARE = 1 / 3
 """A family that holds more of all text is for training: as test text, most of it would be lost."""
 _BREAKS = tuple(map(re.compile, (r"(?<=\n\n)", r"(?<=\n)", r"(?<=[.!?;:] )", r"(?<= )", "")))
@@ -86,17 +86,9 @@ def whole(text: str, max_bytes: int) -> list[str]:  # noqa: ARG001 - a Cut
 
 
 def middle(text: str, max_bytes: int) -> list[str]:
-    """One piece: whole lines from the first line break after 45 % of the text on.
-
-    The beginnings of source files are alike (licence, imports), which suits a memory too well.
-    The piece ends with a line; there is none if no line fits.
-    """
-    raw = text.encode()
-    start = raw.find(b"\n", int(len(raw) * MIDDLE_SHARE)) + 1
-    piece = raw[start : start + max_bytes]
-    if start + max_bytes < len(raw):
-        piece = piece[: piece.rfind(b"\n") + 1]
-    return [piece.decode()] if start and piece else []
+    """One piece from the middle of the text; there is none if no line fits."""
+    piece = corpus.middle(text, max_bytes)
+    return [piece] if piece else []
 
 
 def parts(text: str, max_bytes: int) -> list[str]:

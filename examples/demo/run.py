@@ -82,8 +82,13 @@ class Job:
 
     @property
     def test(self) -> Path:
-        """Held-out text of the domain."""
+        """Held-out files of the domain, whole."""
         return self.out / "zig" / "test"
+
+    @property
+    def scored(self) -> Path:
+        """What is scored of them: their middles."""
+        return self.out / "zig" / "scored"
 
     @property
     def general(self) -> Path:
@@ -169,6 +174,8 @@ def _prepare_texts(job: Job) -> list[corpus.HeldOutFunction]:
     chosen = corpus.choose(corpus.fetch_zig(TEXTS), CHOICE)
     corpus.write_texts(job.train, chosen["train"])
     corpus.write_texts(job.test, chosen["test"])
+    middles = {name: corpus.middle(text) for name, text in chosen["test"].items()}
+    corpus.write_texts(job.scored, middles)
     for kind, texts in corpus.general_texts().items():
         corpus.write_texts(job.general / kind, texts)
     return corpus.held_out_functions(chosen["test"], COMPLETIONS)
@@ -231,7 +238,7 @@ def _evaluation(
     return EvaluateConfig(
         adapter=adapter,
         host=host.ref,
-        data=(str(job.test),),
+        data=(str(job.scored),),
         general=tuple(f"{kind.name}={kind}" for kind in sorted(job.general.iterdir())),
         out=out,
         max_tokens=EVALUATED_TOKENS,
@@ -298,7 +305,7 @@ def _settings(job: Job) -> dict[str, str]:
         f" {CHOICE.train_bytes:,} bytes of training files, chosen with seed {CHOICE.seed}",
         "general text": "Moby-Dick, Python's standard library",
         "scored": f"at most {EVALUATED_TOKENS:,} host tokens of domain text,"
-        f" {DOCUMENT_TOKENS:,} a file",
+        f" {DOCUMENT_TOKENS:,} from the middle of each file",
         "seed": str(SEED),
         "Python": sys.version.split()[0],
     }

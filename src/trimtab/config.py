@@ -7,6 +7,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 CarrierName = Literal["head", "memory", "expert"]
+RowName = Literal[
+    "host",
+    "reference",
+    "expert",
+    "proxy",
+    "proxy-0.5",
+    "mixture",
+    "temperature",
+    "bias",
+    "bytes",
+    "head",
+    "memory",
+    "head+memory",
+    "head-shuffled",
+    "memory-shuffled",
+    "live",
+    "all",
+]
 
 
 class Config(BaseModel):
@@ -234,8 +252,8 @@ class EvaluateConfig(Config):
     """Window of the measurement."""
     stride_tokens: int = Field(default=256, ge=8)
     """New tokens in each window."""
-    rows: tuple[str, ...] = ()
-    """Rows to measure (default: all that the adapter allows)."""
+    rows: tuple[RowName, ...] = ()
+    """Rows to measure (default: those of the report that the adapter allows)."""
     domain: str = "domain"
     """Name of the domain in the report."""
     dtype: Dtype = "auto"

@@ -23,10 +23,8 @@ from trimtab.mount import mount, mount_with_control
 from trimtab.report import ROWS, HostResult, Report, TokenChange, table, write_report
 from trimtab.steering.kept import VERSION, Kept, read_scores, write_scores
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.rows import families
 from trimtab.steering.scoring import RowScore, ScoredDocument, Steers, score_document
 from trimtab.store.adapter import EXPERT_FOLDER
-from trimtab.store.adapter_schema import Blend
 from trimtab.store.manifest import read_manifest
 from trimtab.text.corpus import read_documents, scored_windows
 from trimtab.types import Document, Progress, silent
@@ -73,11 +71,11 @@ def evaluate(
 
     Raises:
         AdapterError: The adapter is broken.
-        InputError: A text cannot be read, or an unknown row is asked for.
+        InputError: A text cannot be read.
         ModelError: A model cannot be opened.
     """
     started = time.perf_counter()
-    rows = _rows(config)
+    rows = config.rows or ROWS
     texts = _texts(config)
     cache = host is None
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
@@ -107,14 +105,6 @@ def evaluate(
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
     return Evaluation(report, config.out, scored)
-
-
-def _rows(config: EvaluateConfig) -> tuple[str, ...]:
-    known = (*SMALL_ROWS, *families(Blend()))
-    for row in config.rows:
-        if row not in known:
-            raise InputError(f"unknown row {row!r}", hint=f"rows are {', '.join(known)}")
-    return config.rows or ROWS
 
 
 def _texts(config: EvaluateConfig) -> dict[str, list[Document]]:

@@ -40,8 +40,12 @@ class MountedMemory:
 
     @property
     def gate(self) -> tuple[float, ...]:
-        """Weights of the gate that belongs to what entries are found by."""
-        return self.memory.bytes_gate if self.finds == "bytes" else self.memory.gate
+        """Weights of the gate that belongs to what entries are found by.
+
+        An adapter need not have learnt one for entries found by bytes alone.
+        """
+        by_bytes = self.finds == "bytes" and self.memory.bytes_gate
+        return self.memory.bytes_gate if by_bytes else self.memory.gate
 
 
 @dataclass(frozen=True)

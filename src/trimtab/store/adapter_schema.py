@@ -206,7 +206,7 @@ class Licences(Part):
 class Blend(Part):
     """How predictors are made of the carriers and weighed against the bare host."""
 
-    live: dict[str, tuple[float, float, float]] = {
+    live: dict[str, tuple[FiniteFloat, FiniteFloat, FiniteFloat]] = {
         "expert-aligned": (0.0, 1.0, 0.0),
         "blend": (0.5, 1.0, 0.5),
         "mean": (0.5, 0.5, 0.0),
@@ -215,7 +215,7 @@ class Blend(Part):
     """Exponents of host, expert and reference, by name."""
     live_with_memory: tuple[str, ...] = ("blend", "lean")
     """Those of `live` that a memory is mixed into as well."""
-    gate_shifts: tuple[float, ...] = (-2.0, 0.0, 2.0)
+    gate_shifts: tuple[FiniteFloat, ...] = (-2.0, 0.0, 2.0)
     """Added to the log-odds of the memory's gate, a predictor each."""
     host_prior: float = Field(default=0.5, gt=0, lt=1)
     """Trust in the bare host before any evidence; the others share the rest."""

@@ -1,0 +1,54 @@
+"""Rows of a measurement: their predictors, and that every row has a name that can be asked for."""
+
+from typing import get_args
+
+import pytest
+
+from trimtab.config import RowName
+from trimtab.evaluate import SMALL_ROWS
+from trimtab.report.values import MORE_ROWS, ROWS
+from trimtab.steering.rows import families, present, prior_of, with_memory
+from trimtab.store.adapter_schema import Blend
+
+ALL = families(Blend())
+
+
+def test_every_row_can_be_asked_for_and_is_shown() -> None:
+    names = {*ALL, *SMALL_ROWS}
+    assert names == set(get_args(RowName)) == {*ROWS, *MORE_ROWS}
+
+
+def test_a_memory_stands_once_for_each_shift() -> None:
+    blend = Blend(gate_shifts=(-1.0, 0.0, 0.5))
+    assert with_memory("host", blend) == {"memory-1": -1.0, "memory": 0.0, "memory+0.5": 0.5}
+    assert list(with_memory("head", blend)) == [
+        "head+memory-1",
+        "head+memory",
+        "head+memory+0.5",
+    ]
+
+
+@pytest.mark.parametrize("row", ALL)
+def test_the_prior_gives_the_host_its_share(row: str) -> None:
+    prior = prior_of(ALL[row], Blend())
+    assert float(prior.sum()) == pytest.approx(1)
+    if len(ALL[row]) > 1:
+        assert ALL[row][0] == "host" and float(prior[0]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("row", "there", "found"),
+    [
+        ("host", {"host"}, ("host",)),
+        ("head", {"host"}, ()),
+        ("head", {"host", "head"}, ("host", "head")),
+        ("head+memory", {"host", "head"}, ()),
+        ("head+memory", {"host", "memory", "memory-2", "memory+2"}, ()),
+        ("live", {"host"}, ()),
+        ("all", {"host", "head", "memory", "head+memory"}, ()),
+    ],
+)
+def test_a_row_without_its_parts_is_not_measured(
+    row: str, there: set[str], found: tuple[str, ...]
+) -> None:
+    assert present(row, ALL[row], there) == found
