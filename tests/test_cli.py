@@ -275,3 +275,13 @@ def test_a_verb_runs_and_prints_its_summary(
     assert "bits per byte" in shown.out and "Traceback" not in shown.err
     assert run("tune", str(tmp_path / "none.txt"), *words) == 2
     assert "error: no file matches" in capsys.readouterr().err
+
+
+def test_a_library_that_wraps_ctrl_c_does_not_hide_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as end, reported():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as stop:
+            raise ImportError("cannot import the rest") from stop
+    assert end.value.exit_code == 130
+    assert capsys.readouterr().err == "stopped; run the same command again to continue\n"

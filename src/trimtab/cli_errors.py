@@ -13,6 +13,7 @@ from trimtab.errors import InputError, ModelError, StorageError, TrimtabError
 
 DEBUG_VARIABLE = "TRIMTAB_DEBUG"
 UNEXPECTED, EXPECTED, STOPPED = 1, 2, 130
+STOPPED_TEXT = "stopped; run the same command again to continue"
 
 
 @contextmanager
@@ -29,15 +30,25 @@ def reported() -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt as error:
-        _say(error, "stopped; run the same command again to continue")
+        _say(error, STOPPED_TEXT)
         raise typer.Exit(STOPPED) from None
     except Exception as error:
+        if _was_interrupted(error):
+            _say(error, STOPPED_TEXT)
+            raise typer.Exit(STOPPED) from None
         expected = _expected(error)
         if expected is None:
             _say(error, _unexpected(error))
             raise typer.Exit(UNEXPECTED) from None
         _say(error, f"error: {expected.message}\n  hint: {expected.hint}")
         raise typer.Exit(EXPECTED) from None
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C lies behind an error: libraries wrap what stops their own imports."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _expected(error: Exception) -> TrimtabError | None:
