@@ -14,12 +14,13 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 	$(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help python test demo check format docs models clean
+.PHONY: help python test demo bench check format docs models clean
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
 	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"
 	@echo "             SMALL=MODEL HOST=\"MODEL ...\" takes others: hub names, folders, GGUF files"
+	@echo "make bench   the transfer suite, hours on two cores: BENCH=\"--pair ... --domain ...\""
 	@echo "make check   format, lint and types, as .ci/run does after the tests"
 	@echo "make format  rewrite the source in the project's format"
 	@echo "make docs    rewrite the generated tables of the documentation"
@@ -31,6 +32,9 @@ test: $(VENV)/ready-test models
 
 demo: $(VENV)/ready-demo
 	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m examples.demo $(DEMO_OPTIONS)
+
+bench: $(VENV)/ready-demo
+	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.transfer $(BENCH)
 
 check: $(VENV)/ready-check
 	$(BIN)/ruff format --check .
