@@ -229,6 +229,18 @@ class LiveReading:
     expert: Tensor
     reference: Tensor
 
+    def reference_states(self, questions: range) -> list[Tensor | None]:
+        """The reference's state after some contexts, read as its tokenizer cuts them.
+
+        None where a context ends inside a character, or where there is nothing to read.
+        """
+        return [
+            self.reference[self.ends[q][0]]
+            if self.covers[q] and not self.covers[q][0].rest
+            else None
+            for q in questions
+        ]
+
 
 class _Ways:
     """The covers of one context, with the steps in which they differ."""

@@ -32,9 +32,22 @@ class MountedMemory:
     shares: Tensor
     finds: Finds = "both"
 
-    def ask(self, hidden: Tensor, contexts: Tensor) -> "Answer":
-        """What the memory proposes after states [questions, hidden] and bytes before them."""
+    def ask(
+        self, hidden: Tensor, contexts: Tensor, small: Sequence[Tensor | None] = ()
+    ) -> "Answer":
+        """What the memory proposes.
+
+        Args:
+            hidden: The host's states, shape [questions, hidden of host].
+            contexts: The bytes before each question, last byte first, [questions, CONTEXT_BYTES].
+            small: The reference's own state after the same bytes, shape [hidden of small], where
+                it runs beside the host: no map blurs it. None, or none at all, where it does not.
+        """
         features = None if self.finds == "bytes" else self.reading(hidden)
+        if features is not None and small:
+            rows = zip(features, small, strict=True)
+            own = [r if s is None else self.memory.features(s.float().cpu()) for r, s in rows]
+            features = torch.stack(own)
         found = look_up(self.memory, self.index, features, contexts, finds=self.finds)
         return Answer(found, self.values[found.entries], self.shares[found.entries])
 

@@ -113,10 +113,19 @@ class Steering:
             found |= live_logprobs(self.live, found["host"], rows, self.blend, self.strength)
         if self.memory is not None:
             # The search over keys runs on the CPU, and the gate reads its results.
-            answer = self.memory.ask(rows.hidden.cpu(), last_bytes(rows.contexts))
-            for base in ("host", "head", *self.blend.live_with_memory):
-                if base in found and set(with_memory(base, self.blend)) & set(self.predictors):
-                    found |= self._remember(answer, base, found[base])
+            hidden, before = rows.hidden.cpu(), last_bytes(rows.contexts)
+            asked: list[tuple[tuple[str, ...], Answer]] = [
+                (("host", "head"), self.memory.ask(hidden, before))
+            ]
+            if self.live is not None:
+                # Where the reference runs anyway its own state asks, which no map blurs.
+                small = [s for read, q in rows.questions for s in read.reference_states(q)]
+                own = self.memory.ask(hidden, before, small)
+                asked.append((self.blend.live_with_memory, own))
+            for bases, answer in asked:
+                for base in bases:
+                    if base in found and set(with_memory(base, self.blend)) & set(self.predictors):
+                        found |= self._remember(answer, base, found[base])
         return torch.stack([found[name] for name in self.predictors])
 
     def ask(

@@ -31,6 +31,9 @@ CANDIDATE_NATS = 10.0
 CHUNK = 64
 """Positions whose full-vocabulary logits are held at once."""
 
+BESIDE = "memory beside the small models"
+"""A memory that is asked by the reference's own state, where the reference runs anyway."""
+
 CONTROL_BLENDS: Mapping[str, BlendWeights] = {
     "proxy": PROXY,
     "proxy-0.5": BlendWeights(1.0, 0.5, 0.5),
@@ -245,6 +248,9 @@ def _predicted(host: HFModel, chunk: _Chunk, steers: Steers) -> tuple[_Field, di
     before = last_bytes(chunk.contexts)
     states = chunk.states.float().cpu()
     answers = {name: memory.ask(states, before) for name, memory in steers.memories.items()}
+    if "memory" in answers and chunk.reading:
+        small = chunk.reading.reference_states(chunk.questions)
+        answers[BESIDE] = steers.memories["memory"].ask(states, before, small)
     proposed = [answer.values[answer.values >= 0] for answer in answers.values()]
     logits = host.unembedding.logits(chunk.states).float().cpu()
     field = _field(logits, chunk, torch.cat([torch.zeros(0, dtype=torch.long), *proposed]).unique())
@@ -273,22 +279,23 @@ def _shifted(field: _Field, shift: Tensor) -> Tensor:
 def _remembered(
     field: _Field, dense: Mapping[str, Tensor], name: str, answer: Answer, steers: Steers
 ) -> dict[str, Tensor]:
-    """A memory mixed into each predictor that is there; a control only into the host."""
+    """A memory mixed into the predictors that it belongs to, as far as they are there."""
     place = torch.full((max(int(answer.values.max()), 0) + 1,), -1)
     inside = field.token_ids[field.token_ids < len(place)]
     place[inside] = torch.arange(len(inside))
     local = answer.relabelled(place)
     said = local.probs(field.logprobs.shape[1]).log()
-    bases = ["host"]
-    if name == "memory":
-        bases += [base for base in ("head", *steers.blend.live_with_memory) if base in dense]
+    bases = {"memory": ("host", "head"), BESIDE: steers.blend.live_with_memory}
+    gate_weights = steers.memories["memory" if name == BESIDE else name].gate
     found = {}
-    for base in bases:
+    for base in bases.get(name, ("host",)):
+        if base not in dense:
+            continue
         shifts = with_memory(base, steers.blend)
-        gates = local.gates(dense[base], steers.memories[name].gate, tuple(shifts.values()))
+        gates = local.gates(dense[base], gate_weights, tuple(shifts.values()))
         for predictor, gate in zip(shifts, gates, strict=True):
             mixed = mix(dense[base], said, gate[:, None])
-            found[predictor.replace("memory", name)] = mixed
+            found[predictor if name == BESIDE else predictor.replace("memory", name)] = mixed
     return found
 
 
