@@ -290,3 +290,18 @@ def test_the_expert_has_learned_more_than_the_reference(pair: Pair, byte_host: H
     truth = torch.tensor([[text[n]] for n in range(20, 60)])
     gain = (expert.gather(1, truth) / reference.gather(1, truth)).log().mean()
     assert gain > 0.05
+
+
+def test_the_references_own_states_are_those_of_the_plain_text(
+    pair: Pair, byte_host: HFModel
+) -> None:
+    contexts = CONTEXTS[:6]
+    reading = Live(pair, byte_host.vocabulary).read(contexts)
+    found = reading.reference_states(range(len(contexts)))
+    for context, state in zip(contexts[:5], found, strict=False):
+        ids = pair.reference.context_ids() + pair.reference.encode(context.decode())
+        plain = pair.reference.hidden(torch.tensor([ids]))[0, -1]
+        assert state is not None
+        torch.testing.assert_close(state, plain, atol=1e-4, rtol=1e-3)
+    # No token of its own ends where the context cuts a character.
+    assert found[5] is None
