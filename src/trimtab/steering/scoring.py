@@ -67,6 +67,11 @@ class Steers:
         found = families(self.blend)
         return {row: found[row] for row in self.rows if row in found}
 
+    @cached_property
+    def predictors(self) -> frozenset[str]:
+        """All that the rows need."""
+        return frozenset(name for names in self.families.values() for name in names)
+
 
 @dataclass(frozen=True)
 class RowScore:
@@ -256,7 +261,9 @@ def _predicted(host: HFModel, chunk: _Chunk, steers: Steers) -> tuple[_Field, di
     field = _field(logits, chunk, torch.cat([torch.zeros(0, dtype=torch.long), *proposed]).unique())
     dense: dict[str, Tensor] = {"host": field.logprobs}
     for temperature in TEMPERATURES:
-        dense[f"temperature-{temperature:g}"] = field.over(logits / temperature)
+        name = f"temperature-{temperature:g}"
+        if name in steers.predictors:
+            dense[name] = field.over(logits / temperature)
     for name, head in steers.heads.items():
         dense[name] = _shifted(field, head.shift_of(states, field.token_ids))
     if steers.bias is not None:
@@ -289,13 +296,13 @@ def _remembered(
     gate_weights = steers.memories["memory" if name == BESIDE else name].gate
     found = {}
     for base in bases.get(name, ("host",)):
-        if base not in dense:
-            continue
         shifts = with_memory(base, steers.blend)
+        names = [n if name == BESIDE else n.replace("memory", name) for n in shifts]
+        if base not in dense or not steers.predictors & set(names):
+            continue
         gates = local.gates(dense[base], gate_weights, tuple(shifts.values()))
-        for predictor, gate in zip(shifts, gates, strict=True):
-            mixed = mix(dense[base], said, gate[:, None])
-            found[predictor if name == BESIDE else predictor.replace("memory", name)] = mixed
+        for predictor, gate in zip(names, gates, strict=True):
+            found[predictor] = mix(dense[base], said, gate[:, None])
     return found
 
 
