@@ -165,9 +165,10 @@ def lora(run: Run, display: Display) -> Found:
         rate: run.tuned(host, f"lora-host/{rate:g}", display, learning_rate=rate)
         for rate in LORA_LEARNING_RATES
     }
-    best = min(experts.values(), key=_held_out_nats)
-    with open_pair(best, progress=display.progress).as_expert() as tuned:
-        evaluation = run.evaluated("lora-host", ("host", "memory"), display, host=tuned)
+    rate = min(experts, key=lambda rate: _held_out_nats(experts[rate]))
+    with open_pair(experts[rate], progress=display.progress).as_expert() as tuned:
+        rows = ("host", "memory")
+        evaluation = run.evaluated(f"lora-host-{rate:g}", rows, display, host=tuned)
     return Found.of(evaluation, {}).renamed({"host": "lora-host", "memory": "lora-host+memory"})
 
 

@@ -65,8 +65,9 @@ def evaluate(
 
     Args:
         config: Adapter, host, texts.
-        host: The host, if it is open already; it may differ from the named one (a LoRA in it, a
-            preamble), and nothing of its mount is kept.
+        host: The host, if it is open already; nothing of its mount is kept. It may differ from
+            the named one by a preamble, or by a LoRA in it: then give `out` a folder of its own,
+            since scores are known by the host's head, which a LoRA leaves alone.
         progress: Shows the scoring.
 
     Raises:
@@ -201,7 +202,8 @@ class _Bench:
         config, host = self.config, self.host
         files = {path: entry.sha256 for path, entry in self.mounted.manifest.files.items()}
         blend = self.mounted.manifest.blend.model_dump(mode="json")
-        asked = (VERSION, files, blend, str(host.fingerprint), str(host.model.dtype))
+        read_by = (str(host.fingerprint), str(host.model.dtype), host.preamble)
+        asked = (VERSION, files, blend, *read_by)
         how = (self.rows, config.window_tokens, config.stride_tokens, config.seed, text)
         return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()[:32]
 
