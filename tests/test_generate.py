@@ -165,7 +165,7 @@ def reference_remembered(
     for cosine, entry in zip(cosines[near].tolist(), near.tolist(), strict=True):
         end, matched = int(memory.positions[entry]), 0
         padded = bytes(CONTEXT_BYTES) + text
-        while matched < CONTEXT_BYTES and stored[end - 1 - matched] == padded[-1 - matched]:
+        while matched < CONTEXT_BYTES and stored[end - 1 - matched] == padded[-1 - matched] != 0:
             matched += 1
         score = cosine / TEMPERATURE + MATCH_WEIGHT * matched
         found.append((score, matched / CONTEXT_BYTES, int(seated.values[entry, 0])))

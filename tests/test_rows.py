@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
 from trimtab.config import RowName
 from trimtab.evaluate import SMALL_ROWS
@@ -52,3 +53,18 @@ def test_a_row_without_its_parts_is_not_measured(
     row: str, there: set[str], found: tuple[str, ...]
 ) -> None:
     assert present(row, ALL[row], there) == found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gate_shifts": (1.0,)},
+        {"gate_shifts": (0.0, 1.0, 1.0)},
+        {"live": {"host": (0, 1, 0)}, "live_with_memory": ()},
+        {"live": {"a+b": (0, 1, 0)}, "live_with_memory": ()},
+        {"live_with_memory": ("nothing",)},
+    ],
+)
+def test_a_blend_that_would_mix_up_predictors_is_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Blend.model_validate(settings)

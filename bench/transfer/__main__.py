@@ -54,6 +54,7 @@ def _run(given: argparse.Namespace) -> None:
             prepare(run, display)
             tokens = read_manifest(run.adapter, verify=False).provenance.tokens
             key = {"pair": pair.name, "domain": domain, "seed": seed, "train_tokens": tokens}
+            key |= {"small": pair.small, "host": pair.host, "test_tokens": given.test_tokens}
             for step in given.steps:
                 print(f"{pair.name}, {domain}, seed {seed}: {step}", flush=True)
                 add(key, STEPS[step](run, display), given.results)

@@ -1,7 +1,7 @@
 """Results of the transfer suite: one file for all runs, and its table."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class Found:
     def renamed(self, names: Mapping[str, str]) -> "Found":
         """The rows that are named, under their new names."""
         return self._mapped(names.get)
+
+    def without_changes(self) -> "Found":
+        """The same without differences, where the host of the evaluation was not the bare one."""
+        return replace(self, change={}, general_change={})
 
     def _mapped(self, name_of: Any) -> "Found":
         def mapped(figures: Figures) -> Figures:

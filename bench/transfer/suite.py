@@ -28,7 +28,7 @@ LIGHT_ROWS = (
 )
 LIVE_ROWS = ("reference", "expert", "proxy", "proxy-0.5", "mixture", "live", "all")
 LORA_LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-"""Of LoRA on the host; the best on validation text is shown."""
+"""Of LoRA on the host; the best on the text that tuning held out is shown."""
 
 PROMPT_TOKENS = 1024
 """Domain text in context, in host tokens."""
@@ -155,7 +155,7 @@ def prompt(run: Run, display: Display) -> Found:
     ids = [i for document in documents for i in host.encode(document.text)][:PROMPT_TOKENS]
     read = replace(host, preamble=tuple(ids))
     evaluation = run.evaluated("prompt", ("host",), display, host=read)
-    return Found.of(evaluation, {}).renamed({"host": "prompt"})
+    return Found.of(evaluation, {}).renamed({"host": "prompt"}).without_changes()
 
 
 def lora(run: Run, display: Display) -> Found:
@@ -169,7 +169,8 @@ def lora(run: Run, display: Display) -> Found:
     with open_pair(experts[rate], progress=display.progress).as_expert() as tuned:
         rows = ("host", "memory")
         evaluation = run.evaluated(f"lora-host-{rate:g}", rows, display, host=tuned)
-    return Found.of(evaluation, {}).renamed({"host": "lora-host", "memory": "lora-host+memory"})
+    names = {"host": "lora-host", "memory": "lora-host+memory"}
+    return Found.of(evaluation, {}).renamed(names).without_changes()
 
 
 def _held_out_nats(expert: Path) -> float:

@@ -17,6 +17,7 @@ RowName = Literal[
     "temperature",
     "bias",
     "bytes",
+    "state",
     "head",
     "memory",
     "head+memory",
@@ -260,3 +261,9 @@ class EvaluateConfig(Config):
     """Arithmetic of the models."""
     seed: int = 0
     """Seed of the bootstrap and of the shuffled controls."""
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> "EvaluateConfig":
+        if self.stride_tokens > self.window_tokens:
+            raise ValueError("stride_tokens must be at most window_tokens")
+        return self

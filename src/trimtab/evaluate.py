@@ -65,9 +65,8 @@ def evaluate(
 
     Args:
         config: Adapter, host, texts.
-        host: The host, if it is open already; nothing of its mount is kept. It may differ from
-            the named one by a preamble, or by a LoRA in it: then give `out` a folder of its own,
-            since scores are known by the host's head, which a LoRA leaves alone.
+        host: The host, if it is open already. It may differ from the named one (a LoRA in it, a
+            preamble), so neither its mount nor its scores are kept.
         progress: Shows the scoring.
 
     Raises:
@@ -76,7 +75,8 @@ def evaluate(
         ModelError: A model cannot be opened.
     """
     started = time.perf_counter()
-    rows = config.rows or ROWS
+    # All others are compared with the host.
+    rows = tuple(dict.fromkeys(("host", *config.rows))) if config.rows else ROWS
     texts = _texts(config)
     cache = host is None
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
@@ -101,6 +101,12 @@ def evaluate(
                 scored[kind].append(bench.score(document.text))
                 advance(len(document.text.encode()))
     scores = {kind: _by_row(kept, rows) for kind, kept in scored.items()}
+    missing = [row for row in config.rows if row not in scores[""]]
+    if missing:
+        raise InputError(
+            f"the adapter has no carrier for the rows {', '.join(missing)}",
+            hint="ask for other --rows, or make the carrier with `trimtab fit`",
+        )
     first = (texts[""][0].name, scored[""][0].on_host)
     report = _report(config, bench.mounted, scores, first, host)
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
@@ -149,6 +155,7 @@ class _Bench:
     rows: tuple[str, ...]
     steers: Steers
     pair: Pair | None
+    keeps: bool
 
     @staticmethod
     def prepare(
@@ -178,32 +185,33 @@ class _Bench:
             rows=rows,
             heads=_heads(mounted, control),
             memories=_memories(mounted, control, rows),
-            bias=static_bias(mounted, host),
+            bias=static_bias(mounted, host) if "bias" in rows else None,
             live=Live(pair, host.vocabulary) if pair and {*LIVE_ROWS} & set(rows) else None,
             blend=manifest.blend,
         )
-        return _Bench(config, host, mounted, rows, steers, pair)
+        return _Bench(config, host, mounted, rows, steers, pair, settings.cache)
 
     def score(self, text: str) -> Kept:
         """Score one document under every row, unless it is scored already."""
         path = self.config.out / "scores" / f"{self._key(text)}.safetensors"
-        kept = read_scores(path)
+        kept = read_scores(path) if self.keeps else None
         if kept is None:
             windows = (self.config.window_tokens, self.config.stride_tokens)
             on_host = score_document(
                 self.host, text, self.steers, window_tokens=windows[0], stride_tokens=windows[1]
             )
             kept = Kept(on_host, self._alone(text))
-            write_scores(path, kept)
+            if self.keeps:
+                write_scores(path, kept)
         return kept
 
     def _key(self, text: str) -> str:
         """Names a document's scores by all that decides them."""
         config, host = self.config, self.host
         files = {path: entry.sha256 for path, entry in self.mounted.manifest.files.items()}
-        blend = self.mounted.manifest.blend.model_dump(mode="json")
-        read_by = (str(host.fingerprint), str(host.model.dtype), host.preamble)
-        asked = (VERSION, files, blend, *read_by)
+        manifest = self.mounted.manifest.model_dump(mode="json", include={"blend", "carriers"})
+        read_by = (host.ref, str(host.fingerprint), str(host.model.dtype), config.dtype)
+        asked = (VERSION, files, manifest, *read_by)
         how = (self.rows, config.window_tokens, config.stride_tokens, config.seed, text)
         return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()[:32]
 
@@ -248,6 +256,8 @@ def _memories(
     memories = {"memory": mounted.memory}
     if "bytes" in rows:
         memories["bytes"] = replace(mounted.memory, finds="bytes")
+    if "state" in rows:
+        memories["state"] = replace(mounted.memory, finds="state")
     if control and control.memory:
         memories["shuffled"] = replace(control.memory, finds="state")
     return memories

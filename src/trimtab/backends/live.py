@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from trimtab.align import Alignment, Candidates, Cover, Strings, covers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
+from trimtab.errors import ModelError
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
@@ -88,7 +89,7 @@ class Live:
         self._host = host
         self.alignment = Alignment(self._strings, Strings(host))
         self._rows: dict[int, _Cached] = {}
-        self._one_vocabulary = pair.vocabulary.token_bytes == host.token_bytes
+        self._one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host)
 
     @property
     def pair(self) -> Pair:
@@ -108,6 +109,9 @@ class Live:
         Where host and small models have one vocabulary, the host's own tokens are the one cover:
         what follows them is then compared token by token, with no loss at any boundary.
 
+        Raises:
+            ModelError: A context is longer than the small models can read.
+
         Args:
             contexts: Bytes before each question.
             host_ids: The host's tokens of each context, without those that stand for no text.
@@ -123,6 +127,13 @@ class Live:
         else:
             ways = [covers_of(context, encode, vocabulary) for context in contexts]
         covers = [[cover for cover in found if cover.tokens or start] for found in ways]
+        longest = len(start) + max((len(c.tokens) for ways in covers for c in ways), default=0)
+        if reference.max_tokens is not None and longest > reference.max_tokens:
+            raise ModelError(
+                f"the text has {longest} tokens of {reference.ref}, which reads at most"
+                f" {reference.max_tokens}",
+                hint="give a shorter text, or use --carriers head,memory",
+            )
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
         return LiveReading(tree, covers, ends, *self._states(tree, row))
@@ -240,6 +251,14 @@ class LiveReading:
             else None
             for q in questions
         ]
+
+
+def _unpadded(vocabulary: Vocabulary) -> tuple[bytes | None, ...]:
+    """Its tokens without the rows that only fill it up, whose number differs in one family."""
+    end = len(vocabulary)
+    while end and vocabulary.token_bytes[end - 1] is None:
+        end -= 1
+    return vocabulary.token_bytes[:end]
 
 
 class _Ways:

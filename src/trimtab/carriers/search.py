@@ -137,6 +137,8 @@ def _by_bytes(memory: Memory, index: Index, contexts: Tensor) -> Tensor:
 def _matched_bytes(memory: Memory, entries: Tensor, contexts: Tensor) -> Tensor:
     before = contexts_before(memory.text, memory.positions[entries.flatten()])
     agree = before.view(*entries.shape, CONTEXT_BYTES) == contexts[:, None]
+    # Nothing before a text is no agreement.
+    agree &= contexts[:, None] != 0
     return agree.to(torch.uint8).cumprod(-1).sum(-1)
 
 

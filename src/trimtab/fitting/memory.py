@@ -139,6 +139,11 @@ def _gates(
     said = propose(memory, following, Strings(base.vocabulary))
     mounted = MountedMemory(memory, build_index(memory), reading, said.values, said.shares)
     ways = (mounted, replace(mounted, finds="bytes"))
+    if not (splits["held_out"]["next_ids"] >= 0).any():
+        raise RecordingError(
+            "the recording holds no held-out text to learn the memory's gate from",
+            hint="tune with --held-out above 0 and record again, or leave memory out of --carriers",
+        )
     asked: list[list[tuple[Tensor, ...]]] = []
     total = sum(int((splits[s]["next_ids"] >= 0).sum()) for s in ("held_out", "general"))
     with progress("fitting the memory's gates", total) as advance, torch.no_grad():
@@ -149,11 +154,6 @@ def _gates(
                 logprobs = base.unembedding.logits(questions.states).log_softmax(-1)
                 asked.append([_outcome(way, questions, logprobs) for way in ways])
                 advance(len(questions.truth))
-    if not asked:
-        raise RecordingError(
-            "the recording holds no held-out and no general text to learn a gate from",
-            hint="tune with --held-out above 0 and record again",
-        )
     gate, bytes_gate = (
         fit_gate(*(torch.cat(parts) for parts in zip(*outcomes, strict=True)))
         for outcomes in zip(*asked, strict=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trimtab.metrics import Estimate
 
-BASELINES = ("host", "reference", "expert", "proxy", "proxy-0.5", "mixture", "bytes")
+BASELINES = ("host", "reference", "expert", "proxy", "proxy-0.5", "mixture", "bytes", "state")
 """Rows that stand beside the adapter: what there was before, and what it competes with."""
 
 STEERED = ("head", "memory", "head+memory", "live", "all")
@@ -15,7 +15,8 @@ CONTROLS = ("temperature", "bias", "head-shuffled", "memory-shuffled")
 """Rows that show what remains when the part that should matter is taken away."""
 
 ROWS = (
-    *("host", "reference", "expert", "proxy", "bias", "bytes", "head", "memory", "head+memory"),
+    *("host", "reference", "expert", "proxy", "bias"),
+    *("bytes", "state", "head", "memory", "head+memory"),
     *("head-shuffled", "memory-shuffled", "live", "all"),
 )
 """Rows that are measured unless others are asked for, in the order of a table."""

@@ -18,11 +18,12 @@ ROW_WORDS = {
     "temperature": "the host, made more or less sure",
     "bias": "a fixed shift of word frequencies",
     "bytes": "the memory, found by bytes alone",
+    "state": "the memory, found by state alone",
     "head": "the adapter’s low-rank layer",
     "memory": "the adapter’s nearest neighbours",
     "head+memory": "both, no small model needed",
     "head-shuffled": "the head through a wrong map",
-    "memory-shuffled": "the memory through a wrong map",
+    "memory-shuffled": "state, through a wrong map",
     "live": "host, expert and reference blended",
     "all": "live, with head and memory",
 }

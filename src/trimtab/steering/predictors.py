@@ -107,7 +107,8 @@ class Steering:
         logits = rows.logits.float()
         found = {"host": logits.log_softmax(-1)}
         if self.head is not None:
-            shift = self.head.shift(rows.hidden)
+            # With a host spread over devices, its head need not be where its scores are.
+            shift = self.head.shift(rows.hidden.to(self.head.rows.device)).to(logits.device)
             found["head"] = (logits + self.strength * shift).log_softmax(-1)
         if self.live is not None:
             found |= live_logprobs(self.live, found["host"], rows, self.blend, self.strength)

@@ -40,6 +40,7 @@ def families(blend: Blend) -> Mapping[str, tuple[str, ...]]:
         "temperature": ("host", *(f"temperature-{t:g}" for t in TEMPERATURES)),
         "bias": ("host", "bias-half", "bias-full"),
         "bytes": ("host", *(name.replace("memory", "bytes") for name in memory)),
+        "state": ("host", *(name.replace("memory", "state") for name in memory)),
         "head": ("host", "head"),
         "memory": ("host", *memory),
         "head+memory": ("host", "head", *memory, *head_memory),

@@ -48,7 +48,7 @@ class Steers:
     Attributes:
         rows: Rows to score.
         heads: By predictor: `head`, and `head-shuffled` for the control.
-        memories: By predictor: `memory`, and for the controls `bytes` and `shuffled`.
+        memories: By predictor: `memory`, its parts `bytes` and `state`, and the control `shuffled`.
         bias: Static vocabulary bias, shape [vocab].
         live: Expert and reference beside the host.
         blend: How predictors are made and weighed.
@@ -257,7 +257,8 @@ def _predicted(host: HFModel, chunk: _Chunk, steers: Steers) -> tuple[_Field, di
         small = chunk.reading.reference_states(chunk.questions)
         answers[BESIDE] = steers.memories["memory"].ask(states, before, small)
     proposed = [answer.values[answer.values >= 0] for answer in answers.values()]
-    logits = host.unembedding.logits(chunk.states).float().cpu()
+    weight = host.unembedding.weight
+    logits = host.unembedding.logits(chunk.states.to(weight.device)).float().cpu()
     field = _field(logits, chunk, torch.cat([torch.zeros(0, dtype=torch.long), *proposed]).unique())
     dense: dict[str, Tensor] = {"host": field.logprobs}
     for temperature in TEMPERATURES:
@@ -302,7 +303,8 @@ def _remembered(
             continue
         gates = local.gates(dense[base], gate_weights, tuple(shifts.values()))
         for predictor, gate in zip(names, gates, strict=True):
-            found[predictor] = mix(dense[base], said, gate[:, None])
+            # Entries whose continuation no host token begins leave their share unused.
+            found[predictor] = mix(dense[base], said, gate[:, None]).log_softmax(-1)
     return found
 
 

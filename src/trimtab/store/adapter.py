@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.anchors import Anchors
+from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.head import Head
 from trimtab.carriers.memory import Memory
 from trimtab.errors import AdapterError
@@ -180,10 +181,17 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
     """Read memory/memory.safetensors, with the gates from the manifest.
 
     Raises:
-        AdapterError: The file is missing or lacks a tensor.
+        AdapterError: The file is missing or lacks a tensor, or the gate reads other features.
     """
     found = _load(folder / MEMORY_FILE)
     carrier = manifest.memory
+    for gate in (carrier.gate, carrier.bytes_gate) if carrier else ():
+        if gate.features and gate.features != GATE_FEATURES:
+            raise AdapterError(
+                f"the memory's gate reads {', '.join(gate.features)}; this version of trimtab has"
+                f" {', '.join(GATE_FEATURES)}",
+                hint="make the adapter anew with `trimtab fit`, or use --carriers head,expert",
+            )
     soft = carrier is not None and carrier.values == "soft"
     memory = Memory(
         found["keys"],

@@ -203,6 +203,9 @@ class Licences(Part):
     """Terms of the models it was made from."""
 
 
+_OWN_PREDICTORS = {"host", "head", "memory", "bytes", "shuffled", "proxy", "mixture"}
+
+
 class Blend(Part):
     """How predictors are made of the carriers and weighed against the bare host."""
 
@@ -227,6 +230,11 @@ class Blend(Part):
         unknown = set(self.live_with_memory) - set(self.live)
         if unknown:
             raise ValueError(f"live_with_memory names {sorted(unknown)}, which live lacks")
+        if 0 not in self.gate_shifts or len(set(self.gate_shifts)) < len(self.gate_shifts):
+            raise ValueError("gate_shifts needs 0, and each shift once")
+        taken = [n for n in self.live if n in _OWN_PREDICTORS or not n.replace("-", "").isalnum()]
+        if taken:
+            raise ValueError(f"live uses names that are taken or no words: {taken}")
         return self
 
 

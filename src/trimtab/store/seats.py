@@ -16,7 +16,7 @@ from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.files import writing_atomically
 from trimtab.store.local import trimtab_home
 
-VERSION = 3
+VERSION = 4
 """Changes whenever the way in which seats are computed does."""
 
 
@@ -45,7 +45,7 @@ def seats_path(
     config: MountConfig, manifest: AdapterManifest, host_fingerprint: object, dtype: torch.dtype
 ) -> Path:
     """The cache file of an adapter on a host, named by all that decides its content."""
-    settings = config.model_dump(mode="json", exclude={"adapter", "host", "cache"})
+    settings = config.model_dump(mode="json", exclude={"adapter", "cache"})
     files = {path: entry.sha256 for path, entry in manifest.files.items()}
     asked = [VERSION, settings, files, str(host_fingerprint), str(dtype)]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
