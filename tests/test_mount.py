@@ -171,9 +171,23 @@ def test_broken_seats_are_made_anew(
     assert kept.read_bytes() == good
 
 
+def test_the_hosts_pass_over_the_probe_text_is_made_once(
+    adapter: Path, host: HFModel, home: Path
+) -> None:
+    first = mounted_on(host, adapter)
+    (kept,) = (home / "probes").iterdir()
+    # Other seats on the same host, without running it.
+    other = mounted_on(unrunnable(HOST), adapter, ridge=0.5)
+    assert not same(first, other)
+    assert same(other, mounted_on(host, adapter, ridge=0.5, cache=False))
+    kept.write_bytes(b"broken")
+    assert not same(first, mounted_on(host, adapter, ridge=0.25))
+    assert len(kept.read_bytes()) > 100 and len(list((home / "probes").iterdir())) == 1
+
+
 def test_nothing_is_kept_without_a_cache(adapter: Path, host: HFModel, home: Path) -> None:
     mounted_on(host, adapter, cache=False)
-    assert not (home / "mounts").exists()
+    assert not (home / "mounts").exists() and not (home / "probes").exists()
 
 
 def test_a_poor_fit_is_said_in_plain_words(host: HFModel, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def test_a_row_without_its_parts_is_not_measured(
         {"gate_shifts": (0.0, 1.0, 1.0)},
         {"live": {"host": (0, 1, 0)}, "live_with_memory": ()},
         {"live": {"a+b": (0, 1, 0)}, "live_with_memory": ()},
+        {"live": {"memory-2": (0, 1, 0)}, "live_with_memory": ()},
+        {"share": 0},
         {"live_with_memory": ("nothing",)},
     ],
 )

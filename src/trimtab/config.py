@@ -192,7 +192,7 @@ class MountConfig(Config):
     shuffle: bool = False
     """Control: pair the anchors at random, which must not help."""
     cache: bool = True
-    """Keep the result for this adapter and host."""
+    """Keep what is computed: for this adapter and host, and the host's pass over the probe text."""
     dtype: Dtype = "auto"
     """Arithmetic of the host."""
     seed: int = 0

@@ -99,19 +99,23 @@ def evaluate(
             scored[kind] = []
             for document in documents:
                 scored[kind].append(bench.score(document.text))
+                _check_rows(config.rows, scored[""][0])
                 advance(len(document.text.encode()))
     scores = {kind: _by_row(kept, rows) for kind, kept in scored.items()}
-    missing = [row for row in config.rows if row not in scores[""]]
-    if missing:
-        raise InputError(
-            f"the adapter has no carrier for the rows {', '.join(missing)}",
-            hint="ask for other --rows, or make the carrier with `trimtab fit`",
-        )
     first = (texts[""][0].name, scored[""][0].on_host)
     report = _report(config, bench.mounted, scores, first, host)
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
     return Evaluation(report, config.out, scored)
+
+
+def _check_rows(asked: Sequence[str], kept: Kept) -> None:
+    missing = [row for row in asked if row not in (kept.on_host.rows.keys() | kept.small.keys())]
+    if missing:
+        raise InputError(
+            f"the adapter has no carrier for the rows {', '.join(missing)}",
+            hint="ask for other --rows, or make the carrier with `trimtab fit`",
+        )
 
 
 def _texts(config: EvaluateConfig) -> dict[str, list[Document]]:
@@ -212,7 +216,7 @@ class _Bench:
         manifest = self.mounted.manifest.model_dump(mode="json", include={"blend", "carriers"})
         read_by = (host.ref, str(host.fingerprint), str(host.model.dtype), config.dtype)
         asked = (VERSION, files, manifest, *read_by)
-        how = (self.rows, config.window_tokens, config.stride_tokens, config.seed, text)
+        how = (sorted(self.rows), config.window_tokens, config.stride_tokens, config.seed, text)
         return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()[:32]
 
     def _alone(self, text: str) -> Mapping[str, DocumentScore]:
@@ -345,7 +349,8 @@ def _report(
 def _changes(scored: ScoredDocument, host: HFModel) -> tuple[TokenChange, ...]:
     """Where the adapter changed the host's mind, token by token."""
     before = scored.rows["host"]
-    after = scored.rows.get("head+memory", before)
+    shown = (row for row in ("head+memory", "memory", "head") if row in scored.rows)
+    after = scored.rows[next(shown, "host")]
     columns = (scored.token_ids, before.logprobs, after.logprobs, _tops(host, before))
     return tuple(
         TokenChange(_text(host, token), -float(b), -float(a), top_before, top_after)

@@ -13,7 +13,7 @@ from trimtab.carriers.recall import MountedMemory
 from trimtab.carriers.search import build_index
 from trimtab.config import CarrierName, MountConfig
 from trimtab.errors import AdapterError
-from trimtab.steering.host_states import HostStates, host_states
+from trimtab.steering.host_states import HostStates, host_states, kept_host_states
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.seat import Seatable, find_seats
 from trimtab.store.adapter import Probe, read_head, read_memory, read_mount
@@ -39,7 +39,7 @@ def mount(
         ModelError: The host cannot be opened.
     """
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
-    return _mount(config, host, lambda probe: _probe_states(host, probe, progress))
+    return _mount(config, host, lambda probe: _probe_states(config, host, probe, progress))
 
 
 def mount_with_control(
@@ -56,15 +56,25 @@ def mount_with_control(
 
     def states(probe: Probe) -> HostStates:
         if not read:
-            read.append(_probe_states(host, probe, progress))
+            read.append(_probe_states(config, host, probe, progress))
         return read[0]
 
     shuffled = config.model_copy(update={"shuffle": True})
     return _mount(config, host, states), _mount(shuffled, host, states)
 
 
-def _probe_states(host: HFModel, probe: Probe, progress: Progress) -> HostStates:
-    return host_states(host, probe.documents, "reading the probe text", progress)
+def _probe_states(
+    config: MountConfig, host: HFModel, probe: Probe, progress: Progress
+) -> HostStates:
+    label = "reading the probe text"
+    if _keeps(config, host):
+        return kept_host_states(host, probe.documents, config.host, label, progress)
+    return host_states(host, probe.documents, label, progress)
+
+
+def _keeps(config: MountConfig, host: HFModel) -> bool:
+    # A preamble moves the host's states, and has no say in a kept file's name.
+    return config.cache and not host.preamble
 
 
 def _mount(config: MountConfig, host: HFModel, states_on: Callable[[Probe], HostStates]) -> Mounted:
@@ -73,8 +83,7 @@ def _mount(config: MountConfig, host: HFModel, states_on: Callable[[Probe], Host
     config = config.model_copy(update={"carriers": _to_seat(config, manifest)})
     parts, own_head = _read(config, manifest, host)
     path = seats_path(config, manifest, host.fingerprint, host.model.dtype)
-    # A preamble moves the states that seats are calibrated on, and has no say in the file's name.
-    cache = config.cache and not host.preamble
+    cache = _keeps(config, host)
     seats = read_seats(path) if cache else None
     if seats is None:
         seats = find_seats(config, host, parts, states_on)

@@ -1,13 +1,19 @@
 """A host's hidden states on documents, and where another model has read the same bytes."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.align import token_lengths
 from trimtab.backends.hf import HFModel
+from trimtab.store.files import writing_atomically
+from trimtab.store.local import trimtab_home
 from trimtab.text.passages import passages
 from trimtab.types import Progress
 
@@ -16,6 +22,10 @@ WINDOW_TOKENS = 512
 
 CONTEXT_TOKENS = 64
 """Tokens of context that each window but the first repeats."""
+
+
+_VERSION = 1
+"""Changes whenever states are computed in another way."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,38 @@ class HostStates:
     hidden: Tensor
     document_index: Tensor
     byte_ends: Tensor
+
+
+def kept_host_states(
+    host: HFModel, documents: Sequence[bytes], name: str, label: str, progress: Progress
+) -> HostStates:
+    """The same as `host_states`, run once for each host and kept in TRIMTAB_HOME.
+
+    Adapters come with the same neutral text, so that the second one finds its seat at once.
+
+    Args:
+        host: The host, without a preamble.
+        documents: As `host_states`.
+        name: What the host is called; its fingerprint knows the head alone.
+        label: As `host_states`.
+        progress: As `host_states`.
+
+    Raises:
+        StorageError: The disk is full or the folder cannot be written.
+    """
+    asked = [_VERSION, name, str(host.fingerprint), str(host.model.dtype)]
+    digest = hashlib.sha256(json.dumps(asked).encode())
+    for document in documents:
+        digest.update(len(document).to_bytes(8, "big") + document)
+    path = trimtab_home() / "probes" / f"{digest.hexdigest()}.safetensors"
+    try:
+        return HostStates(**load_file(path))
+    except (FileNotFoundError, SafetensorError, TypeError):
+        states = host_states(host, documents, label, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_atomically(path) as temp:
+        save_file({k: v.contiguous() for k, v in vars(states).items()}, temp)
+    return states
 
 
 def host_states(

@@ -253,7 +253,7 @@ def _predicted(host: HFModel, chunk: _Chunk, steers: Steers) -> tuple[_Field, di
     before = last_bytes(chunk.contexts)
     states = chunk.states.float().cpu()
     answers = {name: memory.ask(states, before) for name, memory in steers.memories.items()}
-    if "memory" in answers and chunk.reading:
+    if "memory" in answers and chunk.reading and "all" in steers.rows:
         small = chunk.reading.reference_states(chunk.questions)
         answers[BESIDE] = steers.memories["memory"].ask(states, before, small)
     proposed = [answer.values[answer.values >= 0] for answer in answers.values()]

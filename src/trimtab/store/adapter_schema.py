@@ -203,7 +203,10 @@ class Licences(Part):
     """Terms of the models it was made from."""
 
 
-_OWN_PREDICTORS = {"host", "head", "memory", "bytes", "shuffled", "proxy", "mixture"}
+_OWN_PREDICTORS = {
+    *("host", "head", "memory", "bytes", "state", "shuffled"),
+    *("proxy", "mixture", "bias", "temperature"),
+}
 
 
 class Blend(Part):
@@ -222,7 +225,7 @@ class Blend(Part):
     """Added to the log-odds of the memory's gate, a predictor each."""
     host_prior: float = Field(default=0.5, gt=0, lt=1)
     """Trust in the bare host before any evidence; the others share the rest."""
-    share: float = Field(default=0.002, ge=0, lt=1)
+    share: float = Field(default=0.002, gt=0, lt=1)
     """Part of the evidence that is dealt out anew at each token, so that a text may turn."""
 
     @model_validator(mode="after")
@@ -232,7 +235,11 @@ class Blend(Part):
             raise ValueError(f"live_with_memory names {sorted(unknown)}, which live lacks")
         if 0 not in self.gate_shifts or len(set(self.gate_shifts)) < len(self.gate_shifts):
             raise ValueError("gate_shifts needs 0, and each shift once")
-        taken = [n for n in self.live if n in _OWN_PREDICTORS or not n.replace("-", "").isalnum()]
+        taken = [
+            name
+            for name in self.live
+            if name.split("-")[0] in _OWN_PREDICTORS or not name.replace("-", "").isalnum()
+        ]
         if taken:
             raise ValueError(f"live uses names that are taken or no words: {taken}")
         return self
