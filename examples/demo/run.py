@@ -37,13 +37,13 @@ OUT = Path("build/demo")
 CACHE = Path("build/cache")
 TEXTS = Path("build/texts")
 
-CHOICE = corpus.Choice(seed=0, test_files=16, train_bytes=70_000)
+CHOICE = corpus.Choice(seed=0, test_files=16, train_bytes=55_000)
 EVALUATED_TOKENS = 4_096
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
 DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
 COMPLETION_TOKENS = 48
-HEAD_EPOCHS = 4
+HEAD_EPOCHS = 3
 GROWTH_TOKENS = 6_144
 """Part of the recording whose memory is measured beside the whole; it costs a fit and two
 measurements."""
