@@ -21,7 +21,7 @@ from trimtab.backends.pair import Pair
 from trimtab.blend import BlendWeights
 from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.memory import CONTEXT_BYTES, last_bytes
-from trimtab.carriers.search import MATCH_WEIGHT, TEMPERATURE, look_up
+from trimtab.carriers.search import MAPPED_MATCH_WEIGHT, TEMPERATURE, look_up
 from trimtab.config import FitConfig, GenerateConfig, MountConfig, RecordConfig, TuneConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.fit import fit
@@ -97,7 +97,7 @@ def with_plain_gate(folder: Path) -> Path:
     manifest = read_manifest(folder)
     assert manifest.memory
     gate = Gate(features=GATE_FEATURES, weights=(-1.5, 1.0, 1.0, 1.0, 0.1, 0.05, 0.1))
-    memory = manifest.memory.model_copy(update={"gate": gate, "bytes_gate": gate})
+    memory = manifest.memory.model_copy(update={"gate": gate, "own_gate": gate, "bytes_gate": gate})
     carriers = {**manifest.carriers, "memory": memory}
     write_adapter(folder, manifest.model_copy(update={"carriers": carriers}))
     return folder
@@ -160,14 +160,16 @@ def reference_remembered(
     cosines = memory.keys.float() @ question / question.norm()
     stored = memory.text.numpy().tobytes()
     # Which entries are found is compared with a brute force elsewhere; ties are free.
-    near = look_up(memory, seated.index, question[None], last_bytes([text])).entries.unique()
+    weight = torch.tensor([MAPPED_MATCH_WEIGHT])
+    near = look_up(memory, seated.index, question[None], last_bytes([text]), weight)
+    near = near.entries.unique()
     found = []
     for cosine, entry in zip(cosines[near].tolist(), near.tolist(), strict=True):
         end, matched = int(memory.positions[entry]), 0
         padded = bytes(CONTEXT_BYTES) + text
         while matched < CONTEXT_BYTES and stored[end - 1 - matched] == padded[-1 - matched] != 0:
             matched += 1
-        score = cosine / TEMPERATURE + MATCH_WEIGHT * matched
+        score = cosine / TEMPERATURE + MAPPED_MATCH_WEIGHT * matched
         found.append((score, matched / CONTEXT_BYTES, int(seated.values[entry, 0])))
     scores = torch.tensor([score for score, _, _ in found]).softmax(0).tolist()
     said = torch.zeros_like(probs)

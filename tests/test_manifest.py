@@ -40,6 +40,7 @@ def full_manifest() -> AdapterManifest:
                 entries=3,
                 key_size=8,
                 gate=Gate(features=("cosine", "constant"), weights=(0.1, -2.0)),
+                own_gate=Gate(features=("cosine",), weights=(0.2,)),
                 bytes_gate=Gate(features=("constant",), weights=(-1.0,)),
             ),
             "expert": ExpertCarrier(rank=2),

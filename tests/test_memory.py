@@ -15,8 +15,9 @@ from trimtab.carriers.memory import CONTEXT_BYTES, Memory, contexts_before, lay_
 from trimtab.carriers.recall import Answer, MountedMemory
 from trimtab.carriers.search import (
     BYTE_NEIGHBOURS,
-    MATCH_WEIGHT,
+    MAPPED_MATCH_WEIGHT,
     NEIGHBOURS,
+    OWN_MATCH_WEIGHT,
     TEMPERATURE,
     Finds,
     Found,
@@ -91,7 +92,8 @@ def test_look_up_against_brute_force(finds: Finds) -> None:
     states = draw(7, HIDDEN, seed=4)
     asked = contexts_before(entries.text, entries.positions[10:17])
     features = None if finds == "bytes" else entries.features(states)
-    found = look_up(entries, build_index(entries), features, asked, finds=finds)
+    match_weight = torch.linspace(0.1, 1.3, 7)
+    found = look_up(entries, build_index(entries), features, asked, match_weight, finds=finds)
 
     keys = entries.keys.float().numpy()
     raw = entries.text.numpy().tobytes()
@@ -116,7 +118,7 @@ def test_look_up_against_brute_force(finds: Finds) -> None:
         for entry, share in zip(found.entries[row].tolist(), found.weights[row], strict=True):
             shares[entry] = shares.get(entry, 0.0) + float(share)
         scores = {
-            e: MATCH_WEIGHT * matches[e] + (finds != "bytes") * cosines[e] / TEMPERATURE
+            e: float(match_weight[row]) * matches[e] + (finds != "bytes") * cosines[e] / TEMPERATURE
             for e in shares
         }
         total = sum(math.exp(score) for score in scores.values())
@@ -128,7 +130,8 @@ def test_a_small_memory_gives_all_its_entries() -> None:
     entries = memory()
     entries = replace(entries, keys=entries.keys[:3], positions=entries.positions[:3])
     asked = torch.zeros(2, CONTEXT_BYTES, dtype=torch.uint8)
-    found = look_up(entries, build_index(entries), draw(2, KEY, seed=5), asked)
+    weight = torch.full((2,), MAPPED_MATCH_WEIGHT)
+    found = look_up(entries, build_index(entries), draw(2, KEY, seed=5), asked, weight)
     assert sorted(found.entries[0, :3].tolist()) == [0, 1, 2]
     torch.testing.assert_close(found.weights.sum(1), torch.ones(2))
     assert float(found.weights[:, 3:].sum()) == 0
@@ -166,17 +169,17 @@ def test_the_memorys_distribution_by_hand() -> None:
     found, _, _ = hand_made()
     values = torch.tensor([[[2, 3], [3, -1], [2, 0]], [[-1, -1], [1, 1], [-1, -1]]])
     shares = torch.tensor([[[0.75, 0.25], [1.0, 0.5], [0.5, 0.5]]]).expand(2, 3, 2)
-    probs = Answer(found, values, shares).probs(4)
+    probs = Answer(found, values, shares, torch.zeros(0)).probs(4)
     first = [0.2 * 0.5, 0.0, 0.5 * 0.75 + 0.2 * 0.5, 0.5 * 0.25 + 0.3]
     torch.testing.assert_close(probs, torch.tensor([first, [0, 0.3 * 1.5, 0, 0]]))
     for token in range(4):
-        alone = Answer(found, values, shares).prob_of(torch.tensor([token, token]))
+        alone = Answer(found, values, shares, torch.zeros(0)).prob_of(torch.tensor([token, token]))
         torch.testing.assert_close(alone, probs[:, token])
 
 
 def test_relabelled_answers_drop_what_has_no_place() -> None:
     found, values, _ = hand_made()
-    answer = Answer(found, values[..., None], torch.ones(2, 3, 1))
+    answer = Answer(found, values[..., None], torch.ones(2, 3, 1), torch.zeros(0))
     place = torch.tensor([-1, 0, 1, -1])
     local = answer.relabelled(place)
     assert local.values[..., 0].tolist() == [[1, -1, 1], [-1, 0, -1]]
@@ -184,9 +187,9 @@ def test_relabelled_answers_drop_what_has_no_place() -> None:
 
 
 def test_a_mounted_memory_remembers_its_own_states() -> None:
-    entries = memory()
-    values = entries.text[entries.positions].long()[:, None]
     gate = (-1.0, 3.0, 1.0, 0.5, 0.5, 0.1, 0.0)
+    entries = replace(memory(), gate=gate)
+    values = entries.text[entries.positions].long()[:, None]
     reading = Reading(entries.projection, -entries.projection @ entries.mean)
     mounted = MountedMemory(
         entries, build_index(entries), reading, values, torch.ones(len(values), 1)
@@ -199,12 +202,44 @@ def test_a_mounted_memory_remembers_its_own_states() -> None:
     assert probs.argmax(1).tolist() == values[:5, 0].tolist()
 
     steered = draw(5, 256, seed=8).log_softmax(-1)
-    opened, wider = answer.gates(steered, gate, (0.0, 1.5))
+    opened, wider = answer.gates(steered, (0.0, 1.5))
     assert (wider > opened).all()
     oracle = gate_probs(gate_features(answer.found, answer.values[..., 0], steered), gate)
     assert torch.equal(opened, oracle)
     mixed = mix(steered, probs.log(), opened[:, None])
     torch.testing.assert_close(mixed.exp().sum(1), torch.ones(5))
+
+
+def test_who_asks_decides_how_bytes_count_and_which_gate_opens() -> None:
+    gates = [tuple(draw(len(GATE_FEATURES), seed=seed).tolist()) for seed in (20, 21, 22)]
+    entries = replace(memory(), gate=gates[0], own_gate=gates[1], bytes_gate=gates[2])
+    reading = Reading(draw(KEY, 7, seed=23), draw(KEY, seed=24))
+    values = entries.text[entries.positions].long()[:, None]
+    mapped = MountedMemory(
+        entries, build_index(entries), reading, values, torch.ones(len(values), 1)
+    )
+    hidden, small = draw(4, 7, seed=25), draw(4, HIDDEN, seed=26)
+    asked = contexts_before(entries.text, entries.positions[3:7])
+    some = [None, small[1], None, small[3]]
+    features = reading(hidden)
+    features[1::2] = entries.features(small)[1::2]
+    own, other = OWN_MATCH_WEIGHT, MAPPED_MATCH_WEIGHT
+    cases = [
+        (mapped, (), reading(hidden), [other] * 4, [0] * 4),
+        (mapped, some, features, [other, own, other, own], [0, 1, 0, 1]),
+        (replace(mapped, is_own=True), some, reading(hidden), [own] * 4, [1] * 4),
+        (replace(mapped, finds="bytes"), (), None, [other] * 4, [2] * 4),
+    ]
+    for mounted, given, read, weights, chosen in cases:
+        answer = mounted.ask(hidden, asked, given)
+        found = look_up(
+            entries, mounted.index, read, asked, torch.tensor(weights), finds=mounted.finds
+        )
+        assert torch.equal(answer.found.entries, found.entries)
+        torch.testing.assert_close(answer.found.weights, found.weights)
+        torch.testing.assert_close(answer.gate, torch.tensor([gates[n] for n in chosen]))
+    plain = replace(mapped, memory=replace(entries, own_gate=(), bytes_gate=()), is_own=True)
+    torch.testing.assert_close(plain.ask(hidden, asked).gate, torch.tensor([gates[0]] * 4))
 
 
 def gate_data(count: int, right: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:

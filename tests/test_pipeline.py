@@ -8,7 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trimtab.backends.open import open_model
 from trimtab.cli import main
 from trimtab.config import EvaluateConfig, FitConfig, MountConfig, RecordConfig, TuneConfig
 from trimtab.evaluate import evaluate
@@ -155,3 +159,46 @@ def test_an_adapter_that_was_moved_is_the_same(
     assert not end.value.code
     for word in ("head", "memory", "expert", "Contains training text"):
         assert word in shown
+
+
+def spacing_host(folder: Path) -> str:
+    """A random host whose tokenizer puts a space before a text, as Llama 2's does."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    tokens += [chr(code) for code in range(33, 127)]
+    model = BPE(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[],
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.add_special_tokens(tokens[:3])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=len(tokens), num_attention_heads=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_space_that_the_tokenizer_puts_first_is_no_part_of_the_scored_text(
+    job: Job, tmp_path: Path
+) -> None:
+    host = spacing_host(tmp_path / "host")
+    text = deployments(SEED + 5, 1)[0]
+    (tmp_path / "a.deploy").write_text(text)
+    result = evaluate(
+        EvaluateConfig(
+            adapter=job.adapter, host=host, data=(str(tmp_path / "a.deploy"),), rows=("bytes",),
+            out=tmp_path / "report", dtype="float32",
+        )
+    )  # fmt: skip
+    [kept] = result.scored[""]
+    vocabulary = open_model(host).vocabulary
+    assert vocabulary.prefix_space
+    spelled = b"".join(vocabulary.token_bytes[i] or b"" for i in kept.on_host.token_ids)
+    # The first token, which nothing comes before, is the space and what it was put before.
+    assert text.encode().endswith(spelled) and len(text) - len(spelled) <= 1

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from trimtab.config import RowName
 from trimtab.evaluate import SMALL_ROWS
-from trimtab.report.values import MORE_ROWS, ROWS
+from trimtab.report.values import ROWS
 from trimtab.steering.rows import families, present, prior_of, with_memory
 from trimtab.store.adapter_schema import Blend
 
@@ -16,7 +16,7 @@ ALL = families(Blend())
 
 def test_every_row_can_be_asked_for_and_is_shown() -> None:
     names = {*ALL, *SMALL_ROWS}
-    assert names == set(get_args(RowName)) == {*ROWS, *MORE_ROWS}
+    assert names == set(get_args(RowName)) > set(ROWS)
 
 
 def test_a_memory_stands_once_for_each_shift() -> None:

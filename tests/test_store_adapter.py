@@ -42,6 +42,7 @@ BASE = BaseModelReference(
 )
 STRINGS = (b"the", b"\x00\xff", " é".encode(), b"a" * 300)
 GATE = tuple(0.5 * n - 1 for n in range(len(GATE_FEATURES)))
+OWN_GATE = tuple(0.1 * n for n in range(len(GATE_FEATURES)))
 BYTES_GATE = tuple(0.25 * n for n in range(len(GATE_FEATURES)))
 
 
@@ -109,6 +110,7 @@ def memory_file(*, soft: bool) -> MemoryFile:
         text,
         torch.tensor([starts[0], starts[0] + 3, starts[1]]),
         GATE,
+        OWN_GATE,
         BYTES_GATE,
         torch.tensor([[0, 1], [3, 2], [1, 1]], dtype=torch.int32) if soft else None,
         torch.tensor([[0.5, 0.25], [0.75, 0.125], [1.0, 0.0]]) if soft else None,
@@ -123,6 +125,7 @@ def manifest(*, soft: bool) -> AdapterManifest:
         key_size=4,
         values="soft" if soft else "hard",
         gate=Gate(features=GATE_FEATURES, weights=GATE),
+        own_gate=Gate(features=GATE_FEATURES, weights=OWN_GATE),
         bytes_gate=Gate(features=GATE_FEATURES, weights=BYTES_GATE),
     )
     return AdapterManifest(name="ships", base_model=BASE, carriers={"memory": carrier})

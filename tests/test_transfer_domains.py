@@ -1,5 +1,6 @@
 """Text domains of the transfer suite: cutting, splitting, reading markup; no network."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from bench.transfer import debian, domains, sources
 from bench.transfer.markup import paragraphs, thesaurus_terms
 from bench.transfer.sources import Corpus, Source
-from bench.transfer.splits import Budget, Text, middle, parts, size, split, whole
+from bench.transfer.splits import Budget, Text, beginning, middle, parts, size, split, whole
 from examples.demo.corpus import choose
 from trimtab.errors import InputError
 from trimtab.text.documents import read_documents
@@ -88,6 +89,26 @@ def test_the_middle_is_whole_lines_after_45_percent(text: str, max_bytes: int) -
     assert not rest or len(piece) + len(next_line) > max_bytes
 
 
+@given(ANY_TEXT, st.integers(1, 120))
+def test_the_beginning_is_whole_lines(text: str, max_bytes: int) -> None:
+    found = beginning(text, max_bytes)
+    piece = found[0] if found else ""
+    assert text.startswith(piece) and size(piece) <= max_bytes
+    rest = text[len(piece) :]
+    assert not rest or not piece or piece.endswith("\n")
+    next_line = rest[: rest.find("\n") + 1] or rest
+    assert not rest or size(piece) + size(next_line) > max_bytes
+
+
+def test_texts_of_which_the_middle_is_scored_have_their_beginnings_beside_it() -> None:
+    texts = {text.name: text for text in library()}
+    found = split(list(texts.values()), BUDGET, held_out=middle, train=whole, seed=0)
+    assert set(found["beginnings"]) == set(found["test"])
+    for name, document in found["beginnings"].items():
+        assert texts[name].text.startswith(document) and size(document) <= BUDGET.document_bytes
+    assert "beginnings" not in deal(list(texts.values()))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_document_and_no_family_is_in_two_splits(seed: int) -> None:
     found = deal(library(), seed)
@@ -148,7 +169,8 @@ def test_twins_of_a_whole_text_are_in_no_other_split() -> None:
     twins = [replace(t, name=f"twin-{t.name}", family=f"twin-{t.family}") for t in plain]
     twins = [replace(t, text=t.text + prose(900 + i, 200)) for i, t in enumerate(twins)]
     found = split([*plain, *twins], BUDGET, held_out=middle, train=whole, seed=0)
-    kept = [{name.removeprefix("twin-") for name in found[split]} for split in found]
+    splits = ("test", "validation", "train")
+    kept = [{name.removeprefix("twin-") for name in found[split]} for split in splits]
     assert not kept[0] & kept[1] and not (kept[0] | kept[1]) & kept[2]
     assert len(kept[0]) == len(found["test"])
     tests = [Document(name, text) for name, text in found["test"].items()]
@@ -352,7 +374,7 @@ def test_a_package_that_cannot_be_fetched_names_the_alternative(
 def test_a_layout_is_whole_and_the_same_again(cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     record = domains.lay_out(tiny_domain(), folder, cache=cache)
-    assert domains.source_of(folder) == record
+    assert json.loads((folder / domains.SOURCE_FILE).read_text()) == record
     kinds = {f"general/{kind}" for kind in ("german", "prose", "python")}
     assert set(record["texts"]) == {"train", "validation", "test"} | kinds
     for group, found in record["texts"].items():

@@ -11,13 +11,15 @@ import torch
 from bench.transfer.metrics import calibration_error, row_tasks
 from bench.transfer.pairs import Pair
 from bench.transfer.results import add, table
-from bench.transfer.suite import STEPS, Run, make_adapter
+from bench.transfer.suite import QUESTION_ROWS, STEPS, Run, make_adapter
 from trimtab.metrics import DocumentScore
 from trimtab.progress import Display
 from trimtab.steering.kept import Kept, read_scores, write_scores
 from trimtab.steering.scoring import RowScore, ScoredDocument
 
-WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
+WORDS = (
+    "keel rudder tiller anchor hull mast bulwark mooring bowline harbour capstan topsail".split()
+)
 
 
 def sentences(seed: int, count: int = 30) -> str:
@@ -41,11 +43,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(pair, "toy", 0, folder, 10_000)
 
 
+OFFLINE = [step for name, step in STEPS.items() if name != "knowledge"]
+"""All but the one that fetches its questions."""
+
+
 def test_every_step_fills_the_results(run: Run, tmp_path: Path) -> None:
     make_adapter(run, Display())
     key = {"pair": "toy", "domain": "toy", "seed": 0, "train_tokens": 1}
     path = tmp_path / "transfer.json"
-    for step in STEPS.values():
+    for step in OFFLINE:
         add(key, step(run, Display()), path)
     first = path.read_bytes()
     stored = json.loads(first)
@@ -58,8 +64,9 @@ def test_every_step_fills_the_results(run: Run, tmp_path: Path) -> None:
     assert adapted < host
     assert rows["host"]["perplexity_change_percent"] == 0
     assert rows["lora-host"]["perplexity_change_percent"] < 0
+    assert set(QUESTION_ROWS) == set(stored["runs"][0]["tasks"]["right-word"])
     # Scores are kept: a second run reads them and finds the same.
-    for step in STEPS.values():
+    for step in OFFLINE:
         add(key, step(run, Display()), path)
     assert path.read_bytes() == first
     assert "| lora-host |" in table(path)

@@ -29,6 +29,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--domain", nargs="+", default=["zig"], choices=list(DOMAINS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--view", default="test", help="test, or beginnings of the same texts")
     parser.add_argument("--test-tokens", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -50,10 +51,11 @@ def _run(given: argparse.Namespace) -> None:
     for domain in given.domain:
         for seed in given.seed:
             folder = given.folder / pair.name / domain / f"seed{seed}"
-            run = Run(pair, domain, seed, folder, given.test_tokens)
+            run = Run(pair, domain, seed, folder, given.test_tokens, given.view)
             prepare(run, display)
             tokens = read_manifest(run.adapter, verify=False).provenance.tokens
-            key = {"pair": pair.name, "domain": domain, "seed": seed, "train_tokens": tokens}
+            scored = domain if given.view == "test" else f"{domain}-{given.view}"
+            key = {"pair": pair.name, "domain": scored, "seed": seed, "train_tokens": tokens}
             key |= {"small": pair.small, "host": pair.host, "test_tokens": given.test_tokens}
             for step in given.steps:
                 print(f"{pair.name}, {domain}, seed {seed}: {step}", flush=True)

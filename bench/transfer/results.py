@@ -1,7 +1,7 @@
 """Results of the transfer suite: one file for all runs, and its table."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ class Found:
         change: Against the bare host on test text, in bits per byte.
         general_change: Against the bare host on general text.
         tasks: Figures by task and row.
-        bytes_per_token: Of the test text in the host's tokens.
+        bytes_per_token: Of the test text in the host's tokens; 0 where none was scored.
     """
 
-    domain: Figures
-    general: Figures
-    change: Figures
-    general_change: Figures
-    tasks: Mapping[str, Figures]
-    bytes_per_token: float
+    domain: Figures = field(default_factory=dict)
+    general: Figures = field(default_factory=dict)
+    change: Figures = field(default_factory=dict)
+    general_change: Figures = field(default_factory=dict)
+    tasks: Mapping[str, Figures] = field(default_factory=dict)
+    bytes_per_token: float = 0.0
 
     @staticmethod
     def of(evaluation: Evaluation, tasks: Mapping[str, Figures]) -> "Found":
@@ -103,7 +103,7 @@ def add(key: Mapping[str, Any], found: Found, path: Path = RESULTS) -> None:
 
 def _add_changes(run: dict[str, Any], bytes_per_token: float) -> None:
     """Perplexity a host token against the bare host: 2 ^ (bits a byte * bytes a token)."""
-    if "host" not in run["rows"]:
+    if "host" not in run["rows"] or not bytes_per_token:
         return
     host = run["rows"]["host"]["domain_bits_per_byte"]["mean"]
     for row in run["rows"].values():

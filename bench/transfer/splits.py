@@ -91,6 +91,13 @@ def middle(text: str, max_bytes: int) -> list[str]:
     return [piece] if piece else []
 
 
+def beginning(text: str, max_bytes: int) -> list[str]:
+    """Whole lines from the beginning of the text; there is none if no line fits."""
+    piece = text.encode()[:max_bytes].decode(errors="ignore")
+    piece = piece if len(piece) == len(text) else piece[: piece.rfind("\n") + 1]
+    return [piece] if piece else []
+
+
 def parts(text: str, max_bytes: int) -> list[str]:
     """Pieces of like size that together are the text.
 
@@ -153,7 +160,8 @@ def split(
         seed: Seed of all draws.
 
     Returns:
-        Text by document name, under "test", "validation" and "train".
+        Text by document name, under "test", "validation" and "train"; where documents are the
+        middles of their texts, also "beginnings", those of the test documents' texts.
 
     Raises:
         InputError: There is too little text for the budget.
@@ -165,6 +173,9 @@ def split(
         deal = _Deal(name, wanted, budget, seed)
         chosen = deal.held_out([text for text in rest if not text.spare], order, held_out)
         laid_out[name] = {document.name: document.text for document, _ in chosen}
+        if name == "test" and held_out is middle:
+            starts = {d.name: beginning(text.text, budget.document_bytes) for d, text in chosen}
+            laid_out["beginnings"] = {name: found[0] for name, found in starts.items() if found}
         sources = {text.name: text for _, text in chosen}
         used = {text.family for text in sources.values()}
         order = [family for family in order if family not in used]

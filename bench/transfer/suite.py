@@ -9,17 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trimtab
-from bench.transfer.domains import DOMAINS, lay_out
+from bench.transfer.choices import Choice, accuracy
+from bench.transfer.compiler import Function, fetch_compiler, functions, share_accepted
+from bench.transfer.domains import DOMAINS, TEXTS, lay_out
 from bench.transfer.metrics import row_tasks
 from bench.transfer.pairs import Pair, model_ref
+from bench.transfer.questions import domain_questions, general_questions, write_texts
 from bench.transfer.results import Found
-from trimtab import EvaluateConfig, FitConfig, RecordConfig, TuneConfig
+from examples.demo import corpus
+from trimtab import EvaluateConfig, FitConfig, GenerateConfig, RecordConfig, TuneConfig
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import open_pair
+from trimtab.config import CarrierName
 from trimtab.evaluate import Evaluation
+from trimtab.metrics import Estimate
 from trimtab.progress import Display
+from trimtab.steering.kept import Kept
 from trimtab.store.expert import read_expert
+from trimtab.store.files import read_json, write_json
 from trimtab.text.documents import read_documents
 
 LIGHT_ROWS = (
@@ -29,6 +37,23 @@ LIGHT_ROWS = (
 LIVE_ROWS = ("reference", "expert", "proxy", "proxy-0.5", "mixture", "live", "all")
 LORA_LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 """Of LoRA on the host; the best on the text that tuning held out is shown."""
+
+QUESTION_ROWS = (
+    *("host", "reference", "expert", "proxy"),
+    *("head", "memory", "head+memory", "live", "all"),
+)
+QUESTIONS = 100
+"""Of each kind."""
+
+COMPLETED_ROWS: Mapping[str, tuple[CarrierName, ...]] = {
+    "host": (),
+    "head": ("head",),
+    "memory": ("memory",),
+    "head+memory": ("head", "memory"),
+    "live": ("expert",),
+    "all": ("head", "memory", "expert"),
+}
+COMPLETIONS, COMPLETION_TOKENS, COMPLETION_BATCH = 64, 128, 32
 
 PROMPT_TOKENS = 1024
 """Domain text in context, in host tokens."""
@@ -44,6 +69,8 @@ class Run:
         seed: Seed of the split and of all training.
         folder: Folder of the run.
         test_tokens: Score at most this many host tokens of test text.
+        view: Which part of the test texts is scored: `test`, or `beginnings` where the domain's
+            test documents are the middles of their texts.
     """
 
     pair: Pair
@@ -51,6 +78,7 @@ class Run:
     seed: int
     folder: Path
     test_tokens: int
+    view: str = "test"
 
     @property
     def texts(self) -> Path:
@@ -82,16 +110,17 @@ class Run:
         *,
         adapter: Path | None = None,
         host: HFModel | None = None,
+        questions: Path | None = None,
     ) -> Evaluation:
-        """Score rows on test text and general text, unless they are scored."""
-        kinds = sorted((self.texts / "general").iterdir())
+        """Score rows on test text and general text, or on questions, unless they are scored."""
+        kinds = [] if questions else sorted((self.texts / "general").iterdir())
         config = EvaluateConfig(
             adapter=adapter or self.adapter,
             host=model_ref(self.pair.host),
-            data=(str(self.texts / "test"),),
+            data=(str(questions or self.texts / self.view),),
             general=tuple(f"{kind.name}={kind}" for kind in kinds),
-            out=self.folder / "scores" / name,
-            max_tokens=self.test_tokens,
+            out=self.folder / "scores" / self.view / name,
+            max_tokens=None if questions else self.test_tokens,
             rows=tuple(rows),
             domain=self.domain,
             seed=self.seed,
@@ -127,6 +156,81 @@ def live(run: Run, display: Display) -> Found:
     host = open_model(model_ref(run.pair.host))
     tasks = row_tasks(evaluation.scored[""], host.vocabulary.token_bytes)
     return Found.of(evaluation, tasks).without("host")
+
+
+def questions(run: Run, display: Display) -> Found:
+    """Share of questions about the domain that are answered rightly."""
+    asked = domain_questions(run.domain, run.texts, QUESTIONS, seed=run.seed)
+    return _answered(run, asked, display)
+
+
+def knowledge(run: Run, display: Display) -> Found:
+    """Share of questions of two sets of general knowledge that are answered rightly."""
+    return _answered(run, general_questions(QUESTIONS, TEXTS), display)
+
+
+def _answered(run: Run, asked: Mapping[str, Sequence[Choice]], display: Display) -> Found:
+    tasks: dict[str, Mapping[str, Estimate]] = {}
+    for task, choices in asked.items():
+        path = run.folder / "questions" / f"{task}.jsonl"
+        write_texts(choices, path)
+        evaluation = run.evaluated(task, QUESTION_ROWS, display, questions=path)
+        tasks[task] = accuracy(choices, _nats(evaluation.scored[""]), seed=run.seed)
+    return Found(tasks=tasks)
+
+
+def _nats(scored: Sequence[Kept]) -> dict[str, list[float]]:
+    """What each text costs, by row."""
+    found: dict[str, list[float]] = {}
+    for kept in scored:
+        costs = {row: -float(score.logprobs.sum()) for row, score in kept.on_host.rows.items()}
+        for row, cost in (
+            costs | {row: alone.nll_nats for row, alone in kept.small.items()}
+        ).items():
+            found.setdefault(row, []).append(cost)
+    return found
+
+
+def completions(run: Run, display: Display) -> Found:
+    """Share of completed Zig functions that the compiler's parser accepts; other text has none."""
+    if run.domain != "zig":
+        return Found()
+    zig, std = fetch_compiler(TEXTS), corpus.fetch_zig(TEXTS)
+    names = sorted(p.relative_to(run.texts / "test") for p in (run.texts / "test").rglob("*.zig"))
+    asked = functions({str(name): (std / name).read_text() for name in names}, COMPLETIONS, zig)
+    found = {}
+    for row, carriers in COMPLETED_ROWS.items():
+        bodies = _completed(run, row, carriers, asked, display)
+        found[row] = share_accepted(zig, asked, bodies, seed=run.seed)
+    return Found(tasks={"ast-check": found})
+
+
+def _completed(
+    run: Run,
+    row: str,
+    carriers: tuple[CarrierName, ...],
+    asked: Sequence[Function],
+    display: Display,
+) -> list[str]:
+    """Bodies that a row writes, unless they are written; functions that end alike at once."""
+    path = run.folder / "completions" / f"{row}.json"
+    kept = read_json(path, "completions") if path.exists() else {}
+    for end in dict.fromkeys(function.end for function in asked):
+        prompts = [f.prompt for f in asked if f.end == end and f.prompt not in kept]
+        for first in range(0, len(prompts), COMPLETION_BATCH):
+            batch = tuple(prompts[first : first + COMPLETION_BATCH])
+            config = GenerateConfig(
+                host=model_ref(run.pair.host),
+                prompt=batch,
+                adapter=run.adapter if carriers else None,
+                carriers=carriers or None,
+                max_new_tokens=COMPLETION_TOKENS,
+                stop=(end,),
+            )
+            texts = trimtab.generate(config, progress=display.progress).texts
+            kept |= dict(zip(batch, texts, strict=True))
+            write_json(path, kept)
+    return [kept[function.prompt] for function in asked]
 
 
 def _host_head(targets: str, row: str) -> Callable[[Run, Display], Found]:
@@ -181,6 +285,9 @@ def _held_out_nats(expert: Path) -> float:
 STEPS: Mapping[str, Callable[[Run, Display], Found]] = {
     "light": light,
     "live": live,
+    "questions": questions,
+    "knowledge": knowledge,
+    "completions": completions,
     "hostfit-head": _host_head("blend", "hostfit-head"),
     "label-head": _host_head("labels", "label-head"),
     "prompt": prompt,

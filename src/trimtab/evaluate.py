@@ -142,6 +142,7 @@ def _cut(
     for document in documents:
         ids = host.encode(document.text)[: min(config.document_tokens, budget)]
         raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
+        raw = raw[int(host.vocabulary.prefix_space) :]
         if len(raw) < MIN_DOCUMENT_BYTES:
             continue
         budget -= len(ids)

@@ -256,6 +256,7 @@ def _write_memory(work: _Work, folder: Path, progress: Progress) -> MemoryCarrie
         key_size=memory.keys.shape[1],
         values=work.config.values,
         gate=Gate(features=GATE_FEATURES, weights=memory.gate),
+        own_gate=Gate(features=GATE_FEATURES, weights=memory.own_gate),
         bytes_gate=Gate(features=GATE_FEATURES, weights=memory.bytes_gate),
     )
 

@@ -60,15 +60,16 @@ def gate_features(
     )
 
 
-def gate_probs(features: Tensor, gate: tuple[float, ...], shift: float = 0.0) -> Tensor:
+def gate_probs(features: Tensor, gate: Tensor | tuple[float, ...], shift: float = 0.0) -> Tensor:
     """How much of the prediction the memory makes, in (0, 1), shape [questions].
 
     Args:
         features: GATE_FEATURES, shape [questions, features].
-        gate: Their weights.
+        gate: Their weights, shape [features] or [questions, features].
         shift: Added to the log-odds.
     """
-    return torch.sigmoid(features @ torch.tensor(gate) + shift).clamp(1e-6, 1 - 1e-6)
+    log_odds = (features * torch.as_tensor(gate)).sum(-1) + shift
+    return torch.sigmoid(log_odds).clamp(1e-6, 1 - 1e-6)
 
 
 def fit_gate(

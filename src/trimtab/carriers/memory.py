@@ -27,6 +27,7 @@ class Memory:
         text: The documents, each after CONTEXT_BYTES zero bytes, uint8, shape [bytes].
         positions: Where what followed begins, shape [entries].
         gate: Weights of GATE_FEATURES: the log-odds that the memory speaks.
+        own_gate: The same where the model that made the keys asks with its own state.
         bytes_gate: The same for entries that are found by bytes alone.
         soft_ids: The expert's most likely tokens, as places in `soft_strings`, [entries, kept];
             None where entries answer only by what followed.
@@ -40,6 +41,7 @@ class Memory:
     text: Tensor
     positions: Tensor
     gate: tuple[float, ...] = ()
+    own_gate: tuple[float, ...] = ()
     bytes_gate: tuple[float, ...] = ()
     soft_ids: Tensor | None = None
     soft_probs: Tensor | None = None

@@ -1,7 +1,7 @@
 """A memory at work on a host: what its entries propose, and how far to follow them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,14 @@ from torch import Tensor
 from trimtab.anchors import Reading
 from trimtab.carriers.gate import gate_features, gate_probs
 from trimtab.carriers.memory import Memory
-from trimtab.carriers.search import Finds, Found, Index, look_up
+from trimtab.carriers.search import (
+    MAPPED_MATCH_WEIGHT,
+    OWN_MATCH_WEIGHT,
+    Finds,
+    Found,
+    Index,
+    look_up,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class MountedMemory:
         values: Host tokens that each entry proposes, -1 for none, shape [entries, proposals].
         shares: How likely the entry finds each, summing to at most one, same shape.
         finds: What entries are found by.
+        is_own: The host made the keys itself, so that no map lies between it and them.
     """
 
     memory: Memory
@@ -31,6 +39,7 @@ class MountedMemory:
     values: Tensor
     shares: Tensor
     finds: Finds = "both"
+    is_own: bool = False
 
     def ask(
         self, hidden: Tensor, contexts: Tensor, small: Sequence[Tensor | None] = ()
@@ -41,39 +50,50 @@ class MountedMemory:
             hidden: The host's states, shape [questions, hidden of host].
             contexts: The bytes before each question, last byte first, [questions, CONTEXT_BYTES].
             small: The reference's own state after the same bytes, shape [hidden of small], where
-                it runs beside the host: no map blurs it. None, or none at all, where it does not.
+                it runs beside the host and made the keys. None, or none at all, elsewhere.
         """
+        own = torch.full((len(contexts),), self.is_own)
         features = None if self.finds == "bytes" else self.reading(hidden)
-        if features is not None and small:
+        if features is not None and small and not self.is_own:
             rows = zip(features, small, strict=True)
-            own = [r if s is None else self.memory.features(s.float().cpu()) for r, s in rows]
-            features = torch.stack(own)
-        found = look_up(self.memory, self.index, features, contexts, finds=self.finds)
-        return Answer(found, self.values[found.entries], self.shares[found.entries])
+            read = [r if s is None else self.memory.features(s.float().cpu()) for r, s in rows]
+            features = torch.stack(read)
+            own = torch.tensor([s is not None for s in small])
+        # By bytes alone there is no state to trust.
+        trusted = own & (self.finds != "bytes")
+        weight = torch.where(trusted, OWN_MATCH_WEIGHT, MAPPED_MATCH_WEIGHT)
+        found = look_up(self.memory, self.index, features, contexts, weight, finds=self.finds)
+        gates = torch.tensor([self._gate(is_own=False), self._gate(is_own=True)])
+        return Answer(
+            found, self.values[found.entries], self.shares[found.entries], gates[own.long()]
+        )
 
-    @property
-    def gate(self) -> tuple[float, ...]:
-        """Weights of the gate that belongs to what entries are found by.
-
-        An adapter need not have learnt one for entries found by bytes alone.
-        """
-        by_bytes = self.finds == "bytes" and self.memory.bytes_gate
-        return self.memory.bytes_gate if by_bytes else self.memory.gate
+    def _gate(self, *, is_own: bool) -> tuple[float, ...]:
+        """Weights of the gate that belongs to what entries are found by; one always is there."""
+        special = self.memory.own_gate if is_own else ()
+        special = self.memory.bytes_gate if self.finds == "bytes" else special
+        return special or self.memory.gate
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Proposals of the neighbours, shapes [questions, neighbours, proposals]."""
+    """Proposals of the neighbours.
+
+    Attributes:
+        found: The neighbours.
+        values: Host tokens, -1 for none, shape [questions, neighbours, proposals].
+        shares: How likely a neighbour finds each, same shape.
+        gate: Weights of the gate, shape [questions, features].
+    """
 
     found: Found
     values: Tensor
     shares: Tensor
+    gate: Tensor
 
     def relabelled(self, place: Tensor) -> "Answer":
         """The same with each token id replaced by place[id]; -1 drops a proposal."""
-        return Answer(
-            self.found, torch.where(self.values >= 0, place[self.values], -1), self.shares
-        )
+        return replace(self, values=torch.where(self.values >= 0, place[self.values], -1))
 
     def probs(self, vocab: int) -> Tensor:
         """The memory's distribution, shape [questions, vocab]; sums to at most one."""
@@ -85,18 +105,15 @@ class Answer:
         """How likely the memory finds one token a question, shape [questions]."""
         return (self._weights * (self.values.flatten(1) == token_ids[:, None])).sum(1)
 
-    def gates(
-        self, logprobs: Tensor, weights: tuple[float, ...], shifts: Sequence[float] = (0.0,)
-    ) -> list[Tensor]:
+    def gates(self, logprobs: Tensor, shifts: Sequence[float] = (0.0,)) -> list[Tensor]:
         """How far to follow it, in (0, 1), shape [questions], at each shift of the log-odds.
 
         Args:
             logprobs: The steered model's, shape [questions, vocab].
-            weights: Of the gate.
             shifts: Added to the log-odds.
         """
         features = self.gate_features(logprobs)
-        return [gate_probs(features, weights, shift) for shift in shifts]
+        return [gate_probs(features, self.gate, shift) for shift in shifts]
 
     def gate_features(self, logprobs: Tensor) -> Tensor:
         """GATE_FEATURES of these proposals, given the steered model's [questions, vocab]."""

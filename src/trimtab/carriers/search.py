@@ -26,8 +26,12 @@ BYTE_NEIGHBOURS = 64
 """Entries found by the bytes before them."""
 
 TEMPERATURE = 0.1
-MATCH_WEIGHT = 0.8
+MAPPED_MATCH_WEIGHT = 0.8
 """A byte more in common counts like so much times TEMPERATURE more cosine."""
+
+OWN_MATCH_WEIGHT = 0.3
+"""The same where the state that asks is of the model that made the keys: no map has blurred it,
+so that it can be trusted further against the bytes."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,13 @@ def look_up(
     index: Index,
     features: Tensor | None,
     contexts: Tensor,
+    match_weight: Tensor,
     *,
     finds: Finds = "both",
 ) -> Found:
     """Find the entries nearest to each question and weigh them.
 
-    weight ~ exp(cosine / TEMPERATURE + MATCH_WEIGHT * matched bytes), over the NEIGHBOURS entries
+    weight ~ exp(cosine / TEMPERATURE + match_weight * matched bytes), over the NEIGHBOURS entries
     with the nearest states and the BYTE_NEIGHBOURS entries with the longest common context; an
     entry that both find counts once. By bytes alone there is no cosine.
 
@@ -89,6 +94,7 @@ def look_up(
         features: Whitened states of the questions, shape [questions, key]; None where entries are
             found by bytes.
         contexts: Bytes before each question, last first, [questions, CONTEXT_BYTES].
+        match_weight: What a matched byte counts, shape [questions].
         finds: What entries are found by.
     """
     parts: list[tuple[Tensor, Tensor]] = []
@@ -104,7 +110,7 @@ def look_up(
         parts.append((alike, cosines))
     entries, cosines = (torch.cat(side, 1) for side in zip(*parts, strict=True))
     matched = _matched_bytes(memory, entries, contexts)
-    scores = cosines / TEMPERATURE + MATCH_WEIGHT * matched
+    scores = cosines / TEMPERATURE + match_weight[:, None] * matched
     return Found(entries, scores.softmax(-1), matched)
 
 

@@ -68,8 +68,9 @@ def fit_memory(
     )
     if config.values == "soft":
         memory = _soft(memory, base, expert_head, {k: v[answered] for k, v in train.items()})
-    gate, bytes_gate = _gates(base, memory, train["next_ids"][answered].long(), splits, progress)
-    return replace(memory, gate=gate, bytes_gate=bytes_gate)
+    following = train["next_ids"][answered].long()
+    gate, own_gate, bytes_gate = _gates(base, memory, following, splits, progress)
+    return replace(memory, gate=gate, own_gate=own_gate, bytes_gate=bytes_gate)
 
 
 @torch.no_grad()
@@ -130,15 +131,17 @@ def _gates(
     following: Tensor,
     splits: dict[str, Columns],
     progress: Progress,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Learn both gates on held-out domain text and general text, each with half the weight.
+) -> list[tuple[float, ...]]:
+    """Learn the gates on held-out domain text and general text, each with half the weight.
+
+    One for a model that asks through a map, one for a model that made the keys, one for bytes.
 
     The reference is asked as a host is, with its own state as its reading of itself.
     """
     reading = Reading(memory.projection, -memory.projection @ memory.mean)
     said = propose(memory, following, Strings(base.vocabulary))
     mounted = MountedMemory(memory, build_index(memory), reading, said.values, said.shares)
-    ways = (mounted, replace(mounted, finds="bytes"))
+    ways = (mounted, replace(mounted, is_own=True), replace(mounted, finds="bytes"))
     if not (splits["held_out"]["next_ids"] >= 0).any():
         raise RecordingError(
             "the recording holds no held-out text to learn the memory's gate from",
@@ -154,11 +157,10 @@ def _gates(
                 logprobs = base.unembedding.logits(questions.states).log_softmax(-1)
                 asked.append([_outcome(way, questions, logprobs) for way in ways])
                 advance(len(questions.truth))
-    gate, bytes_gate = (
+    return [
         fit_gate(*(torch.cat(parts) for parts in zip(*outcomes, strict=True)))
         for outcomes in zip(*asked, strict=True)
-    )
-    return gate, bytes_gate
+    ]
 
 
 def _outcome(memory: MountedMemory, questions: _Questions, logprobs: Tensor) -> tuple[Tensor, ...]:

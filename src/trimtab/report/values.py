@@ -5,9 +5,6 @@ from dataclasses import dataclass, field
 
 from trimtab.metrics import Estimate
 
-BASELINES = ("host", "reference", "expert", "proxy", "proxy-0.5", "mixture", "bytes", "state")
-"""Rows that stand beside the adapter: what there was before, and what it competes with."""
-
 STEERED = ("head", "memory", "head+memory", "live", "all")
 """Rows of a host that is steered by the adapter."""
 
@@ -20,9 +17,6 @@ ROWS = (
     *("head-shuffled", "memory-shuffled", "live", "all"),
 )
 """Rows that are measured unless others are asked for, in the order of a table."""
-
-MORE_ROWS = ("proxy-0.5", "mixture", "temperature")
-"""Further rows for comparison; they follow the others in a table."""
 
 Figures = Mapping[str, Estimate]
 """One figure in bits per byte for each measured row."""

@@ -157,10 +157,9 @@ class Steering:
         return tuple((reading, range(1)) for reading in readings)
 
     def _remember(self, answer: Answer, base: str, logprobs: Tensor) -> dict[str, Tensor]:
-        assert self.memory is not None
         steered, said = logprobs.cpu(), answer.probs(logprobs.shape[-1]).log()
         shifts = with_memory(base, self.blend)
-        gates = answer.gates(steered, self.memory.gate, tuple(shifts.values()))
+        gates = answer.gates(steered, tuple(shifts.values()))
         found = {}
         for name, gate in zip(shifts, gates, strict=True):
             followed = (gate * self.strength).clamp(max=_GATE_LIMIT)[:, None]

@@ -122,6 +122,9 @@ def score_document(
     """
     ids = host.encode(text)
     pieces = [host.vocabulary.token_bytes[i] or b"" for i in ids]
+    if host.vocabulary.prefix_space and pieces:
+        # The space that such a tokenizer puts first is not in the text that others read.
+        pieces[0] = pieces[0][1:]
     scorer = _Scorer(host, steers)
     for window in scored_windows(len(ids), window_tokens, stride_tokens):
         context = host.context_ids()
@@ -294,14 +297,13 @@ def _remembered(
     local = answer.relabelled(place)
     said = local.probs(field.logprobs.shape[1]).log()
     bases = {"memory": ("host", "head"), BESIDE: steers.blend.live_with_memory}
-    gate_weights = steers.memories["memory" if name == BESIDE else name].gate
     found = {}
     for base in bases.get(name, ("host",)):
         shifts = with_memory(base, steers.blend)
         names = [n if name == BESIDE else n.replace("memory", name) for n in shifts]
         if base not in dense or not steers.predictors & set(names):
             continue
-        gates = local.gates(dense[base], gate_weights, tuple(shifts.values()))
+        gates = local.gates(dense[base], tuple(shifts.values()))
         for predictor, gate in zip(names, gates, strict=True):
             # Entries whose continuation no host token begins leave their share unused.
             found[predictor] = mix(dense[base], said, gate[:, None]).log_softmax(-1)

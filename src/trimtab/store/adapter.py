@@ -185,7 +185,7 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
     """
     found = _load(folder / MEMORY_FILE)
     carrier = manifest.memory
-    for gate in (carrier.gate, carrier.bytes_gate) if carrier else ():
+    for gate in (carrier.gate, carrier.own_gate, carrier.bytes_gate) if carrier else ():
         if gate.features and gate.features != GATE_FEATURES:
             raise AdapterError(
                 f"the memory's gate reads {', '.join(gate.features)}; this version of trimtab has"
@@ -200,6 +200,7 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
         found["text"],
         found["positions"],
         carrier.gate.weights if carrier else (),
+        carrier.own_gate.weights if carrier else (),
         carrier.bytes_gate.weights if carrier else (),
         found["soft_ids"] if soft else None,
         found["soft_probs"].float() if soft else None,

@@ -136,6 +136,8 @@ class MemoryCarrier(Part):
     """What an entry says: the bytes that followed, or the expert's distribution."""
     gate: Gate = Gate()
     """When it speaks."""
+    own_gate: Gate = Gate()
+    """When it speaks if the model that made the keys asks with its own state."""
     bytes_gate: Gate = Gate()
     """When it speaks if its entries are found by bytes alone."""
 
