@@ -11,7 +11,14 @@ from torch import Tensor
 from trimtab.anchors import Reading
 from trimtab.blend import mix
 from trimtab.carriers.gate import GATE_FEATURES, fit_gate, gate_features, gate_probs
-from trimtab.carriers.memory import CONTEXT_BYTES, Memory, contexts_before, lay_out, whitening
+from trimtab.carriers.memory import (
+    CONTEXT_BYTES,
+    Memory,
+    contexts_before,
+    documents_of,
+    lay_out,
+    whitening,
+)
 from trimtab.carriers.recall import Answer, MountedMemory
 from trimtab.carriers.search import (
     BYTE_NEIGHBOURS,
@@ -61,6 +68,13 @@ def test_contexts_are_read_backwards() -> None:
     found = contexts_before(text, positions)
     for position, row in zip(positions.tolist(), found, strict=True):
         assert row.numpy().tobytes() == raw[position - CONTEXT_BYTES : position][::-1]
+
+
+def test_a_laid_out_text_gives_its_documents_back() -> None:
+    text, starts = lay_out(DOCUMENTS)
+    documents, places = documents_of(text)
+    assert documents == [document for document in DOCUMENTS if document]
+    assert places == [start for start, doc in zip(starts, DOCUMENTS, strict=True) if doc]
 
 
 def test_whitened_states_have_unit_covariance() -> None:

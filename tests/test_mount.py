@@ -10,7 +10,7 @@ from test_fit import DOMAIN, SMALL, fitted, recorded, tuned, write_texts
 from trimtab.align import Strings
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.carriers.memory import VALUE_BYTES, Memory, contexts_before
+from trimtab.carriers.memory import VALUE_BYTES, Memory, contexts_before, documents_of
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
 from trimtab.mount import mount, mount_with_control
@@ -312,6 +312,44 @@ def test_what_followed_ends_with_its_document() -> None:
     assert followed(long) == [b"x" * VALUE_BYTES]
     nothing = first_tokens([b"", b"\xc3"], lambda text: [7] if text else [])
     assert nothing.tolist() == [-1, -1]
+
+
+def test_a_host_that_reads_the_text_itself_makes_keys_of_its_own_states(
+    adapter: Path, host: HFModel
+) -> None:
+    mounted = mounted_on(host, adapter, host_keys=True)
+    assert mounted.memory and mounted.memory.is_own
+    memory, raw = mounted.memory.memory, mounted.memory.memory.text.numpy().tobytes()
+    places = {}
+    for document, start in zip(*documents_of(memory.text), strict=True):
+        ids = host.encode(document.decode())
+        read = host.hidden(torch.tensor([host.context_ids() + ids]))[0, len(host.context_ids()) :]
+        end = start
+        for token_id, following, state in zip(ids, ids[1:], read, strict=False):
+            end += len(host.vocabulary.token_bytes[token_id] or b"")
+            places[end] = (following, state)
+    assert memory.positions.tolist() == sorted(places)
+    states = torch.stack([places[end][1] for end in memory.positions.tolist()]).detach()
+    expected = torch.nn.functional.normalize((states - memory.mean) @ memory.projection.T, dim=-1)
+    torch.testing.assert_close(memory.keys.float(), expected, atol=2e-2, rtol=0)
+    for value, end in zip(mounted.memory.values[:, 0].tolist(), memory.positions, strict=True):
+        assert value == places[int(end)][0]
+        assert raw[int(end) :].startswith(host.vocabulary.token_bytes[value] or b"?")
+    # A state that the host was in before finds itself, with full trust in the state.
+    before = contexts_before(memory.text, memory.positions[:9])
+    answer = mounted.memory.ask(states[:9], before)
+    assert answer.found.entries[:, 0].tolist() == list(range(9))
+
+
+def test_keys_of_the_host_are_kept_and_can_be_shuffled(adapter: Path, host: HFModel) -> None:
+    config = MountConfig(adapter=adapter, host=HOST, host_keys=True, carriers=("memory",))
+    first, control = mount_with_control(config, host)
+    again = mount(config, host=host)
+    assert first.memory and again.memory and control.memory and again.memory.is_own
+    assert torch.equal(first.memory.memory.keys, again.memory.memory.keys)
+    assert torch.equal(first.memory.values, again.memory.values)
+    assert not torch.equal(control.memory.memory.keys, first.memory.memory.keys)
+    assert torch.equal(control.memory.values, first.memory.values)
 
 
 def test_a_soft_gate_reads_all_proposals(adapter: Path, host: HFModel) -> None:

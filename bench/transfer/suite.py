@@ -111,6 +111,7 @@ class Run:
         adapter: Path | None = None,
         host: HFModel | None = None,
         questions: Path | None = None,
+        host_keys: bool = False,
     ) -> Evaluation:
         """Score rows on test text and general text, or on questions, unless they are scored."""
         kinds = [] if questions else sorted((self.texts / "general").iterdir())
@@ -122,6 +123,7 @@ class Run:
             out=self.folder / "scores" / self.view / name,
             max_tokens=None if questions else self.test_tokens,
             rows=tuple(rows),
+            host_keys=host_keys,
             domain=self.domain,
             seed=self.seed,
         )
@@ -156,6 +158,13 @@ def live(run: Run, display: Display) -> Found:
     host = open_model(model_ref(run.pair.host))
     tasks = row_tasks(evaluation.scored[""], host.vocabulary.token_bytes)
     return Found.of(evaluation, tasks).without("host")
+
+
+def host_keys(run: Run, display: Display) -> Found:
+    """The memory under keys that the host makes itself, in a pass over the memory's text."""
+    rows = ("host", "memory", "head+memory", "memory-shuffled", "all")
+    evaluation = run.evaluated("host-keys", rows, display, host_keys=True)
+    return Found.of(evaluation, {}).renamed({row: f"{row}, host keys" for row in rows[1:]})
 
 
 def questions(run: Run, display: Display) -> Found:
@@ -285,6 +294,7 @@ def _held_out_nats(expert: Path) -> float:
 STEPS: Mapping[str, Callable[[Run, Display], Found]] = {
     "light": light,
     "live": live,
+    "host-keys": host_keys,
     "questions": questions,
     "knowledge": knowledge,
     "completions": completions,

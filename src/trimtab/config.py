@@ -189,6 +189,9 @@ class MountConfig(Config):
     """Ridge of the map, as a share of the mean diagonal."""
     moments: bool = True
     """Match means and standard deviations on the probe text (one short forward pass)."""
+    host_keys: bool = False
+    """Let the host read the memory's text once and key it by its own states: no training, but a
+    pass over that text; better than keys that are read through the map."""
     shuffle: bool = False
     """Control: pair the anchors at random, which must not help."""
     cache: bool = True
@@ -212,6 +215,9 @@ class GenerateConfig(Config):
     """Carriers to use (default: head and memory)."""
     strength: float = Field(default=1.0, ge=0, le=2)
     """How far to follow the adapter; 0 is the host itself, bit for bit."""
+    host_keys: bool = False
+    """Let the host read the memory's text once and key it by its own states: no training, but a
+    pass over that text; better than keys that are read through the map."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest continuation."""
     temperature: float = Field(default=0.0, ge=0)
@@ -255,6 +261,9 @@ class EvaluateConfig(Config):
     """New tokens in each window."""
     rows: tuple[RowName, ...] = ()
     """Rows to measure (default: those of the report that the adapter allows)."""
+    host_keys: bool = False
+    """Let the host read the memory's text once and key it by its own states: no training, but a
+    pass over that text; better than keys that are read through the map."""
     domain: str = "domain"
     """Name of the domain in the report."""
     dtype: Dtype = "auto"

@@ -90,7 +90,13 @@ def evaluate(
                 f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes",
                 hint="give longer text, or raise --max-tokens",
             )
-    settings = MountConfig(adapter=config.adapter, host=config.host, seed=config.seed, cache=cache)
+    settings = MountConfig(
+        adapter=config.adapter,
+        host=config.host,
+        host_keys=config.host_keys,
+        seed=config.seed,
+        cache=cache,
+    )
     bench = _Bench.prepare(config, settings, host, rows, progress)
     scored: dict[str, list[Kept]] = {}
     total = sum(len(document.text.encode()) for found in texts.values() for document in found)
@@ -216,7 +222,7 @@ class _Bench:
         files = {path: entry.sha256 for path, entry in self.mounted.manifest.files.items()}
         manifest = self.mounted.manifest.model_dump(mode="json", include={"blend", "carriers"})
         read_by = (host.ref, str(host.fingerprint), str(host.model.dtype), config.dtype)
-        asked = (VERSION, files, manifest, *read_by)
+        asked = (VERSION, files, manifest, config.host_keys, *read_by)
         how = (sorted(self.rows), config.window_tokens, config.stride_tokens, config.seed, text)
         return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()[:32]
 

@@ -132,7 +132,7 @@ def _ready(
         yield host.model
         return
     seat = {"adapter": config.adapter, "host": config.host, "dtype": config.dtype}
-    seat |= {"carriers": tuple(carriers)}
+    seat |= {"carriers": tuple(carriers), "host_keys": config.host_keys}
     mounted = mount(MountConfig.model_validate(seat), host=host, progress=progress)
     live = None
     if "expert" in carriers:

@@ -1,6 +1,7 @@
 """Seat an adapter on a host: closed form, in seconds, without training."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -9,17 +10,19 @@ from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.carriers.head import Head, MountedHead, seat_rows
+from trimtab.carriers.memory import Memory
 from trimtab.carriers.recall import MountedMemory
 from trimtab.carriers.search import build_index
 from trimtab.config import CarrierName, MountConfig
 from trimtab.errors import AdapterError
+from trimtab.steering.host_keys import host_keys
 from trimtab.steering.host_states import HostStates, host_states, kept_host_states
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.seat import Seatable, find_seats
 from trimtab.store.adapter import Probe, read_head, read_memory, read_mount
 from trimtab.store.adapter_schema import AdapterManifest, HeadCarrier
 from trimtab.store.manifest import read_manifest
-from trimtab.store.seats import Seats, read_seats, seats_path, write_seats
+from trimtab.store.seats import HostKeys, Seats, read_seats, seats_path, write_seats
 from trimtab.types import Progress, silent
 
 
@@ -35,11 +38,17 @@ def mount(
 
     Raises:
         AdapterError: The adapter is broken, lacks a carrier that was asked for, shares no token
-            string with the host, or has a head that was fitted on another host.
+            string with the host, has a head that was fitted on another host, or a memory too
+            short for keys of the host's own.
         ModelError: The host cannot be opened.
     """
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
-    return _mount(config, host, lambda probe: _probe_states(config, host, probe, progress))
+    return _mount(
+        config,
+        host,
+        lambda probe: _probe_states(config, host, probe, progress),
+        lambda memory: host_keys(memory, host, progress),
+    )
 
 
 def mount_with_control(
@@ -53,14 +62,20 @@ def mount_with_control(
         AdapterError: As `mount`.
     """
     read: list[HostStates] = []
+    made: list[HostKeys] = []
 
     def states(probe: Probe) -> HostStates:
         if not read:
             read.append(_probe_states(config, host, probe, progress))
         return read[0]
 
+    def keys(memory: Memory) -> HostKeys:
+        if not made:
+            made.append(host_keys(memory, host, progress))
+        return made[0]
+
     shuffled = config.model_copy(update={"shuffle": True})
-    return _mount(config, host, states), _mount(shuffled, host, states)
+    return _mount(config, host, states, keys), _mount(shuffled, host, states, keys)
 
 
 def _probe_states(
@@ -77,7 +92,12 @@ def _keeps(config: MountConfig, host: HFModel) -> bool:
     return config.cache and not host.preamble
 
 
-def _mount(config: MountConfig, host: HFModel, states_on: Callable[[Probe], HostStates]) -> Mounted:
+def _mount(
+    config: MountConfig,
+    host: HFModel,
+    states_on: Callable[[Probe], HostStates],
+    keys_on: Callable[[Memory], HostKeys],
+) -> Mounted:
     manifest = read_manifest(config.adapter)
     # Named the same however they were asked for, so that the seats kept are found again.
     config = config.model_copy(update={"carriers": _to_seat(config, manifest)})
@@ -86,7 +106,7 @@ def _mount(config: MountConfig, host: HFModel, states_on: Callable[[Probe], Host
     cache = _keeps(config, host)
     seats = read_seats(path) if cache else None
     if seats is None:
-        seats = find_seats(config, host, parts, states_on)
+        seats = find_seats(config, host, parts, states_on, keys_on)
         if cache:
             write_seats(path, seats)
     head = None if own_head is None or config.shuffle else _seat_own(own_head, host)
@@ -120,11 +140,33 @@ def _read(
 
 
 def _seat_memory(parts: Seatable, seats: Seats) -> MountedMemory | None:
-    if parts.memory is None or seats.memory is None:
+    if parts.memory is None:
+        return None
+    memory = parts.memory.memory
+    if seats.host_keys:
+        return _seat_host_keys(memory, seats.host_keys)
+    if seats.memory is None:
         return None
     assert seats.values is not None and seats.shares is not None
-    memory = parts.memory.memory
     return MountedMemory(memory, build_index(memory), seats.memory, seats.values, seats.shares)
+
+
+def _seat_host_keys(memory: Memory, own: HostKeys) -> MountedMemory:
+    """The same text under the host's keys; each entry is answered by the token that followed."""
+    memory = replace(
+        memory,
+        keys=own.keys,
+        projection=own.projection,
+        mean=own.mean,
+        positions=own.positions,
+        soft_ids=None,
+        soft_probs=None,
+        soft_strings=(),
+    )
+    reading = Reading(own.projection, -own.projection @ own.mean)
+    values = own.following[:, None]
+    shares = torch.ones(values.shape)
+    return MountedMemory(memory, build_index(memory), reading, values, shares, is_own=True)
 
 
 def _to_seat(config: MountConfig, manifest: AdapterManifest) -> tuple[CarrierName, ...]:

@@ -91,6 +91,21 @@ def lay_out(documents: list[bytes]) -> tuple[Tensor, list[int]]:
     return torch.frombuffer(bytearray(joined), dtype=torch.uint8), starts
 
 
+def documents_of(text: Tensor) -> tuple[list[bytes], list[int]]:
+    """The documents of a laid-out text, empty ones left out, and where each begins in it.
+
+    A document that holds CONTEXT_BYTES zero bytes in a row comes back as several.
+    """
+    gap = bytes(CONTEXT_BYTES)
+    documents, starts, place = [], [], 0
+    for part in text.numpy().tobytes().split(gap):
+        if part:
+            documents.append(part)
+            starts.append(place)
+        place += len(part) + len(gap)
+    return documents, starts
+
+
 def contexts_before(text: Tensor, positions: Tensor) -> Tensor:
     """The bytes before each position, last byte first, shape [positions, CONTEXT_BYTES]."""
     return text[positions[:, None] - 1 - torch.arange(CONTEXT_BYTES)]

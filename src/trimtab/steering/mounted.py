@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trimtab.anchors import StateMap
 from trimtab.carriers.head import MountedHead
-from trimtab.carriers.memory import CONTEXT_BYTES
+from trimtab.carriers.memory import documents_of
 from trimtab.carriers.recall import MountedMemory
 from trimtab.store.adapter_schema import AdapterManifest
 
@@ -45,8 +45,7 @@ class Mounted:
         """The training text that the memory holds, if it holds any."""
         if self.memory is None:
             return []
-        raw = self.memory.memory.text.numpy().tobytes()
-        return [part for part in raw.split(bytes(CONTEXT_BYTES)) if part]
+        return documents_of(self.memory.memory.text)[0]
 
     @property
     def _is_host_fit(self) -> bool:

@@ -21,10 +21,11 @@ from trimtab.backends.hf import HFModel
 from trimtab.carriers.memory import Memory
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
+from trimtab.steering.host_keys import shuffled
 from trimtab.steering.host_states import HostStates, same_bytes
 from trimtab.steering.proposals import first_tokens, followed, propose
 from trimtab.store.adapter import HeadFile, MemoryFile, Probe
-from trimtab.store.seats import Seats
+from trimtab.store.seats import HostKeys, Seats
 
 MIN_PAIRS = 512
 """Probe positions at the same bytes that calibration needs."""
@@ -52,6 +53,7 @@ def find_seats(
     host: HFModel,
     parts: Seatable,
     states_on: Callable[[Probe], HostStates],
+    keys_on: Callable[[Memory], HostKeys],
 ) -> Seats:
     """Compute where an adapter's carriers sit on a host.
 
@@ -60,13 +62,17 @@ def find_seats(
         host: The host.
         parts: Of the adapter.
         states_on: The host's states on the probe text; asked only if moments are matched and
-            something reads the host's states.
+            something reads the host's states through the map.
+        keys_on: The keys that the host makes of a memory itself; asked only if they are wanted.
 
     Raises:
         AdapterError: The adapter shares no token string with the host.
     """
     state_map = _map(parts.anchors, host, config)
     head, memory = parts.head, parts.memory
+    own = keys_on(memory.memory) if memory and config.host_keys else None
+    if own:
+        memory = None
     asked = config.moments and (head is not None or memory is not None)
     seat = _Seat.prepare(state_map, parts.probe, states_on(parts.probe) if asked else None)
     if config.shuffle:
@@ -85,6 +91,7 @@ def find_seats(
         memory_reading,
         said.values if said else None,
         said.shares if said else None,
+        shuffled(own, config.seed) if own and config.shuffle else own,
     )
 
 

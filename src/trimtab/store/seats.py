@@ -16,8 +16,27 @@ from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.files import writing_atomically
 from trimtab.store.local import trimtab_home
 
-VERSION = 4
+VERSION = 5
 """Changes whenever the way in which seats are computed does."""
+
+
+@dataclass(frozen=True)
+class HostKeys:
+    """Keys of a memory that a host made itself.
+
+    Attributes:
+        keys: Unit vectors in float16, shape [entries, key].
+        projection: Whitening of the host's states, shape [key, hidden of host].
+        mean: Shape [hidden of host].
+        positions: Where in the memory's text what followed begins, shape [entries].
+        following: The host token that begins it, shape [entries].
+    """
+
+    keys: Tensor
+    projection: Tensor
+    mean: Tensor
+    positions: Tensor
+    following: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,7 @@ class Seats:
         memory: What the memory is asked with, if there is one.
         values: Host tokens that the memory's entries propose, shape [entries, proposals].
         shares: How likely each entry finds them, same shape.
+        host_keys: In place of memory, values and shares: keys that the host made itself.
     """
 
     state_map: StateMap
@@ -39,6 +59,7 @@ class Seats:
     memory: Reading | None
     values: Tensor | None
     shares: Tensor | None
+    host_keys: HostKeys | None = None
 
 
 def seats_path(
@@ -68,6 +89,8 @@ def write_seats(path: Path, seats: Seats) -> None:
             tensors |= {f"{name}.matrix": reading.matrix, f"{name}.bias": reading.bias}
     if seats.values is not None and seats.shares is not None:
         tensors |= {"values": seats.values, "shares": seats.shares}
+    if seats.host_keys:
+        tensors |= {f"host_keys.{name}": part for name, part in vars(seats.host_keys).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing_atomically(path) as temp:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temp)
@@ -90,4 +113,10 @@ def _seats(found: dict[str, Tensor]) -> Seats:
     )
     state_map = StateMap(found["map"], r_squared, int(shared))
     values, shares = found.get("values"), found.get("shares")
-    return Seats(state_map, int(paired), head, memory, values, shares)
+    own = {
+        name.removeprefix("host_keys."): part
+        for name, part in found.items()
+        if name.startswith("host_keys.")
+    }
+    host_keys = HostKeys(**own) if own else None
+    return Seats(state_map, int(paired), head, memory, values, shares, host_keys)
