@@ -240,6 +240,21 @@ def test_strength_zero_is_the_host_itself(adapter: Path, options: dict[str, obje
     assert run(adapter, *PROMPTS, **options).texts != plain.texts
 
 
+@pytest.mark.parametrize("carriers", [("head", "memory"), ("expert",)])
+def test_accelerate_may_place_the_host(
+    carriers: tuple[str, ...], adapter: Path, host: HFModel, tmp_path: Path
+) -> None:
+    host.model.save_pretrained(tmp_path)
+    host.tokenizer.save_pretrained(tmp_path)
+    asked = {"host": str(tmp_path), "prompt": ("The rudder",), "adapter": adapter}
+    asked |= {"carriers": carriers, "max_new_tokens": 6, "dtype": "float32"}
+    texts = [
+        generate(GenerateConfig.model_validate(asked | placed)).texts
+        for placed in ({}, {"device_map": "cpu"}, {"device_map": "auto"})
+    ]
+    assert texts[0] == texts[1] == texts[2] and texts[0][0]
+
+
 def test_strength_zero_gives_the_same_bits(host: HFModel, mounted: Mounted) -> None:
     options = {"max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
     batch = inputs(host, *PROMPTS)
