@@ -53,15 +53,15 @@ class TuneConfig(Config):
     """eaft counts tokens less the surer the model is; validation is always cross-entropy."""
     eaft_alpha: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How much less eaft counts them: power of the entropy's share; 0 is cross-entropy."""
-    learning_rate: float = Field(default=3e-4, gt=0, lt=1)
-    """Peak of the one-cycle schedule."""
+    learning_rate: float | None = Field(default=None, gt=0, lt=1)
+    """Peak of the one-cycle schedule (default: 0.001 with lora, 0.0003 with full)."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the training text."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Train on at most this many tokens an epoch (default: all)."""
     window_tokens: int = Field(default=256, ge=8)
     """Length of a packed training window."""
-    batch_windows: int = Field(default=4, ge=1)
+    batch_windows: int = Field(default=1, ge=1)
     """Windows in one optimiser step."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
     """Share of documents kept for validation (early stopping, gates)."""
@@ -85,6 +85,13 @@ class TuneConfig(Config):
         if self.loss != "eaft" and self.eaft_alpha != TuneConfig.model_fields["eaft_alpha"].default:
             raise ValueError("eaft_alpha has an effect with loss eaft only")
         return self
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, or what suits the method where none is given."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1e-3 if self.method == "lora" else 3e-4
 
 
 class RecordConfig(Config):

@@ -110,6 +110,8 @@ def tune(config: TuneConfig, *, progress: Progress = silent) -> TuneResult:
         NumericalError: A loss that is not a finite number; the last checkpoint stays.
         StorageError: The folder cannot be written.
     """
+    # The record of a run names the rate that it had, whatever later versions take for none.
+    config = config.model_copy(update={"learning_rate": config.peak_learning_rate})
     asked = UnfinishedRun(config=config, inputs=fingerprints(config))
     with lock(config.out):
         if (config.out / EXPERT_NAME).is_file():
@@ -258,7 +260,7 @@ def _train(
         batch_windows=config.batch_windows,
         epochs=config.epochs,
         validations=0 if held_out is None else config.validations,
-        peak=config.learning_rate,
+        peak=config.peak_learning_rate,
         patience=config.patience,
         seed=config.seed,
     )
