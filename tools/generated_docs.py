@@ -1,4 +1,4 @@
-"""Fill the generated blocks of the documentation: options of the verbs, figures of the demo.
+"""Fill the generated blocks of the documentation: options of the verbs, and recorded figures.
 
 `python -m tools.generated_docs` rewrites them; with --check it only says whether they are right.
 A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from bench.transfer import results as transfer
 from trimtab import cli, config
 from trimtab.metrics import Estimate
 from trimtab.report import HostResult, Report, read_report
@@ -19,6 +20,7 @@ from trimtab.report.values import ordered
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "demo.json"
 VERBS = ("tune", "record", "fit", "mount", "generate", "evaluate")
+NO_TRANSFER = "No run has been recorded yet: `make bench` measures these figures."
 NO_RESULT = "No run has been recorded yet: `make demo` measures these figures on your machine."
 
 
@@ -40,6 +42,9 @@ def rendered() -> dict[Path, str]:
     blocks = {ROOT / "docs" / f"{verb}.md": ("options", options_table(verb)) for verb in VERBS}
     report = read_report(RESULT) if RESULT.is_file() else None
     blocks[ROOT / "README.md"] = ("figures", figures(report))
+    recorded = ROOT / transfer.RESULTS
+    found = transfer.table(recorded) if recorded.is_file() else NO_TRANSFER
+    blocks[ROOT / "docs" / "results.md"] = ("transfer", found)
     return {
         path: with_block(path.read_text(encoding="utf-8"), name, content)
         for path, (name, content) in blocks.items()

@@ -111,28 +111,57 @@ def _add_changes(run: dict[str, Any], bytes_per_token: float) -> None:
         row["perplexity_change_percent"] = 100 * (2**bits - 1)
 
 
+ORDER = (
+    *("host", "temperature", "prompt", "bias", "reference", "expert", "mixture"),
+    *("proxy", "proxy-0.5", "lora-host", "lora-host+memory", "label-head", "hostfit-head"),
+    *("bytes", "state", "head", "memory", "head+memory", "head-shuffled", "memory-shuffled"),
+    *("memory, host keys", "head+memory, host keys", "memory-shuffled, host keys"),
+    *("live", "all", "all, host keys"),
+)
+"""Rows in a table: what there was before, what needs the host's training, then the adapter's."""
+
+
 def table(path: Path = RESULTS) -> str:
-    """All runs as Markdown: change of bits per byte and of perplexity against the host."""
-    lines = []
-    for run in read_json(path, "results")["runs"]:
-        host = run["rows"].get("host")
-        lines += [
-            f"### {run['pair']}, {run['domain']}, seed {run['seed']}",
-            "",
-            "| row | bits per byte | against host | perplexity | general |",
-            "|---|---|---|---|---|",
-        ]
-        for name, row in run["rows"].items():
-            figure = row["domain_bits_per_byte"]
-            cells = [f"{figure['mean']:.3f} ± {figure['stderr']:.3f}"]
-            for base, kind in (("domain", "domain_change"), ("general", "general_change")):
-                reference = host and host.get(f"{base}_bits_per_byte")
-                own = row.get(f"{base}_bits_per_byte")
-                cells.append(_percent(own, reference, row.get(kind)))
-            change = row.get("perplexity_change_percent")
-            shown = "" if change is None else f"{change:+.1f} %"
-            lines.append(f"| {name} | {cells[0]} | {cells[1]} | {shown} | {cells[2]} |")
-        lines.append("")
+    """All runs as Markdown: bits per byte and perplexity against the host, and tasks."""
+    runs = read_json(path, "results")["runs"]
+    return "\n\n".join(part for run in runs for part in (_rows(run), _tasks(run)) if part)
+
+
+def _rows(run: Mapping[str, Any]) -> str:
+    host = run["rows"].get("host")
+    lines = [
+        f"### {run['pair']}, {run['domain']}, seed {run['seed']}",
+        "",
+        "| row | bits per byte | against host | perplexity | general text |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in sorted(run["rows"].items(), key=lambda item: ORDER.index(item[0])):
+        figure = row["domain_bits_per_byte"]
+        cells = [f"{figure['mean']:.3f} ± {figure['stderr']:.3f}"]
+        for base, kind in (("domain", "domain_change"), ("general", "general_change")):
+            reference = host and host.get(f"{base}_bits_per_byte")
+            own = row.get(f"{base}_bits_per_byte")
+            cells.append(_percent(own, reference, row.get(kind)))
+        change = row.get("perplexity_change_percent")
+        shown = "" if change is None or name == "host" else f"{change:+.1f} %"
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {shown} | {cells[2]} |")
+    return "\n".join(lines)
+
+
+def _tasks(run: Mapping[str, Any]) -> str:
+    """Figures by row, a column a task, in percent."""
+    tasks = run["tasks"]
+    if not tasks:
+        return ""
+    rows = {row for figures in tasks.values() for row in figures}
+    lines = [
+        f"| row | {' | '.join(f'{task}, %' for task in tasks)} |",
+        f"|---|{'---|' * len(tasks)}",
+    ]
+    for row in sorted(rows, key=ORDER.index):
+        found = (figures.get(row) for figures in tasks.values())
+        cells = [f"{100 * f['mean']:.1f} ± {100 * f['stderr']:.1f}" if f else "" for f in found]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
