@@ -1,5 +1,6 @@
 """Mounting a real tiny adapter on hosts of several families and tokenizers."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -339,6 +340,30 @@ def test_a_host_that_reads_the_text_itself_makes_keys_of_its_own_states(
     before = contexts_before(memory.text, memory.positions[:9])
     answer = mounted.memory.ask(states[:9], before)
     assert answer.found.entries[:, 0].tolist() == list(range(9))
+
+
+def test_what_is_kept_of_a_host_is_not_believed_of_another_body(
+    adapter: Path, host: HFModel, tmp_path: Path
+) -> None:
+    live = deepcopy(host.model)
+    live.save_pretrained(tmp_path / "host")
+    host.tokenizer.save_pretrained(tmp_path / "host")
+    config = MountConfig(adapter=adapter, host=str(tmp_path / "host"), dtype="float32")
+    first, again = mount(config), mount(config)
+    assert first.memory and again.memory
+    assert torch.equal(first.memory.reading.matrix, again.memory.reading.matrix)
+    with torch.no_grad():
+        for name, weight in live.named_parameters():
+            if "layers" in name and weight.dim() == 2:
+                weight.mul_(1.5)
+    live.save_pretrained(tmp_path / "host")
+    other = mount(config)
+    assert other.memory and other.state_map.r_squared == first.state_map.r_squared
+    assert not torch.equal(other.memory.reading.matrix, first.memory.reading.matrix)
+    # A model that was changed in memory is not known by any file.
+    kept = set((trimtab_home() / "mounts").iterdir())
+    mount(config, host=replace(host, source=None))
+    assert set((trimtab_home() / "mounts").iterdir()) == kept
 
 
 def test_keys_of_the_host_are_kept_and_can_be_shuffled(adapter: Path, host: HFModel) -> None:

@@ -221,7 +221,7 @@ class _Bench:
         config, host = self.config, self.host
         files = {path: entry.sha256 for path, entry in self.mounted.manifest.files.items()}
         manifest = self.mounted.manifest.model_dump(mode="json", include={"blend", "carriers"})
-        read_by = (host.ref, str(host.fingerprint), str(host.model.dtype), config.dtype)
+        read_by = (str(host.source), str(host.fingerprint), str(host.model.dtype), config.dtype)
         asked = (VERSION, files, manifest, config.host_keys, *read_by)
         how = (sorted(self.rows), config.window_tokens, config.stride_tokens, config.seed, text)
         return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()[:32]

@@ -83,13 +83,13 @@ def _probe_states(
 ) -> HostStates:
     label = "reading the probe text"
     if _keeps(config, host):
-        return kept_host_states(host, probe.documents, config.host, label, progress)
+        return kept_host_states(host, probe.documents, label, progress)
     return host_states(host, probe.documents, label, progress)
 
 
 def _keeps(config: MountConfig, host: HFModel) -> bool:
     # A preamble moves the host's states, and has no say in a kept file's name.
-    return config.cache and not host.preamble
+    return config.cache and host.source is not None and not host.preamble
 
 
 def _mount(
@@ -102,7 +102,7 @@ def _mount(
     # Named the same however they were asked for, so that the seats kept are found again.
     config = config.model_copy(update={"carriers": _to_seat(config, manifest)})
     parts, own_head = _read(config, manifest, host)
-    path = seats_path(config, manifest, host.fingerprint, host.model.dtype)
+    path = seats_path(config, manifest, (host.source, host.fingerprint, host.model.dtype))
     cache = _keeps(config, host)
     seats = read_seats(path) if cache else None
     if seats is None:

@@ -46,6 +46,8 @@ class HFModel:
         unembedding: Its last step, made of the live parameters.
         preamble: Token ids that it reads before every text, in every window. Set it with
             `dataclasses.replace`: both then share one live model and their fingerprint.
+        source: Names the weights on disk that the live model holds, for what is kept of it; None
+            for a model that was made or changed in memory, of which nothing is kept.
     """
 
     ref: str
@@ -54,6 +56,7 @@ class HFModel:
     vocabulary: Vocabulary = field(repr=False)
     unembedding: Unembedding = field(repr=False)
     preamble: tuple[int, ...] = field(default=(), repr=False)
+    source: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a preamble after which no text fits.

@@ -1,6 +1,7 @@
 """Open any model by what the user calls it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ def open_model(
         if ref.startswith(TINY_SCHEME):
             spec = parse_tiny(ref)
             model = tiny_model(spec, arithmetic)
-            return adopt_model(ref, model, tiny_tokenizer(spec))
+            return replace(adopt_model(ref, model, tiny_tokenizer(spec)), source=ref)
         folder = _folder(ref, progress)
+        source = _source(folder)
         model = _load_model(ref, folder, arithmetic, device_map)
-        return adopt_model(ref, model, load_tokenizer(ref, folder))
+        opened = adopt_model(ref, model, load_tokenizer(ref, folder))
+        return replace(opened, source=source)
 
 
 def resolve_dtype(dtype: Dtype, device_map: str | None = None) -> torch.dtype:
@@ -135,6 +138,15 @@ def _load_model(
             f"{ref} lacks {len(missing)} of its weights, for example {missing[0]}", hint=_HINT
         )
     return model
+
+
+def _source(folder: Path) -> str:
+    """Names a folder's weights by their files' names, sizes and times: hashing takes minutes."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        stat = path.stat()
+        found.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+    return "\n".join([str(folder.resolve()), *found])
 
 
 def _check_files(ref: str, folder: Path) -> None:

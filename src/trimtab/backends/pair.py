@@ -1,7 +1,8 @@
 """The source pair: a reference and its expert, which share one set of weights where they can."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -76,8 +77,12 @@ class Pair:
         For a LoRA this is the reference's own model switched over; both cannot run at once, but
         their key-value caches can live side by side.
         """
-        with self._switch.on() if self._switch else nullcontext():
+        if self._switch is None:
             yield self._expert
+            return
+        with self._switch.on():
+            # What is kept of the reference is not true of its switched model.
+            yield replace(self._expert, source=None)
 
     def hidden(self, token_ids: Tensor, *, attention_mask: Tensor | None = None) -> PairStates:
         """Compute both final hidden states.

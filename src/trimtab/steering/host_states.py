@@ -24,7 +24,7 @@ CONTEXT_TOKENS = 64
 """Tokens of context that each window but the first repeats."""
 
 
-_VERSION = 1
+_VERSION = 2
 """Changes whenever states are computed in another way."""
 
 
@@ -46,23 +46,22 @@ class HostStates:
 
 
 def kept_host_states(
-    host: HFModel, documents: Sequence[bytes], name: str, label: str, progress: Progress
+    host: HFModel, documents: Sequence[bytes], label: str, progress: Progress
 ) -> HostStates:
     """The same as `host_states`, run once for each host and kept in TRIMTAB_HOME.
 
     Adapters come with the same neutral text, so that the second one finds its seat at once.
 
     Args:
-        host: The host, without a preamble.
+        host: The host, as it lies on disk and without a preamble.
         documents: As `host_states`.
-        name: What the host is called; its fingerprint knows the head alone.
         label: As `host_states`.
         progress: As `host_states`.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
-    asked = [_VERSION, name, str(host.fingerprint), str(host.model.dtype)]
+    asked = [_VERSION, host.source, str(host.fingerprint), str(host.model.dtype)]
     digest = hashlib.sha256(json.dumps(asked).encode())
     for document in documents:
         digest.update(len(document).to_bytes(8, "big") + document)

@@ -62,13 +62,11 @@ class Seats:
     host_keys: HostKeys | None = None
 
 
-def seats_path(
-    config: MountConfig, manifest: AdapterManifest, host_fingerprint: object, dtype: torch.dtype
-) -> Path:
+def seats_path(config: MountConfig, manifest: AdapterManifest, host: tuple[object, ...]) -> Path:
     """The cache file of an adapter on a host, named by all that decides its content."""
     settings = config.model_dump(mode="json", exclude={"adapter", "cache"})
     files = {path: entry.sha256 for path, entry in manifest.files.items()}
-    asked = [VERSION, settings, files, str(host_fingerprint), str(dtype)]
+    asked = [VERSION, settings, files, *map(str, host)]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return trimtab_home() / "mounts" / f"{key}.safetensors"
 
