@@ -11,7 +11,8 @@ import torch
 from bench.transfer.metrics import calibration_error, row_tasks
 from bench.transfer.pairs import Pair
 from bench.transfer.results import add, table
-from bench.transfer.suite import QUESTION_ROWS, STEPS, Run, make_adapter
+from bench.transfer.steps import QUESTION_ROWS, STEPS
+from bench.transfer.suite import Run, make_adapter
 from trimtab.metrics import DocumentScore
 from trimtab.progress import Display
 from trimtab.steering.kept import Kept, read_scores, write_scores

@@ -11,7 +11,8 @@ import typer
 from bench.transfer.domains import DOMAINS
 from bench.transfer.pairs import PAIRS, pair_of
 from bench.transfer.results import RESULTS, add, table
-from bench.transfer.suite import STEPS, Run, prepare
+from bench.transfer.steps import STEPS
+from bench.transfer.suite import Run, prepare
 from trimtab.cli_errors import reported
 from trimtab.progress import Display
 from trimtab.store.local import HOME_VARIABLE
