@@ -237,7 +237,8 @@ def test_a_log_gets_few_lines() -> None:
 
 def test_ctrl_c_ends_with_130() -> None:
     program = (
-        "import time\nfrom trimtab.cli import app\nfrom trimtab.cli_errors import reported\n"
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from trimtab.cli import app\nfrom trimtab.cli_errors import reported\n"
         "@app.command('wait')\ndef wait() -> None:\n with reported():\n"
         "  print('ready', flush=True)\n  time.sleep(30)\n"
         "app(['wait'])"

@@ -105,6 +105,8 @@ def contents(folder: Path, marker: str) -> dict[str, bytes]:
 
 def run_in_process(words: list[str], shown: Path) -> None:
     """The command line, as the whole life of a process whose standard error goes to a file."""
+    # Tests that run in the background have inherited that Ctrl-C means nothing.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(shown, os.O_WRONLY | os.O_CREAT)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
