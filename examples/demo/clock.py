@@ -35,6 +35,7 @@ class Clock:
             name: Name of the step.
             result: What the step leaves; without it the step begins anew.
         """
+        print(f"\n== {name}", flush=True)
         known = self._steps.get(name)
         if known is None or (result is not None and not result.exists()):
             known = self._steps[name] = {"wall_sec": 0.0, "done": False}

@@ -145,6 +145,8 @@ def run(small: str, hosts: Sequence[str], out: Path | None = None) -> Report:
     write_report(report, out)
     print(table(report))
     print(f"report:  {out / 'report.html'}\nadapter: {job.adapter}")
+    steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.wall_sec.items())
+    print(f"time:    {sum(report.wall_sec.values()) / 60:.1f} min ({steps})")
     return report
 
 
@@ -303,6 +305,8 @@ def _settings(job: Job) -> dict[str, str]:
         "hosts": ", ".join(host.title for host in job.hosts),
         "domain text": f"{corpus.ZIG_PACKAGE}, {CHOICE.test_files} test files, at most"
         f" {CHOICE.train_bytes:,} bytes of training files, chosen with seed {CHOICE.seed}",
+        "completions": "head and memory, greedy",
+        "how much text it takes": f"the memory alone, on {GROWTH_SCORED_TOKENS:,} of these tokens",
         "general text": "Moby-Dick, Python's standard library",
         "scored": f"at most {EVALUATED_TOKENS:,} host tokens of domain text,"
         f" {DOCUMENT_TOKENS:,} from the middle of each file",

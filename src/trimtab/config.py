@@ -5,6 +5,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MIN_WINDOW_TOKENS = 8
+"""Of a training window."""
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 CarrierName = Literal["head", "memory", "expert"]
 RowName = Literal[
@@ -59,7 +62,7 @@ class TuneConfig(Config):
     """Passes over the training text."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Train on at most this many tokens an epoch (default: all)."""
-    window_tokens: int = Field(default=256, ge=8)
+    window_tokens: int = Field(default=256, ge=MIN_WINDOW_TOKENS)
     """Length of a packed training window."""
     batch_windows: int = Field(default=1, ge=1)
     """Windows in one optimiser step."""
@@ -136,8 +139,8 @@ class FitConfig(Config):
     """Folder that `record` wrote."""
     out: Path
     """Folder of the adapter."""
-    name: str = "adapter"
-    """Name that the adapter's card carries."""
+    name: str | None = None
+    """Name that the adapter's card carries (default: that of the folder)."""
     licence: str = "not stated"
     """Terms of the adapter itself, in words or as an SPDX name."""
     data_licence: str = "not stated"
@@ -222,6 +225,8 @@ class GenerateConfig(Config):
     """Carriers to use (default: head and memory)."""
     strength: float = Field(default=1.0, ge=0, le=2)
     """How far to follow the adapter; 0 is the host itself, bit for bit."""
+    small: str | None = None
+    """Where the small model lies, for what runs it (default: where the adapter says)."""
     host_keys: bool = False
     """Let the host read the memory's text once and key it by its own states: no training, but a
     pass over that text; better than keys that are read through the map."""
@@ -268,6 +273,8 @@ class EvaluateConfig(Config):
     """New tokens in each window."""
     rows: tuple[RowName, ...] = ()
     """Rows to measure (default: those of the report that the adapter allows)."""
+    small: str | None = None
+    """Where the small model lies, for what runs it (default: where the adapter says)."""
     host_keys: bool = False
     """Let the host read the memory's text once and key it by its own states: no training, but a
     pass over that text; better than keys that are read through the map."""

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trimtab.backends.hf import HFModel, ModelFingerprint
+from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
-from trimtab.backends.pair import Pair, open_pair_from
+from trimtab.backends.pair import Pair
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.recall import MountedMemory
 from trimtab.config import EvaluateConfig, MountConfig
@@ -21,10 +21,10 @@ from trimtab.errors import InputError
 from trimtab.metrics import DocumentScore, Estimate, bootstrap, paired_difference, pool_kinds
 from trimtab.mount import mount, mount_with_control
 from trimtab.report import ROWS, HostResult, Report, TokenChange, table, write_report
+from trimtab.steering.beside import open_beside
 from trimtab.steering.kept import VERSION, Kept, read_scores, write_scores
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.scoring import RowScore, ScoredDocument, Steers, score_document
-from trimtab.store.adapter import EXPERT_FOLDER
 from trimtab.store.manifest import read_manifest
 from trimtab.text.corpus import read_documents, scored_windows
 from trimtab.types import Document, Progress, silent
@@ -51,8 +51,8 @@ class Evaluation:
     scored: Mapping[str, Sequence[Kept]] = field(default_factory=dict, repr=False)
 
     def summary(self) -> str:
-        """The table."""
-        return table(self.report)
+        """The table, and where the report lies."""
+        return f"{table(self.report)}\nreport: {self.folder / 'report.html'}"
 
 
 def evaluate(
@@ -184,11 +184,10 @@ class _Bench:
             mounted = mount(settings, host=host, progress=progress)
         pair = None
         if manifest.expert and {*LIVE_ROWS, *SMALL_ROWS} & set(rows):
-            base = manifest.base_model
-            pair = open_pair_from(
-                base.ref,
-                config.adapter / EXPERT_FOLDER,
-                fingerprint=ModelFingerprint(base.vocabulary_sha256, base.unembedding_sha256),
+            pair = open_beside(
+                manifest,
+                config.adapter,
+                small=config.small,
                 dtype=config.dtype,
                 progress=progress,
             )

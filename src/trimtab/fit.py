@@ -105,7 +105,7 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
     with lock(config.out), replace_directory(config.out) as folder:
         carriers = _write_carriers(work, host, folder, progress)
         manifest = AdapterManifest(
-            name=config.name,
+            name=config.name or config.out.resolve().stem or "adapter",
             base_model=recording.manifest.base,
             carriers=carriers,
             metrics=_expert_metrics(recording),

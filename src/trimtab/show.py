@@ -99,7 +99,7 @@ def _row(adapter: LocalAdapter) -> tuple[str, str, str, str, str]:
 def _carriers(manifest: AdapterManifest) -> list[str]:
     lines = ["carriers"]
     for name, carrier in manifest.carriers.items():
-        hidden = {"kind", "files", "contains_text"}
+        hidden = {"kind", "files", "contains_text", "gate", "own_gate", "bytes_gate"}
         kept = carrier.model_dump(mode="json", exclude=hidden, exclude_none=True)
         settings = ", ".join(f"{key} {_value(value)}" for key, value in kept.items())
         lines.append(f"  {name}: {readable_bytes(manifest.bytes_of(name))}, {settings}")

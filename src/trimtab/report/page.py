@@ -94,7 +94,8 @@ def _growth_section(points: Sequence[GrowthPoint]) -> str:
     return (
         "<section><h2>How much text it takes</h2><figure class='plot'>"
         f'<div role="img" aria-label="{alt}">{growth_svg(points, "growth")}</div>'
-        "<figcaption>Domain text, after a recording of each size. Bars: one standard error."
+        "<figcaption>Part of the domain text, after a recording of each size; at 0 it is the bare"
+        " host. Bars: one standard error, of how texts differ rather than of the change."
         f"</figcaption></figure><details><summary>The figures</summary>"
         f"{scroll_html(table, 'Bits per byte by size of the recording')}</details></section>"
     )

@@ -150,7 +150,14 @@ def differences(figures: Figures, paired: Figures) -> dict[str, Estimate]:
     return apart | {row: paired[row] for row in apart if row in paired}
 
 
+SMALLEST_SHARE = 5e-4
+"""Of the host's figure: what is shown as 0.0 % is not called worse."""
+
+
 def worse_rows(figures: Figures, paired: Figures) -> list[str]:
-    """Steered rows that are worse than the host by more than one standard error."""
+    """Steered rows that are worse than the host by more than one standard error, visibly."""
     found = differences(figures, paired)
-    return [row for row in STEERED if row in found and found[row].mean > found[row].stderr]
+    least = SMALLEST_SHARE * figures["host"].mean if "host" in figures else 0.0
+    return [
+        row for row in STEERED if row in found and found[row].mean > max(found[row].stderr, least)
+    ]

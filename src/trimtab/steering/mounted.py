@@ -63,6 +63,11 @@ class Mounted:
                 f"the vocabularies explain only {self.state_map.r_squared:.0%} of each other:"
                 " head and memory will help little here; the expert carrier does not depend on it"
             )
+        if not self.paired_positions and self.probe_documents:
+            found.append(
+                "the adapter's general text is too short to calibrate the map on: record without"
+                " --general, or with more of it; head and memory will help less"
+            )
         if self.state_map.shared_tokens < FEW_ANCHORS:
             found.append(
                 f"only {self.state_map.shared_tokens} token strings are shared: the map is rough"

@@ -16,12 +16,12 @@ from transformers import (
 
 from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
-from trimtab.backends.hf import HFModel, ModelFingerprint, adopt_model
+from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live, LiveReading
-from trimtab.backends.pair import open_pair_from
 from trimtab.carriers.head import MountedHead
 from trimtab.config import CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
+from trimtab.steering.beside import open_beside
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import (
     ReadPrompt,
@@ -32,7 +32,6 @@ from trimtab.steering.predictors import (
     text_before,
     text_ids,
 )
-from trimtab.store.adapter import EXPERT_FOLDER
 from trimtab.types import Progress, silent
 
 Host = HFModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -97,21 +96,19 @@ def steered(
 
 
 def open_live(
-    mounted: Mounted, host: HFModel, *, dtype: Dtype = "auto", progress: Progress = silent
+    mounted: Mounted,
+    host: HFModel,
+    *,
+    small: str | None = None,
+    dtype: Dtype = "auto",
+    progress: Progress = silent,
 ) -> Live:
     """Open an adapter's expert and its reference, on the CPU, to run beside a host.
 
-    Raises:
-        ModelError: The small model cannot be opened, or is not the one that was tuned.
-        AdapterError: The adapter's LoRA is broken.
+    Args and errors are those of `open_beside`.
     """
-    base = mounted.manifest.base_model
-    pair = open_pair_from(
-        base.ref,
-        mounted.folder / EXPERT_FOLDER,
-        fingerprint=ModelFingerprint(base.vocabulary_sha256, base.unembedding_sha256),
-        dtype=dtype,
-        progress=progress,
+    pair = open_beside(
+        mounted.manifest, mounted.folder, small=small, dtype=dtype, progress=progress
     )
     return Live(pair, host.vocabulary)
 

@@ -64,7 +64,7 @@ class Seats:
 
 def seats_path(config: MountConfig, manifest: AdapterManifest, host: tuple[object, ...]) -> Path:
     """The cache file of an adapter on a host, named by all that decides its content."""
-    settings = config.model_dump(mode="json", exclude={"adapter", "cache"})
+    settings = config.model_dump(mode="json", exclude={"adapter", "host", "cache"})
     files = {path: entry.sha256 for path, entry in manifest.files.items()}
     asked = [VERSION, settings, files, *map(str, host)]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

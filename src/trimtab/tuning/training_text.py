@@ -9,7 +9,7 @@ import torch
 
 from trimtab.backends.chat import Rendered, chat_renderer
 from trimtab.backends.hf import HFModel
-from trimtab.config import TuneConfig
+from trimtab.config import MIN_WINDOW_TOKENS, TuneConfig
 from trimtab.errors import InputError
 from trimtab.store.expert import HELD_OUT_NAME, TRAIN_NAME, Documents
 from trimtab.text.corpus import load_documents, save_documents, sha256_of_documents, split_held_out
@@ -86,7 +86,9 @@ def training_windows(config: TuneConfig, model: HFModel) -> Windows:
         raise InputError(
             f"the training text has {found} tokens, expected at least one window of"
             f" {config.window_tokens}",
-            hint=f"give more text, or set --window-tokens to at most {found}",
+            hint=f"give more text, or set --window-tokens to at most {found}"
+            if found >= MIN_WINDOW_TOKENS
+            else f"give more text: one window has at least {MIN_WINDOW_TOKENS} tokens",
         )
     return _counting(_packed(documents, config, model), "training")
 
