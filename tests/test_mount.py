@@ -196,7 +196,10 @@ def test_a_poor_fit_is_said_in_plain_words(host: HFModel, tmp_path: Path) -> Non
     narrow = tuned(write_texts(tmp_path), "full", model="tiny:llama?hidden=8&vocab=bpe")
     mounted = mounted_on(host, fitted(recorded(narrow), tmp_path / "a").folder)
     assert mounted.state_map.r_squared < 0.5
-    poor, few = mounted.warnings
+    poor, uncalibrated, few = mounted.warnings
+    assert uncalibrated.startswith("the map is not calibrated")
+    own = mounted_on(host, mounted.folder, host_keys=True, carriers=("memory",))
+    assert own.warnings == ()
     assert "head and memory will help little here" in poor
     assert poor.startswith("the vocabularies explain only") and "%" in poor
     assert few == "only 256 token strings are shared: the map is rough"

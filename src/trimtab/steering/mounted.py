@@ -55,18 +55,19 @@ class Mounted:
     def warnings(self) -> tuple[str, ...]:
         """What a user should know about a poor fit, in plain words."""
         found: list[str] = []
-        # A head that was fitted on the host itself needs no map.
-        if self.memory is None and (self.head is None or self._is_host_fit):
+        # A head that was fitted on the host itself, and keys that it made, need no map.
+        by_map = self.memory is not None and not self.memory.is_own
+        if not by_map and (self.head is None or self._is_host_fit):
             return ()
         if self.state_map.r_squared < POOR_FIT:
             found.append(
                 f"the vocabularies explain only {self.state_map.r_squared:.0%} of each other:"
                 " head and memory will help little here; the expert carrier does not depend on it"
             )
-        if not self.paired_positions and self.probe_documents:
+        if not self.paired_positions:
             found.append(
-                "the adapter's general text is too short to calibrate the map on: record without"
-                " --general, or with more of it; head and memory will help less"
+                "the map is not calibrated (--no-moments, or general text in the adapter that is"
+                " too short: record without --general, or with more): head and memory help less"
             )
         if self.state_map.shared_tokens < FEW_ANCHORS:
             found.append(
