@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +230,22 @@ def test_generate_follows_the_slow_reference(host: HFModel, mounted: Mounted, pr
         assert 0.001 < weights[0] < 0.9
         plain = host.logits(torch.tensor([read]))[0, -1].softmax(0)
         assert (scores[1].exp() - plain).abs().max() > 1e-3
+
+
+def test_the_small_model_may_lie_elsewhere(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "moved")
+    manifest = read_manifest(adapter)
+    base = manifest.base_model.model_copy(update={"ref": "elsewhere/model.gguf"})
+    write_adapter(tmp_path / "moved", manifest.model_copy(update={"base_model": base}))
+    asked = {"carriers": ("expert",), "max_new_tokens": 4}
+    lost = r"the expert of .* needs the small model elsewhere/model.gguf, and there is no file"
+    with pytest.raises(ModelError, match=lost) as error:
+        run(tmp_path / "moved", *PROMPTS, **asked)
+    assert "--small" in error.value.hint
+    found = run(tmp_path / "moved", *PROMPTS, small=manifest.base_model.ref, **asked)
+    assert found.texts == run(adapter, *PROMPTS, **asked).texts
+    with pytest.raises(ModelError, match=r"has sha256 .* expected"):
+        run(tmp_path / "moved", *PROMPTS, small="tiny:llama?hidden=32&seed=9", **asked)
 
 
 @pytest.mark.parametrize(
