@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.transfer.metrics import share_right
+from bench.transfer.splits import in_turn
 from trimtab.metrics import Estimate
 
 OPTIONS = 4
@@ -60,7 +62,7 @@ def right_words(texts: Mapping[str, str], count: int, *, seed: int) -> list[Choi
         rng.shuffle(gaps)
         drawn = [_gap(text, gap, words, rng) for gap in gaps[: 2 * count]]
         found.append([choice for choice in drawn if choice])
-    return _spread(found, count)
+    return in_turn(found)[:count]
 
 
 def _gap(text: str, gap: re.Match[str], words: Sequence[str], rng: random.Random) -> Choice | None:
@@ -109,14 +111,7 @@ def right_labels(
             piece = text[start : start + CONTEXT_CHARS]
             right = options.index(label_of[name])
             found[-1].append(Choice(f"{piece}{ask}", tuple(options), "\n", right))
-    return _spread(found, count)
-
-
-def _spread(found: Sequence[Sequence[Choice]], count: int) -> list[Choice]:
-    """The first of each text, then the second of each, and so on."""
-    turns = max(map(len, found), default=0)
-    in_turn = [choices[turn] for turn in range(turns) for choices in found if turn < len(choices)]
-    return in_turn[:count]
+    return in_turn(found)[:count]
 
 
 def accuracy(
@@ -124,7 +119,6 @@ def accuracy(
     nats: Mapping[str, Sequence[float]],
     *,
     seed: int = 0,
-    resamples: int = 1_000,
 ) -> Mapping[str, Estimate]:
     """Share of questions whose right text is the likeliest, by row, with bootstrapped errors.
 
@@ -132,18 +126,11 @@ def accuracy(
         choices: The questions.
         nats: What each of all their texts costs, in order, by row.
         seed: Of the bootstrap over questions.
-        resamples: Draws of the bootstrap.
     """
-    draws = np.random.default_rng(seed).integers(0, len(choices), (resamples, len(choices)))
     found = {}
     for row, costs in nats.items():
-        places = np.cumsum([0, *(len(choice.options) for choice in choices)])
-        right = np.array(
-            [
-                int(np.argmin(costs[start : start + len(choice.options)])) == choice.right
-                for start, choice in zip(places, choices, strict=False)
-            ],
-            dtype=float,
-        )
-        found[row] = Estimate(float(right.mean()), float(right[draws].mean(1).std()))
+        texts = iter(costs)
+        answers = [np.argmin([next(texts) for _ in choice.options]) for choice in choices]
+        right = [answer == choice.right for answer, choice in zip(answers, choices, strict=True)]
+        found[row] = share_right(right, seed=seed)
     return found

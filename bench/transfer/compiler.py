@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from bench.transfer.metrics import share_right
+from bench.transfer.splits import in_turn
 from examples.demo import corpus
 from examples.demo.packages import copy_members, opened_wheel
 from trimtab.metrics import Estimate
@@ -61,8 +61,7 @@ def functions(texts: Mapping[str, str], count: int, zig: Path) -> list[Function]
         zig: The compiler.
     """
     found = [list(functions_in(text)) for text in texts.values() if accepts(zig, text)]
-    turns = max(map(len, found), default=0)
-    return [file[turn] for turn in range(turns) for file in found if turn < len(file)][:count]
+    return in_turn(found)[:count]
 
 
 def functions_in(text: str) -> Iterator[Function]:
@@ -91,9 +90,7 @@ def share_accepted(
 ) -> Estimate:
     """Share of completed files that the compiler's parser accepts, bootstrapped over functions."""
     checked = zip(asked, bodies, strict=True)
-    right = np.array([accepts(zig, f.filled(body)) for f, body in checked], float)
-    draws = np.random.default_rng(seed).integers(0, len(right), (1_000, len(right)))
-    return Estimate(float(right.mean()), float(right[draws].mean(1).std()))
+    return share_right([accepts(zig, f.filled(body)) for f, body in checked], seed=seed)
 
 
 def fetch_compiler(cache: Path) -> Path:

@@ -67,6 +67,13 @@ def calibration_error(items: np.ndarray) -> float:
     return sum(gaps) / len(items)
 
 
+def share_right(right: Sequence[bool], *, seed: int = 0, resamples: int = 1_000) -> Estimate:
+    """Share of items that are right, and its standard error by bootstrap over the items."""
+    items = np.array(right, float)
+    draws = np.random.default_rng(seed).integers(0, len(items), (resamples, len(items)))
+    return Estimate(float(items.mean()), float(items[draws].mean(1).std()))
+
+
 def _resampled(
     documents: Sequence[np.ndarray],
     figure: Callable[[np.ndarray], float],

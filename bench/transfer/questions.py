@@ -60,22 +60,20 @@ def domain_questions(
     test = _texts(texts / "test")
     found = {"right-word": right_words(test, count, seed=seed)}
     if domain in ASKS:
-        labels = {
-            name: label_of(domain, name)
-            for split in ("train", "test")
-            for name in _texts(texts / split)
-        }
+        folders = (texts / "train", texts / "test")
+        names = [str(path.relative_to(f)) for f in folders for path in _files(f)]
+        labels = {name: label_of(domain, name) for name in names}
         mine = {name: label for name, label in labels.items() if label}
         found["right-class"] = right_labels(test, mine, ASKS[domain], count, seed=seed)
     return {task: choices for task, choices in found.items() if choices}
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): path.read_text()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_text() for path in _files(folder)}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def label_of(domain: str, name: str) -> str | None:

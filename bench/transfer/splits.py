@@ -5,13 +5,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 from examples.demo import corpus
 from trimtab.errors import InputError
 from trimtab.text.duplicates import drop_near_duplicates
 from trimtab.types import Document
+
+T = TypeVar("T")
 
 Cut = Callable[[str, int], list[str]]
 """Pieces of a text, each of at most so many bytes."""
@@ -228,7 +230,7 @@ class _Deal:
             candidates.append(_first(drawn, most))
             usable += sum(size(document.text) for document, _ in candidates[-1])
             if usable >= self.wanted_bytes:
-                chosen = self._distinct(_in_turn(candidates))
+                chosen = self._distinct(in_turn(candidates))
                 if _total(chosen) >= self.wanted_bytes:
                     return chosen
         raise self._too_little(_total(chosen) or int(usable))
@@ -245,7 +247,7 @@ class _Deal:
                 self._shuffled([text for text in members if text.family == family], cutter, 0)
                 for family in families
             ]
-            for document, _ in _in_turn(candidates):
+            for document, _ in in_turn(candidates):
                 text = document.text
                 if size(text) > room:
                     text = text.encode()[:room].decode(errors="ignore")
@@ -300,8 +302,7 @@ def _first(drawn: list[tuple[Document, Text]], most_bytes: float) -> list[tuple[
     return drawn[:count]
 
 
-def _in_turn(
-    candidates: Sequence[Sequence[tuple[Document, Text]]],
-) -> list[tuple[Document, Text]]:
-    rows = zip_longest(*candidates)
-    return [found for row in rows for found in row if found is not None]
+def in_turn(groups: Sequence[Sequence[T]]) -> list[T]:
+    """The first of each group, then the second of each, and so on."""
+    turns = max(map(len, groups), default=0)
+    return [group[turn] for turn in range(turns) for group in groups if turn < len(group)]

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +27,9 @@ from trimtab.store.manifest import read_manifest
 from trimtab.store.seats import HostKeys, Seats, read_seats, seats_path, write_seats
 from trimtab.types import Progress, silent
 
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
+
 
 def mount(
     config: MountConfig, *, host: HFModel | None = None, progress: Progress = silent
@@ -46,8 +51,8 @@ def mount(
     return _mount(
         config,
         host,
-        lambda probe: _probe_states(config, host, probe, progress),
-        lambda memory: host_keys(memory, host, progress),
+        partial(_probe_states, config, host, progress=progress),
+        partial(host_keys, host=host, progress=progress),
     )
 
 
@@ -61,21 +66,22 @@ def mount_with_control(
     Raises:
         AdapterError: As `mount`.
     """
-    read: list[HostStates] = []
-    made: list[HostKeys] = []
-
-    def states(probe: Probe) -> HostStates:
-        if not read:
-            read.append(_probe_states(config, host, probe, progress))
-        return read[0]
-
-    def keys(memory: Memory) -> HostKeys:
-        if not made:
-            made.append(host_keys(memory, host, progress))
-        return made[0]
-
+    states = _once(partial(_probe_states, config, host, progress=progress))
+    keys = _once(partial(host_keys, host=host, progress=progress))
     shuffled = config.model_copy(update={"shuffle": True})
     return _mount(config, host, states, keys), _mount(shuffled, host, states, keys)
+
+
+def _once(compute: Callable[[Asked], Found]) -> Callable[[Asked], Found]:
+    """The same for a caller that always asks about the same: it is computed once."""
+    found: list[Found] = []
+
+    def once(asked: Asked) -> Found:
+        if not found:
+            found.append(compute(asked))
+        return found[0]
+
+    return once
 
 
 def _probe_states(

@@ -109,15 +109,15 @@ class Live:
         Where host and small models have one vocabulary, the host's own tokens are the one cover:
         what follows them is then compared token by token, with no loss at any boundary.
 
-        Raises:
-            ModelError: A context is longer than the small models can read.
-
         Args:
             contexts: Bytes before each question.
             host_ids: The host's tokens of each context, without those that stand for no text.
             start: Tokens of the small models that all contexts go on from; no cover gives them
                 back (default: what the small models expect before any text).
             row: Keep the key-value caches of this row of a generation; then there is one context.
+
+        Raises:
+            ModelError: A context is longer than the small models can read.
         """
         reference, vocabulary = self._pair.reference, self._pair.vocabulary
         encode = reference.encode if start is None else reference.encode_following

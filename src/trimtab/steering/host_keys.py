@@ -1,5 +1,7 @@
 """A memory under a host's own states: it reads the memory's text once, and needs no map."""
 
+from dataclasses import replace
+
 import torch
 
 from trimtab.backends.hf import HFModel
@@ -45,4 +47,4 @@ def shuffled(keys: HostKeys, seed: int) -> HostKeys:
     """The control: each key stands before what followed another."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(keys.keys), generator=generator)
-    return HostKeys(keys.keys[order], keys.projection, keys.mean, keys.positions, keys.following)
+    return replace(keys, keys=keys.keys[order])
