@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.align import MAX_BACK, Alignment, Candidates, Cover, Strings, covers_of
+from trimtab.align.carry import Alignment, Candidates
+from trimtab.align.covers import MAX_BACK, Cover, covers_of
+from trimtab.align.strings import Strings
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.vocab import Vocabulary

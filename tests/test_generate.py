@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GenerationConfig
 
-from trimtab.align import covers_of
+from trimtab.align.covers import covers_of
 from trimtab.backends.chat import chat_prompt
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live

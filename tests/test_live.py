@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.align import covers_of
+from trimtab.align.covers import covers_of
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import Live, TokenTree
+from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair, open_pair
+from trimtab.backends.token_tree import TokenTree
 from trimtab.config import TuneConfig
 from trimtab.tune import tune
 
@@ -161,8 +162,8 @@ def test_a_byte_host_gets_next_byte_probabilities(
     pair: Pair, byte_host: HFModel, context: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With nothing passed over for speed, a byte host gets what the covers say, exactly.
-    monkeypatch.setattr("trimtab.align.REST_TOKENS", 512)
-    monkeypatch.setattr("trimtab.align.REST_SHARE", 0.0)
+    monkeypatch.setattr("trimtab.align.carry.REST_TOKENS", 512)
+    monkeypatch.setattr("trimtab.align.carry.REST_SHARE", 0.0)
     monkeypatch.setattr("trimtab.backends.live.MIN_WEIGHT", 0.0)
     live = Live(pair, byte_host.vocabulary)
     probs = host_probs(1, len(byte_host.vocabulary))

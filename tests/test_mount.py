@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_fit import DOMAIN, SMALL, fitted, recorded, tuned, write_texts
 
-from trimtab.align import Strings
+from trimtab.align.strings import Strings
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.carriers.memory import VALUE_BYTES, Memory, contexts_before, documents_of

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from trimtab.align import token_lengths
+from trimtab.align.strings import token_lengths
 from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model

@@ -6,11 +6,12 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from trimtab.align import Alignment, Candidates, Cover, Strings, covers_of
-from trimtab.backends.hf import HFModel
+from trimtab.align.carry import Alignment, Candidates
+from trimtab.align.covers import Cover, covers_of
+from trimtab.align.strings import Strings
 from trimtab.backends.pair import Pair
+from trimtab.backends.token_tree import ModelCache, TokenTree, run_tree
 from trimtab.errors import ModelError
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
@@ -24,58 +25,6 @@ class PairProbs(NamedTuple):
 
     expert: Tensor
     reference: Tensor
-
-
-@dataclass
-class TokenTree:
-    """Token sequences that share beginnings, each token once.
-
-    Attributes:
-        tokens: Token of each node; parents come before their children.
-        parents: Parent of each node, -1 for the first token of a sequence.
-        depths: Tokens before each node in its sequence.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    _children: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def add(self, sequence: Sequence[int]) -> int:
-        """Add a sequence; the node of its last token."""
-        node = -1
-        for depth, token in enumerate(sequence):
-            key = (node, token)
-            if key not in self._children:
-                self._children[key] = len(self.tokens)
-                self.tokens.append(token)
-                self.parents.append(node)
-                self.depths.append(depth)
-            node = self._children[key]
-        return node
-
-    def line(self, node: int) -> list[int]:
-        """Nodes from the first token of a sequence to this one."""
-        line = []
-        while node >= 0:
-            line.append(node)
-            node = self.parents[node]
-        return line[::-1]
-
-    def trunk(self) -> int:
-        """Number of nodes before the first branch: one line, on which all sequences begin."""
-        for node, parent in enumerate(self.parents):
-            if parent != node - 1:
-                return parent + 1
-        return len(self.tokens)
-
-    def visible(self) -> Tensor:
-        """Which nodes each node may attend to: itself and its ancestors, [nodes, nodes]."""
-        seen = torch.eye(len(self.tokens), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
 
 
 @final
@@ -163,9 +112,9 @@ class Live:
         if not tree.tokens:
             return torch.zeros(0, 1), torch.zeros(0, 1)
         cached = None if row is None else self._rows.setdefault(row, _Cached())
-        reference = _run(self._pair.reference, tree, cached.reference if cached else None)
+        reference = run_tree(self._pair.reference, tree, cached.reference if cached else None)
         with self._pair.as_expert() as expert:
-            return _run(expert, tree, cached.expert if cached else None), reference
+            return run_tree(expert, tree, cached.expert if cached else None), reference
 
     def _carry(
         self,
@@ -288,64 +237,8 @@ def _shared_length(lines: list[list[int]]) -> int:
 
 
 @dataclass
-class _ModelCache:
-    """Keys and values of the tokens that all covers of a row's last context shared."""
-
-    tokens: list[int] = field(default_factory=list)
-    cache: DynamicCache = field(default_factory=DynamicCache)
-    states: list[Tensor] = field(default_factory=list)
-
-    def shared_with(self, tree: TokenTree) -> int:
-        """Cut the cache to the tokens that begin the tree's trunk; how many they are."""
-        trunk = tree.trunk()
-        shared = 0
-        for ours, theirs in zip(self.tokens, tree.tokens[:trunk], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        self.tokens = self.tokens[:shared]
-        self.states = self.states[:shared]
-        self._cut(shared)
-        # A forward pass needs at least one token.
-        if shared == len(tree.tokens):
-            self._cut(shared - 1)
-            self.tokens, self.states = self.tokens[:-1], self.states[:-1]
-            shared -= 1
-        return shared
-
-    def keep(self, tree: TokenTree, states: Tensor) -> Tensor:
-        """Keep the trunk's keys and values; the states of all nodes, [nodes, hidden]."""
-        everything = [*self.states, *states]
-        trunk = tree.trunk()
-        self._cut(trunk)
-        self.tokens, self.states = tree.tokens[:trunk], everything[:trunk]
-        return torch.stack(everything)
-
-    def _cut(self, length: int) -> None:
-        # `crop` counts the tokens to remove, below zero.
-        self.cache.crop(min(0, length - self.cache.get_seq_length()))
-
-
-@dataclass
 class _Cached:
-    reference: _ModelCache = field(default_factory=_ModelCache)
-    expert: _ModelCache = field(default_factory=_ModelCache)
+    """What both models keep of a row's last context."""
 
-
-def _run(model: HFModel, tree: TokenTree, cached: _ModelCache | None) -> Tensor:
-    """Final hidden states of all nodes, shape [nodes, hidden]."""
-    past = cached.shared_with(tree) if cached else 0
-    visible = tree.visible()[past:]
-    blocked = torch.finfo(model.model.dtype).min
-    mask = torch.where(visible, 0.0, blocked).to(model.model.dtype)[None, None]
-    with torch.no_grad():
-        states = model.model.base_model(
-            input_ids=torch.tensor([tree.tokens[past:]], device=model.device),
-            position_ids=torch.tensor([tree.depths[past:]], device=model.device),
-            attention_mask=mask.to(model.device),
-            past_key_values=cached.cache if cached else None,
-            use_cache=cached is not None,
-        ).last_hidden_state[0]
-    if cached is None:
-        return states
-    return cached.keep(tree, states)
+    reference: ModelCache = field(default_factory=ModelCache)
+    expert: ModelCache = field(default_factory=ModelCache)

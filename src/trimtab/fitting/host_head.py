@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.align import Alignment, Strings, token_lengths
+from trimtab.align.carry import Alignment
+from trimtab.align.strings import Strings, token_lengths
 from trimtab.backends.hf import HFModel
 from trimtab.blend import BlendWeights, log_linear
 from trimtab.carriers.head import Head, HeadData, HeadSettings, fit_head

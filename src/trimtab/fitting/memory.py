@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trimtab.align import Strings
+from trimtab.align.strings import Strings
 from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
 from trimtab.carriers.gate import fit_gate

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trimtab.align import token_lengths
+from trimtab.align.strings import token_lengths
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
 from trimtab.store.recording import Recording
 from trimtab.unembedding import Unembedding

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimtab.align import token_lengths
+from trimtab.align.strings import token_lengths
 from trimtab.backends.hf import HFModel
 from trimtab.store.files import writing_atomically
 from trimtab.store.local import trimtab_home

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.align import Strings
+from trimtab.align.strings import Strings
 from trimtab.carriers.memory import VALUE_BYTES, Memory
 
 FOLLOWED_SHARE = 0.5

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trimtab.align import Strings
+from trimtab.align.strings import Strings
 from trimtab.anchors import (
     Anchors,
     Reading,

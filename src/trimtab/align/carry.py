@@ -1,161 +1,25 @@
-"""From a small model's next-token distribution to a host's tokens, on bytes. Pure.
+"""Carries a small model's next-token distribution over to a host's tokens.
 
 At a host's decoding step the context is a byte string. The small model may have read it as
-several token sequences; each is a cover: tokens that it has read, and a rest that its next token
-must begin with. The idea of covers is that of byte-level sampling from token models (Vieira et
-al. 2024, "From Language Models over Tokens to Language Models over Characters"; Hayase et al.
-2025, "Sampling from Your Language Model One Byte at a Time"); see docs/method.md for what is
-exact here and what is not.
+several token sequences (`covers.py`): after each, its next token either starts where the context
+ends, or begins with a rest of the context and goes beyond it.
 """
 
 import bisect
-import codecs
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from trimtab.align.strings import Strings, successor
 from trimtab.vocab import Vocabulary
-
-Encode = Callable[[str], Sequence[int]]
-
-MAX_BACK = 2
-"""Last tokens of the context that a longer token may replace."""
 
 REST_TOKENS = 64
 """Likeliest tokens that are followed one by one where a token must begin with a rest."""
 
 REST_SHARE = 1e-3
 """Tokens with a smaller share than this are not followed."""
-
-
-@dataclass(frozen=True)
-class Cover:
-    """One way in which a small model may have read a context.
-
-    Attributes:
-        tokens: What it has read.
-        rest: Bytes that its next token must begin with, and go beyond.
-    """
-
-    tokens: tuple[int, ...]
-    rest: bytes
-
-
-@dataclass(frozen=True)
-class Strings:
-    """A vocabulary in byte order, to find all tokens that begin with given bytes."""
-
-    vocabulary: Vocabulary
-
-    @cached_property
-    def _sorted(self) -> tuple[list[bytes], list[int]]:
-        pairs = sorted(self.vocabulary.ids_by_bytes.items())
-        return [text for text, _ in pairs], [token_id for _, token_id in pairs]
-
-    @cached_property
-    def longest(self) -> int:
-        """Bytes of the longest token."""
-        return max(len(text) for text in self._sorted[0])
-
-    @cached_property
-    def _longer(self) -> dict[bytes, Tensor]:
-        return {}
-
-    def longer_than(self, start: bytes) -> Tensor:
-        """Ids of the tokens that begin with `start` and go beyond it, in byte order."""
-        if start not in self._longer:
-            texts, ids = self._sorted
-            first = bisect.bisect_right(texts, start)
-            after = _successor(start)
-            last = len(texts) if after is None else bisect.bisect_left(texts, after)
-            self._longer[start] = torch.tensor(ids[first:last], dtype=torch.long)
-        return self._longer[start]
-
-    def first_token(self, text: bytes) -> int:
-        """The longest token that begins a text; -1 if none does."""
-        ids = self.vocabulary.ids_by_bytes
-        for length in range(min(len(text), self.longest), 0, -1):
-            if text[:length] in ids:
-                return ids[text[:length]]
-        return -1
-
-
-def _successor(start: bytes) -> bytes | None:
-    """The first byte string after all that begin with `start`; None if there is none."""
-    stripped = start.rstrip(b"\xff")
-    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
-
-
-def covers_of(context: bytes, encode: Encode, small: Vocabulary) -> list[Cover]:
-    """Ways to read a context, from the context alone.
-
-    The first is the tokenizer's own; then its last tokens are given back for a longer token to
-    take their place; then the bytes of a character that the end cuts, as tokens; then what the
-    tokenizer would do if a word followed (a run of spaces then leaves its last space to that
-    word).
-
-    Args:
-        context: The bytes so far; the end may cut a character. Other bytes that are not UTF-8
-            (a window that begins inside a character, a host's slip) are passed over.
-        encode: The small model's tokenizer.
-        small: The small model's vocabulary.
-    """
-    text, cut = _readable(context)
-    tokens = tuple(encode(text))
-    covers = [Cover(tokens, cut)]
-    for back in range(1, min(MAX_BACK, len(tokens)) + 1):
-        rest = b"".join(small.token_bytes[t] or b"" for t in tokens[-back:]) + cut
-        covers.append(Cover(tokens[:-back], rest))
-    covers += _into_a_character(tokens, cut, small)
-    if text[-1:].isspace() and not cut:
-        covers += _before_a_word(text, encode, small.token_bytes, {c.tokens for c in covers})
-    return covers
-
-
-def _into_a_character(tokens: tuple[int, ...], cut: bytes, small: Vocabulary) -> list[Cover]:
-    """Ways to read at least one token of a character's first bytes."""
-    covers = []
-    for size in range(1, len(cut) + 1):
-        token_id = small.ids_by_bytes.get(cut[:size])
-        if token_id is not None:
-            longer, rest = (*tokens, token_id), cut[size:]
-            covers += [Cover(longer, rest), *_into_a_character(longer, rest, small)]
-    return covers
-
-
-def _before_a_word(
-    text: str,
-    encode: Encode,
-    token_bytes: Sequence[bytes | None],
-    known: set[tuple[int, ...]],
-) -> list[Cover]:
-    pieces = [(token, token_bytes[token] or b"") for token in encode(text + "x")]
-    spelled = b"".join(piece for _, piece in pieces)
-    # It may begin with a tokenizer's own space; one that cannot write all of it has no say.
-    if not spelled.endswith(text.encode() + b"x"):
-        return []
-    kept, size, end = [], 0, len(spelled) - 1
-    for token, piece in pieces:
-        if size + len(piece) > end:
-            break
-        kept.append(token)
-        size += len(piece)
-    covers = [Cover(tuple(kept), spelled[size:end])]
-    if size == end and kept:
-        # "x" stood alone; another word may take the space before it along.
-        last = token_bytes[kept[-1]] or b""
-        covers.append(Cover(tuple(kept[:-1]), last))
-    return [cover for cover in covers if cover.tokens not in known]
-
-
-def _readable(context: bytes) -> tuple[str, bytes]:
-    """The text before a character that the end cuts, and that character's first bytes."""
-    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-    text = decoder.decode(context)
-    return text, decoder.getstate()[0]
 
 
 @dataclass(frozen=True)
@@ -188,7 +52,7 @@ class Candidates:
     def beginning_with(self, start: bytes) -> Tensor:
         """Places of the candidates that begin with `start`, it included."""
         first = bisect.bisect_left(self.texts, start)
-        after = _successor(start)
+        after = successor(start)
         last = len(self.texts) if after is None else bisect.bisect_left(self.texts, after)
         return self.order[first:last]
 
@@ -311,8 +175,3 @@ def _firsts(vocabulary: Vocabulary, strings: Strings) -> Tensor:
     return torch.tensor(
         [strings.first_token(text) if text else -1 for text in vocabulary.token_bytes]
     )
-
-
-def token_lengths(vocabulary: Vocabulary) -> Tensor:
-    """Bytes of each token, 0 for special ones, shape [vocab]."""
-    return torch.tensor([len(text or b"") for text in vocabulary.token_bytes])

@@ -1,0 +1,1 @@
+"""From a small model's next-token distribution to a host's tokens, on bytes. Pure."""

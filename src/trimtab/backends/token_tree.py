@@ -1,0 +1,126 @@
+"""Token sequences that share beginnings, run through a model as one tree."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trimtab.backends.hf import HFModel
+
+
+@dataclass
+class TokenTree:
+    """Token sequences that share beginnings, each token once.
+
+    Attributes:
+        tokens: Token of each node; parents come before their children.
+        parents: Parent of each node, -1 for the first token of a sequence.
+        depths: Tokens before each node in its sequence.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, sequence: Sequence[int]) -> int:
+        """Add a sequence; the node of its last token."""
+        node = -1
+        for depth, token in enumerate(sequence):
+            key = (node, token)
+            if key not in self._children:
+                self._children[key] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.depths.append(depth)
+            node = self._children[key]
+        return node
+
+    def line(self, node: int) -> list[int]:
+        """Nodes from the first token of a sequence to this one."""
+        line = []
+        while node >= 0:
+            line.append(node)
+            node = self.parents[node]
+        return line[::-1]
+
+    def trunk(self) -> int:
+        """Number of nodes before the first branch: one line, on which all sequences begin."""
+        for node, parent in enumerate(self.parents):
+            if parent != node - 1:
+                return parent + 1
+        return len(self.tokens)
+
+    def visible(self) -> Tensor:
+        """Which nodes each node may attend to: itself and its ancestors, [nodes, nodes]."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+
+@dataclass
+class ModelCache:
+    """Keys and values of the tokens that all covers of a row's last context shared."""
+
+    tokens: list[int] = field(default_factory=list)
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    states: list[Tensor] = field(default_factory=list)
+
+    def shared_with(self, tree: TokenTree) -> int:
+        """Cut the cache to the tokens that begin the tree's trunk; how many they are."""
+        trunk = tree.trunk()
+        shared = 0
+        for ours, theirs in zip(self.tokens, tree.tokens[:trunk], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        self.tokens = self.tokens[:shared]
+        self.states = self.states[:shared]
+        self._cut(shared)
+        # A forward pass needs at least one token.
+        if shared == len(tree.tokens):
+            self._cut(shared - 1)
+            self.tokens, self.states = self.tokens[:-1], self.states[:-1]
+            shared -= 1
+        return shared
+
+    def keep(self, tree: TokenTree, states: Tensor) -> Tensor:
+        """Keep the trunk's keys and values; the states of all nodes, [nodes, hidden]."""
+        everything = [*self.states, *states]
+        trunk = tree.trunk()
+        self._cut(trunk)
+        self.tokens, self.states = tree.tokens[:trunk], everything[:trunk]
+        return torch.stack(everything)
+
+    def _cut(self, length: int) -> None:
+        # `crop` counts the tokens to remove, below zero.
+        self.cache.crop(min(0, length - self.cache.get_seq_length()))
+
+
+def run_tree(model: HFModel, tree: TokenTree, cached: ModelCache | None) -> Tensor:
+    """Final hidden states of all nodes, shape [nodes, hidden].
+
+    Args:
+        model: Decoder-only.
+        tree: The sequences.
+        cached: Keeps what the sequences of this tree share, for the next tree that begins alike.
+    """
+    past = cached.shared_with(tree) if cached else 0
+    visible = tree.visible()[past:]
+    blocked = torch.finfo(model.model.dtype).min
+    mask = torch.where(visible, 0.0, blocked).to(model.model.dtype)[None, None]
+    with torch.no_grad():
+        states = model.model.base_model(
+            input_ids=torch.tensor([tree.tokens[past:]], device=model.device),
+            position_ids=torch.tensor([tree.depths[past:]], device=model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=cached.cache if cached else None,
+            use_cache=cached is not None,
+        ).last_hidden_state[0]
+    if cached is None:
+        return states
+    return cached.keep(tree, states)
