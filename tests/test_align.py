@@ -1,5 +1,6 @@
 """Carrying distributions over byte strings, against small vocabularies spelled out."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from trimtab.align.carry import Alignment, Candidates
 from trimtab.align.covers import MAX_BACK, Cover, covers_of
-from trimtab.align.strings import Strings
+from trimtab.align.strings import Encode, Strings
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.vocab import Vocabulary
@@ -59,18 +60,95 @@ def test_the_first_token_is_the_longest(vocabulary: Vocabulary, text: bytes) -> 
 
 @steady
 @given(host=vocabularies, start=pieces, data=st.data())
-def test_candidates_by_their_beginnings(
+def test_the_longest_candidate_that_begins_a_text(
     host: Vocabulary, start: bytes, data: st.DataObject
 ) -> None:
     ids = data.draw(st.lists(st.sampled_from(range(len(host))), min_size=1, unique=True))
     found = Candidates.of(torch.tensor(ids), host)
     texts = [host.token_bytes[i] or b"" for i in ids]
-    begun = found.beginning_with(start)
-    assert begun.dtype == torch.long
-    assert sorted(begun.tolist()) == [p for p, t in enumerate(texts) if t and t.startswith(start)]
     longest = found.longest_beginning(start)
     begins = [text for text in texts if text and start.startswith(text)]
     assert texts[longest] == max(begins, key=len) if begins else longest == -1
+
+
+texts = st.text(st.sampled_from("the rudder  \n\tturns, é€😀_(89"), max_size=40)
+
+
+@cache
+def strings_of(ref: str) -> Strings:
+    model = open_model(ref, dtype="float32")
+    return Strings(model.vocabulary, model.encode_following)
+
+
+@pytest.mark.parametrize("ref", ["tiny:llama?vocab=bpe", "tiny:llama"])
+@steady
+@given(text=texts)
+def test_what_a_tokenizer_does_is_never_forbidden(ref: str, text: str) -> None:
+    found = strings_of(ref)
+    assert found.encode
+    ids = list(found.encode(text))
+    pieces = [found.vocabulary.token_bytes[i] or b"" for i in ids]
+    for place in range(len(ids) - 1):
+        for after in (pieces[place + 1], b"".join(pieces[place + 1 :])):
+            assert found.still_ends(ids[place], after)
+
+
+@steady
+@given(word=st.sampled_from(["The", "rudder", "turns", " ship", "return"]), cut=st.integers(1, 5))
+def test_a_token_does_not_end_inside_another(word: str, cut: int) -> None:
+    found = strings_of("tiny:llama?vocab=bpe")
+    assert found.encode
+    whole, first = list(found.encode(word)), list(found.encode(word[:cut]))
+    if len(whole) == len(first) == 1 and whole != first:
+        assert not found.still_ends(first[0], word[cut:].encode())
+
+
+def test_without_a_tokenizer_the_longest_token_wins() -> None:
+    found = Strings(Vocabulary((b"u", b"u8", b"8", b"x", None)))
+    assert not found.still_ends(0, b"8") and not found.still_ends(0, b"8x")
+    assert found.still_ends(0, b"x") and found.still_ends(1, b"8") and found.still_ends(4, b"8")
+    assert found.leaves == frozenset()
+
+
+def runs_before_words(spaces: int) -> Encode:
+    """A tokenizer of letters and runs of spaces, of which a word takes so many as its own."""
+    token_bytes = run_vocabulary(spaces).token_bytes
+
+    def encode(text: str) -> list[int]:
+        parts = re.findall(rf" +(?= {{{spaces}}}x)| {{{spaces}}}x| +|.|\n", text)
+        return [token_bytes.index(part.encode()) for part in parts]
+
+    return encode
+
+
+def run_vocabulary(spaces: int) -> Vocabulary:
+    return Vocabulary((b" ", b"  ", b"   ", b"    ", b"x", b" " * spaces + b"x", b"a", b"\n"))
+
+
+def test_a_run_of_spaces_is_one_longer_where_no_word_takes_its_last() -> None:
+    takes, leaves = (Strings(run_vocabulary(n), runs_before_words(n)) for n in (0, 1))
+    assert leaves.leaves == {b" "} and takes.leaves == frozenset()
+    # The small "  " stands before " x" where the host's "   " stands before "x", and conversely.
+    probs = torch.tensor([[0.1, 0.6, 0.1, 0.1, 0.05, 0.05, 0.0, 0.0]])
+    host_probs = torch.tensor([[0.02, 0.03, 0.7, 0.05, 0.1, 0.1, 0.0, 0.0]])
+    every = torch.arange(8)
+    to_taker = Alignment(leaves, takes)
+    assert to_taker.other_small.tolist() == [-1, 0, 1, 2, -1, -1, -1, -1]
+    found = to_taker.to_host(probs, host_probs, every)[0]
+    assert float(found[2]) > 0.5 and float(found.sum()) == pytest.approx(1)
+    to_leaver = Alignment(takes, leaves)
+    assert to_leaver.other_small.tolist() == [1, 2, 3, -1, -1, -1, -1, -1]
+    host_probs = torch.tensor([[0.7, 0.02, 0.03, 0.05, 0.1, 0.1, 0.0, 0.0]])
+    found = to_leaver.to_host(probs, host_probs, every)[0]
+    assert float(found[0]) > 0.5 and float(found.sum()) == pytest.approx(1)
+    assert Alignment(leaves, leaves).other_small.tolist() == [-1] * 8
+    # The same after a rest: the small "   " before " x" is the host's "   " after " ".
+    rest = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    host_probs = torch.tensor([0.02, 0.03, 0.7, 0.05, 0.1, 0.1, 0.0, 0.0])
+    candidates = Candidates.of(every, takes.vocabulary)
+    found = to_taker.rest_to_host(rest, b" ", host_probs, candidates)
+    assert float(found[1] + found[2]) == pytest.approx(1)
+    assert float(found[2]) == pytest.approx(0.7 / 0.73)
 
 
 def test_equal_vocabularies_carry_a_distribution_unchanged() -> None:
@@ -179,8 +257,8 @@ def test_a_rest_is_continued_by_what_follows_it() -> None:
     probs = torch.tensor([0.5, 0.2, 0.1, 0.05, 0.05, 0.1])
     host_probs = torch.tensor([0.3, 0.1, 0.15, 0.05, 0.4])
     found = both.rest_to_host(probs, b"ru", host_probs, candidates)
-    # Given "ru" and more: rudder 0.5, run 0.25, rud 0.25.
-    oracle = torch.tensor([0.5 + 0.25 * 0.75, 0.25 * 0.25, 0.25 * 0.75, 0.25 * 0.25, 0.0])
+    # Given "ru" and more: rudder 0.5, run 0.25, rud 0.25; after "ru" "dder" is of "rudder" alone.
+    oracle = torch.tensor([0.5, 0.25, 0.25 * 0.75, 0.25 * 0.25, 0.0])
     torch.testing.assert_close(found, oracle)
 
 

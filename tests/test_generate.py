@@ -464,7 +464,7 @@ def decided_live(host: HFModel) -> Live:
     for model in pair:
         with torch.no_grad():
             model.unembedding.weight.mul_(10)
-    return Live(Pair(*pair), host.vocabulary)
+    return Live(Pair(*pair), host)
 
 
 def reference_blends(host: HFModel, pair: Pair, ids: list[int], small_ids: list[int]) -> Tensor:

@@ -114,7 +114,7 @@ def test_the_trunk_ends_at_the_first_branch() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tree_is_read_as_each_sequence_alone(family: str) -> None:
     model = open_model(f"tiny:{family}?vocab=bpe", dtype="float32")
-    live = Live(Pair(model, model), model.vocabulary)
+    live = Live(Pair(model, model), model)
     reading = live.read(CONTEXTS)
     start = model.context_ids()
     for ways, ends in zip(reading.covers, reading.ends, strict=True):
@@ -126,7 +126,7 @@ def test_a_tree_is_read_as_each_sequence_alone(family: str) -> None:
 def test_the_same_vocabulary_gives_the_small_models_own_distribution(
     pair: Pair, same_host: HFModel
 ) -> None:
-    live = Live(pair, same_host.vocabulary)
+    live = Live(pair, same_host)
     contexts = [b"The small rudder", b"The small rudder turns the large one,"]
     probs = host_probs(2, len(same_host.vocabulary))
     is_text = torch.tensor([text is not None for text in same_host.vocabulary.token_bytes])
@@ -165,7 +165,7 @@ def test_a_byte_host_gets_next_byte_probabilities(
     monkeypatch.setattr("trimtab.align.carry.REST_TOKENS", 512)
     monkeypatch.setattr("trimtab.align.carry.REST_SHARE", 0.0)
     monkeypatch.setattr("trimtab.backends.live.MIN_WEIGHT", 0.0)
-    live = Live(pair, byte_host.vocabulary)
+    live = Live(pair, byte_host)
     probs = host_probs(1, len(byte_host.vocabulary))
     for side, found in enumerate(scores(live, [context], probs)):
         given_text = found[0, :256] / found[0, :256].sum()
@@ -178,9 +178,9 @@ def test_a_byte_host_gets_next_byte_probabilities(
 def test_many_contexts_are_scored_as_one_by_one(
     pair: Pair, host: str, request: pytest.FixtureRequest
 ) -> None:
-    vocabulary = request.getfixturevalue(host).vocabulary
-    live = Live(pair, vocabulary)
-    probs = host_probs(len(CONTEXTS), len(vocabulary))
+    model = request.getfixturevalue(host)
+    live = Live(pair, model)
+    probs = host_probs(len(CONTEXTS), len(model.vocabulary))
     together = scores(live, CONTEXTS, probs)
     alone = [scores(live, [c], probs[i : i + 1]) for i, c in enumerate(CONTEXTS)]
     for side in (0, 1):
@@ -196,9 +196,9 @@ def test_many_contexts_are_scored_as_one_by_one(
 def test_a_kept_cache_changes_nothing(
     pair: Pair, host: str, request: pytest.FixtureRequest
 ) -> None:
-    vocabulary = request.getfixturevalue(host).vocabulary
-    cached, plain = Live(pair, vocabulary), Live(pair, vocabulary)
-    probs = host_probs(1, len(vocabulary))
+    model = request.getfixturevalue(host)
+    cached, plain = Live(pair, model), Live(pair, model)
+    probs = host_probs(1, len(model.vocabulary))
     growing = [b"The small rudder turns the  ship\n"[:n] for n in (1, 4, 9, 10, 11, 26, 28, 33)]
     # It goes back, repeats itself, and turns to another text.
     other = [b"The small", b"The small", b"def f(x):\n    return", b"", b"The"]
@@ -209,7 +209,7 @@ def test_a_kept_cache_changes_nothing(
 
 
 def test_rows_keep_their_own_caches(pair: Pair, byte_host: HFModel) -> None:
-    live, plain = Live(pair, byte_host.vocabulary), Live(pair, byte_host.vocabulary)
+    live, plain = Live(pair, byte_host), Live(pair, byte_host)
     probs = host_probs(1, len(byte_host.vocabulary))
     for row, context in ((0, b"The ship"), (1, b"A rudder"), (0, b"The ship is"), (1, b"A rud")):
         found, oracle = scores(live, [context], probs, row=row), scores(plain, [context], probs)
@@ -221,7 +221,7 @@ def test_given_tokens_are_read_first_and_never_given_back(family: str) -> None:
     model = open_model(f"tiny:{family}?vocab=bpe", dtype="float32")
     start = model.encode("<user>The<eos><assistant>", markup=True)
     assert model.vocabulary.eos_id in start
-    reading = Live(Pair(model, model), model.vocabulary).read(CONTEXTS, start=start)
+    reading = Live(Pair(model, model), model).read(CONTEXTS, start=start)
     for context, ways, ends in zip(CONTEXTS, reading.covers, reading.ends, strict=True):
         assert ways == covers_of(context, model.encode, model.vocabulary)
         for cover, end in zip(ways, ends, strict=True):
@@ -238,7 +238,7 @@ def test_after_given_tokens_the_same_vocabulary_has_the_pairs_own_distribution()
     is_text = torch.tensor([text is not None for text in one.vocabulary.token_bytes])
     probs = host_probs(len(contexts), len(is_text)) * is_text
     probs = probs / probs.sum(-1, keepdim=True)
-    live = Live(small, one.vocabulary)
+    live = Live(small, one)
     for row in (None, 0):
         for context, host in zip(contexts, probs.split(1), strict=True):
             reading = live.read([context], start=start, row=row)
@@ -252,7 +252,7 @@ def test_after_given_tokens_the_same_vocabulary_has_the_pairs_own_distribution()
 
 
 def test_a_kept_cache_after_given_tokens_changes_nothing(pair: Pair, byte_host: HFModel) -> None:
-    cached, plain = Live(pair, byte_host.vocabulary), Live(pair, byte_host.vocabulary)
+    cached, plain = Live(pair, byte_host), Live(pair, byte_host)
     probs, every = host_probs(1, len(byte_host.vocabulary)), torch.arange(len(byte_host.vocabulary))
     starts = [pair.reference.encode(text, markup=True) for text in ("<user>a<eos>", "<bos>b")]
     for start in starts:
@@ -267,14 +267,14 @@ def test_a_kept_cache_after_given_tokens_changes_nothing(pair: Pair, byte_host: 
 
 def test_nothing_read_leaves_the_host_as_it_is(pair: Pair, same_host: HFModel) -> None:
     # Without a beginning-of-text token the small model cannot speak before the first token.
-    live = Live(pair, same_host.vocabulary)
+    live = Live(pair, same_host)
     probs = host_probs(1, len(same_host.vocabulary))
     expert, reference = scores(live, [b""], probs)
     assert torch.equal(expert, probs) and torch.equal(reference, probs)
 
 
 def test_the_end_of_a_text_is_left_to_the_host(pair: Pair, byte_host: HFModel) -> None:
-    live = Live(pair, byte_host.vocabulary)
+    live = Live(pair, byte_host)
     probs = host_probs(1, len(byte_host.vocabulary))
     end = byte_host.vocabulary.eos_id
     expert, reference = scores(live, [b"The small rudder turns"], probs)
@@ -283,7 +283,7 @@ def test_the_end_of_a_text_is_left_to_the_host(pair: Pair, byte_host: HFModel) -
 
 
 def test_the_expert_has_learned_more_than_the_reference(pair: Pair, byte_host: HFModel) -> None:
-    live = Live(pair, byte_host.vocabulary)
+    live = Live(pair, byte_host)
     text = TEXT.encode()
     contexts = [text[:n] for n in range(20, 60)]
     probs = host_probs(len(contexts), len(byte_host.vocabulary))
@@ -297,7 +297,7 @@ def test_the_references_own_states_are_those_of_the_plain_text(
     pair: Pair, byte_host: HFModel
 ) -> None:
     contexts = CONTEXTS[:6]
-    reading = Live(pair, byte_host.vocabulary).read(contexts)
+    reading = Live(pair, byte_host).read(contexts)
     found = reading.reference_states(range(len(contexts)))
     for context, state in zip(contexts[:5], found, strict=False):
         ids = pair.reference.context_ids() + pair.reference.encode(context.decode())
@@ -306,3 +306,27 @@ def test_the_references_own_states_are_those_of_the_plain_text(
         torch.testing.assert_close(state, plain, atol=1e-4, rtol=1e-3)
     # No token of its own ends where the context cuts a character.
     assert found[5] is None
+
+
+def test_a_token_that_the_host_has_ended_does_not_go_on(
+    same_host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.backends.live.ASKED_TOKENS", 256)
+    # Byte models beside a host with longer tokens: after "T" no "h" where "Th" is a token.
+    one, two = (open_model(f"tiny:llama?seed={seed}", dtype="float32") for seed in (1, 2))
+    live, token_bytes = Live(Pair(one, two), same_host), same_host.vocabulary.token_bytes
+    longer = next(
+        text
+        for text in token_bytes
+        if text and len(text) == 2 and text.isalpha() and text.isascii()
+    )
+    assert len(same_host.encode(longer.decode())) == 1
+    last = same_host.vocabulary.ids_by_bytes[longer[:1]]
+    goes_on = [i for i, text in enumerate(token_bytes) if text and text.startswith(longer[1:])]
+    every, probs = torch.arange(len(token_bytes)), host_probs(1, len(token_bytes))
+    for ids, forbidden in (([[last]], True), (None, False)):
+        reading = live.read([longer[:1]], host_ids=ids)
+        found = live.score(reading, range(1), probs, every)
+        for side in found:
+            assert (float(side[0, goes_on].sum()) == 0.0) is forbidden
+            assert float(side.sum()) == pytest.approx(1, abs=1e-3)

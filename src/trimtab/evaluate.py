@@ -196,7 +196,7 @@ class _Bench:
             heads=_heads(mounted, control),
             memories=_memories(mounted, control, rows),
             bias=static_bias(mounted, host) if "bias" in rows else None,
-            live=Live(pair, host.vocabulary) if pair and {*LIVE_ROWS} & set(rows) else None,
+            live=Live(pair, host) if pair and {*LIVE_ROWS} & set(rows) else None,
             blend=manifest.blend,
         )
         return _Bench(config, host, mounted, rows, steers, pair, settings.cache)

@@ -6,13 +6,14 @@ ends, or begins with a rest of the context and goes beyond it.
 """
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from trimtab.align.strings import Strings, successor
+from trimtab.align.strings import KEPT_ANSWERS, Strings
 from trimtab.vocab import Vocabulary
 
 REST_TOKENS = 64
@@ -20,6 +21,9 @@ REST_TOKENS = 64
 
 REST_SHARE = 1e-3
 """Tokens with a smaller share than this are not followed."""
+
+HOST_TOKENS = 256
+"""Likeliest host tokens among which those are sought that such a token leads to."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,6 @@ class Candidates:
             token_ids, texts, torch.tensor([place for _, place in pairs], dtype=torch.long)
         )
 
-    def beginning_with(self, start: bytes) -> Tensor:
-        """Places of the candidates that begin with `start`, it included."""
-        first = bisect.bisect_left(self.texts, start)
-        after = successor(start)
-        last = len(self.texts) if after is None else bisect.bisect_left(self.texts, after)
-        return self.order[first:last]
-
     def longest_beginning(self, text: bytes) -> int:
         """Place of the longest candidate that begins `text`; -1 if none does."""
         for length in range(len(text), 0, -1):
@@ -83,6 +80,28 @@ class Alignment:
         return _firsts(self.host.vocabulary, self.small)
 
     @cached_property
+    def other_small(self) -> Tensor:
+        """For each host token, another small token that may begin it as well; -1 if none."""
+        texts = self.host.vocabulary.token_bytes
+        return torch.tensor([self._other_first(text) if text else -1 for text in texts])
+
+    def _other_first(self, run: bytes) -> int:
+        """What begins a run of white space where only one tokenizer leaves its last to a word.
+
+        Then the run of one tokenizer is one longer than that of the other; if no word follows,
+        both are the same.
+        """
+        last = run[-1:]
+        if run.strip() or (last in self.small.leaves) == (last in self.host.leaves):
+            return -1
+        other = self.small.first_token(run[:-1] if last in self.small.leaves else run + last)
+        return -1 if other == self.small.first_token(run) else other
+
+    @cached_property
+    def _firsts_of(self) -> Callable[[bytes], tuple[int, int]]:
+        return lru_cache(KEPT_ANSWERS)(lambda t: (self.small.first_token(t), self._other_first(t)))
+
+    @cached_property
     def first_host(self) -> Tensor:
         """For each small token, the longest host token that begins it; -1 if none."""
         return _firsts(self.small.vocabulary, self.host)
@@ -102,9 +121,11 @@ class Alignment:
 
         A small token t lends its probability to the host tokens that begin with it (t is the
         longest small token that begins them), in the proportions in which the host itself
-        continues t: the small model says nothing there yet. A small token that no host token
-        begins with lends it to the longest host token that begins t. The result is the
-        distribution nearest to the host's (in KL) with the small model's first-token masses.
+        continues t: the small model says nothing there yet. A run of white space may begin with
+        two small tokens (`other_small`), and then gets a share of both. A small token that no host
+        token begins with lends its probability to the longest host token that begins t. Without
+        runs the result is the distribution nearest to the host's (in KL) with the small model's
+        first-token masses.
 
         Of host tokens that no small token leads to the small model says nothing, above all of
         those that end a text: they keep the host's probability, and the small model's distribution
@@ -121,11 +142,15 @@ class Alignment:
         first = self.first_small[token_ids]
         known = host_probs * (first >= 0)
         foreign = host_probs * self._is_foreign[token_ids]
-        first = first.clamp_min(0)
+        other = self.other_small[token_ids]
+        known_as_other = known * (other >= 0)
+        first, other = first.clamp_min(0), other.clamp_min(0)
         text_mass = probs[..., self._is_text].sum(-1, keepdim=True).clamp_min(1e-30)
         probs = probs * (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
         mass = torch.zeros_like(probs).index_add(-1, first, known)
-        carried = foreign + known * (probs / mass.clamp_min(1e-30))[:, first]
+        mass = mass.index_add(-1, other, known_as_other)
+        lent = probs / mass.clamp_min(1e-30)
+        carried = foreign + known * lent[:, first] + known_as_other * lent[:, other]
         place = torch.full((len(self.host.vocabulary),), -1)
         place[token_ids] = torch.arange(len(token_ids))
         target = torch.where(self.first_host >= 0, place[self.first_host.clamp_min(0)], -1)
@@ -152,15 +177,17 @@ class Alignment:
         if total <= 0:
             return host_probs
         carried = torch.zeros_like(host_probs)
+        led_to = self._led_to(rest, host_probs, candidates)
         top = chosen.topk(min(len(ids), REST_TOKENS))
         token_bytes = self.small.vocabulary.token_bytes
         for prob, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             if prob < REST_SHARE * total:
                 break
-            suffix = (token_bytes[int(ids[place])] or b"")[len(rest) :]
-            within = candidates.beginning_with(suffix)
+            token_id = int(ids[place])
+            within = torch.tensor(led_to.get(token_id, []), dtype=torch.long)
             shares = host_probs[within]
-            if len(within) and float(shares.sum()) > 0:
+            suffix = (token_bytes[token_id] or b"")[len(rest) :]
+            if float(shares.sum()) > 0:
                 carried[within] += prob / total * shares / shares.sum()
             elif (longest := candidates.longest_beginning(suffix)) >= 0:
                 carried[longest] += prob / total
@@ -169,6 +196,17 @@ class Alignment:
         foreign[candidates.order] = 0.0
         going_on = 1.0 - float(foreign.sum())
         return foreign + going_on * carried + (1.0 - followed) * (host_probs - foreign)
+
+    def _led_to(
+        self, rest: bytes, host_probs: Tensor, candidates: Candidates
+    ) -> dict[int, list[int]]:
+        """Places of the likeliest candidates by the small tokens that begin with rest and them."""
+        likely = host_probs[candidates.order].topk(min(len(candidates.order), HOST_TOKENS))
+        led_to: dict[int, list[int]] = {}
+        for place in likely.indices.tolist():
+            for token_id in self._firsts_of(rest + candidates.texts[place]):
+                led_to.setdefault(token_id, []).append(int(candidates.order[place]))
+        return led_to
 
 
 def _firsts(vocabulary: Vocabulary, strings: Strings) -> Tensor:

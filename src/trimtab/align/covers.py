@@ -7,12 +7,11 @@ is not.
 """
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trimtab.align.strings import Encode
 from trimtab.vocab import Vocabulary
-
-Encode = Callable[[str], Sequence[int]]
 
 MAX_BACK = 2
 """Last tokens of the context that a longer token may replace."""

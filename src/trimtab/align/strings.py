@@ -1,20 +1,37 @@
-"""A vocabulary as strings: which tokens begin with given bytes, which begins a text."""
+"""A vocabulary as strings: which tokens begin with given bytes, and where a tokenizer cuts."""
 
 import bisect
+import codecs
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from trimtab.vocab import Vocabulary
 
+Encode = Callable[[str], Sequence[int]]
+
+KEPT_ANSWERS = 1 << 18
+"""Answers of a tokenizer that are kept."""
+
+SPACES = (b" ", b"\n")
+"""White space that makes up the runs on which tokenizers differ."""
+
 
 @dataclass(frozen=True)
 class Strings:
-    """A vocabulary in byte order, to find all tokens that begin with given bytes."""
+    """A vocabulary in byte order, to find all tokens that begin with given bytes.
+
+    Attributes:
+        vocabulary: The bytes of every token id.
+        encode: Its tokenizer, for text that follows other text. Without one the longest token
+            that begins a text is taken to be the tokenizer's choice.
+    """
 
     vocabulary: Vocabulary
+    encode: Encode | None = None
 
     @cached_property
     def _sorted(self) -> tuple[list[bytes], list[int]]:
@@ -47,6 +64,43 @@ class Strings:
             if text[:length] in ids:
                 return ids[text[:length]]
         return -1
+
+    def still_ends(self, token_id: int, following: bytes) -> bool:
+        """Whether the tokenizer ends a token where it does if `following` comes after it.
+
+        A byte-pair tokenizer mostly takes the longest token, and where it does not it is asked.
+        """
+        piece = self.vocabulary.token_bytes[token_id]
+        if not piece or self.first_token(piece + following) == token_id:
+            return True
+        return self._asked(token_id, piece + following)
+
+    @cached_property
+    def _asked(self) -> Callable[[int, bytes], bool]:
+        return lru_cache(KEPT_ANSWERS)(self._ask)
+
+    def _ask(self, token_id: int, whole: bytes) -> bool:
+        if self.encode is None:
+            return False
+        try:
+            text = codecs.getincrementaldecoder("utf-8")().decode(whole)
+        except UnicodeDecodeError:
+            return True
+        # The last of a run of white space may go to a word that is not here yet.
+        texts = [text, f"{text}x"] if text[-1:].isspace() else [text]
+        return any(list(self.encode(text)[:1]) == [token_id] for text in texts)
+
+    @cached_property
+    def leaves(self) -> frozenset[bytes]:
+        """The white space of which the last of a run goes to the word after it, as in GPT-2."""
+        return frozenset(space for space in SPACES if self._leaves(space.decode()))
+
+    def _leaves(self, space: str) -> bool:
+        ends, size = set[int](), 0
+        for token_id in self.encode(f"a{3 * space}x") if self.encode else ():
+            size += len(self.vocabulary.token_bytes[token_id] or b"")
+            ends.add(size)
+        return 3 in ends and 2 not in ends
 
 
 def successor(start: bytes) -> bytes | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from trimtab.align.carry import Alignment, Candidates
 from trimtab.align.covers import Cover, covers_of
 from trimtab.align.strings import Strings
+from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_tree
 from trimtab.errors import ModelError
@@ -18,6 +19,9 @@ from trimtab.vocab import Vocabulary
 
 MIN_WEIGHT = 5e-3
 """Covers that are less likely than this are passed over."""
+
+ASKED_TOKENS = 64
+"""Likeliest small tokens of which it is asked whether the host would still cut before them."""
 
 
 class PairProbs(NamedTuple):
@@ -31,14 +35,15 @@ class PairProbs(NamedTuple):
 class Live:
     """An expert and its reference, asked about a host's next tokens from the same bytes."""
 
-    def __init__(self, pair: Pair, host: Vocabulary) -> None:
-        """Align the pair's vocabulary with the host's."""
+    def __init__(self, pair: Pair, host: HFModel) -> None:
+        """Align the pair's tokenizer with the host's."""
         self._pair = pair
-        self._strings = Strings(pair.vocabulary)
-        self._host = host
-        self.alignment = Alignment(self._strings, Strings(host))
+        self.alignment = Alignment(
+            Strings(pair.vocabulary, pair.reference.encode_following),
+            Strings(host.vocabulary, host.encode_following),
+        )
         self._rows: dict[int, _Cached] = {}
-        self._one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host)
+        self._one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host.vocabulary)
 
     @property
     def pair(self) -> Pair:
@@ -56,7 +61,9 @@ class Live:
         """Run both models over contexts, as one tree: contexts that begin alike share tokens.
 
         Where host and small models have one vocabulary, the host's own tokens are the one cover:
-        what follows them is then compared token by token, with no loss at any boundary.
+        what follows them is then compared token by token, with no loss at any boundary. Elsewhere
+        the last of them tells where the host has ended a token, and hence how the text does not
+        go on: after the token `u` never with `8` if `u8` is a token.
 
         Args:
             contexts: Bytes before each question.
@@ -85,7 +92,8 @@ class Live:
             )
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
-        return LiveReading(tree, covers, ends, *self._states(tree, row))
+        lasts = [ids[-1] if ids else None for ids in host_ids or [()] * len(contexts)]
+        return LiveReading(tree, covers, ends, lasts, *self._states(tree, row))
 
     def score(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, token_ids: Tensor
@@ -98,7 +106,7 @@ class Live:
             host_probs: The host's own probabilities, shape [questions, candidates].
             token_ids: The candidates, shape [candidates].
         """
-        candidates = Candidates.of(token_ids, self._host)
+        candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
         ways = [_Ways(reading, question) for question in questions]
         sides = (
             (reading.expert, self._pair.expert_unembedding),
@@ -131,44 +139,66 @@ class Live:
             logprobs = head.logits(states[asked]).float().cpu().log_softmax(-1)
         place = {node: number for number, node in enumerate(asked)}
         carried = torch.zeros_like(host_probs)
-        plain: list[tuple[int, int, float]] = []
+        plain: list[tuple[int, Tensor, float]] = []
         for question, way in enumerate(ways):
-            if not way.covers:
+            weighed = self._weighed(way, logprobs, place)
+            if not weighed:
                 carried[question] = host_probs[question]
-            for cover, end, weight in self._weighed(way, logprobs, place):
+            for cover, probs, weight in weighed:
                 if cover.rest:
                     carried[question] += weight * self.alignment.rest_to_host(
-                        logprobs[place[end]].exp(), cover.rest, host_probs[question], candidates
+                        probs, cover.rest, host_probs[question], candidates
                     )
                 else:
-                    plain.append((question, place[end], weight))
+                    plain.append((question, probs, weight))
         if plain:
-            questions, nodes, weights = zip(*plain, strict=True)
-            probs = logprobs[list(nodes)].exp()
+            questions, probs, weights = zip(*plain, strict=True)
             to_host = self.alignment.to_host(
-                probs, host_probs[list(questions)], candidates.token_ids
+                torch.stack(probs), host_probs[list(questions)], candidates.token_ids
             )
             carried.index_add_(0, torch.tensor(questions), torch.tensor(weights)[:, None] * to_host)
         return carried
 
     def _weighed(
         self, way: "_Ways", logprobs: Tensor, place: dict[int, int]
-    ) -> list[tuple[Cover, int, float]]:
-        """The covers that matter with their end nodes and shares."""
-        scores = []
+    ) -> list[tuple[Cover, Tensor, float]]:
+        """The covers that matter, with the probabilities of what follows them and their shares.
+
+        None where the text cannot go on after any of them.
+        """
+        scores, following = [], []
         for cover, end, path in zip(way.covers, way.ends, way.paths, strict=True):
             score = sum(float(logprobs[place[parent], token]) for parent, token in path)
             # What goes on after a cover without a rest is any text, but not the end of one.
-            longer = self._strings.longer_than(cover.rest)
-            score += float(logprobs[place[end]][longer].logsumexp(0)) if len(longer) else -1e9
+            longer = self.alignment.small.longer_than(cover.rest)
+            after = self._as_the_host_cuts(logprobs[place[end]], longer, cover, way.host_last)
+            score += float(after[longer].logsumexp(0)) if len(longer) else -torch.inf
             scores.append(score)
-        if not scores:
+            following.append(after)
+        if max(scores, default=-torch.inf) == -torch.inf:
             return []
         shares = torch.tensor(scores, dtype=torch.float64).softmax(0)
         shares = torch.where(shares < MIN_WEIGHT, 0.0, shares)
         shares = (shares / shares.sum()).tolist()
-        found = zip(way.covers, way.ends, shares, strict=True)
-        return [(cover, end, share) for cover, end, share in found if share > 0]
+        found = zip(way.covers, following, shares, strict=True)
+        return [(cover, after.exp(), share) for cover, after, share in found if share > 0]
+
+    def _as_the_host_cuts(
+        self, logprobs: Tensor, longer: Tensor, cover: Cover, host_last: int | None
+    ) -> Tensor:
+        """Forbid the tokens that go on where the host would not have ended its last token."""
+        if host_last is None or self._one_vocabulary or not len(longer):
+            return logprobs
+        token_bytes = self._pair.vocabulary.token_bytes
+        likely = longer[logprobs[longer].topk(min(len(longer), ASKED_TOKENS)).indices].tolist()
+        forbidden = [
+            token_id
+            for token_id in likely
+            if not self.alignment.host.still_ends(
+                host_last, (token_bytes[token_id] or b"")[len(cover.rest) :]
+            )
+        ]
+        return logprobs.index_fill(0, torch.tensor(forbidden, dtype=torch.long), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -179,6 +209,7 @@ class LiveReading:
         tree: All token sequences.
         covers: Ways to read each context.
         ends: Node of each way's last token.
+        host_lasts: The host's last token of each context, None where it is not known.
         expert: Final hidden states of the nodes, shape [nodes, hidden].
         reference: Likewise.
     """
@@ -186,6 +217,7 @@ class LiveReading:
     tree: TokenTree
     covers: list[list[Cover]]
     ends: list[list[int]]
+    host_lasts: list[int | None]
     expert: Tensor
     reference: Tensor
 
@@ -216,6 +248,7 @@ class _Ways:
     def __init__(self, reading: LiveReading, question: int) -> None:
         self.covers = reading.covers[question]
         self.ends = reading.ends[question]
+        self.host_last = reading.host_lasts[question]
         lines = [reading.tree.line(end) for end in self.ends]
         shared = _shared_length(lines)
         tokens = reading.tree.tokens

@@ -110,7 +110,7 @@ def open_live(
     pair = open_beside(
         mounted.manifest, mounted.folder, small=small, dtype=dtype, progress=progress
     )
-    return Live(pair, host.vocabulary)
+    return Live(pair, host)
 
 
 def _steering(
