@@ -780,7 +780,7 @@ def test_the_experts_caches_change_nothing(host: HFModel, mounted: Mounted, live
             ("memory", "expert"),
             (
                 *FAMILIES["live"],
-                *(n for b in ("host", "blend", "lean") for n in with_memory(b, BLEND)),
+                *(n for b in ("host", "mean", "lean") for n in with_memory(b, BLEND)),
             ),
         ),
         (("memory",), ("host", "memory-2", "memory", "memory+2")),

@@ -216,12 +216,15 @@ class Blend(Part):
 
     live: dict[str, tuple[FiniteFloat, FiniteFloat, FiniteFloat]] = {
         "expert-aligned": (0.0, 1.0, 0.0),
-        "blend": (0.5, 1.0, 0.5),
         "mean": (0.5, 0.5, 0.0),
-        "lean": (0.3, 0.9, 0.2),
+        "lean": (0.3, 0.7, 0.0),
+        "blend": (0.5, 0.85, 0.3),
     }
-    """Exponents of host, expert and reference, by name."""
-    live_with_memory: tuple[str, ...] = ("blend", "lean")
+    """Exponents of host, expert and reference, by name.
+
+    Chosen on licences and general text, beside the expert alone, and confirmed on Zig.
+    """
+    live_with_memory: tuple[str, ...] = ("mean", "lean")
     """Those of `live` that a memory is mixed into as well."""
     gate_shifts: tuple[FiniteFloat, ...] = (-2.0, 0.0, 2.0)
     """Added to the log-odds of the memory's gate, a predictor each."""
