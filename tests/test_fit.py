@@ -334,7 +334,7 @@ def prepared(recordings: dict[str, Path]) -> Prepared:
         expert_logits(recording, train, small.unembedding),
         reference_logits(train, small.unembedding),
         [text.decode() for text in document_bytes(small.vocabulary, train)],
-        prepare(host, small.vocabulary, splits, silent),
+        prepare(host, small, splits, silent),
     )
 
 

@@ -301,7 +301,7 @@ def _fit_head(work: _Work, counts: Tensor, progress: Progress) -> HeadFile:
 
 def _fit_host_head(work: _Work, host: HFModel, progress: Progress) -> HeadFile:
     """Fit the head on the host's states; its rows are the host's own, which the host has."""
-    prepared = prepare(host, work.base.vocabulary, work.splits, progress)
+    prepared = prepare(host, work.base, work.splits, progress)
     reference = reference_logits(work.splits["train"], work.base.unembedding)
     head = fit_host_head(work.config, prepared, work.expert, reference, progress)
     return HeadFile(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from trimtab.align.strings import Strings
 from trimtab.backends.heads import check_unembedding, read_unembedding
 from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary
 from trimtab.errors import InputError, ModelError
@@ -119,6 +120,11 @@ class HFModel:
             text: Any text, of which the names of special tokens are a part like others.
         """
         return encode_following(self.tokenizer, text, self.vocabulary)
+
+    @cached_property
+    def strings(self) -> Strings:
+        """Its tokens as strings, and where its tokenizer cuts."""
+        return Strings(self.vocabulary, self.encode_following)
 
     @property
     def first_ids(self) -> list[int]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trimtab.align.carry import Alignment, Candidates
 from trimtab.align.covers import Cover, covers_of
-from trimtab.align.strings import Strings
 from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_tree
@@ -38,10 +37,7 @@ class Live:
     def __init__(self, pair: Pair, host: HFModel) -> None:
         """Align the pair's tokenizer with the host's."""
         self._pair = pair
-        self.alignment = Alignment(
-            Strings(pair.vocabulary, pair.reference.encode_following),
-            Strings(host.vocabulary, host.encode_following),
-        )
+        self.alignment = Alignment(pair.reference.strings, host.strings)
         self._rows: dict[int, _Cached] = {}
         self._one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host.vocabulary)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.align.carry import Alignment
-from trimtab.align.strings import Strings, token_lengths
+from trimtab.align.strings import token_lengths
 from trimtab.backends.hf import HFModel
 from trimtab.blend import BlendWeights, log_linear
 from trimtab.carriers.head import Head, HeadData, HeadSettings, fit_head
@@ -21,7 +21,6 @@ from trimtab.errors import InputError
 from trimtab.fitting.recorded import Columns, SmallLogits, byte_ends, document_bytes
 from trimtab.steering.host_states import HostStates, host_states, same_bytes
 from trimtab.types import Progress
-from trimtab.vocab import Vocabulary
 
 KEPT_BYTES = 2**30
 """Targets up to this size are computed once and kept in float16, else anew in each pass."""
@@ -181,18 +180,18 @@ class HostFit:
 
 
 def prepare(
-    host: HFModel, small: Vocabulary, splits: dict[str, Columns], progress: Progress
+    host: HFModel, small: HFModel, splits: dict[str, Columns], progress: Progress
 ) -> HostFit:
     """Run a host over a recording's training and general text.
 
     Args:
         host: The host.
-        small: Vocabulary of the recorded model.
+        small: The recorded model.
         splits: train and general of the recording.
         progress: Shows both passes.
     """
     domain, general = (
-        host_states(host, document_bytes(small, splits[name]), label, progress)
+        host_states(host, document_bytes(small.vocabulary, splits[name]), label, progress)
         for name, label in (
             ("train", "running the host over the domain text"),
             ("general", "running the host over general text"),
@@ -200,8 +199,8 @@ def prepare(
     )
     train = splits["train"]
     # Documents count from 0 in both, even where a limit cuts the recording's end.
-    rows = same_bytes(train["document_index"], byte_ends(small, train), domain)
-    alignment = Alignment(Strings(small), Strings(host.vocabulary))
+    rows = same_bytes(train["document_index"], byte_ends(small.vocabulary, train), domain)
+    alignment = Alignment(small.strings, host.strings)
     return HostFit(host, alignment, domain, general, *rows)
 
 
