@@ -311,7 +311,7 @@ def test_the_references_own_states_are_those_of_the_plain_text(
 def test_a_token_that_the_host_has_ended_does_not_go_on(
     same_host: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.backends.live.ASKED_TOKENS", 256)
+    monkeypatch.setattr("trimtab.align.cut.ASKED_TOKENS", 256)
     # Byte models beside a host with longer tokens: after "T" no "h" where "Th" is a token.
     one, two = (open_model(f"tiny:llama?seed={seed}", dtype="float32") for seed in (1, 2))
     live, token_bytes = Live(Pair(one, two), same_host), same_host.vocabulary.token_bytes
@@ -324,8 +324,8 @@ def test_a_token_that_the_host_has_ended_does_not_go_on(
     last = same_host.vocabulary.ids_by_bytes[longer[:1]]
     goes_on = [i for i, text in enumerate(token_bytes) if text and text.startswith(longer[1:])]
     every, probs = torch.arange(len(token_bytes)), host_probs(1, len(token_bytes))
-    for ids, forbidden in (([[last]], True), (None, False)):
-        reading = live.read([longer[:1]], host_ids=ids)
+    for lasts, forbidden in (([last], True), (None, False)):
+        reading = live.read([longer[:1]], host_lasts=lasts)
         found = live.score(reading, range(1), probs, every)
         for side in found:
             assert (float(side[0, goes_on].sum()) == 0.0) is forbidden

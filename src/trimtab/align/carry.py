@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from trimtab.align.strings import KEPT_ANSWERS, Strings
+from trimtab.align.strings import KEPT_ANSWERS, Strings, end_of
 from trimtab.vocab import Vocabulary
 
 REST_TOKENS = 64
@@ -52,6 +52,10 @@ class Candidates:
         return Candidates(
             token_ids, texts, torch.tensor([place for _, place in pairs], dtype=torch.long)
         )
+
+    def beginning_with(self, start: bytes) -> range:
+        """Which of `texts` begin with `start`, it included."""
+        return range(bisect.bisect_left(self.texts, start), end_of(self.texts, start))
 
     def longest_beginning(self, text: bytes) -> int:
         """Place of the longest candidate that begins `text`; -1 if none does."""
@@ -184,9 +188,11 @@ class Alignment:
             if prob < REST_SHARE * total:
                 break
             token_id = int(ids[place])
-            within = torch.tensor(led_to.get(token_id, []), dtype=torch.long)
-            shares = host_probs[within]
             suffix = (token_bytes[token_id] or b"")[len(rest) :]
+            # What the host does not expect may still be what the small model means.
+            places = led_to.get(token_id) or self._all_led_to(token_id, rest, suffix, candidates)
+            within = torch.tensor(places, dtype=torch.long)
+            shares = host_probs[within]
             if float(shares.sum()) > 0:
                 carried[within] += prob / total * shares / shares.sum()
             elif (longest := candidates.longest_beginning(suffix)) >= 0:
@@ -196,6 +202,16 @@ class Alignment:
         foreign[candidates.order] = 0.0
         going_on = 1.0 - float(foreign.sum())
         return foreign + going_on * carried + (1.0 - followed) * (host_probs - foreign)
+
+    def _all_led_to(
+        self, token_id: int, rest: bytes, suffix: bytes, candidates: Candidates
+    ) -> list[int]:
+        """Places of all candidates that one small token leads to."""
+        return [
+            int(candidates.order[place])
+            for place in candidates.beginning_with(suffix)
+            if token_id in self._firsts_of(rest + candidates.texts[place])
+        ]
 
     def _led_to(
         self, rest: bytes, host_probs: Tensor, candidates: Candidates

@@ -1,7 +1,6 @@
 """A vocabulary as strings: which tokens begin with given bytes, and where a tokenizer cuts."""
 
 import bisect
-import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,7 +15,10 @@ Encode = Callable[[str], Sequence[int]]
 KEPT_ANSWERS = 1 << 18
 """Answers of a tokenizer that are kept."""
 
-SPACES = (b" ", b"\n")
+KEPT_BEGINNINGS = 1 << 12
+"""Beginnings whose tokens are kept."""
+
+SPACES = (b" ", b"\n", b"\t")
 """White space that makes up the runs on which tokenizers differ."""
 
 
@@ -43,19 +45,18 @@ class Strings:
         """Bytes of the longest token."""
         return max(len(text) for text in self._sorted[0])
 
-    @cached_property
-    def _longer(self) -> dict[bytes, Tensor]:
-        return {}
-
     def longer_than(self, start: bytes) -> Tensor:
         """Ids of the tokens that begin with `start` and go beyond it, in byte order."""
-        if start not in self._longer:
-            texts, ids = self._sorted
-            first = bisect.bisect_right(texts, start)
-            after = successor(start)
-            last = len(texts) if after is None else bisect.bisect_left(texts, after)
-            self._longer[start] = torch.tensor(ids[first:last], dtype=torch.long)
-        return self._longer[start]
+        return self._longer(start)
+
+    @cached_property
+    def _longer(self) -> Callable[[bytes], Tensor]:
+        return lru_cache(KEPT_BEGINNINGS)(self._find_longer)
+
+    def _find_longer(self, start: bytes) -> Tensor:
+        texts, ids = self._sorted
+        first, last = bisect.bisect_right(texts, start), end_of(texts, start)
+        return torch.tensor(ids[first:last], dtype=torch.long)
 
     def first_token(self, text: bytes) -> int:
         """The longest token that begins a text; -1 if none does."""
@@ -68,27 +69,35 @@ class Strings:
     def still_ends(self, token_id: int, following: bytes) -> bool:
         """Whether the tokenizer ends a token where it does if `following` comes after it.
 
-        A byte-pair tokenizer mostly takes the longest token, and where it does not it is asked.
+        A byte-pair tokenizer mostly takes the longest token, and where it does not it is asked. It
+        is not told what stands before the token, so where only that decides it may be wrong; and
+        where it cannot be asked (bytes that are no text by themselves) the answer is yes.
         """
+        return self._still_ends(token_id, following)
+
+    @cached_property
+    def _still_ends(self) -> Callable[[int, bytes], bool]:
+        return lru_cache(KEPT_ANSWERS)(self._ask)
+
+    def _ask(self, token_id: int, following: bytes) -> bool:
         piece = self.vocabulary.token_bytes[token_id]
         if not piece or self.first_token(piece + following) == token_id:
             return True
-        return self._asked(token_id, piece + following)
-
-    @cached_property
-    def _asked(self) -> Callable[[int, bytes], bool]:
-        return lru_cache(KEPT_ANSWERS)(self._ask)
-
-    def _ask(self, token_id: int, whole: bytes) -> bool:
         if self.encode is None:
             return False
         try:
-            text = codecs.getincrementaldecoder("utf-8")().decode(whole)
+            text = (piece + following).decode()
         except UnicodeDecodeError:
             return True
         # The last of a run of white space may go to a word that is not here yet.
-        texts = [text, f"{text}x"] if text[-1:].isspace() else [text]
-        return any(list(self.encode(text)[:1]) == [token_id] for text in texts)
+        asked = [text, f"{text}x"] if text[-1:].isspace() else [text]
+        return any(self._begins_with(text, token_id) for text in asked)
+
+    def _begins_with(self, text: str, token_id: int) -> bool:
+        ids = self.encode(text) if self.encode else ()
+        spelled = b"".join(self.vocabulary.token_bytes[i] or b"" for i in ids)
+        # A tokenizer that cannot leave out its own space, or cannot write the text, has no say.
+        return spelled != text.encode() or list(ids[:1]) == [token_id]
 
     @cached_property
     def leaves(self) -> frozenset[bytes]:
@@ -103,10 +112,12 @@ class Strings:
         return 3 in ends and 2 not in ends
 
 
-def successor(start: bytes) -> bytes | None:
-    """The first byte string after all that begin with `start`; None if there is none."""
+def end_of(texts: Sequence[bytes], start: bytes) -> int:
+    """Where those end, among sorted texts, that begin with `start`."""
     stripped = start.rstrip(b"\xff")
-    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
+    # The first string after all that begin with it.
+    after = stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
+    return len(texts) if after is None else bisect.bisect_left(texts, after)
 
 
 def token_lengths(vocabulary: Vocabulary) -> Tensor:

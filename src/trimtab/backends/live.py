@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trimtab.align.carry import Alignment, Candidates
 from trimtab.align.covers import Cover, covers_of
+from trimtab.align.cut import HostCut
 from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_tree
@@ -18,9 +19,6 @@ from trimtab.vocab import Vocabulary
 
 MIN_WEIGHT = 5e-3
 """Covers that are less likely than this are passed over."""
-
-ASKED_TOKENS = 64
-"""Likeliest small tokens of which it is asked whether the host would still cut before them."""
 
 
 class PairProbs(NamedTuple):
@@ -51,6 +49,7 @@ class Live:
         contexts: Sequence[bytes],
         *,
         host_ids: Sequence[Sequence[int]] | None = None,
+        host_lasts: Sequence[int | None] | None = None,
         start: Sequence[int] | None = None,
         row: int | None = None,
     ) -> "LiveReading":
@@ -58,12 +57,15 @@ class Live:
 
         Where host and small models have one vocabulary, the host's own tokens are the one cover:
         what follows them is then compared token by token, with no loss at any boundary. Elsewhere
-        the last of them tells where the host has ended a token, and hence how the text does not
-        go on: after the token `u` never with `8` if `u8` is a token.
+        `host_lasts` tell where the host has ended a token, and hence how the text does not go on:
+        after the token `u` not with `8` if the host reads `u8` as one token.
 
         Args:
             contexts: Bytes before each question.
             host_ids: The host's tokens of each context, without those that stand for no text.
+            host_lasts: The host's last token of each context where text that is known goes on
+                after it, or that the host itself has written; None where somebody else has cut
+                the text, as at a prompt's end.
             start: Tokens of the small models that all contexts go on from; no cover gives them
                 back (default: what the small models expect before any text).
             row: Keep the key-value caches of this row of a generation; then there is one context.
@@ -88,7 +90,7 @@ class Live:
             )
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
-        lasts = [ids[-1] if ids else None for ids in host_ids or [()] * len(contexts)]
+        lasts = [None] * len(contexts) if host_lasts is None else host_lasts
         return LiveReading(tree, covers, ends, lasts, *self._states(tree, row))
 
     def score(
@@ -137,7 +139,11 @@ class Live:
         carried = torch.zeros_like(host_probs)
         plain: list[tuple[int, Tensor, float]] = []
         for question, way in enumerate(ways):
-            weighed = self._weighed(way, logprobs, place)
+            cut = None
+            if way.host_last is not None and not self._one_vocabulary:
+                strings = self.alignment.host
+                cut = HostCut.of(strings, way.host_last, host_probs[question], candidates)
+            weighed = self._weighed(way, logprobs, place, cut)
             if not weighed:
                 carried[question] = host_probs[question]
             for cover, probs, weight in weighed:
@@ -156,7 +162,7 @@ class Live:
         return carried
 
     def _weighed(
-        self, way: "_Ways", logprobs: Tensor, place: dict[int, int]
+        self, way: "_Ways", logprobs: Tensor, place: dict[int, int], cut: "HostCut | None"
     ) -> list[tuple[Cover, Tensor, float]]:
         """The covers that matter, with the probabilities of what follows them and their shares.
 
@@ -167,7 +173,9 @@ class Live:
             score = sum(float(logprobs[place[parent], token]) for parent, token in path)
             # What goes on after a cover without a rest is any text, but not the end of one.
             longer = self.alignment.small.longer_than(cover.rest)
-            after = self._as_the_host_cuts(logprobs[place[end]], longer, cover, way.host_last)
+            after = logprobs[place[end]]
+            if cut is not None:
+                after = cut.leave_out(after, cover.rest, self.alignment.small)
             score += float(after[longer].logsumexp(0)) if len(longer) else -torch.inf
             scores.append(score)
             following.append(after)
@@ -179,23 +187,6 @@ class Live:
         found = zip(way.covers, following, shares, strict=True)
         return [(cover, after.exp(), share) for cover, after, share in found if share > 0]
 
-    def _as_the_host_cuts(
-        self, logprobs: Tensor, longer: Tensor, cover: Cover, host_last: int | None
-    ) -> Tensor:
-        """Forbid the tokens that go on where the host would not have ended its last token."""
-        if host_last is None or self._one_vocabulary or not len(longer):
-            return logprobs
-        token_bytes = self._pair.vocabulary.token_bytes
-        likely = longer[logprobs[longer].topk(min(len(longer), ASKED_TOKENS)).indices].tolist()
-        forbidden = [
-            token_id
-            for token_id in likely
-            if not self.alignment.host.still_ends(
-                host_last, (token_bytes[token_id] or b"")[len(cover.rest) :]
-            )
-        ]
-        return logprobs.index_fill(0, torch.tensor(forbidden, dtype=torch.long), -torch.inf)
-
 
 @dataclass(frozen=True)
 class LiveReading:
@@ -205,7 +196,7 @@ class LiveReading:
         tree: All token sequences.
         covers: Ways to read each context.
         ends: Node of each way's last token.
-        host_lasts: The host's last token of each context, None where it is not known.
+        host_lasts: As given to `read`.
         expert: Final hidden states of the nodes, shape [nodes, hidden].
         reference: Likewise.
     """
@@ -213,7 +204,7 @@ class LiveReading:
     tree: TokenTree
     covers: list[list[Cover]]
     ends: list[list[int]]
-    host_lasts: list[int | None]
+    host_lasts: Sequence[int | None]
     expert: Tensor
     reference: Tensor
 

@@ -133,6 +133,7 @@ class Steering:
         self,
         contexts: Sequence[bytes],
         host_ids: Sequence[Sequence[int]],
+        host_lasts: Sequence[int | None],
         chats: Sequence[ChatPrompt] = (),
     ) -> tuple[tuple[LiveReading, range], ...]:
         """Let the expert read on, where there is one: row i continues row i of the call before.
@@ -140,6 +141,7 @@ class Steering:
         Args:
             contexts: All text of each row; in chats, the answer so far.
             host_ids: The host's tokens of that text.
+            host_lasts: The last token that the host has written, in each row; None before.
             chats: What each row answers.
 
         Returns:
@@ -149,9 +151,11 @@ class Steering:
             return ()
         starts = [chat.small_ids for chat in chats] or [None] * len(contexts)
         readings = (
-            self.live.read([readable(context)], host_ids=[ids], start=start, row=row)
-            for row, (context, ids, start) in enumerate(
-                zip(contexts, host_ids, starts, strict=True)
+            self.live.read(
+                [readable(context)], host_ids=[ids], host_lasts=[last], start=start, row=row
+            )
+            for row, (context, ids, last, start) in enumerate(
+                zip(contexts, host_ids, host_lasts, starts, strict=True)
             )
         )
         return tuple((reading, range(1)) for reading in readings)
@@ -241,6 +245,11 @@ def text_ids(
     return [token_id for token_id, text in part if text]
 
 
+def last_text(token_ids: Tensor, token_bytes: Sequence[bytes | None], end: int) -> int | None:
+    """The token before `end`, if it stands for text."""
+    return int(token_ids[end - 1]) if end and token_bytes[end - 1] else None
+
+
 def readable(context: bytes) -> bytes:
     """Replace bytes that are not UTF-8, which a host may write and a tokenizer cannot read.
 
@@ -298,7 +307,10 @@ def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPro
     reading = None
     if steering.live:
         ids = [text_ids(prompt.token_ids, prompt.token_bytes, text.start, p + 1) for p in asked]
-        reading = steering.live.read([readable(c) for c in contexts], host_ids=ids, start=opening)
+        lasts = [last_text(prompt.token_ids, prompt.token_bytes, p + 1) for p in asked]
+        reading = steering.live.read(
+            [readable(c) for c in contexts], host_ids=ids, host_lasts=lasts, start=opening
+        )
     scores = []
     for begin in range(0, len(asked), CHUNK_POSITIONS):
         part = range(begin, min(begin + CHUNK_POSITIONS, len(asked)))

@@ -27,6 +27,7 @@ from trimtab.steering.predictors import (
     ReadPrompt,
     Rows,
     Steering,
+    last_text,
     mixed_logprobs,
     prompt_weights,
     text_before,
@@ -309,14 +310,19 @@ class SteeringProcessor(LogitsProcessor):
             text_ids(row, text, start, len(text))
             for row, text, start in zip(rows, spelled, starts, strict=True)
         ]
+        # Where a prompt ends says nothing about how the host would read what follows it.
+        lasts = [
+            last_text(row, text, len(text)) if new_tokens else None
+            for row, text in zip(rows, spelled, strict=True)
+        ]
         answers = [text_before(text[start:]) for text, start in zip(spelled, starts, strict=True)]
         if not self._chats:
-            return tuple(answers), self._steering.ask(answers, ids)
+            return tuple(answers), self._steering.ask(answers, ids, lasts)
         contexts = tuple(
             text_before(text[chat.message.start : chat.message.stop]) + answer
             for text, chat, answer in zip(spelled, self._chats, answers, strict=True)
         )
-        return contexts, self._steering.ask(answers, ids, self._chats)
+        return contexts, self._steering.ask(answers, ids, lasts, self._chats)
 
     def _rows(self, input_ids: Tensor) -> list[Tensor]:
         """Token ids of each row without the padding of its prompt."""

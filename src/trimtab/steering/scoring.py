@@ -137,7 +137,8 @@ def score_document(
         reading = None
         if steers.live:
             seen = [ids[window.start : position] for position in scored]
-            reading = steers.live.read(before, host_ids=seen)
+            lasts = [ids[position - 1] for position in scored]
+            reading = steers.live.read(before, host_ids=seen, host_lasts=lasts)
         for first in range(scored.start, scored.stop, CHUNK):
             last = min(first + CHUNK, window.end)
             asked = range(first - scored.start, last - scored.start)

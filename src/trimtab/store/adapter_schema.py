@@ -218,7 +218,7 @@ class Blend(Part):
         "expert-aligned": (0.0, 1.0, 0.0),
         "mean": (0.5, 0.5, 0.0),
         "lean": (0.3, 0.7, 0.0),
-        "blend": (0.5, 0.85, 0.3),
+        "blend": (0.5, 0.8, 0.3),
     }
     """Exponents of host, expert and reference, by name.
 
