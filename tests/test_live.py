@@ -165,6 +165,7 @@ def test_a_byte_host_gets_next_byte_probabilities(
     monkeypatch.setattr("trimtab.align.carry.REST_TOKENS", 512)
     monkeypatch.setattr("trimtab.align.carry.REST_SHARE", 0.0)
     monkeypatch.setattr("trimtab.backends.live.MIN_WEIGHT", 0.0)
+    monkeypatch.setattr("trimtab.backends.live.DOUBT", 0.0)
     live = Live(pair, byte_host)
     probs = host_probs(1, len(byte_host.vocabulary))
     for side, found in enumerate(scores(live, [context], probs)):
@@ -312,6 +313,7 @@ def test_a_token_that_the_host_has_ended_does_not_go_on(
     same_host: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trimtab.align.cut.ASKED_TOKENS", 256)
+    monkeypatch.setattr("trimtab.backends.live.DOUBT", 0.0)
     # Byte models beside a host with longer tokens: after "T" no "h" where "Th" is a token.
     one, two = (open_model(f"tiny:llama?seed={seed}", dtype="float32") for seed in (1, 2))
     live, token_bytes = Live(Pair(one, two), same_host), same_host.vocabulary.token_bytes
@@ -330,3 +332,18 @@ def test_a_token_that_the_host_has_ended_does_not_go_on(
         for side in found:
             assert (float(side[0, goes_on].sum()) == 0.0) is forbidden
             assert float(side.sum()) == pytest.approx(1, abs=1e-3)
+
+
+def test_what_is_carried_keeps_a_share_of_the_hosts_view(
+    pair: Pair, byte_host: HFModel, same_host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = CONTEXTS[:4]
+    for host, doubt in ((byte_host, 0.2), (same_host, 0.0)):
+        probs = host_probs(len(contexts), len(host.vocabulary))
+        found = []
+        for share in (0.0, 0.2):
+            monkeypatch.setattr("trimtab.backends.live.DOUBT", share)
+            found.append(scores(Live(pair, host), contexts, probs))
+        for sure, doubted in zip(*found, strict=True):
+            oracle = (1 - doubt) * sure + doubt * probs
+            torch.testing.assert_close(doubted, oracle, atol=1e-6, rtol=1e-5)

@@ -20,6 +20,14 @@ from trimtab.vocab import Vocabulary
 MIN_WEIGHT = 5e-3
 """Covers that are less likely than this are passed over."""
 
+DOUBT = 0.03
+"""Share of the host's own view in what is carried between vocabularies.
+
+Carrying may be wrong: a token that it rules out is now and then the right one. With the host's
+view in both, expert and reference agree on that token, where nothing over nothing would leave a
+blend of their ratio without bounds.
+"""
+
 
 class PairProbs(NamedTuple):
     """Probabilities of the candidates, each [contexts, candidates]; each row sums to <= 1."""
@@ -159,7 +167,7 @@ class Live:
                 torch.stack(probs), host_probs[list(questions)], candidates.token_ids
             )
             carried.index_add_(0, torch.tensor(questions), torch.tensor(weights)[:, None] * to_host)
-        return carried
+        return carried if self._one_vocabulary else torch.lerp(carried, host_probs, DOUBT)
 
     def _weighed(
         self, way: "_Ways", logprobs: Tensor, place: dict[int, int], cut: "HostCut | None"
