@@ -5,6 +5,7 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from trimtab.align.covers import covers_of
+from trimtab.align.cut import HostCut
+from trimtab.align.strings import Strings
 from trimtab.backends.chat import chat_prompt
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
@@ -684,8 +687,10 @@ def test_a_steered_model_is_not_steered_twice(host: HFModel, mounted: Mounted) -
 
 
 def test_generation_agrees_with_what_is_evaluated(
-    host: HFModel, mounted: Mounted, live: Live
+    host: HFModel, mounted: Mounted, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The one difference: in a text that goes on, the host has cut each token; a prompt just ends.
+    monkeypatch.setattr(HostCut, "leave_out", lambda _, logprobs, *__: logprobs)
     text = domain_text(9)[:60]
     ids = host.encode(text)
     assert mounted.head and mounted.memory
@@ -715,6 +720,28 @@ def test_generation_agrees_with_what_is_evaluated(
 @pytest.fixture(scope="module")
 def live(mounted: Mounted, host: HFModel) -> Live:
     return open_live(mounted, host, dtype="float32")
+
+
+def test_where_a_prompt_ends_is_no_cut_of_the_host(
+    host: HFModel, mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    plain = HostCut.of
+
+    def recorded(strings: Strings, last: int, *others: Any) -> HostCut:
+        asked.append(last)
+        return plain(strings, last, *others)
+
+    monkeypatch.setattr("trimtab.backends.live.HostCut.of", recorded)
+    prompt = host.encode("The rudder turns the hull of ")
+    with steered(host, mounted, carriers=("expert",), live=decided_live(host)) as model:
+        given = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt))}
+        ids = model.generate(**given, max_new_tokens=3, do_sample=False)[0].tolist()
+    written = ids[len(prompt) :]
+    is_text = [host.vocabulary.token_bytes[i] is not None for i in written[:-1]]
+    # Text that is known goes on after each of the prompt's tokens but the last, and the host
+    # itself has written the new ones.
+    assert asked == [*prompt[:-1], *(i for i, ok in zip(written, is_text, strict=False) if ok)]
 
 
 def rows_of(host: HFModel, live: Live, text: str) -> Rows:

@@ -113,7 +113,10 @@ class Live:
             token_ids: The candidates, shape [candidates].
         """
         candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
-        ways = [_Ways(reading, question) for question in questions]
+        ways = [
+            _Ways(reading, question, self._cut(reading.host_lasts[question], probs, candidates))
+            for question, probs in zip(questions, host_probs, strict=True)
+        ]
         sides = (
             (reading.expert, self._pair.expert_unembedding),
             (reading.reference, self._pair.reference_unembedding),
@@ -121,6 +124,13 @@ class Live:
         return PairProbs(
             *(self._carry(states, head, ways, host_probs, candidates) for states, head in sides)
         )
+
+    def _cut(
+        self, host_last: int | None, host_probs: Tensor, candidates: Candidates
+    ) -> HostCut | None:
+        if host_last is None or self._one_vocabulary:
+            return None
+        return HostCut.of(self.alignment.host, host_last, host_probs, candidates)
 
     def _states(self, tree: TokenTree, row: int | None) -> tuple[Tensor, Tensor]:
         if not tree.tokens:
@@ -147,11 +157,7 @@ class Live:
         carried = torch.zeros_like(host_probs)
         plain: list[tuple[int, Tensor, float]] = []
         for question, way in enumerate(ways):
-            cut = None
-            if way.host_last is not None and not self._one_vocabulary:
-                strings = self.alignment.host
-                cut = HostCut.of(strings, way.host_last, host_probs[question], candidates)
-            weighed = self._weighed(way, logprobs, place, cut)
+            weighed = self._weighed(way, logprobs, place)
             if not weighed:
                 carried[question] = host_probs[question]
             for cover, probs, weight in weighed:
@@ -170,7 +176,7 @@ class Live:
         return carried if self._one_vocabulary else torch.lerp(carried, host_probs, DOUBT)
 
     def _weighed(
-        self, way: "_Ways", logprobs: Tensor, place: dict[int, int], cut: "HostCut | None"
+        self, way: "_Ways", logprobs: Tensor, place: dict[int, int]
     ) -> list[tuple[Cover, Tensor, float]]:
         """The covers that matter, with the probabilities of what follows them and their shares.
 
@@ -182,8 +188,8 @@ class Live:
             # What goes on after a cover without a rest is any text, but not the end of one.
             longer = self.alignment.small.longer_than(cover.rest)
             after = logprobs[place[end]]
-            if cut is not None:
-                after = cut.leave_out(after, cover.rest, self.alignment.small)
+            if way.cut is not None:
+                after = way.cut.leave_out(after, cover.rest, self.alignment.small)
             score += float(after[longer].logsumexp(0)) if len(longer) else -torch.inf
             scores.append(score)
             following.append(after)
@@ -240,10 +246,10 @@ def _unpadded(vocabulary: Vocabulary) -> tuple[bytes | None, ...]:
 class _Ways:
     """The covers of one context, with the steps in which they differ."""
 
-    def __init__(self, reading: LiveReading, question: int) -> None:
+    def __init__(self, reading: LiveReading, question: int, cut: HostCut | None) -> None:
         self.covers = reading.covers[question]
         self.ends = reading.ends[question]
-        self.host_last = reading.host_lasts[question]
+        self.cut = cut
         lines = [reading.tree.line(end) for end in self.ends]
         shared = _shared_length(lines)
         tokens = reading.tree.tokens
