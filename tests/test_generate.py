@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trimtab.align.covers import covers_of
 from trimtab.align.cut import HostCut
@@ -273,6 +273,37 @@ def test_accelerate_may_place_the_host(
         for placed in ({}, {"device_map": "cpu"}, {"device_map": "auto"})
     ]
     assert texts[0] == texts[1] == texts[2] and texts[0][0]
+
+
+def spread(host: HFModel, folder: Path, **on_disk: str) -> tuple[Any, Any]:
+    """The host's model as accelerate spreads it over memory and disk, and its tokenizer."""
+    host.model.save_pretrained(folder / "model")
+    parts = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+    placed = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"} | on_disk
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=placed, offload_folder=folder / "disk", dtype=torch.float32
+    )
+    return model, host.tokenizer
+
+
+def test_a_host_spread_over_memory_and_disk_is_steered_alike(
+    host: HFModel, mounted: Mounted, live: Live, tmp_path: Path
+) -> None:
+    batch, found = inputs(host, *PROMPTS[:2]), []
+    lies_apart = spread(host, tmp_path, **{"model.layers.0": "disk", "model.norm": "disk"})
+    assert {p.device.type for p in lies_apart[0].parameters()} == {"cpu", "meta"}
+    for one in (host, lies_apart):
+        with steered(one, mounted, carriers=("head", "memory", "expert"), live=live) as model:
+            found.append(model.generate(**batch, **SCORES))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for one, other in zip(found[0].scores, found[1].scores, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_on_disk_is_an_error(host: HFModel, mounted: Mounted, tmp_path: Path) -> None:
+    headless = spread(host, tmp_path, lm_head="disk")
+    with pytest.raises(ModelError, match="offloaded to disk"), steered(headless, mounted):
+        pass
 
 
 def test_strength_zero_gives_the_same_bits(host: HFModel, mounted: Mounted) -> None:

@@ -23,7 +23,7 @@ def read_unembedding(model: PreTrainedModel) -> Unembedding:
         Its unembedding; `check_unembedding` says whether nothing was overlooked.
 
     Raises:
-        ModelError: The model has no linear head.
+        ModelError: The model has no linear head, or not in memory.
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
@@ -31,6 +31,12 @@ def read_unembedding(model: PreTrainedModel) -> Unembedding:
         raise ModelError(
             f"{type(model).__name__} has no linear language-model head",
             hint="use a causal or sequence-to-sequence language model",
+        )
+    if weight.is_meta:
+        raise ModelError(
+            f"the language-model head of {type(model).__name__} was offloaded to disk, and"
+            " steering reads it at each token",
+            hint="use a device map that keeps the head in memory, or a smaller host",
         )
     config = model.config.get_text_config(decoder=True)
     return Unembedding(
