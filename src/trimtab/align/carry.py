@@ -102,8 +102,13 @@ class Alignment:
         return -1 if other == self.small.first_token(run) else other
 
     @cached_property
-    def _firsts_of(self) -> Callable[[bytes], tuple[int, int]]:
-        return lru_cache(KEPT_ANSWERS)(lambda t: (self.small.first_token(t), self._other_first(t)))
+    def _firsts_of(self) -> Callable[[bytes], tuple[int, ...]]:
+        return lru_cache(KEPT_ANSWERS)(self._find_firsts)
+
+    def _find_firsts(self, text: bytes) -> tuple[int, ...]:
+        """The small tokens that may begin a text: one or two, or none."""
+        found = (self.small.first_token(text), self._other_first(text))
+        return tuple(token_id for token_id in found if token_id >= 0)
 
     @cached_property
     def first_host(self) -> Tensor:

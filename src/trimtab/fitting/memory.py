@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trimtab.align.strings import Strings
 from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
 from trimtab.carriers.gate import fit_gate
@@ -139,7 +138,7 @@ def _gates(
     The reference is asked as a host is, with its own state as its reading of itself.
     """
     reading = Reading(memory.projection, -memory.projection @ memory.mean)
-    said = propose(memory, following, Strings(base.vocabulary))
+    said = propose(memory, following, base.strings)
     mounted = MountedMemory(memory, build_index(memory), reading, said.values, said.shares)
     ways = (mounted, replace(mounted, is_own=True), replace(mounted, finds="bytes"))
     if not (splits["held_out"]["next_ids"] >= 0).any():

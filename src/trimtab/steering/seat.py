@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trimtab.align.strings import Strings
 from trimtab.anchors import (
     Anchors,
     Reading,
@@ -83,7 +82,7 @@ def find_seats(
     if memory:
         entries = memory.memory
         memory_reading = seat.read(entries.projection, entries.mean, memory.probe_features)
-        said = propose(entries, _following(entries, host), Strings(host.vocabulary))
+        said = propose(entries, _following(entries, host), host.strings)
     return Seats(
         state_map,
         seat.paired_positions,
@@ -101,8 +100,7 @@ def _following(memory: Memory, host: HFModel) -> Tensor:
     if not host.vocabulary.prefix_space:
         return first_tokens(texts, host.encode)
     # Such a tokenizer reads every text as the beginning of one and puts a space before it.
-    strings = Strings(host.vocabulary)
-    return torch.tensor([strings.first_token(text) for text in texts])
+    return torch.tensor([host.strings.first_token(text) for text in texts])
 
 
 def _map(anchors: Anchors, host: HFModel, config: MountConfig) -> StateMap:
