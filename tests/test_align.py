@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.align.carry import Alignment, Candidates
+from trimtab.align.candidates import Candidates, FirstTokens
+from trimtab.align.carry import Alignment
 from trimtab.align.covers import MAX_BACK, Cover, covers_of
 from trimtab.align.cut import SHARE_BEYOND, HostCut
+from trimtab.align.follow import after_token, rest_to_host, undecided
 from trimtab.align.strings import Encode, Strings
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
@@ -53,10 +55,10 @@ def test_longer_tokens_are_all_that_go_on(vocabulary: Vocabulary, start: bytes) 
 
 @steady
 @given(vocabulary=vocabularies, text=pieces)
-def test_the_first_token_is_the_longest(vocabulary: Vocabulary, text: bytes) -> None:
+def test_the_longest_token_is_found(vocabulary: Vocabulary, text: bytes) -> None:
     begins = [s for s in vocabulary.ids_by_bytes if text.startswith(s)]
     oracle = vocabulary.ids_by_bytes[max(begins, key=len)] if begins else -1
-    assert Strings(vocabulary).first_token(text) == oracle
+    assert Strings(vocabulary).longest_token(text) == oracle
 
 
 @steady
@@ -67,7 +69,7 @@ def test_the_longest_candidate_that_begins_a_text(
     ids = data.draw(st.lists(st.sampled_from(range(len(host))), min_size=1, unique=True))
     found = Candidates.of(torch.tensor(ids), host)
     texts = [host.token_bytes[i] or b"" for i in ids]
-    longest = found.longest_beginning(start)
+    longest = found.first_of(start, Strings(host))
     begins = [text for text in texts if text and start.startswith(text)]
     assert texts[longest] == max(begins, key=len) if begins else longest == -1
 
@@ -79,6 +81,38 @@ texts = st.text(st.sampled_from("the rudder  \n\tturns, é€😀_(89"), max_siz
 def strings_of(ref: str) -> Strings:
     model = open_model(ref, dtype="float32")
     return Strings(model.vocabulary, model.encode_following)
+
+
+@steady
+@given(text=texts)
+def test_the_first_token_is_the_tokenizers(text: str) -> None:
+    found = strings_of("tiny:llama?vocab=bpe")
+    assert found.encode
+    first = found.first_token(text.encode())
+    assert first == (list(found.encode(text)) or [-1])[0]
+
+
+def test_the_first_token_is_not_always_the_longest() -> None:
+    # A tokenizer that joins "nk" before "ta" reads "tank" as "ta" and "nk", though it has "tan".
+    vocabulary = Vocabulary((b"ta", b"tan", b"nk", b"k", b"\xe2\x82", b"q"))
+    found = Strings(vocabulary, {"tank": [0, 2], "tanq": [5]}.__getitem__)
+    assert found.longest_token(b"tank") == 1 and found.first_token(b"tank") == 0
+    # Who cannot write the text, or cannot be asked, is taken at the longest.
+    assert found.first_token(b"tanq") == 1 and found.first_token(b"\xe2\x82\xe2") == 4
+    assert found.first_token(b"tan") == 1 and found.first_token(b"z") == -1
+
+
+def test_first_tokens_are_asked_for_once() -> None:
+    asked: list[bytes] = []
+
+    def first_token(text: bytes) -> int:
+        asked.append(text)
+        return len(text)
+
+    found = FirstTokens(Vocabulary((b"a", None, b"abc", b"ab")), first_token)
+    assert found(torch.tensor([2, 1, 2])).tolist() == [3, -1, 3]
+    assert found(torch.tensor([3, 2, 0])).tolist() == [2, 3, 1]
+    assert sorted(asked) == [b"a", b"ab", b"abc"]
 
 
 @pytest.mark.parametrize("ref", ["tiny:llama?vocab=bpe", "tiny:llama"])
@@ -119,11 +153,11 @@ def test_who_cannot_be_asked_says_yes() -> None:
 
 
 def test_what_the_host_does_not_expect_is_still_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimtab.align.carry.HOST_TOKENS", 2)
+    monkeypatch.setattr("trimtab.align.follow.HOST_TOKENS", 2)
     both = alignment([b" rud", b" ", b"r"], [b"a", b"b", b"rudder", b"r"])
     candidates = Candidates.of(torch.arange(4), both.host.vocabulary)
     host_probs = torch.tensor([0.6, 0.3, 0.04, 0.06])
-    found = both.rest_to_host(torch.tensor([1.0, 0.0, 0.0]), b" ", host_probs, candidates)
+    found = rest_to_host(both, torch.tensor([1.0, 0.0, 0.0]), b" ", host_probs, candidates)
     torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 1.0, 0.0]))
 
 
@@ -144,7 +178,7 @@ def test_what_a_host_has_ended_is_left_out_by_share() -> None:
 def test_a_token_may_go_on_beyond_one_that_the_host_would_join() -> None:
     # As " re" + "base": " reb" is a token, and yet " rebase" is read as " re", "base".
     vocabulary = Vocabulary((b" re", b" reb", b"base", b"b", b"ase"))
-    pieces = {" rebase": [0, 2], " reb": [1]}
+    pieces = {" rebase": [0, 2], " reb": [1], " rease": [0, 4]}
     host = Strings(vocabulary, lambda text: pieces[text])
     candidates = Candidates.of(torch.tensor([2, 4]), vocabulary)
     cut = HostCut.of(host, 0, torch.tensor([0.9, 0.1]), candidates)
@@ -176,7 +210,7 @@ def runs_before_words(spaces: int) -> Encode:
     token_bytes = run_vocabulary(spaces).token_bytes
 
     def encode(text: str) -> list[int]:
-        parts = re.findall(rf" +(?= {{{spaces}}}x)| {{{spaces}}}x| +|.|\n", text)
+        parts = re.findall(rf" {{1,4}}(?= {{{spaces}}}x)| {{{spaces}}}x| {{1,4}}|.|\n", text)
         return [token_bytes.index(part.encode()) for part in parts]
 
     return encode
@@ -196,20 +230,20 @@ def test_a_run_of_spaces_is_one_longer_where_no_word_takes_its_last() -> None:
     host_probs = torch.tensor([[0.02, 0.03, 0.7, 0.05, 0.1, 0.1, 0.0, 0.0, 0.0]])
     every = torch.arange(9)
     to_taker = Alignment(leaves, takes)
-    assert to_taker.other_small.tolist() == [-1, 0, 1, 2, -1, -1, -1, -1, -1]
+    assert to_taker.other_small(every).tolist() == [-1, 0, 1, 2, -1, -1, -1, -1, -1]
     found = to_taker.to_host(probs, host_probs, every)[0]
     assert float(found[2]) > 0.5 and float(found.sum()) == pytest.approx(1)
     to_leaver = Alignment(takes, leaves)
-    assert to_leaver.other_small.tolist() == [1, 2, 3, -1, -1, -1, -1, -1, -1]
+    assert to_leaver.other_small(every).tolist() == [1, 2, 3, -1, -1, -1, -1, -1, -1]
     host_probs = torch.tensor([[0.7, 0.02, 0.03, 0.05, 0.1, 0.1, 0.0, 0.0, 0.0]])
     found = to_leaver.to_host(probs, host_probs, every)[0]
     assert float(found[0]) > 0.5 and float(found.sum()) == pytest.approx(1)
-    assert Alignment(leaves, leaves).other_small.tolist() == [-1] * 9
+    assert Alignment(leaves, leaves).other_small(every).tolist() == [-1] * 9
     # The same after a rest: the small "   " before " x" is the host's "   " after " ".
     rest = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     host_probs = torch.tensor([0.02, 0.03, 0.7, 0.05, 0.1, 0.1, 0.0, 0.0, 0.0])
     candidates = Candidates.of(every, takes.vocabulary)
-    found = to_taker.rest_to_host(rest, b" ", host_probs, candidates)
+    found = rest_to_host(to_taker, rest, b" ", host_probs, candidates)
     assert float(found[1] + found[2]) == pytest.approx(1)
     assert float(found[2]) == pytest.approx(0.7 / 0.73)
 
@@ -299,13 +333,13 @@ def test_masses_of_first_tokens_are_the_small_models(
     foreign = sum(p for p, t in zip(host_probs[0].tolist(), texts, strict=True) if not t)
     going_on = sum(probs[0, i].item() for i, t in enumerate(small.token_bytes) if t)
     for token_id in range(len(small)):
-        mine = [p for p, t in enumerate(texts) if t and Strings(small).first_token(t) == token_id]
+        mine = [p for p, t in enumerate(texts) if t and Strings(small).longest_token(t) == token_id]
         lent_here = [
             i
             for i, text in enumerate(small.token_bytes)
             if text
-            and not any(Strings(small).first_token(t) == i for t in texts if t)
-            and Strings(host).first_token(text) in mine
+            and not any(Strings(small).longest_token(t) == i for t in texts if t)
+            and Strings(host).longest_token(text) in mine
         ]
         if mine:
             oracle = probs[0, [token_id, *lent_here]].sum() / going_on * (1 - foreign)
@@ -319,17 +353,53 @@ def test_a_rest_is_continued_by_what_follows_it() -> None:
     candidates = Candidates.of(torch.arange(5), both.host.vocabulary)
     probs = torch.tensor([0.5, 0.2, 0.1, 0.05, 0.05, 0.1])
     host_probs = torch.tensor([0.3, 0.1, 0.15, 0.05, 0.4])
-    found = both.rest_to_host(probs, b"ru", host_probs, candidates)
+    found = rest_to_host(both, probs, b"ru", host_probs, candidates)
     # Given "ru" and more: rudder 0.5, run 0.25, rud 0.25; after "ru" "dder" is of "rudder" alone.
     oracle = torch.tensor([0.5, 0.25, 0.25 * 0.75, 0.25 * 0.25, 0.0])
     torch.testing.assert_close(found, oracle)
+
+
+def test_a_small_model_deals_a_token_out_itself() -> None:
+    # Of the host tokens that begin with "App" the small model means that which its next token says.
+    small = Strings(Vocabulary((b"App", b"rox", b"ly", b"(", b"Appl", None)))
+    host = Strings(Vocabulary((b"App", b"Approx", b"Approximate", b"Apply", b"x")))
+    both, candidates = Alignment(small, host), Candidates.of(torch.arange(5), host.vocabulary)
+    host_probs = torch.tensor([0.1, 0.3, 0.1, 0.4, 0.1])
+    probs = torch.tensor([0.0, 0.6, 0.1, 0.2, 0.0, 0.1])
+    found = after_token(both, 0, probs, host_probs, candidates)
+    # "ly" is left out: after "App" it would have been read as "Appl", "y". The end is "App" itself.
+    oracle = torch.tensor([0.3, 0.6 * 3 / 4, 0.6 / 4, 0.0, 0.0]) / 0.9
+    torch.testing.assert_close(found, oracle)
+    assert undecided(both, 0, host_probs, candidates) == pytest.approx(1 - 0.3 / 0.5)
+    assert undecided(both, 3, host_probs, candidates) == 0.0
+    carried = both.to_host(
+        torch.tensor([[0.8, 0.0, 0.0, 0.0, 0.2, 0.0]]),
+        host_probs[None],
+        torch.arange(5),
+        [{0: found}],
+    )
+    # The host's "x" is of no small token.
+    expected = 0.9 * (0.8 * oracle + torch.tensor([0.0, 0.0, 0.0, 0.2, 0.0]))
+    torch.testing.assert_close(carried[0], expected + torch.tensor([0.0, 0.0, 0.0, 0.0, 0.1]))
+
+
+def test_what_is_not_followed_is_dealt_out_as_the_host_sees_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trimtab.align.follow.FOLLOWED_TOKENS", 1)
+    small = Strings(Vocabulary((b"a", b"b", b"c")))
+    host = Strings(Vocabulary((b"a", b"ab", b"ac")))
+    both, candidates = Alignment(small, host), Candidates.of(torch.arange(3), host.vocabulary)
+    host_probs, probs = torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.1, 0.7, 0.2])
+    found = after_token(both, 0, probs, host_probs, candidates)
+    torch.testing.assert_close(found, torch.tensor([0.15, 0.7 + 0.06, 0.09]))
 
 
 def test_after_a_rest_the_end_of_a_text_is_the_hosts() -> None:
     both = alignment([b"rud", b"run"], [b"d", b"n", None])
     candidates = Candidates.of(torch.arange(3), both.host.vocabulary)
     host_probs = torch.tensor([0.1, 0.1, 0.8])
-    found = both.rest_to_host(torch.tensor([0.6, 0.4]), b"ru", host_probs, candidates)
+    found = rest_to_host(both, torch.tensor([0.6, 0.4]), b"ru", host_probs, candidates)
     torch.testing.assert_close(found, torch.tensor([0.6 * 0.2, 0.4 * 0.2, 0.8]))
 
 
@@ -338,11 +408,11 @@ def test_a_rest_that_cannot_go_on_leaves_the_host_as_it_is() -> None:
     candidates = Candidates.of(torch.arange(2), both.host.vocabulary)
     host_probs = torch.tensor([0.4, 0.6])
     probs = torch.tensor([0.5, 0.5])
-    assert torch.equal(both.rest_to_host(probs, b"q", host_probs, candidates), host_probs)
-    assert torch.equal(both.rest_to_host(probs, b"", host_probs, candidates), host_probs)
+    assert torch.equal(rest_to_host(both, probs, b"q", host_probs, candidates), host_probs)
+    assert torch.equal(rest_to_host(both, probs, b"", host_probs, candidates), host_probs)
     special = alignment([b"ab", b"a"], [None])
     nothing = Candidates.of(torch.tensor([0]), special.host.vocabulary)
-    found = special.rest_to_host(probs, b"a", torch.tensor([1.0]), nothing)
+    found = rest_to_host(special, probs, b"a", torch.tensor([1.0]), nothing)
     torch.testing.assert_close(found, torch.tensor([1.0]))
 
 

@@ -162,9 +162,9 @@ def test_a_byte_host_gets_next_byte_probabilities(
     pair: Pair, byte_host: HFModel, context: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With nothing passed over for speed, a byte host gets what the covers say, exactly.
-    monkeypatch.setattr("trimtab.align.carry.REST_TOKENS", 512)
-    monkeypatch.setattr("trimtab.align.carry.REST_SHARE", 0.0)
-    monkeypatch.setattr("trimtab.backends.live.MIN_WEIGHT", 0.0)
+    monkeypatch.setattr("trimtab.align.follow.FOLLOWED_TOKENS", 512)
+    monkeypatch.setattr("trimtab.align.follow.FOLLOWED_SHARE", 0.0)
+    monkeypatch.setattr("trimtab.backends.ways.MIN_SHARE", 0.0)
     monkeypatch.setattr("trimtab.backends.live.DOUBT", 0.0)
     live = Live(pair, byte_host)
     probs = host_probs(1, len(byte_host.vocabulary))
@@ -332,6 +332,53 @@ def test_a_token_that_the_host_has_ended_does_not_go_on(
         for side in found:
             assert (float(side[0, goes_on].sum()) == 0.0) is forbidden
             assert float(side.sum()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("row", [None, 3])
+def test_a_host_with_longer_tokens_is_told_by_the_small_models(
+    same_host: HFModel, row: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Byte models beside host tokens of one and two bytes: two steps of theirs say all, exactly.
+    for name, value in (("replies.MAX_ASKED", 512), ("replies.MIN_UNDECIDED", 0.0)):
+        monkeypatch.setattr(f"trimtab.align.{name}", value)
+    for name, value in (("FOLLOWED_TOKENS", 512), ("FOLLOWED_SHARE", 0.0)):
+        monkeypatch.setattr(f"trimtab.align.follow.{name}", value)
+    monkeypatch.setattr("trimtab.backends.live.DOUBT", 0.0)
+    models = [open_model(f"tiny:llama?seed={seed}", dtype="float32") for seed in (1, 2)]
+    context, vocabulary = b"The sm", same_host.vocabulary
+    texts = {text: i for text, i in vocabulary.ids_by_bytes.items() if len(text) <= 2}
+    token_ids = torch.tensor(list(texts.values()))
+    live = Live(Pair(models[0], models[1]), same_host)
+    live.read([b"The "], row=row)
+    reading = live.read([context], row=row)
+    probs = host_probs(1, len(token_ids))
+    found = live.score(reading, range(1), probs, token_ids)
+    for model, carried in zip((found.expert, found.reference), models[::-1], strict=True):
+        oracle = two_step_oracle(carried, context, list(texts))
+        torch.testing.assert_close(model[0].double(), oracle, atol=1e-5, rtol=1e-3)
+    # Asked again, from the same caches: the leaves of the first time are gone.
+    again = live.score(reading, range(1), probs, token_ids)
+    torch.testing.assert_close(again.expert, found.expert)
+
+
+def two_step_oracle(model: HFModel, context: bytes, texts: list[bytes]) -> Tensor:
+    """Probabilities of a host's tokens of one or two bytes, of which it takes the longer."""
+    of_bytes = model.vocabulary.ids_by_bytes
+    start = [*model.context_ids(), *(of_bytes[bytes([b])] for b in context)]
+    is_text = torch.tensor([bool(text) for text in model.vocabulary.token_bytes])
+    first = model.logits(torch.tensor([start]))[0, -1].double().masked_fill(~is_text, -torch.inf)
+    first = first.softmax(-1)
+    probs = []
+    for text in texts:
+        begun = [*start, of_bytes[text[:1]]]
+        after = model.logits(torch.tensor([begun]))[0, -1].double().softmax(-1)
+        if len(text) == 2:
+            within = after[of_bytes[text[1:]]]
+        else:
+            joined = [of_bytes[t[1:]] for t in texts if len(t) == 2 and t[:1] == text]
+            within = 1.0 - after[joined].sum()
+        probs.append(first[of_bytes[text[:1]]] * within)
+    return torch.stack(probs)
 
 
 def test_what_is_carried_keeps_a_share_of_the_hosts_view(

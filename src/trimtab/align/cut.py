@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.align.carry import Candidates
+from trimtab.align.candidates import Candidates
 from trimtab.align.strings import Strings
 
 ASKED_TOKENS = 64
@@ -67,9 +67,8 @@ class HostCut:
         longer = small.longer_than(rest)
         if not len(longer):
             return logprobs
-        token_bytes = small.vocabulary.token_bytes
         asked = longer[logprobs[longer].topk(min(len(longer), ASKED_TOKENS)).indices]
-        suffixes = [(token_bytes[i] or b"")[len(rest) :] for i in asked.tolist()]
+        suffixes = [small.bytes_of(i)[len(rest) :] for i in asked.tolist()]
         kept = torch.tensor([self.share_of(suffix) for suffix in suffixes])
         probs = logprobs[asked].exp()
         others = (probs * kept).sum() / probs.sum().clamp_min(1e-30)

@@ -43,7 +43,11 @@ class Strings:
     @cached_property
     def longest(self) -> int:
         """Bytes of the longest token."""
-        return max(len(text) for text in self._sorted[0])
+        return max((len(text) for text in self._sorted[0]), default=0)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for; nothing for a special token."""
+        return self.vocabulary.token_bytes[token_id] or b""
 
     def longer_than(self, start: bytes) -> Tensor:
         """Ids of the tokens that begin with `start` and go beyond it, in byte order."""
@@ -58,7 +62,7 @@ class Strings:
         first, last = bisect.bisect_right(texts, start), end_of(texts, start)
         return torch.tensor(ids[first:last], dtype=torch.long)
 
-    def first_token(self, text: bytes) -> int:
+    def longest_token(self, text: bytes) -> int:
         """The longest token that begins a text; -1 if none does."""
         ids = self.vocabulary.ids_by_bytes
         for length in range(min(len(text), self.longest), 0, -1):
@@ -66,25 +70,50 @@ class Strings:
                 return ids[text[:length]]
         return -1
 
+    def first_token(self, text: bytes) -> int:
+        """The token with which the tokenizer begins a text; -1 if none does.
+
+        Often not the longest: SmolLM2 reads `tank` as `t` and `ank`, though it has `tan`. The
+        longest is the answer where the tokenizer cannot be asked.
+        """
+        return self._first(text)
+
+    @cached_property
+    def _first(self) -> Callable[[bytes], int]:
+        return lru_cache(KEPT_ANSWERS)(self._ask_first)
+
+    def _ask_first(self, text: bytes) -> int:
+        longest = self.longest_token(text)
+        if longest < 0 or self.bytes_of(longest) == text:
+            return longest
+        try:
+            ids = list(self.encode(text.decode())) if self.encode else []
+        except UnicodeDecodeError:
+            return longest
+        return ids[0] if self._spelled(ids) == text else longest
+
+    def _spelled(self, token_ids: Sequence[int]) -> bytes:
+        return b"".join(map(self.bytes_of, token_ids))
+
     def still_ends(self, token_id: int, following: bytes) -> bool:
         """Whether the tokenizer ends a token where it does if `following` comes after it.
 
-        A byte-pair tokenizer mostly takes the longest token, and where it does not it is asked. It
-        is not told what stands before the token, so where only that decides it may be wrong; and
-        where it cannot be asked (bytes that are no text by themselves) the answer is yes.
+        The tokenizer is not told what stands before the token, so where only that decides the
+        answer may be wrong; and where it cannot be asked (bytes that are no text by themselves) the
+        answer is yes.
         """
         return self._still_ends(token_id, following)
 
     @cached_property
     def _still_ends(self) -> Callable[[int, bytes], bool]:
-        return lru_cache(KEPT_ANSWERS)(self._ask)
+        return lru_cache(KEPT_ANSWERS)(self._ask_end)
 
-    def _ask(self, token_id: int, following: bytes) -> bool:
-        piece = self.vocabulary.token_bytes[token_id]
-        if not piece or self.first_token(piece + following) == token_id:
+    def _ask_end(self, token_id: int, following: bytes) -> bool:
+        piece = self.bytes_of(token_id)
+        if not piece:
             return True
         if self.encode is None:
-            return False
+            return self.longest_token(piece + following) == token_id
         try:
             text = (piece + following).decode()
         except UnicodeDecodeError:
@@ -95,9 +124,8 @@ class Strings:
 
     def _begins_with(self, text: str, token_id: int) -> bool:
         ids = self.encode(text) if self.encode else ()
-        spelled = b"".join(self.vocabulary.token_bytes[i] or b"" for i in ids)
         # A tokenizer that cannot leave out its own space, or cannot write the text, has no say.
-        return spelled != text.encode() or list(ids[:1]) == [token_id]
+        return self._spelled(ids) != text.encode() or list(ids[:1]) == [token_id]
 
     @cached_property
     def leaves(self) -> frozenset[bytes]:
@@ -107,7 +135,7 @@ class Strings:
     def _leaves(self, space: str) -> bool:
         ends, size = set[int](), 0
         for token_id in self.encode(f"a{3 * space}x") if self.encode else ():
-            size += len(self.vocabulary.token_bytes[token_id] or b"")
+            size += len(self.bytes_of(token_id))
             ends.add(size)
         return 3 in ends and 2 not in ends
 

@@ -7,18 +7,18 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from trimtab.align.carry import Alignment, Candidates
+from trimtab.align.candidates import Candidates
+from trimtab.align.carry import Alignment
 from trimtab.align.covers import Cover, covers_of
 from trimtab.align.cut import HostCut
+from trimtab.align.replies import Asked, Reply, carry_replies, deal_out, still_undecided
 from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
-from trimtab.backends.token_tree import ModelCache, TokenTree, run_tree
+from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
+from trimtab.backends.ways import Ways
 from trimtab.errors import ModelError
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
-
-MIN_WEIGHT = 5e-3
-"""Covers that are less likely than this are passed over."""
 
 DOUBT = 0.03
 """Share of the host's own view in what is carried between vocabularies.
@@ -44,7 +44,7 @@ class Live:
         """Align the pair's tokenizer with the host's."""
         self._pair = pair
         self.alignment = Alignment(pair.reference.strings, host.strings)
-        self._rows: dict[int, _Cached] = {}
+        self._rows: dict[int, PairCaches] = {}
         self._one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host.vocabulary)
 
     @property
@@ -99,7 +99,8 @@ class Live:
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
         lasts = [None] * len(contexts) if host_lasts is None else host_lasts
-        return LiveReading(tree, covers, ends, lasts, *self._states(tree, row))
+        caches = PairCaches() if row is None else self._rows.setdefault(row, PairCaches())
+        return LiveReading(tree, covers, ends, lasts, *self._states(tree, caches), caches)
 
     def score(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, token_ids: Tensor
@@ -114,92 +115,81 @@ class Live:
         """
         candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
         ways = [
-            _Ways(reading, question, self._cut(reading.host_lasts[question], probs, candidates))
-            for question, probs in zip(questions, host_probs, strict=True)
+            Ways.of(reading.tree, reading.covers[question], reading.ends[question], cut)
+            for question, cut in zip(
+                questions, self._cuts(reading, questions, host_probs, candidates), strict=True
+            )
         ]
-        sides = (
-            (reading.expert, self._pair.expert_unembedding),
-            (reading.reference, self._pair.reference_unembedding),
+        replies = (
+            self._replies(reading.expert, self._pair.expert_unembedding, ways),
+            self._replies(reading.reference, self._pair.reference_unembedding, ways),
         )
-        return PairProbs(
-            *(self._carry(states, head, ways, host_probs, candidates) for states, head in sides)
-        )
+        over = (host_probs, candidates)
+        # One model asks for both, so that a blend's ratio compares like with like.
+        asked = [] if self._one_vocabulary else still_undecided(self.alignment, replies[0], *over)
+        carried = [
+            carry_replies(
+                self.alignment, side, deal_out(self.alignment, asked, after, *over), *over
+            )
+            for side, after in zip(replies, self._ask_on(reading, asked), strict=True)
+        ]
+        if not self._one_vocabulary:
+            carried = [torch.lerp(side, host_probs, DOUBT) for side in carried]
+        return PairProbs(*carried)
 
-    def _cut(
-        self, host_last: int | None, host_probs: Tensor, candidates: Candidates
-    ) -> HostCut | None:
-        if host_last is None or self._one_vocabulary:
-            return None
-        return HostCut.of(self.alignment.host, host_last, host_probs, candidates)
+    def _cuts(
+        self, reading: "LiveReading", questions: range, host_probs: Tensor, candidates: Candidates
+    ) -> list[HostCut | None]:
+        if self._one_vocabulary:
+            return [None] * len(questions)
+        return [
+            None if last is None else HostCut.of(self.alignment.host, last, probs, candidates)
+            for last, probs in zip(
+                reading.host_lasts[questions.start : questions.stop], host_probs, strict=True
+            )
+        ]
 
-    def _states(self, tree: TokenTree, row: int | None) -> tuple[Tensor, Tensor]:
+    def _states(self, tree: TokenTree, caches: "PairCaches") -> tuple[Tensor, Tensor]:
         if not tree.tokens:
             return torch.zeros(0, 1), torch.zeros(0, 1)
-        cached = None if row is None else self._rows.setdefault(row, _Cached())
-        reference = run_tree(self._pair.reference, tree, cached.reference if cached else None)
+        reference = run_tree(self._pair.reference, tree, caches.reference)
         with self._pair.as_expert() as expert:
-            return run_tree(expert, tree, cached.expert if cached else None), reference
+            return run_tree(expert, tree, caches.expert), reference
 
-    def _carry(
-        self,
-        states: Tensor,
-        head: Unembedding,
-        ways: Sequence["_Ways"],
-        host_probs: Tensor,
-        candidates: Candidates,
-    ) -> Tensor:
+    def _replies(
+        self, states: Tensor, head: Unembedding, ways: Sequence[Ways]
+    ) -> list[list[Reply]]:
         asked = sorted({node for way in ways for node in way.nodes})
         if not asked:
-            return host_probs
+            return [[] for _ in ways]
         with torch.no_grad():
             logprobs = head.logits(states[asked]).float().cpu().log_softmax(-1)
         place = {node: number for number, node in enumerate(asked)}
-        carried = torch.zeros_like(host_probs)
-        plain: list[tuple[int, Tensor, float]] = []
-        for question, way in enumerate(ways):
-            weighed = self._weighed(way, logprobs, place)
-            if not weighed:
-                carried[question] = host_probs[question]
-            for cover, probs, weight in weighed:
-                if cover.rest:
-                    carried[question] += weight * self.alignment.rest_to_host(
-                        probs, cover.rest, host_probs[question], candidates
-                    )
-                else:
-                    plain.append((question, probs, weight))
-        if plain:
-            questions, probs, weights = zip(*plain, strict=True)
-            to_host = self.alignment.to_host(
-                torch.stack(probs), host_probs[list(questions)], candidates.token_ids
-            )
-            carried.index_add_(0, torch.tensor(questions), torch.tensor(weights)[:, None] * to_host)
-        return carried if self._one_vocabulary else torch.lerp(carried, host_probs, DOUBT)
+        return [way.replies(logprobs, place, self.alignment.small) for way in ways]
 
-    def _weighed(
-        self, way: "_Ways", logprobs: Tensor, place: dict[int, int]
-    ) -> list[tuple[Cover, Tensor, float]]:
-        """The covers that matter, with the probabilities of what follows them and their shares.
+    def _ask_on(
+        self, reading: "LiveReading", asked: Sequence[Asked]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What expert and reference say after tokens that follow nodes: probabilities, [vocab]."""
+        if not asked:
+            return [], []
+        leaves = sorted({(one.node, one.token_id) for one in asked})
+        reference = run_after(self._pair.reference, reading.tree, leaves, reading.caches.reference)
+        with self._pair.as_expert() as model:
+            expert = run_after(model, reading.tree, leaves, reading.caches.expert)
+        rows = [leaves.index((one.node, one.token_id)) for one in asked]
+        with torch.no_grad():
+            expert = self._pair.expert_unembedding.logits(expert).float().cpu().softmax(-1)
+            reference = self._pair.reference_unembedding.logits(reference).float().cpu().softmax(-1)
+        return [expert[row] for row in rows], [reference[row] for row in rows]
 
-        None where the text cannot go on after any of them.
-        """
-        scores, following = [], []
-        for cover, end, path in zip(way.covers, way.ends, way.paths, strict=True):
-            score = sum(float(logprobs[place[parent], token]) for parent, token in path)
-            # What goes on after a cover without a rest is any text, but not the end of one.
-            longer = self.alignment.small.longer_than(cover.rest)
-            after = logprobs[place[end]]
-            if way.cut is not None:
-                after = way.cut.leave_out(after, cover.rest, self.alignment.small)
-            score += float(after[longer].logsumexp(0)) if len(longer) else -torch.inf
-            scores.append(score)
-            following.append(after)
-        if max(scores, default=-torch.inf) == -torch.inf:
-            return []
-        shares = torch.tensor(scores, dtype=torch.float64).softmax(0)
-        shares = torch.where(shares < MIN_WEIGHT, 0.0, shares)
-        shares = (shares / shares.sum()).tolist()
-        found = zip(way.covers, following, shares, strict=True)
-        return [(cover, after.exp(), share) for cover, after, share in found if share > 0]
+
+@dataclass
+class PairCaches:
+    """What both models keep of the last contexts that they have read."""
+
+    reference: ModelCache = field(default_factory=ModelCache)
+    expert: ModelCache = field(default_factory=ModelCache)
 
 
 @dataclass(frozen=True)
@@ -213,6 +203,7 @@ class LiveReading:
         host_lasts: As given to `read`.
         expert: Final hidden states of the nodes, shape [nodes, hidden].
         reference: Likewise.
+        caches: Keys and values of all nodes, until the same row is read again.
     """
 
     tree: TokenTree
@@ -221,6 +212,7 @@ class LiveReading:
     host_lasts: Sequence[int | None]
     expert: Tensor
     reference: Tensor
+    caches: PairCaches
 
     def reference_states(self, questions: range) -> list[Tensor | None]:
         """The reference's state after some contexts, read as its tokenizer cuts them.
@@ -241,38 +233,3 @@ def _unpadded(vocabulary: Vocabulary) -> tuple[bytes | None, ...]:
     while end and vocabulary.token_bytes[end - 1] is None:
         end -= 1
     return vocabulary.token_bytes[:end]
-
-
-class _Ways:
-    """The covers of one context, with the steps in which they differ."""
-
-    def __init__(self, reading: LiveReading, question: int, cut: HostCut | None) -> None:
-        self.covers = reading.covers[question]
-        self.ends = reading.ends[question]
-        self.cut = cut
-        lines = [reading.tree.line(end) for end in self.ends]
-        shared = _shared_length(lines)
-        tokens = reading.tree.tokens
-        self.paths = [
-            [(line[i - 1], tokens[line[i]]) for i in range(max(shared, 1), len(line))]
-            for line in lines
-        ]
-        self.nodes = {*self.ends, *(parent for path in self.paths for parent, _ in path)}
-
-
-def _shared_length(lines: list[list[int]]) -> int:
-    if not lines:
-        return 0
-    shortest = min(len(line) for line in lines)
-    for i in range(shortest - 1, -1, -1):
-        if len({line[i] for line in lines}) == 1:
-            return i + 1
-    return 0
-
-
-@dataclass
-class _Cached:
-    """What both models keep of a row's last context."""
-
-    reference: ModelCache = field(default_factory=ModelCache)
-    expert: ModelCache = field(default_factory=ModelCache)

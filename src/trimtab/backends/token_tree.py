@@ -80,47 +80,77 @@ class ModelCache:
             shared += 1
         self.tokens = self.tokens[:shared]
         self.states = self.states[:shared]
-        self._cut(shared)
+        self.cut(shared)
         # A forward pass needs at least one token.
         if shared == len(tree.tokens):
-            self._cut(shared - 1)
+            self.cut(shared - 1)
             self.tokens, self.states = self.tokens[:-1], self.states[:-1]
             shared -= 1
         return shared
 
     def keep(self, tree: TokenTree, states: Tensor) -> Tensor:
-        """Keep the trunk's keys and values; the states of all nodes, [nodes, hidden]."""
-        everything = [*self.states, *states]
+        """Keep the trunk's tokens and states; the states of all nodes, [nodes, hidden]."""
+        everything = torch.stack([*self.states, *states]) if self.states else states
         trunk = tree.trunk()
-        self._cut(trunk)
-        self.tokens, self.states = tree.tokens[:trunk], everything[:trunk]
-        return torch.stack(everything)
+        self.tokens, self.states = tree.tokens[:trunk], list(everything[:trunk])
+        return everything
 
-    def _cut(self, length: int) -> None:
+    def cut(self, length: int) -> None:
+        """Forget the keys and values of all but the first nodes."""
         # `crop` counts the tokens to remove, below zero.
         self.cache.crop(min(0, length - self.cache.get_seq_length()))
 
 
-def run_tree(model: HFModel, tree: TokenTree, cached: ModelCache | None) -> Tensor:
+def run_tree(model: HFModel, tree: TokenTree, cached: ModelCache) -> Tensor:
     """Final hidden states of all nodes, shape [nodes, hidden].
 
     Args:
         model: Decoder-only.
         tree: The sequences.
-        cached: Keeps what the sequences of this tree share, for the next tree that begins alike.
+        cached: Keeps what the sequences of this tree share, for the next tree that begins alike;
+            and until then the keys and values of all nodes.
     """
-    past = cached.shared_with(tree) if cached else 0
+    past = cached.shared_with(tree)
     visible = tree.visible()[past:]
-    blocked = torch.finfo(model.model.dtype).min
-    mask = torch.where(visible, 0.0, blocked).to(model.model.dtype)[None, None]
-    with torch.no_grad():
-        states = model.model.base_model(
-            input_ids=torch.tensor([tree.tokens[past:]], device=model.device),
-            position_ids=torch.tensor([tree.depths[past:]], device=model.device),
-            attention_mask=mask.to(model.device),
-            past_key_values=cached.cache if cached else None,
-            use_cache=cached is not None,
-        ).last_hidden_state[0]
-    if cached is None:
-        return states
+    states = _forward(model, tree.tokens[past:], tree.depths[past:], visible, cached)
     return cached.keep(tree, states)
+
+
+def run_after(
+    model: HFModel, tree: TokenTree, leaves: Sequence[tuple[int, int]], cached: ModelCache
+) -> Tensor:
+    """Final hidden states of tokens that each follow a node of a tree, shape [leaves, hidden].
+
+    Args:
+        model: As given to `run_tree`.
+        tree: The tree that was run last.
+        leaves: Node and token.
+        cached: As `run_tree` has left it.
+    """
+    nodes = [node for node, _ in leaves]
+    visible = torch.zeros(len(leaves), len(tree.tokens) + len(leaves), dtype=torch.bool)
+    for leaf, node in enumerate(nodes):
+        visible[leaf, [*tree.line(node), len(tree.tokens) + leaf]] = True
+    depths = [tree.depths[node] + 1 for node in nodes]
+    states = _forward(model, [token for _, token in leaves], depths, visible, cached)
+    cached.cut(len(tree.tokens))
+    return states
+
+
+def _forward(
+    model: HFModel,
+    tokens: Sequence[int],
+    depths: Sequence[int],
+    visible: Tensor,
+    cached: ModelCache,
+) -> Tensor:
+    dtype = model.model.dtype
+    mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
+    with torch.no_grad():
+        return model.model.base_model(
+            input_ids=torch.tensor([list(tokens)], device=model.device),
+            position_ids=torch.tensor([list(depths)], device=model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=cached.cache,
+            use_cache=True,
+        ).last_hidden_state[0]

@@ -202,7 +202,7 @@ def live_logprobs(
         Natural-log probabilities by blend, each of shape [rows, vocab].
     """
     device, host_logprobs = host_logprobs.device, host_logprobs.cpu()
-    known = live.alignment.first_small >= 0
+    known = live.alignment.is_known
     text = host_logprobs.masked_fill(~known, -torch.inf)
     normaliser = text.logsumexp(-1, keepdim=True)
     text = text - normaliser

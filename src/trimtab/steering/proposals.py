@@ -52,7 +52,7 @@ def propose(memory: Memory, following: Tensor, strings: Strings) -> Proposals:
     ln 2 nats against the better one, whichever it is.
 
     A token string t of the expert's that begins the bytes that followed counts for the token that
-    followed; any other for the longest token that begins t, as in `Alignment`. Proposals of the
+    followed; any other for the token with which the model begins t, as in `Alignment`. Proposals of the
     same token add up wherever they are used. Strings that no token begins are left out.
 
     Args:

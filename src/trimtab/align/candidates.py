@@ -1,0 +1,84 @@
+"""Tokens that a step considers, and which tokens of another vocabulary begin them."""
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trimtab.align.strings import Strings, end_of
+from trimtab.vocab import Vocabulary
+
+NOT_ASKED = -2
+"""Stands for a first token that nobody has asked for yet."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The host tokens that a step considers, in byte order where that helps.
+
+    Attributes:
+        token_ids: Host token ids, shape [candidates].
+        texts: Their bytes, sorted; special tokens are left out.
+        order: Place in `token_ids` of each of `texts`.
+    """
+
+    token_ids: Tensor
+    texts: tuple[bytes, ...]
+    order: Tensor
+
+    @staticmethod
+    def of(token_ids: Tensor, host: Vocabulary) -> "Candidates":
+        """Sort the candidates of a host."""
+        pairs = sorted(
+            (text, place)
+            for place, token_id in enumerate(token_ids.tolist())
+            if (text := host.token_bytes[token_id])
+        )
+        texts = tuple(text for text, _ in pairs)
+        return Candidates(
+            token_ids, texts, torch.tensor([place for _, place in pairs], dtype=torch.long)
+        )
+
+    def beginning_with(self, start: bytes) -> range:
+        """Which of `texts` begin with `start`, it included."""
+        return range(bisect.bisect_left(self.texts, start), end_of(self.texts, start))
+
+    def first_of(self, text: bytes, host: Strings) -> int:
+        """Place of the candidate with which a host begins to read a text; -1 if there is none.
+
+        The longest that begins the text where the tokenizer's own first token is no candidate.
+        """
+        first = host.first_token(text)
+        own = host.bytes_of(first) if first >= 0 else b""
+        for length in (len(own), *range(len(text), 0, -1)):
+            place = bisect.bisect_left(self.texts, text[:length])
+            if length and place < len(self.texts) and self.texts[place] == text[:length]:
+                return int(self.order[place])
+        return -1
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """Which token of one vocabulary begins each token of another, asked when it is first needed.
+
+    Attributes:
+        vocabulary: The tokens that are asked about.
+        first_token: Says which token begins a text, -1 for none.
+    """
+
+    vocabulary: Vocabulary
+    first_token: Callable[[bytes], int]
+
+    @cached_property
+    def _known(self) -> Tensor:
+        return torch.full((len(self.vocabulary),), NOT_ASKED)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """The first token of each, -1 for none, of the shape of `token_ids` (one dimension)."""
+        for token_id in token_ids[self._known[token_ids] == NOT_ASKED].unique().tolist():
+            text = self.vocabulary.token_bytes[token_id]
+            self._known[token_id] = self.first_token(text) if text else -1
+        return self._known[token_ids]

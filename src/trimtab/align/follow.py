@@ -1,0 +1,155 @@
+"""Small tokens followed one by one to the host tokens that they lead to.
+
+`Alignment.to_host` carries whole distributions. Two cases need the strings: a small token that
+repeats the end of the context, and one whose host tokens the small model itself tells apart.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.align.candidates import Candidates
+from trimtab.align.carry import Alignment
+from trimtab.align.strings import Strings
+
+FOLLOWED_TOKENS = 64
+"""Likeliest small tokens that are followed one by one."""
+
+FOLLOWED_SHARE = 1e-3
+"""Tokens with a smaller share than this are not followed."""
+
+HOST_TOKENS = 256
+"""Likeliest host tokens among which those are sought that a small token leads to."""
+
+
+def rest_to_host(
+    alignment: Alignment, probs: Tensor, rest: bytes, host_probs: Tensor, candidates: Candidates
+) -> Tensor:
+    """Carry a distribution where the next small token begins with `rest` and goes beyond it.
+
+    Args:
+        alignment: Of both vocabularies.
+        probs: Over small tokens, shape [vocab of small].
+        rest: Bytes of the context that the next token repeats.
+        host_probs: The host's own over the candidates, shape [candidates].
+        candidates: The candidates.
+
+    Returns:
+        Shape [candidates], given that the token goes beyond `rest`.
+    """
+    ids = alignment.small.longer_than(rest)
+    total = float(probs[ids].sum())
+    if total <= 0:
+        return host_probs
+    carried = torch.zeros_like(host_probs)
+    led_to = _led_to(alignment, rest, host_probs, candidates)
+    for prob, place in _likeliest(probs[ids] / total):
+        token_id = int(ids[place])
+        suffix = alignment.small.bytes_of(token_id)[len(rest) :]
+        # What the host does not expect may still be what the small model means.
+        places = led_to.get(token_id) or _all_led_to(alignment, token_id, rest, suffix, candidates)
+        carried += prob * _dealt_out(places, suffix, host_probs, candidates, alignment.host)
+    # What was not followed one by one, and the end of a text, are left to the host's own view.
+    followed, foreign = float(carried.sum()), host_probs.clone()
+    foreign[candidates.order] = 0.0
+    going_on = 1.0 - float(foreign.sum())
+    return foreign + going_on * carried + (1.0 - followed) * (host_probs - foreign)
+
+
+def undecided(
+    alignment: Alignment, token_id: int, host_probs: Tensor, candidates: Candidates
+) -> float:
+    """How unsure a host is which of its tokens comes, given the small token that begins it.
+
+    Args:
+        alignment: Of both vocabularies.
+        token_id: The small token.
+        host_probs: The host's own over the candidates, shape [candidates].
+        candidates: The candidates.
+
+    Returns:
+        One less the share of the likeliest; 0 where there is at most one.
+    """
+    shares = host_probs[alignment.begun_by(token_id, candidates.token_ids)]
+    total = float(shares.sum())
+    return 1.0 - float(shares.max()) / total if total > 0 else 0.0
+
+
+def after_token(
+    alignment: Alignment, token_id: int, probs: Tensor, host_probs: Tensor, candidates: Candidates
+) -> Tensor:
+    """Deal a small token out to host tokens as the small model says that the text goes on.
+
+    A token u after t lends its probability to the candidates that begin with both, in the host's
+    proportions, or else to that with which the host begins to read both. Tokens u with which the
+    tokenizer would not have read t are left out. Those that are not followed leave their share to
+    the host's view of what continues t.
+
+    Args:
+        alignment: Of both vocabularies.
+        token_id: The small token t.
+        probs: Over the small tokens u that come next, shape [vocab of small].
+        host_probs: The host's own over the candidates, shape [candidates].
+        candidates: The candidates.
+
+    Returns:
+        Shares of the candidates, which sum to one, or to zero where none is left, [candidates].
+    """
+    small = alignment.small
+    lead = small.bytes_of(token_id)
+    shares, left = torch.zeros_like(host_probs), 1.0
+    for prob, following in _likeliest(probs):
+        left -= prob
+        after = small.bytes_of(following)
+        if small.first_token(lead + after) == token_id:
+            # The end of a text is no continuation that a longer host token could have.
+            text = lead + after
+            places = _all_led_to(alignment, token_id, b"", text, candidates) if after else []
+            shares += prob * _dealt_out(places, text, host_probs, candidates, alignment.host)
+    within = alignment.begun_by(token_id, candidates.token_ids)
+    shares[within] += left * host_probs[within] / host_probs[within].sum().clamp_min(1e-30)
+    return shares / shares.sum().clamp_min(1e-30)
+
+
+def _likeliest(probs: Tensor) -> list[tuple[float, int]]:
+    """Probabilities and places of those that are followed."""
+    top = probs.topk(min(len(probs), FOLLOWED_TOKENS))
+    found = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    return [(prob, place) for prob, place in found if prob >= FOLLOWED_SHARE]
+
+
+def _dealt_out(
+    places: Sequence[int], text: bytes, host_probs: Tensor, candidates: Candidates, host: Strings
+) -> Tensor:
+    """Shares of some candidates as the host sees them, or all for the one that begins a text."""
+    shares, within = torch.zeros_like(host_probs), torch.tensor(places, dtype=torch.long)
+    own = host_probs[within]
+    if float(own.sum()) > 0:
+        shares[within] = own / own.sum()
+    elif (first := candidates.first_of(text, host)) >= 0:
+        shares[first] = 1.0
+    return shares
+
+
+def _all_led_to(
+    alignment: Alignment, token_id: int, rest: bytes, suffix: bytes, candidates: Candidates
+) -> list[int]:
+    """Places of all candidates that one small token leads to."""
+    return [
+        int(candidates.order[place])
+        for place in candidates.beginning_with(suffix)
+        if token_id in alignment.firsts_of(rest + candidates.texts[place])
+    ]
+
+
+def _led_to(
+    alignment: Alignment, rest: bytes, host_probs: Tensor, candidates: Candidates
+) -> dict[int, list[int]]:
+    """Places of the likeliest candidates by the small tokens that begin with rest and them."""
+    likely = host_probs[candidates.order].topk(min(len(candidates.order), HOST_TOKENS))
+    led_to: dict[int, list[int]] = {}
+    for place in likely.indices.tolist():
+        for token_id in alignment.firsts_of(rest + candidates.texts[place]):
+            led_to.setdefault(token_id, []).append(int(candidates.order[place]))
+    return led_to
