@@ -52,8 +52,8 @@ def propose(memory: Memory, following: Tensor, strings: Strings) -> Proposals:
     ln 2 nats against the better one, whichever it is.
 
     A token string t of the expert's that begins the bytes that followed counts for the token that
-    followed; any other for the token with which the model begins t, as in `Alignment`. Proposals of the
-    same token add up wherever they are used. Strings that no token begins are left out.
+    followed; any other for the token with which the model begins t, as in `Alignment`. Proposals
+    of the same token add up wherever they are used. Strings that no token begins are left out.
 
     Args:
         memory: The entries.
@@ -63,13 +63,13 @@ def propose(memory: Memory, following: Tensor, strings: Strings) -> Proposals:
     values = following[:, None]
     if memory.soft_ids is None or memory.soft_probs is None:
         return Proposals(values, torch.ones(values.shape))
-    longest = torch.tensor([strings.first_token(text) for text in memory.soft_strings])
+    first = torch.tensor([strings.first_token(text) for text in memory.soft_strings])
     texts = memory.soft_strings
     begins = [
         [texts[i] != b"" and after.startswith(texts[i]) for i in row]
         for after, row in zip(followed(memory), memory.soft_ids.tolist(), strict=True)
     ]
-    soft = torch.where(torch.tensor(begins), values, longest[memory.soft_ids.long()])
-    first = torch.full(values.shape, FOLLOWED_SHARE)
-    shares = torch.cat([first, (1.0 - FOLLOWED_SHARE) * memory.soft_probs.float()], 1)
+    soft = torch.where(torch.tensor(begins), values, first[memory.soft_ids.long()])
+    hard = torch.full(values.shape, FOLLOWED_SHARE)
+    shares = torch.cat([hard, (1.0 - FOLLOWED_SHARE) * memory.soft_probs.float()], 1)
     return Proposals(torch.cat([values, soft], 1), shares)
