@@ -62,6 +62,7 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch, capsys) -> None:
         for number in range(4):
             lines = (f"const {folder[:3]}{number}{line} = {line};\n" for line in range(60))
             (tmp_path / folder / f"{number}{name}").write_text("".join(lines))
+    (tmp_path / "src" / "main.zig").write_text("const mine = 1;\n" * 9)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
     # Compiled under its own name, so that an error points to the README.

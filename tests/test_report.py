@@ -25,7 +25,7 @@ from trimtab.report import (
 from trimtab.report.page import page
 from trimtab.report.plots import bars_svg, growth_svg
 from trimtab.report.tokens import level
-from trimtab.report.values import differences, ordered, worse_rows
+from trimtab.report.values import differences, ordered, perplexity, worse_rows
 from trimtab.report.words import change_percent, data_size, duration, printable, signed, visible
 
 DOMAIN = dict(
@@ -42,10 +42,10 @@ DOMAIN = dict(
             1.262,
             1.238,
             1.205,
-            1.396,
-            1.326,
             1.081,
             1.052,
+            1.396,
+            1.326,
         ),
         strict=True,
     )
@@ -64,10 +64,10 @@ GENERAL = dict(
             1.012,
             1.015,
             1.014,
-            1.020,
-            1.019,
             0.991,
             0.993,
+            1.020,
+            1.019,
         ),
         strict=True,
     )
@@ -133,6 +133,7 @@ def example() -> Report:
                 "memory": Estimate(1.284 - 0.046 * step / 5, 0.007),
                 "head+memory": Estimate(1.284 - 0.079 * step / 5, 0.007),
             },
+            {"host": Estimate(14.1, 0.3), "memory": Estimate(14.1 - 0.9 * step / 5, 0.1)},
         )
         for step, size in ((1, 2_000), (2, 4_000), (3, 8_000), (4, 16_000), (5, 34_600))
     )
@@ -259,7 +260,15 @@ def test_report_json_of_everything() -> None:
 def test_a_report_survives_the_disk(tmp_path: Path) -> None:
     report = example()
     write_report(report, tmp_path / "new")
-    kept = replace(report, tokens=(), tokens_name="", completions=(), settings={})
+    kept = replace(
+        report,
+        tokens=(),
+        tokens_name="",
+        tokens_row="",
+        completions=(),
+        completions_note="",
+        settings={},
+    )
     assert read_report(tmp_path / "new") == read_report(tmp_path / "new" / "report.json") == kept
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "report.html",
@@ -451,7 +460,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         tokens=(TokenChange(HOSTILE, 9.0, 1.0, HOSTILE, HOSTILE),) * 3,
         tokens_name=HOSTILE,
         completions=(Completion(*[HOSTILE] * 5),),
-        growth=(GrowthPoint(10, estimates({HOSTILE: 1.0, "日本": 1.0}, 0.1)),),
+        growth=(GrowthPoint(10, {}, estimates({HOSTILE: 1.0, "日本": 1.0}, 0.1)),),
         settings={HOSTILE: HOSTILE},
     )
     reading = read(page(report))
@@ -504,7 +513,25 @@ def test_words_for_numbers() -> None:
 
 @pytest.mark.parametrize("sizes", [(0,), (0, 100), (100,), (7, 100, 2_000_000)])
 def test_growth_of_any_sizes(sizes: tuple[int, ...]) -> None:
-    points = [GrowthPoint(size, {"host": Estimate(1, 0), "head": Estimate(1, 0)}) for size in sizes]
+    points = [
+        GrowthPoint(size, {}, {"host": Estimate(1, 0), "head": Estimate(1, 0)}) for size in sizes
+    ]
     svg = growth_svg(points, "g")
     assert svg.count(">head<") == svg.count(">host<") == 1
     assert ("2 M" in svg) == (2_000_000 in sizes)
+
+
+def test_perplexity_is_of_the_hosts_tokens() -> None:
+    result = replace(
+        example().hosts[0],
+        domain={"host": Estimate(1.5, 0.2), "all": Estimate(1.0, 0.2)},
+        domain_change={"host": Estimate(0.0, 0.0), "all": Estimate(-0.5, 0.01)},
+        test_bytes=600,
+        test_tokens=200,
+    )
+    found = perplexity(result)
+    # 200 tokens of 3 bytes: 3 bits a token, and 2 ^ 3 = 8; a bit more or less is a factor of two.
+    assert found["all"].mean == pytest.approx(8) and found["host"].mean == pytest.approx(2**4.5)
+    above = 2 ** ((1.0 + 1e-6) * 3)
+    assert found["all"].stderr == pytest.approx((above - 8) / 1e-6 * 0.01, rel=1e-4)
+    assert found["host"].stderr == 0

@@ -6,6 +6,7 @@ Every step continues where an interrupted run stopped: run the same command agai
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,15 @@ from trimtab import (
 from trimtab.cli_errors import reported
 from trimtab.errors import InputError
 from trimtab.progress import Display
-from trimtab.report import Completion, GrowthPoint, Report, merge_hosts, table, write_report
+from trimtab.report import (
+    Completion,
+    GrowthPoint,
+    Report,
+    merge_hosts,
+    perplexity,
+    table,
+    write_report,
+)
 from trimtab.store.local import HOME_VARIABLE
 from trimtab.store.manifest import read_manifest
 
@@ -43,6 +52,12 @@ EVALUATED_TOKENS = 4_096
 DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
 COMPLETION_TOKENS = 48
+COMPLETIONS_NOTE = (
+    "All three carriers, the small model beside the host; greedy, and cut after"
+    f" {COMPLETION_TOKENS} tokens. Three samples show how it reads, not how good it is: greedy"
+    " text of models this small falls into loops, steered or not. The figures above are the"
+    " measure."
+)
 HEAD_EPOCHS = 3
 GROWTH_TOKENS = 6_144
 """Part of the recording whose memory is measured beside the whole; it costs a fit and two
@@ -147,7 +162,22 @@ def run(small: str, hosts: Sequence[str], out: Path | None = None) -> Report:
     print(f"report:  {out / 'report.html'}\nadapter: {job.adapter}")
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.wall_sec.items())
     print(f"time:    {sum(report.wall_sec.values()) / 60:.1f} min ({steps})")
+    print(_next_steps(job))
     return report
+
+
+def _next_steps(job: Job) -> str:
+    """What to type next: the same adapter by hand."""
+    host = job.hosts[0].ref
+    prompt = min(job.test.rglob("*.zig"), key=lambda path: path.stat().st_size)
+    trimtab_at = shlex.quote(str(Path(sys.executable).with_name("trimtab")))
+    words = ("generate", "--host", host, "--adapter", str(job.adapter))
+    cache = f"{HOME_VARIABLE}={shlex.quote(os.environ[HOME_VARIABLE])}"
+    return (
+        f"next:    {trimtab_at} show {shlex.quote(str(job.adapter))}\n"
+        f"         {cache} {trimtab_at} {shlex.join(words)}"
+        f' "$(head -c 1500 {shlex.quote(str(prompt))})"'
+    )
 
 
 def _say_downloads(refs: Sequence[str]) -> None:
@@ -231,7 +261,14 @@ def _on_host(
     with clock.step(f"generate{suffix}"):
         completions = _completions(job, host, functions, display)
     named = tuple(replace(r, host=host.title, small=job.small.title) for r in report.hosts)
-    return replace(report, hosts=named, wall_sec=clock.wall_sec, completions=completions)
+    return replace(
+        report,
+        hosts=named,
+        wall_sec=clock.wall_sec,
+        completions=completions,
+        completions_note=COMPLETIONS_NOTE,
+        tokens_name=report.tokens_name.removeprefix(f"{job.scored}/"),
+    )
 
 
 def _evaluation(
@@ -262,6 +299,7 @@ def _completions(
         config = GenerateConfig(
             host=host.ref,
             adapter=adapter,
+            carriers=("head", "memory", "expert") if adapter else None,
             prompt=tuple(function.prompt for function in functions),
             max_new_tokens=COMPLETION_TOKENS,
             seed=SEED,
@@ -291,12 +329,15 @@ def _growth(job: Job, clock: Clock, display: Display) -> tuple[GrowthPoint, ...]
             config = _evaluation(job, adapter, job.hosts[0], folder, GROWTH_ROWS)
             config = config.model_copy(update={"max_tokens": GROWTH_SCORED_TOKENS, "general": ()})
             report = trimtab.evaluate(config, progress=display.progress).report
-            found.append(report.hosts[0].domain)
+            found.append(report.hosts[0])
     whole = read_manifest(job.adapter, verify=False).memory
     entries = whole.entries if whole else 0
     sizes = (0, min(GROWTH_TOKENS, entries), entries)
-    measured = ({"memory": found[0]["host"]}, *({"memory": row["memory"]} for row in found))
-    return tuple(GrowthPoint(*point) for point in zip(sizes, measured, strict=True))
+    shown = ((found[0], "host"), (found[0], "memory"), (found[1], "memory"))
+    return tuple(
+        GrowthPoint(size, {"memory": result.domain[row]}, {"memory": perplexity(result)[row]})
+        for size, (result, row) in zip(sizes, shown, strict=True)
+    )
 
 
 def _settings(job: Job) -> dict[str, str]:
@@ -305,7 +346,7 @@ def _settings(job: Job) -> dict[str, str]:
         "hosts": ", ".join(host.title for host in job.hosts),
         "domain text": f"{corpus.ZIG_PACKAGE}, {CHOICE.test_files} test files, at most"
         f" {CHOICE.train_bytes:,} bytes of training files, chosen with seed {CHOICE.seed}",
-        "completions": "head and memory, greedy",
+        "completions": "head, memory and expert, greedy",
         "how much text it takes": f"the memory alone, on {GROWTH_SCORED_TOKENS:,} of these tokens",
         "general text": "Moby-Dick, Python's standard library",
         "scored": f"at most {EVALUATED_TOKENS:,} host tokens of domain text,"

@@ -257,12 +257,14 @@ def _is_closed_list(field: FieldInfo) -> bool:
 
 def _metavar(field: FieldInfo) -> str | None:
     if _is_closed_list(field):
-        return ",".join(get_args(get_args(_plain_type(field))[0]))
+        return "names"
     return "text" if _is_many(field) else None
 
 
 def _remark(field: FieldInfo) -> str:
-    remark = " (repeatable)" if _is_many(field) and not _is_closed_list(field) else ""
+    remark = " (repeatable)" if _is_many(field) else ""
+    if _is_closed_list(field):
+        remark = f" ({', '.join(get_args(get_args(_plain_type(field))[0]))}; several with commas)"
     if field.is_required():
         return f"{remark} (needed)"
     if field.default in (None, ()):

@@ -110,6 +110,8 @@ def evaluate(
     scores = {kind: _by_row(kept, rows) for kind, kept in scored.items()}
     first = (texts[""][0].name, scored[""][0].on_host)
     report = _report(config, bench.mounted, scores, first, host)
+    tokens = sum(len(kept.on_host.token_ids) for kept in scored[""])
+    report = replace(report, hosts=(replace(report.hosts[0], test_tokens=tokens),))
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
     return Evaluation(report, config.out, scored)
@@ -347,16 +349,21 @@ def _report(
         hosts=(result,),
         wall_sec={},
         adapter_bytes=sizes,
-        tokens=_changes(first[1], host),
+        tokens=_changes(first[1], _shown_row(first[1]), host),
         tokens_name=first[0],
+        tokens_row=_shown_row(first[1]),
     )
 
 
-def _changes(scored: ScoredDocument, host: HFModel) -> tuple[TokenChange, ...]:
+def _shown_row(scored: ScoredDocument) -> str:
+    """The row that needs no second model, as far as it was asked for."""
+    shown = (row for row in ("head+memory", "memory", "head", "all", "live") if row in scored.rows)
+    return next(shown, "host")
+
+
+def _changes(scored: ScoredDocument, row: str, host: HFModel) -> tuple[TokenChange, ...]:
     """Where the adapter changed the host's mind, token by token."""
-    before = scored.rows["host"]
-    shown = (row for row in ("head+memory", "memory", "head") if row in scored.rows)
-    after = scored.rows[next(shown, "host")]
+    before, after = scored.rows["host"], scored.rows[row]
     columns = (scored.token_ids, before.logprobs, after.logprobs, _tops(host, before))
     return tuple(
         TokenChange(_text(host, token), -float(b), -float(a), top_before, top_after)

@@ -1,6 +1,7 @@
 """Say readably what an adapter is, after checking every file of it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class ShowResult:
             ("metrics", manifest.metrics),
         ):
             if values:
-                lines += ["", title, *_aligned({key: _value(v) for key, v in values.items()})]
+                lines += ["", title, *_aligned(_flat(values))]
         return _printable(lines)
 
 
@@ -118,7 +119,20 @@ def _aligned(facts: dict[str, str]) -> list[str]:
     return [f"  {key.ljust(width)}  {value}" for key, value in facts.items()]
 
 
+def _flat(values: Mapping[str, JsonValue]) -> dict[str, str]:
+    """Nested values as lines: the names on the way to each, and the value."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{key} {inner}": shown for inner, shown in _flat(value).items()}
+        else:
+            found[key] = _value(value)
+    return found
+
+
 def _value(value: JsonValue) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
     return value if isinstance(value, str) else json.dumps(value)

@@ -12,6 +12,7 @@ from trimtab.report.values import (
     HostResult,
     Report,
     TokenChange,
+    perplexity,
 )
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "TokenChange",
     "merge_hosts",
+    "perplexity",
     "read_report",
     "report_json",
     "table",

@@ -29,8 +29,8 @@ def write_report(report: Report, folder: Path) -> None:
 def report_json(report: Report) -> dict[str, Any]:
     """Give the content of report.json, schema 1.
 
-    Keys that schema 1 does not name (general_kinds, domain_change, general_change of a host, and
-    growth) are there only if there is something to say.
+    Keys that schema 1 does not name (general_kinds, domain_change, general_change and test_tokens
+    of a host, and growth) are there only if there is something to say.
     """
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -44,6 +44,7 @@ def report_json(report: Report) -> dict[str, Any]:
             {
                 "recorded_tokens": point.recorded_tokens,
                 "bits_per_byte": _figures_json(point.bits_per_byte),
+                "perplexity": _figures_json(point.perplexity),
             }
             for point in report.growth
         ]
@@ -57,6 +58,7 @@ def _host_json(result: HostResult) -> dict[str, Any]:
         },
         "domain_change": _figures_json(result.domain_change),
         "general_change": _figures_json(result.general_change),
+        "test_tokens": result.test_tokens,
     }
     return {
         "host": result.host,
@@ -91,6 +93,7 @@ class _Host(_Part):
     domain_bits_per_byte: _FigureTable
     general_bits_per_byte: _FigureTable
     test_bytes: int = Field(ge=0)
+    test_tokens: int = Field(default=0, ge=0)
     general_kinds: dict[str, _FigureTable] = {}
     domain_change: _FigureTable = {}
     general_change: _FigureTable = {}
@@ -99,6 +102,7 @@ class _Host(_Part):
 class _Growth(_Part):
     recorded_tokens: int = Field(ge=0)
     bits_per_byte: _FigureTable
+    perplexity: _FigureTable = {}
 
 
 class _File(_Part):
@@ -138,7 +142,10 @@ def read_report(path: Path) -> Report:
 
 
 def _report(file: _File) -> Report:
-    growth = (GrowthPoint(p.recorded_tokens, _figures(p.bits_per_byte)) for p in file.growth)
+    growth = (
+        GrowthPoint(p.recorded_tokens, _figures(p.bits_per_byte), _figures(p.perplexity))
+        for p in file.growth
+    )
     return Report(
         domain=file.domain,
         hosts=tuple(_host(host) for host in file.hosts),
@@ -156,6 +163,7 @@ def _host(host: _Host) -> HostResult:
         general=_figures(host.general_bits_per_byte),
         general_kinds={kind: _figures(table) for kind, table in host.general_kinds.items()},
         test_bytes=host.test_bytes,
+        test_tokens=host.test_tokens,
         domain_change=_figures(host.domain_change),
         general_change=_figures(host.general_change),
     )

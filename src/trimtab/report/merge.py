@@ -16,6 +16,7 @@ def merge_hosts(reports: Sequence[Report]) -> Report:
     """
     _refuse_unlike(reports)
     with_tokens = next((report for report in reports if report.tokens), reports[0])
+    completed = next((report for report in reports if report.completions), reports[0])
     return Report(
         domain=reports[0].domain,
         hosts=tuple(result for report in reports for result in report.hosts),
@@ -23,7 +24,9 @@ def merge_hosts(reports: Sequence[Report]) -> Report:
         adapter_bytes=reports[0].adapter_bytes,
         tokens=with_tokens.tokens,
         tokens_name=with_tokens.tokens_name,
-        completions=next((report.completions for report in reports if report.completions), ()),
+        tokens_row=with_tokens.tokens_row,
+        completions=completed.completions,
+        completions_note=completed.completions_note,
         growth=next((report.growth for report in reports if report.growth), ()),
         settings=_joined_settings(report.settings for report in reports),
     )

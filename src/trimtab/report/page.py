@@ -19,8 +19,8 @@ def page(report: Report) -> str:
     """
     sections = [
         *(host_section(report, number) for number in range(len(report.hosts))),
-        tokens_section(report.tokens, report.tokens_name),
-        _completions_section(report.completions),
+        tokens_section(report.tokens, report.tokens_name, report.tokens_row),
+        _completions_section(report.completions, report.completions_note),
         _growth_section(report.growth),
         _cost_section(report),
         _settings_section(report),
@@ -47,10 +47,11 @@ def _data(name: str) -> str:
     return (resources.files("trimtab") / "data" / name).read_text(encoding="utf-8")
 
 
-def _completions_section(completions: Sequence[Completion]) -> str:
+def _completions_section(completions: Sequence[Completion], note: str) -> str:
     if not completions:
         return ""
-    return "<section><h2>Completions before and after</h2>" + (
+    said = f'<p class="note">{text_html(note)}</p>' if note else ""
+    return f"<section><h2>Completions before and after</h2>{said}" + (
         "".join(_completion(completion) for completion in completions) + "</section>"
     )
 
@@ -74,15 +75,15 @@ def _completion(completion: Completion) -> str:
 
 def _growth_section(points: Sequence[GrowthPoint]) -> str:
     points = sorted(
-        (point for point in points if point.bits_per_byte), key=lambda point: point.recorded_tokens
+        (point for point in points if point.perplexity), key=lambda point: point.recorded_tokens
     )
     if not points:
         return ""
-    rows = ordered({row: figure for point in points for row, figure in point.bits_per_byte.items()})
+    rows = ordered({row: figure for point in points for row, figure in point.perplexity.items()})
     head = "".join(f'<th scope="col">{point.recorded_tokens:,}</th>' for point in points)
     body = "".join(
         f'<tr><th scope="row">{text_html(row)}</th>'
-        + "".join(_figure_cell(point.bits_per_byte, row) for point in points)
+        + "".join(_figure_cell(point.perplexity, row) for point in points)
         + "</tr>"
         for row in rows
     )
@@ -90,14 +91,15 @@ def _growth_section(points: Sequence[GrowthPoint]) -> str:
         "<table><thead><tr><th scope='col'>recorded tokens</th>"
         f"{head}</tr></thead><tbody>{body}</tbody></table>"
     )
-    alt = "Line chart of bits per byte against recorded tokens; the figures follow as a table."
+    alt = "Line chart of perplexity against recorded tokens; the figures follow as a table."
     return (
         "<section><h2>How much text it takes</h2><figure class='plot'>"
         f'<div role="img" aria-label="{alt}">{growth_svg(points, "growth")}</div>'
-        "<figcaption>Part of the domain text, after a recording of each size; at 0 it is the bare"
-        " host. Bars: one standard error, of how texts differ rather than of the change."
+        "<figcaption>Perplexity a token of the host, lower is better, on part of the domain text,"
+        " after a recording of each size; with nothing recorded it is that of the bare host. Bars:"
+        " one standard error of the difference from the bare host."
         f"</figcaption></figure><details><summary>The figures</summary>"
-        f"{scroll_html(table, 'Bits per byte by size of the recording')}</details></section>"
+        f"{scroll_html(table, 'Perplexity by size of the recording')}</details></section>"
     )
 
 
@@ -105,7 +107,7 @@ def _figure_cell(figures: Figures, row: str) -> str:
     figure = figures.get(row)
     if figure is None:
         return "<td></td>"
-    return f"<td>{figure.mean:.3f} <small>± {figure.stderr:.3f}</small></td>"
+    return f"<td>{figure.mean:.2f} <small>± {figure.stderr:.2f}</small></td>"
 
 
 def _cost_section(report: Report) -> str:

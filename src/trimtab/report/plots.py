@@ -149,7 +149,7 @@ def _bar_words(axes: Axes, place: float, row: str, figures: Figures, paired: Fig
 
 
 def growth_svg(points: Sequence[GrowthPoint], name: str) -> str:
-    """Draw bits per byte against the size of the recording, one line a row, with error bars.
+    """Draw perplexity against the size of the recording, one line a row, with error bars.
 
     The host, which no recording changes, is a dashed line.
 
@@ -158,18 +158,18 @@ def growth_svg(points: Sequence[GrowthPoint], name: str) -> str:
         name: Prefix of the ids in the picture; unique within a page.
     """
     points = sorted(points, key=lambda point: point.recorded_tokens)
-    rows = ordered({row: figure for point in points for row, figure in point.bits_per_byte.items()})
+    rows = ordered({row: figure for point in points for row, figure in point.perplexity.items()})
     with rc_context(_SETTINGS):
         figure, axes = _canvas(260, left=52, right=112)
         ends: dict[str, tuple[float, str]] = {}
         series = iter(range(len(rows)))
         for row in rows:
-            here = [point for point in points if row in point.bits_per_byte]
+            here = [point for point in points if row in point.perplexity]
             colour = _MUTED if row == "host" else _SERIES[next(series) % len(_SERIES)]
             _line(axes, row, here, colour)
-            ends[row] = (here[-1].bits_per_byte[row].mean, colour)
+            ends[row] = (here[-1].perplexity[row].mean, colour)
         _size_axis(axes, [point.recorded_tokens for point in points])
-        axes.set_ylabel("bits per byte")
+        axes.set_ylabel("perplexity")
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _end_labels(axes, ends)
         return _svg(figure, name)
@@ -179,8 +179,8 @@ def _line(axes: Axes, row: str, points: Sequence[GrowthPoint], colour: str) -> N
     host = row == "host"
     axes.errorbar(
         [point.recorded_tokens for point in points],
-        [point.bits_per_byte[row].mean for point in points],
-        yerr=None if host else [point.bits_per_byte[row].stderr for point in points],
+        [point.perplexity[row].mean for point in points],
+        yerr=None if host else [point.perplexity[row].stderr for point in points],
         color=colour,
         linestyle=(0, (4, 3)) if host else "-",
         linewidth=1.2 if host else 1.8,

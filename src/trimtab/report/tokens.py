@@ -6,13 +6,13 @@ from html import escape
 
 from trimtab.report.html import text_html
 from trimtab.report.values import TokenChange
-from trimtab.report.words import printable, signed, visible
+from trimtab.report.words import printable, visible
 
 _EDGES_NATS = (0.1, 0.5, 1.0, 2.0, 4.0)
 _MOST = 6
 
 
-def tokens_section(tokens: Sequence[TokenChange], name: str) -> str:
+def tokens_section(tokens: Sequence[TokenChange], name: str, row: str) -> str:
     """Render a held-out file, each token coloured by the nats that steering saved or cost.
 
     Blue with strength for saved, orange with a dotted underline for cost: told apart also without
@@ -23,7 +23,7 @@ def tokens_section(tokens: Sequence[TokenChange], name: str) -> str:
     spans = "".join(_span(token) for token in tokens)
     return (
         "<section><h2>Where the adapter changed the host’s mind</h2>"
-        f"<p>{_totals(tokens, name)}</p>{_scale()}"
+        f"<p>{_totals(tokens, name, row)}</p>{_scale()}"
         '<pre class="tokens" tabindex="0" role="region" aria-label="The file, token by token">'
         f'{spans}</pre><div class="inspector">Point at a token, or tap it, to see what it cost '
         "before and after, and what the host would have written.</div>"
@@ -69,7 +69,7 @@ def _words(token: TokenChange) -> str:
     )
 
 
-def _totals(tokens: Sequence[TokenChange], name: str) -> str:
+def _totals(tokens: Sequence[TokenChange], name: str, row: str) -> str:
     count = len(tokens)
     saved = sum(_saved(token) for token in tokens)
     cheaper = sum(level(_saved(token)) > 0 for token in tokens) / count
@@ -77,11 +77,12 @@ def _totals(tokens: Sequence[TokenChange], name: str) -> str:
     changed = sum(token.host_top != token.steered_top for token in tokens) / count
     named = f" of <code>{text_html(name)}</code>" if name else ""
     verb = "saves" if saved >= 0 else "costs"
+    by = f" ({text_html(row)})" if row else ""
     return (
-        f"Over {count:,} tokens{named}, a held-out file, the adapter {verb} {abs(saved):.1f} nats "
-        f"({signed(-saved / count, 3)} nats a token). {cheaper:.0%} of the tokens became cheaper "
-        f"and {dearer:.0%} dearer by {_EDGES_NATS[0]} nats or more; the most likely token is "
-        f"another one at {changed:.0%}."
+        f"Over {count:,} tokens{named}, a held-out file, the adapter{by} {verb} {abs(saved):.1f} "
+        f"nats, {abs(saved) / count:.3f} a token. {cheaper:.0%} of the tokens became cheaper and "
+        f"{dearer:.0%} dearer by {_EDGES_NATS[0]} nats or more; the most likely token is another "
+        f"one at {changed:.0%}."
     )
 
 

@@ -1,11 +1,12 @@
 """What an evaluation found, as values."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from trimtab.metrics import Estimate
 
-STEERED = ("head", "memory", "head+memory", "live", "all")
+STEERED = ("bytes", "state", "head", "memory", "head+memory", "live", "all")
 """Rows of a host that is steered by the adapter."""
 
 CONTROLS = ("temperature", "bias", "head-shuffled", "memory-shuffled")
@@ -13,8 +14,8 @@ CONTROLS = ("temperature", "bias", "head-shuffled", "memory-shuffled")
 
 ROWS = (
     *("host", "reference", "expert", "proxy", "bias"),
-    *("bytes", "state", "head", "memory", "head+memory"),
-    *("head-shuffled", "memory-shuffled", "live", "all"),
+    *("bytes", "state", "head", "memory", "head+memory", "live", "all"),
+    *("head-shuffled", "memory-shuffled"),
 )
 """Rows that are measured unless others are asked for, in the order of a table."""
 
@@ -67,10 +68,13 @@ class GrowthPoint:
     Attributes:
         recorded_tokens: Tokens of domain text in the recording.
         bits_per_byte: Domain text, by row.
+        perplexity: The same a token of the host; the standard error is that of the difference
+            from the bare host.
     """
 
     recorded_tokens: int
     bits_per_byte: Figures
+    perplexity: Figures
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class HostResult:
         general: General text pooled over its kinds, bits per byte by row.
         general_kinds: Kind of general text -> row -> bits per byte.
         test_bytes: Bytes of domain text that were scored.
+        test_tokens: The host's tokens of them; 0 where they were not counted.
         domain_change: Paired difference row - host on domain text, where it was measured; its
             standard error is much smaller than that of two rows apart.
         general_change: The same on general text.
@@ -95,6 +100,7 @@ class HostResult:
     general: Figures
     general_kinds: Mapping[str, Figures]
     test_bytes: int
+    test_tokens: int = 0
     domain_change: Figures = field(default_factory=dict)
     general_change: Figures = field(default_factory=dict)
 
@@ -110,7 +116,9 @@ class Report:
         adapter_bytes: Size by carrier.
         tokens: A held-out file, token by token; not part of report.json.
         tokens_name: Name of that file.
+        tokens_row: What steered it: a row.
         completions: Completions before and after; not part of report.json.
+        completions_note: How they were written.
         growth: Quality by size of the recording.
         settings: What was set, for the reader; not part of report.json.
     """
@@ -121,7 +129,9 @@ class Report:
     adapter_bytes: Mapping[str, int]
     tokens: tuple[TokenChange, ...] = ()
     tokens_name: str = ""
+    tokens_row: str = ""
     completions: tuple[Completion, ...] = ()
+    completions_note: str = ""
     growth: tuple[GrowthPoint, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -148,6 +158,21 @@ def differences(figures: Figures, paired: Figures) -> dict[str, Estimate]:
         if row != "host"
     }
     return apart | {row: paired[row] for row in apart if row in paired}
+
+
+def perplexity(result: HostResult) -> dict[str, Estimate]:
+    """Perplexity a token of the host on domain text, by row: 2 ^ (bits a byte * bytes a token).
+
+    To first order the standard error is ln 2 * bytes a token * perplexity times that of the bits:
+    of the paired difference from the host where there is one.
+    """
+    bytes_per_token = result.test_bytes / max(result.test_tokens, 1)
+    found = {}
+    for row, figure in result.domain.items():
+        value = 2 ** (figure.mean * bytes_per_token)
+        error = result.domain_change.get(row, figure).stderr
+        found[row] = Estimate(value, math.log(2) * bytes_per_token * value * error)
+    return found
 
 
 SMALLEST_SHARE = 5e-4
