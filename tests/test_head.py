@@ -1,19 +1,15 @@
 """The head: nothing at first, LoRA algebra, a planted shift, and seating by token string."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from trimtab.anchors import Reading
-from trimtab.carriers.head import (
-    Head,
-    HeadData,
-    HeadSettings,
-    MountedHead,
-    fit_head,
-    seat_rows,
-)
-from trimtab.errors import NumericalError
+from trimtab.carriers.head import Head, MountedHead, seat_rows
+from trimtab.errors import InputError, NumericalError
+from trimtab.fitting.head import Checkpoint, HeadData, HeadSettings, fit_head
 from trimtab.losses import kl_nats
 from trimtab.vocab import Vocabulary
 
@@ -135,6 +131,44 @@ def test_the_seed_decides(rows: Tensor, planted: Head) -> None:
     ]
     assert torch.equal(fitted[0].up, fitted[1].up)
     assert not torch.equal(fitted[0].up, fitted[2].up)
+
+
+@pytest.mark.parametrize("stopped_at", [1, 4, 9])
+def test_a_stopped_fit_continues_bit_for_bit(
+    stopped_at: int, rows: Tensor, planted: Head, tmp_path: Path
+) -> None:
+    hidden = draw(100, HIDDEN, seed=6)
+    settings = HeadSettings(RANK, epochs=3, learning_rate=1e-2, seed=0, batch_positions=30)
+    checkpoint = Checkpoint(tmp_path / "made" / "head.safetensors", 0.0, "one")
+    arguments = (data(rows, planted, hidden), rows, *moments(hidden), settings)
+    whole = fit_head(*arguments)
+    done: list[int] = []
+
+    def stop(_: int) -> None:
+        done.append(1)
+        if len(done) == stopped_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(*arguments, checkpoint=checkpoint, on_batch=stop)
+    computed = 0
+
+    def target_logits(batch: Tensor) -> Tensor:
+        nonlocal computed
+        computed += 1
+        return arguments[0].target_logits(batch)
+
+    counting = HeadData(hidden, arguments[0].base_logits, target_logits, arguments[0].weight)
+    found = fit_head(counting, *arguments[1:], checkpoint=checkpoint)
+    assert computed == 12 - stopped_at
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, found.tensors()[name]), name
+    # Another fit does not continue it, and a broken file says what to do.
+    other = Checkpoint(checkpoint.path, 60.0, "another")
+    assert torch.equal(fit_head(*arguments, checkpoint=other).up, whole.up)
+    checkpoint.path.write_bytes(b"broken")
+    with pytest.raises(InputError, match="cannot be continued"):
+        fit_head(*arguments, checkpoint=checkpoint)
 
 
 def test_a_feature_that_never_moves_is_harmless(rows: Tensor, planted: Head) -> None:

@@ -171,6 +171,8 @@ class FitConfig(Config):
     """Fit the head on this host's own hidden states instead (host-fit)."""
     targets: Literal["expert", "blend", "labels"] = "expert"
     """What a host-fit head follows; blend: host, expert and reference; labels: the text itself."""
+    checkpoint_every_sec: float = Field(default=30.0, ge=0)
+    """Save the head at least this often, so that an interrupted fit continues there."""
     dtype: Dtype = "auto"
     """Arithmetic of a host's forward passes (host-fit only)."""
     seed: int = 0

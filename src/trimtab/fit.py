@@ -1,5 +1,6 @@
 """Fit an adapter's carriers to a recording: without a host, unless the head is fitted on one."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from trimtab.anchors import choose_anchors
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.carriers.gate import GATE_FEATURES
-from trimtab.carriers.head import Head, HeadData, HeadSettings
+from trimtab.carriers.head import Head
 from trimtab.config import CarrierName, FitConfig
 from trimtab.errors import InputError, RecordingError
+from trimtab.fitting.head import Checkpoint, HeadData, HeadSettings
 from trimtab.fitting.host_head import fit_host_head, fit_with_progress, prepare
 from trimtab.fitting.memory import fit_memory
 from trimtab.fitting.recorded import (
@@ -37,6 +39,7 @@ from trimtab.store.adapter import (
 )
 from trimtab.store.adapter_schema import (
     AdapterManifest,
+    Blend,
     Carrier,
     ExpertCarrier,
     Gate,
@@ -55,6 +58,12 @@ from trimtab.types import Progress, silent
 
 _PLACES = {"model", "data", "against", "out"}
 """Settings of `tune` that name places on its user's machine, which an adapter does not tell."""
+
+_FREE_SETTINGS = {"recording", "out", "checkpoint_every_sec"}
+"""Settings of `fit` that change nothing in an adapter."""
+
+CHECKPOINT_NAME = "checkpoint"
+"""Folder of what an unfinished fit has saved."""
 
 _ONCE_FIXED = {"targets": "expert"}
 """Settings that older adapters do not state, with the value that they had."""
@@ -95,14 +104,16 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
     if (config.out / MANIFEST_NAME).exists():
         manifest = read_manifest(config.out)
         settings = _ONCE_FIXED | manifest.provenance.fit
-        if settings == provenance.fit and manifest.provenance.inputs == provenance.inputs:
+        same = settings == provenance.fit and manifest.provenance.inputs == provenance.inputs
+        if same and manifest.blend == Blend():
             return FitResult(config.out, manifest)
         raise InputError(
-            f"{config.out} holds an adapter that was fitted with other settings",
+            f"{config.out} holds an adapter that was fitted with other settings or defaults",
             hint="choose another --out, or delete that folder",
         )
-    work = _Work.prepare(config, recording)
-    with lock(config.out), replace_directory(config.out) as folder:
+    work = _Work.prepare(config, recording, provenance)
+    unfinished = (CHECKPOINT_NAME,)
+    with lock(config.out), replace_directory(config.out, unfinished=unfinished) as folder:
         carriers = _write_carriers(work, host, folder, progress)
         manifest = AdapterManifest(
             name=config.name or config.out.resolve().stem or "adapter",
@@ -127,9 +138,10 @@ class _Work:
     base: HFModel
     splits: dict[str, Columns]
     expert: SmallLogits
+    checkpoint: Checkpoint
 
     @staticmethod
-    def prepare(config: FitConfig, recording: Recording) -> "_Work":
+    def prepare(config: FitConfig, recording: Recording, provenance: Provenance) -> "_Work":
         base = _open_base(recording)
         splits = {name: recording.read(name) for name in SPLITS}
         if config.max_tokens is not None:
@@ -142,7 +154,13 @@ class _Work:
                     hint="record again with more text",
                 )
         expert = expert_logits(recording, splits["train"], base.unembedding)
-        return _Work(config, recording, base, splits, expert)
+        made_from = json.dumps([provenance.fit, provenance.inputs], sort_keys=True)
+        checkpoint = Checkpoint(
+            config.out / CHECKPOINT_NAME / "head.safetensors",
+            config.checkpoint_every_sec,
+            hashlib.sha256(made_from.encode()).hexdigest(),
+        )
+        return _Work(config, recording, base, splits, expert, checkpoint)
 
 
 def _open_host(config: FitConfig, progress: Progress) -> HFModel | None:
@@ -165,7 +183,7 @@ def _beginning(columns: Columns, rows: int) -> Columns:
 
 def _provenance(config: FitConfig, recording: Recording, host: HFModel | None) -> Provenance:
     recorded = recording.manifest
-    settings = config.model_dump(mode="json", exclude={"recording", "out"})
+    settings = config.model_dump(mode="json", exclude=_FREE_SETTINGS)
     inputs = {"recording": sha256_file(config.recording / "recording.json")}
     if host:
         settings["host"] = _portable(host)
@@ -295,7 +313,7 @@ def _fit_head(work: _Work, counts: Tensor, progress: Progress) -> HeadFile:
     general = splits["general"]["reference_hidden"].float()
     data = HeadData(hidden, base_logits, target_logits, weight)
     moments = (general.mean(0), general.std(0))
-    head = fit_with_progress(data, rows, moments, settings, progress)
+    head = fit_with_progress(data, rows, moments, settings, work.checkpoint, progress)
     return _head_file(head, base, general)
 
 
@@ -303,7 +321,7 @@ def _fit_host_head(work: _Work, host: HFModel, progress: Progress) -> HeadFile:
     """Fit the head on the host's states; its rows are the host's own, which the host has."""
     prepared = prepare(host, work.base, work.splits, progress)
     reference = reference_logits(work.splits["train"], work.base.unembedding)
-    head = fit_host_head(work.config, prepared, work.expert, reference, progress)
+    head = fit_host_head(work.config, prepared, work.expert, reference, work.checkpoint, progress)
     return HeadFile(
         head, (), torch.zeros(0, work.config.rank + 1), torch.zeros(0, work.config.rank)
     )

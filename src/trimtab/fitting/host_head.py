@@ -15,9 +15,10 @@ from trimtab.align.carry import Alignment
 from trimtab.align.strings import token_lengths
 from trimtab.backends.hf import HFModel
 from trimtab.blend import BlendWeights, log_linear
-from trimtab.carriers.head import Head, HeadData, HeadSettings, fit_head
+from trimtab.carriers.head import Head
 from trimtab.config import FitConfig
 from trimtab.errors import InputError
+from trimtab.fitting.head import Checkpoint, HeadData, HeadSettings, fit_head
 from trimtab.fitting.recorded import Columns, SmallLogits, byte_ends, document_bytes
 from trimtab.steering.host_states import HostStates, host_states, same_bytes
 from trimtab.types import Progress
@@ -209,6 +210,7 @@ def fit_host_head(
     prepared: HostFit,
     expert: SmallLogits,
     reference: SmallLogits,
+    checkpoint: Checkpoint,
     progress: Progress,
 ) -> Head:
     """Fit the head on the host's states.
@@ -221,6 +223,7 @@ def fit_host_head(
         prepared: The host's states.
         expert: The expert at recorded positions.
         reference: The reference likewise.
+        checkpoint: Where the fit is saved and continued.
         progress: Counts positions.
 
     Raises:
@@ -240,8 +243,9 @@ def fit_host_head(
     spread = prepared.general.hidden.float()
     data = prepared.head_data(followed, active, config.general_weight)
     settings = HeadSettings(config.rank, config.epochs, config.learning_rate, config.seed)
+    moments = (spread.mean(0), spread.std(0))
     return fit_with_progress(
-        data, rows * unembedding.scale, (spread.mean(0), spread.std(0)), settings, progress
+        data, rows * unembedding.scale, moments, settings, checkpoint, progress
     )
 
 
@@ -261,9 +265,10 @@ def fit_with_progress(
     rows: Tensor,
     moments: tuple[Tensor, Tensor],
     settings: HeadSettings,
+    checkpoint: Checkpoint,
     progress: Progress,
 ) -> Head:
     """Fit a head under a progress display; arguments as `fit_head`, moments its mean and std."""
     total = settings.epochs * len(data.hidden)
     with progress("fitting the head", total) as advance:
-        return fit_head(data, rows, *moments, settings, on_batch=advance)
+        return fit_head(data, rows, *moments, settings, checkpoint=checkpoint, on_batch=advance)

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -113,7 +113,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def replace_directory(path: Path, *, marker: str = "manifest.json") -> Iterator[Path]:
+def replace_directory(
+    path: Path, *, marker: str = "manifest.json", unfinished: Collection[str] = ()
+) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it takes the place of the folder at path.
 
     The old folder stays until the new one is on disk. A kill between the two renames leaves
@@ -122,6 +124,7 @@ def replace_directory(path: Path, *, marker: str = "manifest.json") -> Iterator[
     Args:
         path: The folder to write; a symbolic link is followed.
         marker: File that tells a folder of ours, which may be replaced, from a user's own.
+        unfinished: Entries that a writer who was interrupted may have left without it.
 
     Raises:
         InputError: There is a folder at path that holds other things, or a file.
@@ -131,7 +134,7 @@ def replace_directory(path: Path, *, marker: str = "manifest.json") -> Iterator[
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         _restore(target)
-        _refuse_foreign(path, marker)
+        _refuse_foreign(path, marker, unfinished)
         _remove_leftovers(target, "tmp")
         temp = _beside(target, "tmp")
         temp.mkdir()
@@ -144,12 +147,13 @@ def replace_directory(path: Path, *, marker: str = "manifest.json") -> Iterator[
         _sync(target.parent)
 
 
-def _refuse_foreign(path: Path, marker: str) -> None:
+def _refuse_foreign(path: Path, marker: str, unfinished: Collection[str]) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(
             f"{path} is a file, where a folder is to be written", hint="choose another output"
         )
-    entries = {entry.name for entry in path.iterdir()} - {LOCK_NAME} if path.exists() else set()
+    ours = {LOCK_NAME, *unfinished}
+    entries = {entry.name for entry in path.iterdir()} - ours if path.exists() else set()
     if entries and marker not in entries:
         raise InputError(
             f"{path} holds {len(entries)} entries but no {marker}: replacing it would lose them",

@@ -1,0 +1,213 @@
+"""Fitting a head to soft targets, with checkpoints that continue exactly."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimtab.carriers.head import Head
+from trimtab.errors import InputError, NumericalError
+from trimtab.losses import kl_nats
+from trimtab.store.files import writing_atomically
+
+MIN_STD_SHARE = 1e-3
+"""Least standard deviation of a feature, as a share of the mean one."""
+
+_NAMES = ("down", "up", "offset")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class HeadData:
+    """What a head is fitted to; all states are of the same positions.
+
+    Attributes:
+        hidden: States that the head will read, shape [positions, hidden]: the reference's, or in
+            a host-fit the host's.
+        base_logits: From a batch of positions to the logits that the head shifts, over the
+            active tokens, shape [batch, active].
+        target_logits: From a batch of positions to the logits to follow, same shape.
+        weight: How much a position counts, shape [positions].
+    """
+
+    hidden: Tensor
+    base_logits: Callable[[Tensor], Tensor]
+    target_logits: Callable[[Tensor], Tensor]
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How a head is fitted; see `FitConfig`."""
+
+    rank: int
+    epochs: int
+    learning_rate: float
+    seed: int
+    batch_positions: int = 512
+    weight_decay: float = 0.05
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a fit is saved, how often, and of which fit a saved state may be.
+
+    Attributes:
+        path: The file.
+        every_sec: Seconds between two.
+        fit: Tells one fit from another; a state of another one is left alone and written over.
+    """
+
+    path: Path
+    every_sec: float
+    fit: str
+
+
+def fit_head(
+    data: HeadData,
+    rows: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    settings: HeadSettings,
+    *,
+    checkpoint: Checkpoint | None = None,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> Head:
+    """Fit a head by KL(target || shifted base), from the identity.
+
+    `up` and `offset` start at zero, so the head starts as no change and weight decay pulls it
+    back to none. Positions of general text have the base itself as their target: there the same
+    loss says "do nothing". Hidden features are standardised while fitting, since their scales
+    differ by orders of magnitude, and the scale is folded into `down` at the end.
+
+    Args:
+        data: States, logits and weights.
+        rows: Unembedding rows of the active tokens, times the logit scale, [active, hidden].
+        mean: Mean state of general text, shape [hidden].
+        std: Standard deviations of general text, shape [hidden].
+        settings: Rank, passes, step size.
+        checkpoint: Continue from there, bit for bit as if it had never stopped, and save there.
+        on_batch: Told how many positions were just used.
+
+    Raises:
+        NumericalError: The loss is not finite.
+        InputError: The checkpoint is broken.
+        StorageError: A checkpoint cannot be written.
+    """
+    # A feature that general text never moves must not be blown up without bound.
+    std = std.clamp_min(MIN_STD_SHARE * float(std.mean()))
+    generator = torch.Generator().manual_seed(settings.seed)
+    training = _Training(rows.shape[1], len(data.hidden), settings, generator)
+    done = training.load(checkpoint) if checkpoint else 0
+    saved, step = time.monotonic(), 0
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(data.hidden), generator=generator)
+        for batch in order.split(settings.batch_positions):
+            step += 1
+            if step > done:
+                training.step(_loss(training, data, rows, batch, (mean, std)))
+                if checkpoint and time.monotonic() - saved >= checkpoint.every_sec:
+                    training.save(checkpoint, step)
+                    saved = time.monotonic()
+            on_batch(len(batch))
+    down, up, offset = (weight.detach() for weight in training.weights)
+    return Head(down / std, up, offset, mean)
+
+
+def _loss(
+    training: "_Training",
+    data: HeadData,
+    rows: Tensor,
+    batch: Tensor,
+    moments: tuple[Tensor, Tensor],
+) -> Tensor:
+    down, up, offset = training.weights
+    state = (data.hidden[batch].float() - moments[0]) / moments[1]
+    shift = state @ down.T @ (rows @ up).T + rows @ offset
+    with torch.no_grad():
+        base, target = data.base_logits(batch), data.target_logits(batch)
+    return (kl_nats(target, base + shift) * data.weight[batch]).mean()
+
+
+@final
+class _Training:
+    """Weights of a head, their AdamW and its one-cycle schedule."""
+
+    def __init__(
+        self, hidden: int, positions: int, settings: HeadSettings, generator: torch.Generator
+    ) -> None:
+        down = torch.randn(settings.rank, hidden, generator=generator) / hidden**0.5
+        self.weights = [down, torch.zeros(hidden, settings.rank), torch.zeros(hidden)]
+        self._optimiser = torch.optim.AdamW(
+            [weight.requires_grad_() for weight in self.weights],
+            settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        )
+        batches = -(-positions // settings.batch_positions)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimiser, settings.learning_rate, total_steps=settings.epochs * batches
+        )
+
+    def step(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise NumericalError(
+                "the head's loss is not a finite number",
+                hint="lower --learning-rate, or record again if the recording has bad values",
+            )
+        self._optimiser.zero_grad()
+        loss.backward()
+        self._optimiser.step()
+        self._schedule.step()
+
+    def save(self, checkpoint: Checkpoint, steps: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, weight in zip(_NAMES, self.weights, strict=True):
+            tensors[name] = weight.detach()
+            tensors |= {f"{m}/{name}": self._optimiser.state[weight][m] for m in _MOMENTS}
+        group = self._optimiser.param_groups[0]
+        numbers = {
+            "fit": checkpoint.fit,
+            "steps": steps,
+            "group": {name: group[name] for name in ("lr", "betas")},
+        }
+        checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing_atomically(checkpoint.path) as temp:
+            save_file(tensors, temp, metadata={"state": json.dumps(numbers)})
+
+    def load(self, checkpoint: Checkpoint) -> int:
+        """Continue; how many steps are done: none without a state of this fit."""
+        if not checkpoint.path.exists():
+            return 0
+        try:
+            with safe_open(checkpoint.path, framework="pt") as file:
+                numbers = json.loads(file.metadata()["state"])
+                if numbers["fit"] != checkpoint.fit:
+                    return 0
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self._restore(tensors, numbers)
+            return int(numbers["steps"])
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint {checkpoint.path} cannot be continued: {error}",
+                hint=f"delete {checkpoint.path} to begin the fit again",
+            ) from error
+
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict) -> None:
+        steps = int(numbers["steps"])
+        for name, weight in zip(_NAMES, self.weights, strict=True):
+            with torch.no_grad():
+                weight.copy_(tensors[name])
+            self._optimiser.state[weight] = {
+                "step": torch.tensor(float(steps)),
+                **{m: tensors[f"{m}/{name}"] for m in _MOMENTS},
+            }
+        lr, betas = numbers["group"]["lr"], tuple(numbers["group"]["betas"])
+        self._optimiser.param_groups[0].update(lr=lr, betas=betas)
+        self._schedule.load_state_dict({"last_epoch": steps, "_step_count": steps + 1})
