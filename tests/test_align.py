@@ -63,15 +63,18 @@ def test_the_longest_token_is_found(vocabulary: Vocabulary, text: bytes) -> None
 
 @steady
 @given(host=vocabularies, start=pieces, data=st.data())
-def test_the_longest_candidate_that_begins_a_text(
+def test_the_candidate_with_which_a_host_begins_a_text(
     host: Vocabulary, start: bytes, data: st.DataObject
 ) -> None:
     ids = data.draw(st.lists(st.sampled_from(range(len(host))), min_size=1, unique=True))
     found = Candidates.of(torch.tensor(ids), host)
     texts = [host.token_bytes[i] or b"" for i in ids]
-    longest = found.first_of(start, Strings(host))
-    begins = [text for text in texts if text and start.startswith(text)]
-    assert texts[longest] == max(begins, key=len) if begins else longest == -1
+    place = found.first_of(start, Strings(host))
+    begins = max((t or b"" for t in host.token_bytes if t and start.startswith(t)), default=b"")
+    if begins and begins in texts:
+        assert texts[place] == begins
+    else:
+        assert place == -1
 
 
 texts = st.text(st.sampled_from("the rudder  \n\tturns, é€😀_(89"), max_size=40)
@@ -381,6 +384,37 @@ def test_a_small_model_deals_a_token_out_itself() -> None:
     # The host's "x" is of no small token.
     expected = 0.9 * (0.8 * oracle + torch.tensor([0.0, 0.0, 0.0, 0.2, 0.0]))
     torch.testing.assert_close(carried[0], expected + torch.tensor([0.0, 0.0, 0.0, 0.0, 0.1]))
+
+
+@pytest.mark.parametrize("certain", [1.0, 0.6])
+def test_what_a_tokenizer_never_writes_is_left_to_the_host(certain: float) -> None:
+    # All that the small model says after "App" would have been read as one token with it.
+    small = Strings(Vocabulary((b"App", b"l", b"le", b"Appl", b"Apple")))
+    host = Strings(Vocabulary((b"App", b"Approx", b"x")))
+    candidates = Candidates.of(torch.arange(3), host.vocabulary)
+    host_probs = torch.tensor([0.3, 0.1, 0.6])
+    probs = torch.tensor([0.0, certain, 1 - certain, 0.0, 0.0])
+    found = after_token(Alignment(small, host), 0, probs, host_probs, candidates)
+    torch.testing.assert_close(found, torch.tensor([0.75, 0.25, 0.0]))
+
+
+def test_what_leads_to_no_candidate_is_missing() -> None:
+    small = Strings(Vocabulary((b"App", b"rox", b"(", b"x")))
+    host = Strings(Vocabulary((b"App", b"Approx", b"Apply", b"x")))
+    candidates = Candidates.of(torch.tensor([1, 2, 3]), host.vocabulary)
+    probs, host_probs = torch.tensor([0.0, 0.01, 0.99, 0.0]), torch.tensor([0.3, 0.4, 0.3])
+    found = after_token(Alignment(small, host), 0, probs, host_probs, candidates)
+    # "(" means "App", which is not among the candidates.
+    torch.testing.assert_close(found, torch.tensor([0.01, 0.0, 0.0]))
+
+
+def test_a_longer_candidate_does_not_take_what_the_host_reads_otherwise() -> None:
+    small = Strings(Vocabulary((b"App", b"roximate", b"rox", b"ly")))
+    host = Strings(Vocabulary((b"App", b"Approx", b"Approximately", b"Apply")))
+    candidates = Candidates.of(torch.arange(4), host.vocabulary)
+    probs, host_probs = torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.tensor([0.1, 0.6, 0.2, 0.1])
+    found = after_token(Alignment(small, host), 0, probs, host_probs, candidates)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.75, 0.25, 0.0]))
 
 
 def test_what_is_not_followed_is_dealt_out_as_the_host_sees_it(

@@ -64,7 +64,7 @@ def nothing(head: Head) -> Head:
 def test_a_head_starts_as_no_change(rows: Tensor, planted: Head) -> None:
     hidden = draw(40, HIDDEN, seed=6)
     settings = HeadSettings(RANK, epochs=1, learning_rate=0.0, seed=0)
-    found = fit_head(data(rows, planted, hidden), rows, *moments(hidden), settings)
+    found = fit_head(data(rows, planted, hidden), rows, moments(hidden), settings)
     assert torch.equal(found.shift(hidden), torch.zeros(40, HIDDEN))
     assert found.down.abs().max() > 0
 
@@ -86,7 +86,7 @@ def test_a_planted_shift_is_found(rows: Tensor, planted: Head) -> None:
     found = fit_head(
         data(rows, target, hidden),
         rows,
-        *moments(hidden),
+        moments(hidden),
         HeadSettings(RANK, epochs=60, learning_rate=2e-2, seed=0, batch_positions=100),
         on_batch=used.append,
     )
@@ -100,10 +100,8 @@ def test_general_text_is_left_alone(rows: Tensor, planted: Head) -> None:
     hidden = draw(POSITIONS, HIDDEN, seed=6)
     hidden[: POSITIONS // 2, 0] -= 8
     general = HeadSettings(RANK, epochs=30, learning_rate=1e-2, seed=0, batch_positions=100)
-    free = fit_head(data(rows, planted, hidden), rows, *moments(hidden), general)
-    anchored = fit_head(
-        data(rows, planted, hidden, POSITIONS // 2), rows, *moments(hidden), general
-    )
+    free = fit_head(data(rows, planted, hidden), rows, moments(hidden), general)
+    anchored = fit_head(data(rows, planted, hidden, POSITIONS // 2), rows, moments(hidden), general)
     there = hidden[: POSITIONS // 2]
     still = nothing(planted)
     assert kl(anchored, still, rows, there) < 0.3 * kl(free, still, rows, there)
@@ -114,7 +112,7 @@ def test_weights_of_zero_do_not_count(rows: Tensor, planted: Head) -> None:
     plain = data(rows, planted, hidden)
     ignored = HeadData(hidden, plain.base_logits, plain.target_logits, torch.zeros(100))
     settings = HeadSettings(RANK, epochs=3, learning_rate=1e-2, seed=0)
-    found = fit_head(ignored, rows, *moments(hidden), settings)
+    found = fit_head(ignored, rows, moments(hidden), settings)
     assert torch.equal(found.up, torch.zeros(HIDDEN, RANK))
 
 
@@ -124,7 +122,7 @@ def test_the_seed_decides(rows: Tensor, planted: Head) -> None:
         fit_head(
             data(rows, planted, hidden),
             rows,
-            *moments(hidden),
+            moments(hidden),
             HeadSettings(RANK, epochs=2, learning_rate=1e-2, seed=seed, batch_positions=30),
         )
         for seed in (0, 0, 1)
@@ -139,8 +137,8 @@ def test_a_stopped_fit_continues_bit_for_bit(
 ) -> None:
     hidden = draw(100, HIDDEN, seed=6)
     settings = HeadSettings(RANK, epochs=3, learning_rate=1e-2, seed=0, batch_positions=30)
-    checkpoint = Checkpoint(tmp_path / "made" / "head.safetensors", 0.0, "one")
-    arguments = (data(rows, planted, hidden), rows, *moments(hidden), settings)
+    checkpoint = Checkpoint(tmp_path / "head.safetensors", 0.0, "one")
+    arguments = (data(rows, planted, hidden), rows, moments(hidden), settings)
     whole = fit_head(*arguments)
     done: list[int] = []
 
@@ -164,8 +162,9 @@ def test_a_stopped_fit_continues_bit_for_bit(
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, found.tensors()[name]), name
     # Another fit does not continue it, and a broken file says what to do.
-    other = Checkpoint(checkpoint.path, 60.0, "another")
-    assert torch.equal(fit_head(*arguments, checkpoint=other).up, whole.up)
+    computed, other = 0, Checkpoint(checkpoint.path, 60.0, "another")
+    found = fit_head(counting, *arguments[1:], checkpoint=other)
+    assert computed == 12 and torch.equal(found.up, whole.up)
     checkpoint.path.write_bytes(b"broken")
     with pytest.raises(InputError, match="cannot be continued"):
         fit_head(*arguments, checkpoint=checkpoint)
@@ -175,7 +174,7 @@ def test_a_feature_that_never_moves_is_harmless(rows: Tensor, planted: Head) -> 
     hidden = draw(100, HIDDEN, seed=6)
     hidden[:, 2] = 1.0
     settings = HeadSettings(RANK, epochs=5, learning_rate=1e-2, seed=0)
-    found = fit_head(data(rows, planted, hidden), rows, *moments(hidden), settings)
+    found = fit_head(data(rows, planted, hidden), rows, moments(hidden), settings)
     assert all(t.isfinite().all() for t in found.tensors().values())
 
 
@@ -185,7 +184,7 @@ def test_a_loss_that_is_not_a_number_is_an_error(rows: Tensor, planted: Head) ->
     hidden[7, 0] = torch.nan
     settings = HeadSettings(RANK, epochs=1, learning_rate=1e-2, seed=0)
     with pytest.raises(NumericalError, match="not a finite number"):
-        fit_head(broken, rows, torch.zeros(HIDDEN), torch.ones(HIDDEN), settings)
+        fit_head(broken, rows, (torch.zeros(HIDDEN), torch.ones(HIDDEN)), settings)
 
 
 def test_a_mounted_head_on_its_own_model_is_the_head(rows: Tensor, planted: Head) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from trimtab.cli import main
 from trimtab.config import FitConfig, RecordConfig, TuneConfig
-from trimtab.fit import fit
+from trimtab.fit import UNFINISHED_NAME, fit
 from trimtab.record import record
 from trimtab.tune import tune
 
@@ -86,7 +86,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
             ("fit", str(recording), "--rank", "4", "--key-size", "16",
              "--checkpoint-every-sec", "0"),
             "manifest.json",
-            lambda out: (out / "checkpoint" / "head.safetensors").exists(),
+            lambda out: (out / UNFINISHED_NAME).exists(),
             contents(adapter, "manifest.json"),
         ),
     }  # fmt: skip
@@ -149,7 +149,7 @@ def test_the_same_command_again_finishes(
     assert not (out / stage.marker).exists()
     if name == "fit":
         # No half adapter: what is there is to be continued, and the lock of a killed run.
-        assert {path.name for path in out.glob("*")} <= {".lock", "checkpoint"}
+        assert {path.name for path in out.glob("*")} <= {".lock", UNFINISHED_NAME}
     # How often a verb saves changes no result, and takes time.
     rest = [] if name == "record" else ["--checkpoint-every-sec", "60"]
     with pytest.raises(SystemExit) as end:

@@ -11,7 +11,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair, open_pair
-from trimtab.backends.token_tree import TokenTree
+from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
 from trimtab.config import TuneConfig
 from trimtab.tune import tune
 
@@ -359,6 +359,42 @@ def test_a_host_with_longer_tokens_is_told_by_the_small_models(
     # Asked again, from the same caches: the leaves of the first time are gone.
     again = live.score(reading, range(1), probs, token_ids)
     torch.testing.assert_close(again.expert, found.expert)
+
+
+def test_a_context_that_fills_the_small_models_can_still_be_scored(
+    same_host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MAX_ASKED", 512), ("MIN_UNDECIDED", 0.0)):
+        monkeypatch.setattr(f"trimtab.align.replies.{name}", value)
+    models = [open_model(f"tiny:gpt2?seed={seed}", dtype="float32") for seed in (1, 2)]
+    longest = models[0].max_tokens
+    assert longest is not None
+    context = b"a" * (longest - len(models[0].context_ids()))
+    live = Live(Pair(models[0], models[1]), same_host)
+    probs = host_probs(1, len(same_host.vocabulary))
+    for text in (context, context[:-1]):
+        found = live.score(live.read([text]), range(1), probs, torch.arange(probs.shape[1]))
+        assert float(found.expert.sum()) == pytest.approx(1, abs=1e-3)
+
+
+def test_one_live_serves_in_and_outside_inference_mode(pair: Pair, byte_host: HFModel) -> None:
+    live, probs = Live(pair, byte_host), host_probs(1, len(byte_host.vocabulary))
+    token_ids = torch.arange(probs.shape[1])
+    with torch.inference_mode():
+        live.score(live.read([b"The"]), range(1), probs[:, :9], token_ids[:9])
+    assert live.score(live.read([b"The"]), range(1), probs, token_ids).expert.isfinite().all()
+
+
+def test_only_the_last_tree_is_gone_on_from(pair: Pair) -> None:
+    cached, model = ModelCache(), pair.reference
+    first, second = TokenTree(), TokenTree()
+    node = first.add(model.encode("The small rudder"))
+    second.add(model.encode("The"))
+    run_tree(model, first, cached)
+    assert run_after(model, first, [(node, 1)], cached).shape[0] == 1
+    run_tree(model, second, cached)
+    with pytest.raises(ValueError, match="another tree"):
+        run_after(model, first, [(node, 1)], cached)
 
 
 def two_step_oracle(model: HFModel, context: bytes, texts: list[bytes]) -> Tensor:

@@ -172,10 +172,11 @@ def _next_steps(job: Job) -> str:
     prompt = min(job.test.rglob("*.zig"), key=lambda path: path.stat().st_size)
     trimtab_at = shlex.quote(str(Path(sys.executable).with_name("trimtab")))
     words = ("generate", "--host", host, "--adapter", str(job.adapter))
-    cache = f"{HOME_VARIABLE}={shlex.quote(os.environ[HOME_VARIABLE])}"
+    home = os.environ.get(HOME_VARIABLE)
+    cache = f"{HOME_VARIABLE}={shlex.quote(home)} " if home else ""
     return (
         f"next:    {trimtab_at} show {shlex.quote(str(job.adapter))}\n"
-        f"         {cache} {trimtab_at} {shlex.join(words)}"
+        f"         {cache}{trimtab_at} {shlex.join(words)}"
         f' "$(head -c 1500 {shlex.quote(str(prompt))})"'
     )
 

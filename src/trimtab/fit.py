@@ -62,8 +62,8 @@ _PLACES = {"model", "data", "against", "out"}
 _FREE_SETTINGS = {"recording", "out", "checkpoint_every_sec"}
 """Settings of `fit` that change nothing in an adapter."""
 
-CHECKPOINT_NAME = "checkpoint"
-"""Folder of what an unfinished fit has saved."""
+UNFINISHED_NAME = "head.unfinished.safetensors"
+"""What an unfinished fit has saved, in the adapter's folder."""
 
 _ONCE_FIXED = {"targets": "expert"}
 """Settings that older adapters do not state, with the value that they had."""
@@ -112,7 +112,7 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
             hint="choose another --out, or delete that folder",
         )
     work = _Work.prepare(config, recording, provenance)
-    unfinished = (CHECKPOINT_NAME,)
+    unfinished = (UNFINISHED_NAME,)
     with lock(config.out), replace_directory(config.out, unfinished=unfinished) as folder:
         carriers = _write_carriers(work, host, folder, progress)
         manifest = AdapterManifest(
@@ -156,7 +156,7 @@ class _Work:
         expert = expert_logits(recording, splits["train"], base.unembedding)
         made_from = json.dumps([provenance.fit, provenance.inputs], sort_keys=True)
         checkpoint = Checkpoint(
-            config.out / CHECKPOINT_NAME / "head.safetensors",
+            config.out / UNFINISHED_NAME,
             config.checkpoint_every_sec,
             hashlib.sha256(made_from.encode()).hexdigest(),
         )

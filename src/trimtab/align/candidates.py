@@ -47,17 +47,12 @@ class Candidates:
         return range(bisect.bisect_left(self.texts, start), end_of(self.texts, start))
 
     def first_of(self, text: bytes, host: Strings) -> int:
-        """Place of the candidate with which a host begins to read a text; -1 if there is none.
-
-        The longest that begins the text where the tokenizer's own first token is no candidate.
-        """
+        """Place of the candidate with which a host begins to read a text; -1 if it is none."""
         first = host.first_token(text)
         own = host.bytes_of(first) if first >= 0 else b""
-        for length in (len(own), *range(len(text), 0, -1)):
-            place = bisect.bisect_left(self.texts, text[:length])
-            if length and place < len(self.texts) and self.texts[place] == text[:length]:
-                return int(self.order[place])
-        return -1
+        place = bisect.bisect_left(self.texts, own)
+        found = own and place < len(self.texts) and self.texts[place] == own
+        return int(self.order[place]) if found else -1
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,9 @@ class FirstTokens:
 
     @cached_property
     def _known(self) -> Tensor:
-        return torch.full((len(self.vocabulary),), NOT_ASKED)
+        # Made inside inference mode, it could not be added to outside.
+        with torch.inference_mode(False):
+            return torch.full((len(self.vocabulary),), NOT_ASKED)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """The first token of each, -1 for none, of the shape of `token_ids` (one dimension)."""

@@ -19,6 +19,9 @@ FOLLOWED_TOKENS = 64
 FOLLOWED_SHARE = 1e-3
 """Tokens with a smaller share than this are not followed."""
 
+LEAST_POSSIBLE = 1e-3
+"""Where the tokenizer leaves less than this of what the small model says, the host says it."""
+
 HOST_TOKENS = 256
 """Likeliest host tokens among which those are sought that a small token leads to."""
 
@@ -49,7 +52,10 @@ def rest_to_host(
         suffix = alignment.small.bytes_of(token_id)[len(rest) :]
         # What the host does not expect may still be what the small model means.
         places = led_to.get(token_id) or _all_led_to(alignment, token_id, rest, suffix, candidates)
-        carried += prob * _dealt_out(places, suffix, host_probs, candidates, alignment.host)
+        if not places or float(host_probs[places].sum()) <= 0:
+            first = candidates.first_of(suffix, alignment.host)
+            places = [first] if first >= 0 else []
+        carried += prob * _dealt_out(places, host_probs)
     # What was not followed one by one, and the end of a text, are left to the host's own view.
     followed, foreign = float(carried.sum()), host_probs.clone()
     foreign[candidates.order] = 0.0
@@ -81,10 +87,10 @@ def after_token(
 ) -> Tensor:
     """Deal a small token out to host tokens as the small model says that the text goes on.
 
-    A token u after t lends its probability to the candidates that begin with both, in the host's
-    proportions, or else to that with which the host begins to read both. Tokens u with which the
-    tokenizer would not have read t are left out. Those that are not followed leave their share to
-    the host's view of what continues t.
+    A token u after t lends its probability to the candidates that its tokenizer begins with both,
+    and to that with which the host begins to read both, in the host's proportions. Tokens u with
+    which the tokenizer would not have read t are left out. Those that are not followed leave their
+    share to the host's view of what continues t.
 
     Args:
         alignment: Of both vocabularies.
@@ -94,22 +100,44 @@ def after_token(
         candidates: The candidates.
 
     Returns:
-        Shares of the candidates, which sum to one, or to zero where none is left, [candidates].
+        Shares of the candidates, shape [candidates]; what is missing to one belongs to other
+        tokens.
     """
     small = alignment.small
     lead = small.bytes_of(token_id)
-    shares, left = torch.zeros_like(host_probs), 1.0
+    begun = alignment.begun_by(token_id, candidates.token_ids)
+    own = host_probs[begun]
+    by_host = torch.zeros_like(host_probs)
+    by_host[begun] = own / own.sum().clamp_min(1e-30)
+    shares, followed, impossible = torch.zeros_like(host_probs), 0.0, 0.0
     for prob, following in _likeliest(probs):
-        left -= prob
-        after = small.bytes_of(following)
-        if small.first_token(lead + after) == token_id:
-            # The end of a text is no continuation that a longer host token could have.
-            text = lead + after
-            places = _all_led_to(alignment, token_id, b"", text, candidates) if after else []
-            shares += prob * _dealt_out(places, text, host_probs, candidates, alignment.host)
-    within = alignment.begun_by(token_id, candidates.token_ids)
-    shares[within] += left * host_probs[within] / host_probs[within].sum().clamp_min(1e-30)
-    return shares / shares.sum().clamp_min(1e-30)
+        followed += prob
+        text = lead + small.bytes_of(following)
+        if small.first_token(text) != token_id:
+            impossible += prob
+            continue
+        places = _going_on(small, (token_id, following), text, candidates)
+        if (first := candidates.first_of(text, alignment.host)) >= 0:
+            places = [*{*places, first}]
+        shares += prob * _dealt_out(places, host_probs)
+    possible = 1.0 - impossible
+    if possible < LEAST_POSSIBLE:
+        return by_host
+    return (shares + max(1.0 - followed, 0.0) * by_host) / possible
+
+
+def _going_on(
+    small: Strings, tokens: tuple[int, int], text: bytes, candidates: Candidates
+) -> list[int]:
+    """Places of the candidates that a small tokenizer begins with two tokens, whose text it is."""
+    # The end of a text is no continuation that a longer host token could have.
+    if not small.bytes_of(tokens[1]):
+        return []
+    return [
+        int(candidates.order[place])
+        for place in candidates.beginning_with(text)
+        if small.first_tokens(candidates.texts[place]) == tokens
+    ]
 
 
 def _likeliest(probs: Tensor) -> list[tuple[float, int]]:
@@ -119,16 +147,12 @@ def _likeliest(probs: Tensor) -> list[tuple[float, int]]:
     return [(prob, place) for prob, place in found if prob >= FOLLOWED_SHARE]
 
 
-def _dealt_out(
-    places: Sequence[int], text: bytes, host_probs: Tensor, candidates: Candidates, host: Strings
-) -> Tensor:
-    """Shares of some candidates as the host sees them, or all for the one that begins a text."""
+def _dealt_out(places: Sequence[int], host_probs: Tensor) -> Tensor:
+    """Shares of some candidates as the host sees them: alike where it excludes all of them."""
     shares, within = torch.zeros_like(host_probs), torch.tensor(places, dtype=torch.long)
     own = host_probs[within]
-    if float(own.sum()) > 0:
-        shares[within] = own / own.sum()
-    elif (first := candidates.first_of(text, host)) >= 0:
-        shares[first] = 1.0
+    total = float(own.sum())
+    shares[within] = own / total if total > 0 else 1.0 / max(len(places), 1)
     return shares
 
 

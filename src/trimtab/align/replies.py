@@ -47,7 +47,8 @@ class Reply:
         if self.cover.rest:
             return []
         top = self.probs.topk(min(count, len(self.probs)))
-        return list(zip((self.share * top.values).tolist(), top.indices.tolist(), strict=True))
+        probs = self.share * top.values / self.probs.sum().clamp_min(1e-30)
+        return list(zip(probs.tolist(), top.indices.tolist(), strict=True))
 
 
 class Asked(NamedTuple):

@@ -76,21 +76,31 @@ class Strings:
         Often not the longest: SmolLM2 reads `tank` as `t` and `ank`, though it has `tan`. The
         longest is the answer where the tokenizer cannot be asked.
         """
+        return next(iter(self.first_tokens(text)), -1)
+
+    def first_tokens(self, text: bytes) -> tuple[int, ...]:
+        """The first two tokens of a text likewise, or as many as there are."""
         return self._first(text)
 
     @cached_property
-    def _first(self) -> Callable[[bytes], int]:
+    def _first(self) -> Callable[[bytes], tuple[int, ...]]:
         return lru_cache(KEPT_ANSWERS)(self._ask_first)
 
-    def _ask_first(self, text: bytes) -> int:
+    def _ask_first(self, text: bytes) -> tuple[int, ...]:
         longest = self.longest_token(text)
-        if longest < 0 or self.bytes_of(longest) == text:
-            return longest
+        if longest < 0:
+            return ()
+        size = len(self.bytes_of(longest))
+        if size == len(text):
+            return (longest,)
         try:
             ids = list(self.encode(text.decode())) if self.encode else []
         except UnicodeDecodeError:
-            return longest
-        return ids[0] if self._spelled(ids) == text else longest
+            ids = []
+        if self._spelled(ids) == text:
+            return tuple(ids[:2])
+        second = self.longest_token(text[size:])
+        return (longest,) if second < 0 else (longest, second)
 
     def _spelled(self, token_ids: Sequence[int]) -> bytes:
         return b"".join(map(self.bytes_of, token_ids))

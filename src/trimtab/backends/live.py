@@ -126,7 +126,7 @@ class Live:
         )
         over = (host_probs, candidates)
         # One model asks for both, so that a blend's ratio compares like with like.
-        asked = [] if self._one_vocabulary else still_undecided(self.alignment, replies[0], *over)
+        asked = self._asked(reading, replies[0], host_probs, candidates)
         carried = [
             carry_replies(
                 self.alignment, side, deal_out(self.alignment, asked, after, *over), *over
@@ -136,6 +136,21 @@ class Live:
         if not self._one_vocabulary:
             carried = [torch.lerp(side, host_probs, DOUBT) for side in carried]
         return PairProbs(*carried)
+
+    def _asked(
+        self,
+        reading: "LiveReading",
+        replies: Sequence[Sequence[Reply]],
+        host_probs: Tensor,
+        candidates: Candidates,
+    ) -> list[Asked]:
+        if self._one_vocabulary:
+            return []
+        found = still_undecided(self.alignment, replies, host_probs, candidates)
+        longest = self._pair.reference.max_tokens
+        return [
+            one for one in found if longest is None or reading.tree.depths[one.node] + 1 < longest
+        ]
 
     def _cuts(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, candidates: Candidates

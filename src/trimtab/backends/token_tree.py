@@ -64,7 +64,13 @@ class TokenTree:
 
 @dataclass
 class ModelCache:
-    """Keys and values of the tokens that all covers of a row's last context shared."""
+    """Keys and values of the last tree, and what its sequences shared.
+
+    Attributes:
+        tokens: The tokens on which all sequences of the tree began.
+        cache: Keys and values of all its nodes, until the next tree is run.
+        states: Final hidden states of `tokens`.
+    """
 
     tokens: list[int] = field(default_factory=list)
     cache: DynamicCache = field(default_factory=DynamicCache)
@@ -126,7 +132,12 @@ def run_after(
         tree: The tree that was run last.
         leaves: Node and token.
         cached: As `run_tree` has left it.
+
+    Raises:
+        ValueError: Another tree was run with it since.
     """
+    if cached.cache.get_seq_length() != len(tree.tokens):
+        raise ValueError("another tree has been run since: only the last one can be gone on from")
     nodes = [node for node, _ in leaves]
     visible = torch.zeros(len(leaves), len(tree.tokens) + len(leaves), dtype=torch.bool)
     for leaf, node in enumerate(nodes):

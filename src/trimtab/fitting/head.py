@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -62,7 +62,8 @@ class Checkpoint:
     Attributes:
         path: The file.
         every_sec: Seconds between two.
-        fit: Tells one fit from another; a state of another one is left alone and written over.
+        fit: Tells one fit from another; a state of another one is not continued, and then
+            written over.
     """
 
     path: Path
@@ -73,8 +74,7 @@ class Checkpoint:
 def fit_head(
     data: HeadData,
     rows: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    moments: tuple[Tensor, Tensor],
     settings: HeadSettings,
     *,
     checkpoint: Checkpoint | None = None,
@@ -90,8 +90,7 @@ def fit_head(
     Args:
         data: States, logits and weights.
         rows: Unembedding rows of the active tokens, times the logit scale, [active, hidden].
-        mean: Mean state of general text, shape [hidden].
-        std: Standard deviations of general text, shape [hidden].
+        moments: Mean state of general text and its standard deviations, each [hidden].
         settings: Rank, passes, step size.
         checkpoint: Continue from there, bit for bit as if it had never stopped, and save there.
         on_batch: Told how many positions were just used.
@@ -102,23 +101,28 @@ def fit_head(
         StorageError: A checkpoint cannot be written.
     """
     # A feature that general text never moves must not be blown up without bound.
+    mean, std = moments
     std = std.clamp_min(MIN_STD_SHARE * float(std.mean()))
     generator = torch.Generator().manual_seed(settings.seed)
     training = _Training(rows.shape[1], len(data.hidden), settings, generator)
     done = training.load(checkpoint) if checkpoint else 0
-    saved, step = time.monotonic(), 0
-    for _ in range(settings.epochs):
-        order = torch.randperm(len(data.hidden), generator=generator)
-        for batch in order.split(settings.batch_positions):
-            step += 1
-            if step > done:
-                training.step(_loss(training, data, rows, batch, (mean, std)))
-                if checkpoint and time.monotonic() - saved >= checkpoint.every_sec:
-                    training.save(checkpoint, step)
-                    saved = time.monotonic()
-            on_batch(len(batch))
+    saved = time.monotonic()
+    for step, batch in enumerate(_batches(len(data.hidden), settings, generator), 1):
+        if step > done:
+            training.step(_loss(training, data, rows, batch, (mean, std)))
+            if checkpoint and time.monotonic() - saved >= checkpoint.every_sec:
+                training.save(checkpoint, step)
+                saved = time.monotonic()
+        on_batch(len(batch))
     down, up, offset = (weight.detach() for weight in training.weights)
     return Head(down / std, up, offset, mean)
+
+
+def _batches(
+    positions: int, settings: HeadSettings, generator: torch.Generator
+) -> Iterator[Tensor]:
+    for _ in range(settings.epochs):
+        yield from torch.randperm(positions, generator=generator).split(settings.batch_positions)
 
 
 def _loss(
@@ -177,7 +181,6 @@ class _Training:
             "steps": steps,
             "group": {name: group[name] for name in ("lr", "betas")},
         }
-        checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
         with writing_atomically(checkpoint.path) as temp:
             save_file(tensors, temp, metadata={"state": json.dumps(numbers)})
 

@@ -268,7 +268,7 @@ def fit_with_progress(
     checkpoint: Checkpoint,
     progress: Progress,
 ) -> Head:
-    """Fit a head under a progress display; arguments as `fit_head`, moments its mean and std."""
+    """Fit a head under a progress display; arguments as `fit_head`."""
     total = settings.epochs * len(data.hidden)
     with progress("fitting the head", total) as advance:
-        return fit_head(data, rows, *moments, settings, checkpoint=checkpoint, on_batch=advance)
+        return fit_head(data, rows, moments, settings, checkpoint=checkpoint, on_batch=advance)

@@ -164,9 +164,12 @@ def perplexity(result: HostResult) -> dict[str, Estimate]:
     """Perplexity a token of the host on domain text, by row: 2 ^ (bits a byte * bytes a token).
 
     To first order the standard error is ln 2 * bytes a token * perplexity times that of the bits:
-    of the paired difference from the host where there is one.
+    of the paired difference from the host where there is one. Empty where the tokens were not
+    counted.
     """
-    bytes_per_token = result.test_bytes / max(result.test_tokens, 1)
+    if not result.test_tokens:
+        return {}
+    bytes_per_token = result.test_bytes / result.test_tokens
     found = {}
     for row, figure in result.domain.items():
         value = 2 ** (figure.mean * bytes_per_token)

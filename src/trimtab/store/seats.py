@@ -16,7 +16,7 @@ from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.files import writing_atomically
 from trimtab.store.local import trimtab_home
 
-VERSION = 5
+VERSION = 6
 """Changes whenever the way in which seats are computed does."""
 
 
