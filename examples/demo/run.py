@@ -51,7 +51,7 @@ EVALUATED_TOKENS = 4_096
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
 DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
-COMPLETION_TOKENS = 48
+COMPLETION_TOKENS = 32
 COMPLETIONS_NOTE = (
     "All three carriers, the small model beside the host; greedy, and cut after"
     f" {COMPLETION_TOKENS} tokens. Three samples show how it reads, not how good it is: greedy"

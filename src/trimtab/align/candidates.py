@@ -15,7 +15,7 @@ NOT_ASKED = -2
 """Stands for a first token that nobody has asked for yet."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidates:
     """The host tokens that a step considers, in byte order where that helps.
 

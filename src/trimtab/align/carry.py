@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from trimtab.align.candidates import FirstTokens
+from trimtab.align.candidates import Candidates, FirstTokens
 from trimtab.align.strings import KEPT_ANSWERS, Strings
 from trimtab.vocab import Vocabulary
 
@@ -144,12 +144,17 @@ class Alignment:
             -1, takers.clamp_min(0), alone[:, lenders] * (takers >= 0).to(alone.dtype)
         )
 
-    def begun_by(self, token_id: int, token_ids: Tensor) -> Tensor:
+    def begun_by(self, token_id: int, candidates: Candidates) -> Tensor:
         """Places of the candidates that a small token may begin."""
-        begun = (self.first_small(token_ids) == token_id) | (
-            self.other_small(token_ids) == token_id
+        first, other = self._begin_of(candidates)
+        return torch.nonzero((first == token_id) | (other == token_id))[:, 0]
+
+    @cached_property
+    def _begin_of(self) -> Callable[[Candidates], tuple[Tensor, Tensor]]:
+        # A step asks about the same candidates again and again.
+        return lru_cache(1)(
+            lambda c: (self.first_small(c.token_ids), self.other_small(c.token_ids))
         )
-        return torch.nonzero(begun)[:, 0]
 
 
 def _is_begun(vocabulary: Vocabulary, by: Strings) -> Tensor:

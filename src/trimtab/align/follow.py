@@ -77,7 +77,7 @@ def undecided(
     Returns:
         One less the share of the likeliest; 0 where there is at most one.
     """
-    shares = host_probs[alignment.begun_by(token_id, candidates.token_ids)]
+    shares = host_probs[alignment.begun_by(token_id, candidates)]
     total = float(shares.sum())
     return 1.0 - float(shares.max()) / total if total > 0 else 0.0
 
@@ -105,7 +105,7 @@ def after_token(
     """
     small = alignment.small
     lead = small.bytes_of(token_id)
-    begun = alignment.begun_by(token_id, candidates.token_ids)
+    begun = alignment.begun_by(token_id, candidates)
     own = host_probs[begun]
     by_host = torch.zeros_like(host_probs)
     by_host[begun] = own / own.sum().clamp_min(1e-30)
