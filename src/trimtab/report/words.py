@@ -114,17 +114,28 @@ def headlines(result: HostResult, domain: str) -> list[tuple[str, str]]:
 
 
 def warnings(result: HostResult, domain: str) -> list[str]:
-    """Say which steered rows are worse than the host, on which text; empty if none."""
+    """Say what makes figures doubtful, and which steered rows are worse than the host."""
     texts = (
         (f"{domain} text", result.domain, result.domain_change),
         ("general text", result.general, result.general_change),
     )
-    return [
+    return [*without_errors(result, domain)] + [
         f"Worse than {result.host} alone on {text} by more than one standard error: "
         + ", ".join(f"{row} ({change_percent(figures, paired, row)})" for row in rows)
         + "."
         for text, figures, paired in texts
         if (rows := worse_rows(figures, paired))
+    ]
+
+
+def without_errors(result: HostResult, domain: str) -> list[str]:
+    """Say so where errors of 0 say nothing: one document, resampled, is always itself."""
+    host = result.domain.get("host")
+    if host is None or host.stderr > 0:
+        return []
+    return [
+        f"One document of {domain} text alone was scored: errors of 0 mean that none can be told."
+        " Give more documents."
     ]
 
 
