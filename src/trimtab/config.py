@@ -27,6 +27,8 @@ RowName = Literal[
     "head-shuffled",
     "memory-shuffled",
     "live",
+    "live+head",
+    "live+memory",
     "all",
 ]
 

@@ -24,7 +24,9 @@ from trimtab.report import ROWS, HostResult, Report, TokenChange, table, write_r
 from trimtab.steering.beside import open_beside
 from trimtab.steering.kept import VERSION, Kept, read_scores, write_scores
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.scoring import RowScore, ScoredDocument, Steers, score_document
+from trimtab.steering.predictors import Steering
+from trimtab.steering.rows import row_of
+from trimtab.steering.scoring import RowScore, ScoredDocument, score_document
 from trimtab.store.manifest import read_manifest
 from trimtab.text.corpus import read_documents, scored_windows
 from trimtab.types import Document, Progress, silent
@@ -33,7 +35,8 @@ MIN_DOCUMENT_BYTES = 64
 """Shorter documents, and shorter ends of what may be scored, are passed over."""
 
 SMALL_ROWS = ("reference", "expert")
-LIVE_ROWS = ("live", "all", "proxy", "proxy-0.5", "mixture")
+_SHOWN = ("head+memory", "memory", "head", "all", "live+memory", "live+head", "live")
+LIVE_ROWS = ("live", "live+head", "live+memory", "all", "proxy", "proxy-0.5", "mixture")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def evaluate(
     """
     started = time.perf_counter()
     # All others are compared with the host.
-    rows = tuple(dict.fromkeys(("host", *config.rows))) if config.rows else ROWS
+    rows = tuple(dict.fromkeys(("host", *config.rows))) if config.rows else _usual_rows(config)
     texts = _texts(config)
     cache = host is None
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
@@ -115,6 +118,12 @@ def evaluate(
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
     return Evaluation(report, config.out, scored)
+
+
+def _usual_rows(config: EvaluateConfig) -> tuple[str, ...]:
+    """Those of the report; `all` is the row of whatever carriers the adapter has."""
+    together = row_of(read_manifest(config.adapter, verify=False).carriers)
+    return tuple(dict.fromkeys(together if row == "all" else row for row in ROWS))
 
 
 def _check_rows(asked: Sequence[str], kept: Kept) -> None:
@@ -166,7 +175,7 @@ class _Bench:
     host: HFModel
     mounted: Mounted
     rows: tuple[str, ...]
-    steers: Steers
+    steering: Steering
     pair: Pair | None
     keeps: bool
 
@@ -193,7 +202,7 @@ class _Bench:
                 dtype=config.dtype,
                 progress=progress,
             )
-        steers = Steers(
+        steering = Steering(
             rows=rows,
             heads=_heads(mounted, control),
             memories=_memories(mounted, control, rows),
@@ -201,7 +210,7 @@ class _Bench:
             live=Live(pair, host) if pair and {*LIVE_ROWS} & set(rows) else None,
             blend=manifest.blend,
         )
-        return _Bench(config, host, mounted, rows, steers, pair, settings.cache)
+        return _Bench(config, host, mounted, rows, steering, pair, settings.cache)
 
     def score(self, text: str) -> Kept:
         """Score one document under every row, unless it is scored already."""
@@ -210,7 +219,7 @@ class _Bench:
         if kept is None:
             windows = (self.config.window_tokens, self.config.stride_tokens)
             on_host = score_document(
-                self.host, text, self.steers, window_tokens=windows[0], stride_tokens=windows[1]
+                self.host, text, self.steering, window_tokens=windows[0], stride_tokens=windows[1]
             )
             kept = Kept(on_host, self._alone(text))
             if self.keeps:
@@ -357,8 +366,7 @@ def _report(
 
 def _shown_row(scored: ScoredDocument) -> str:
     """The row that needs no second model, as far as it was asked for."""
-    shown = (row for row in ("head+memory", "memory", "head", "all", "live") if row in scored.rows)
-    return next(shown, "host")
+    return next((row for row in _SHOWN if row in scored.rows), "host")
 
 
 def _changes(scored: ScoredDocument, row: str, host: HFModel) -> tuple[TokenChange, ...]:

@@ -25,12 +25,14 @@ ROW_WORDS = {
     "head-shuffled": "the head through a wrong map",
     "memory-shuffled": "state, through a wrong map",
     "live": "host, expert and reference blended",
+    "live+head": "live, with the head",
+    "live+memory": "live, with the memory",
     "all": "live, with head and memory",
 }
 """What each row is, in a few words."""
 
 _ALONE = ("head+memory", "memory", "head")
-_BESIDE = ("all", "live")
+_BESIDE = ("all", "live+memory", "live+head", "live")
 
 
 def signed(value: float, decimals: int) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -18,21 +17,20 @@ from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live, LiveReading
-from trimtab.carriers.head import MountedHead
 from trimtab.config import CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
 from trimtab.steering.beside import open_beside
-from trimtab.steering.mounted import Mounted
-from trimtab.steering.predictors import (
+from trimtab.steering.evidence import (
+    Mixture,
     ReadPrompt,
-    Rows,
-    Steering,
     last_text,
-    mixed_logprobs,
-    prompt_weights,
+    readable,
     text_before,
     text_ids,
 )
+from trimtab.steering.mounted import Mounted
+from trimtab.steering.predictors import Rows, Steering
+from trimtab.steering.rows import row_of
 from trimtab.types import Progress, silent
 
 Host = HFModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -89,10 +87,11 @@ def steered(
         if not strength:
             yield opened.model
             return
-        steering = _steering(opened, mounted, carriers, strength, live)
-        small = steering.live.pair.reference if steering.live else None
+        mixture = _mixture(opened, mounted, carriers, strength, live)
+        beside = mixture.steering.live
+        small = beside.pair.reference if beside else None
         chats = [chat_prompt(opened, message, small) for message in messages]
-        with _generate_replaced(opened, steering, chats):
+        with _generate_replaced(opened, mixture, chats):
             yield opened.model
 
 
@@ -114,22 +113,28 @@ def open_live(
     return Live(pair, host)
 
 
-def _steering(
+def _mixture(
     host: HFModel,
     mounted: Mounted,
     carriers: Sequence[CarrierName],
     strength: float,
     live: Live | None,
-) -> Steering:
-    head = mounted.head if "head" in carriers else None
-    memory = mounted.memory if "memory" in carriers else None
-    for carrier in (head, memory):
-        if carrier is not None:
-            _check_width(host, mounted, carrier.reading)
-    if head is not None:
-        head = _to_device(head, host.unembedding.weight.device)
+) -> Mixture:
+    heads = {"head": mounted.head} if mounted.head and "head" in carriers else {}
+    memories = {"memory": mounted.memory} if mounted.memory and "memory" in carriers else {}
+    for carrier in (*heads.values(), *memories.values()):
+        _check_width(host, mounted, carrier.reading)
     beside = (live or open_live(mounted, host)) if "expert" in carriers else None
-    return Steering(strength, head, memory, beside, mounted.manifest.blend)
+    return Mixture(
+        Steering(
+            (row_of(carriers),),
+            heads,
+            memories,
+            live=beside,
+            blend=mounted.manifest.blend,
+            strength=strength,
+        )
+    )
 
 
 def check_carriers(name: str, carried: Sequence[CarrierName], asked: Sequence[CarrierName]) -> None:
@@ -157,11 +162,6 @@ def _check_width(host: HFModel, mounted: Mounted, reading: Reading) -> None:
         )
 
 
-def _to_device(head: MountedHead, device: torch.device) -> MountedHead:
-    reading = Reading(head.reading.matrix.to(device), head.reading.bias.to(device))
-    return replace(head, reading=reading, rows=head.rows.to(device), bias=head.bias.to(device))
-
-
 @contextmanager
 def _adopted(host: Host) -> Iterator[HFModel]:
     if isinstance(host, HFModel):
@@ -179,7 +179,7 @@ def _adopted(host: Host) -> Iterator[HFModel]:
 
 @contextmanager
 def _generate_replaced(
-    host: HFModel, steering: Steering, chats: Sequence[ChatPrompt]
+    host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt]
 ) -> Iterator[None]:
     model: Any = host.model
     if "generate" in vars(model):
@@ -194,7 +194,7 @@ def _generate_replaced(
         mask = options.get(
             "decoder_attention_mask" if host.is_encoder_decoder else "attention_mask"
         )
-        ours = SteeringProcessor(host, steering, trace, mask, chats)
+        ours = SteeringProcessor(host, mixture, trace, mask, chats)
         given = options.pop("logits_processor", None) or ()
         with trace.running():
             return plain(*args, logits_processor=LogitsProcessorList([ours, *given]), **options)
@@ -264,14 +264,14 @@ class SteeringProcessor(LogitsProcessor):
     def __init__(
         self,
         host: HFModel,
-        steering: Steering,
+        mixture: Mixture,
         trace: _Trace,
         mask: Tensor | None,
         chats: Sequence[ChatPrompt] = (),
     ) -> None:
         """Prepare for prompts with this attention mask, shape [prompts, seq], if there is one."""
         self._host = host
-        self._steering = steering
+        self._mixture = mixture
         self._trace = trace
         self._mask = mask
         self._chats = chats
@@ -296,10 +296,10 @@ class SteeringProcessor(LogitsProcessor):
                     rows, spelled, states, self._chats or [None] * len(rows), strict=True
                 )
             ]
-            self._weights = self._weigh(prompts).to(scores.device)
+            self._weights = self._weigh(prompts)
         contexts, questions = self._read(rows, spelled, input_ids.shape[1] - self._prompt_tokens)
-        asked = Rows(scores, states[:, -1].to(scores.device), contexts, questions)
-        return mixed_logprobs(self._steering, asked, self._weights)
+        asked = Rows(scores.float(), states[:, -1], contexts, questions)
+        return self._mixture.logprobs(asked, self._weights)
 
     def _read(
         self, rows: Sequence[Tensor], spelled: Sequence[Sequence[bytes | None]], new_tokens: int
@@ -317,12 +317,31 @@ class SteeringProcessor(LogitsProcessor):
         ]
         answers = [text_before(text[start:]) for text, start in zip(spelled, starts, strict=True)]
         if not self._chats:
-            return tuple(answers), self._steering.ask(answers, ids, lasts)
+            return tuple(answers), self._ask(answers, ids, lasts)
         contexts = tuple(
             text_before(text[chat.message.start : chat.message.stop]) + answer
             for text, chat, answer in zip(spelled, self._chats, answers, strict=True)
         )
-        return contexts, self._steering.ask(answers, ids, lasts, self._chats)
+        return contexts, self._ask(answers, ids, lasts)
+
+    def _ask(
+        self,
+        contexts: Sequence[bytes],
+        host_ids: Sequence[Sequence[int]],
+        host_lasts: Sequence[int | None],
+    ) -> tuple[tuple[LiveReading, range], ...]:
+        """Let the expert read on, where there is one: row i continues row i of the call before."""
+        live = self._mixture.steering.live
+        if live is None:
+            return ()
+        starts = [chat.small_ids for chat in self._chats] or [None] * len(contexts)
+        readings = (
+            live.read([readable(context)], host_ids=[ids], host_lasts=[last], start=start, row=row)
+            for row, (context, ids, last, start) in enumerate(
+                zip(contexts, host_ids, host_lasts, starts, strict=True)
+            )
+        )
+        return tuple((reading, range(1)) for reading in readings)
 
     def _rows(self, input_ids: Tensor) -> list[Tensor]:
         """Token ids of each row without the padding of its prompt."""
@@ -340,7 +359,7 @@ class SteeringProcessor(LogitsProcessor):
         keys = [tuple(prompt.token_ids.tolist()) for prompt in prompts]
         for key, prompt in zip(keys, prompts, strict=True):
             if key not in known:
-                known[key] = prompt_weights(self._steering, self._host.unembedding, prompt)
+                known[key] = self._mixture.weigh(self._host.unembedding, prompt)
         return torch.stack([known[key] for key in keys], 1)
 
 
