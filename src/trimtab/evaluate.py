@@ -59,7 +59,11 @@ class Evaluation:
 
 
 def evaluate(
-    config: EvaluateConfig, *, host: HFModel | None = None, progress: Progress = silent
+    config: EvaluateConfig,
+    *,
+    host: HFModel | None = None,
+    is_named: bool = False,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Measure every row on held-out domain text and on general text.
 
@@ -68,8 +72,9 @@ def evaluate(
 
     Args:
         config: Adapter, host, texts.
-        host: The host, if it is open already. It may differ from the named one (a LoRA in it, a
-            preamble), so neither its mount nor its scores are kept.
+        host: The host, if it is open already.
+        is_named: It is the model that the configuration names, unchanged. Otherwise it may differ
+            (a LoRA in it, a preamble), so neither its mount nor its scores are kept.
         progress: Shows the scoring.
 
     Raises:
@@ -81,7 +86,7 @@ def evaluate(
     # All others are compared with the host.
     rows = tuple(dict.fromkeys(("host", *config.rows))) if config.rows else _usual_rows(config)
     texts = _texts(config)
-    cache = host is None
+    cache = host is None or is_named
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
     texts = {
         kind: _cut(documents, _budget(config, kind), config, host)

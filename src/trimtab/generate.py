@@ -50,7 +50,11 @@ class GenerateResult:
 
 
 def generate(
-    config: GenerateConfig, *, progress: Progress = silent, on_text: OnText | None = None
+    config: GenerateConfig,
+    *,
+    host: HFModel | None = None,
+    progress: Progress = silent,
+    on_text: OnText | None = None,
 ) -> GenerateResult:
     """Continue prompts, as one batch.
 
@@ -59,6 +63,7 @@ def generate(
 
     Args:
         config: Host, prompts, adapter and sampling.
+        host: The host that the configuration names, if it is open already.
         progress: Shows the opening, the mounting and the tokens.
         on_text: Gets each piece of text as soon as it is certain; the pieces of a prompt
             together are its text.
@@ -70,7 +75,7 @@ def generate(
         ModelError: The host cannot be opened, or has no chat template and is to chat.
     """
     carriers = _check(config)
-    host = open_model(
+    host = host or open_model(
         config.host, dtype=config.dtype, device_map=config.device_map, progress=progress
     )
     encode = chat_ids if config.chat else prompt_ids

@@ -28,6 +28,9 @@ view in both, expert and reference agree on that token, where nothing over nothi
 blend of their ratio without bounds.
 """
 
+EXPECTED_TOKENS = 16
+"""Likeliest tokens of the expert that a host is to consider."""
+
 
 class PairProbs(NamedTuple):
     """Probabilities of the candidates, each [contexts, candidates]; each row sums to <= 1."""
@@ -136,6 +139,32 @@ class Live:
         if not self._one_vocabulary:
             carried = [torch.lerp(side, host_probs, DOUBT) for side in carried]
         return PairProbs(*carried)
+
+    def expected(self, reading: "LiveReading", questions: range) -> Tensor:
+        """Host tokens that the expert expects, whatever the host thinks of them, ascending.
+
+        Args:
+            reading: What `read` gave.
+            questions: Which of its contexts.
+
+        Returns:
+            Of each context the host tokens with which the host begins the expert's likeliest next
+            tokens, where the context ends with a token of the small models.
+        """
+        nodes = [
+            reading.ends[question][0]
+            for question in questions
+            if reading.covers[question] and not reading.covers[question][0].rest
+        ]
+        if not nodes:
+            return torch.zeros(0, dtype=torch.long)
+        with torch.no_grad():
+            logits = self._pair.expert_unembedding.logits(reading.expert[nodes])
+        likely = logits.topk(min(EXPECTED_TOKENS, logits.shape[1]), -1).indices.cpu().unique()
+        if self._one_vocabulary:
+            return likely
+        first = self.alignment.first_host(likely).unique()
+        return first[first >= 0]
 
     def _asked(
         self,

@@ -1,12 +1,19 @@
 """A host's next token as a few candidates and one tail: what all predictors are computed over."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-CANDIDATE_NATS = 10.0
-"""Tokens this far below the likeliest are one tail, which keeps the host's proportions."""
+CANDIDATE_NATS = 14.0
+"""Tokens this far below a row's likeliest are no candidates because of that row."""
+
+CANDIDATES, ROW_CANDIDATES = 8192, 512
+"""Likeliest tokens of all rows together, and of each at least, among which they are sought.
+
+A token in the tail is steered with all others there. Where one row is asked alone, many more of
+its own tokens must be candidates for the same text to cost the same as among other rows."""
 
 LEAST_LOGPROB = -60.0
 """Stands for the impossible: a finite number, which powers and differences leave a number."""
@@ -39,10 +46,22 @@ class Field:
             logits: Shape [rows, vocab], on any device.
             wanted: Token ids, shape [wanted].
         """
-        likely = (logits > logits.amax(-1, keepdim=True) - CANDIDATE_NATS).any(0)
+        each = max(CANDIDATES // len(logits), ROW_CANDIDATES)
+        top = logits.topk(min(each, logits.shape[1]), -1)
+        is_near = top.values > top.values[:, :1] - CANDIDATE_NATS
+        likely = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        likely[top.indices[is_near]] = True
         likely[wanted.to(logits.device)] = True
         token_ids = torch.nonzero(likely)[:, 0]
         return Field(logits, *_over(logits, token_ids), token_ids.cpu())
+
+    @cached_property
+    def tail_entropy_nats(self) -> Tensor:
+        """Of the host's distribution among the tokens of the tail, shape [rows]."""
+        device = self.logits.device
+        others = self.logits.index_fill(1, self.token_ids.to(device), -torch.inf)
+        # Where there are none, there is nothing to be unsure of.
+        return torch.special.entr(others.softmax(-1)).sum(-1).nan_to_num(0.0).float().cpu()
 
     def tempered(self, temperature: float) -> Tensor:
         """The host's log-probabilities at another temperature, shape [rows, candidates + 1]."""

@@ -98,9 +98,11 @@ def predicted(steering: Steering, rows: Rows) -> tuple[Field, dict[str, Tensor]]
         [rows, candidates + 1], summing to one.
     """
     answers = _answers(steering, rows)
-    proposed = [answer.values[answer.values >= 0] for answer in answers.values()]
-    wanted = torch.cat([torch.zeros(0, dtype=torch.long), *proposed]).unique()
-    field = Field.of(rows.logits, wanted)
+    wanted = [answer.values[answer.values >= 0] for answer in answers.values()]
+    if steering.live:
+        wanted += [steering.live.expected(*question) for question in rows.questions]
+    wanted.append(torch.zeros(0, dtype=torch.long))
+    field = Field.of(rows.logits, torch.cat(wanted).unique())
     dense = {"host": field.logprobs} | _alone(steering, field, rows.hidden)
     if steering.live and rows.questions:
         dense |= _live(steering, steering.live, field, rows)
@@ -202,7 +204,9 @@ def _remembered(
         names = [n if name == BESIDE else n.replace("memory", name) for n in shifts]
         if base not in dense or not steering.predictors & set(names):
             continue
-        gates = local.gates(dense[base], tuple(shifts.values()))
+        gates = local.gates(
+            dense[base], tuple(shifts.values()), tail_entropy_nats=field.tail_entropy_nats
+        )
         for predictor, gate in zip(names, gates, strict=True):
             followed = (steering.strength * gate).clamp(max=_GATE_LIMIT)[:, None]
             # Entries whose continuation no host token begins leave their share unused.
