@@ -297,9 +297,9 @@ class EvaluateConfig(Config):
 class CostConfig(Config):
     """Estimate what each way to adapt a host costs: computation, memory, hours, money."""
 
-    host_params: float = Field(ge=1e6, le=1e14, allow_inf_nan=False)
+    host_params: float = Field(ge=5e7, le=1e14, allow_inf_nan=False)
     """Parameters of the host, for example 70e9."""
-    small_params: float = Field(ge=1e6, le=1e14, allow_inf_nan=False)
+    small_params: float = Field(ge=5e7, le=1e14, allow_inf_nan=False)
     """Parameters of the small model, for example 7e9."""
     tokens: float = Field(ge=1, le=1e15, allow_inf_nan=False)
     """Tokens of the training text, for example 50e6."""

@@ -29,6 +29,14 @@ def forward_flops(shape: Shape, attended_tokens: float) -> float:
     return 2.0 * shape.matmul_params + attention
 
 
+def hidden_flops(shape: Shape, attended_tokens: float) -> float:
+    """Operations of one token's forward pass up to the hidden state, without the head.
+
+    That is what record, mount and host-fit compute: logits follow from hidden states.
+    """
+    return forward_flops(shape, attended_tokens) - 2.0 * shape.vocab * shape.hidden
+
+
 def full_training_flops(shape: Shape, attended_tokens: float) -> float:
     """Operations to train one token with all weights: 3 forward passes.
 

@@ -106,7 +106,7 @@ def estimates(question: Question) -> list[Estimate]:
         _estimate(
             question, "Trimtab head+memory", ((*made, steps.fit(question)), seat), "mount", light
         ),
-        _estimate(question, "Trimtab live", (made[:1], ()), needs_nothing, _live(question)),
+        _estimate(question, "Trimtab live", (made, ()), needs_nothing, _live(question)),
         _estimate(
             question, "QLoRA", ((), (steps.qlora(question, question.host),)), again,
             _with_lora(question),

@@ -1,4 +1,4 @@
-"""The sheet of hardware, prices, model shapes and factors: a dated data file, each with a source."""
+"""The sheet of hardware, prices, model shapes and factors: a dated data file with sources."""
 
 import math
 from datetime import date
@@ -100,7 +100,7 @@ class Shape(_Entry):
 
     @property
     def matmul_params(self) -> float:
-        """Parameters that every token is multiplied with: an untied input embedding is looked up."""
+        """Parameters that a token is multiplied with: an untied input embedding is looked up."""
         lookup = 0 if self.tied else self.vocab * self.hidden
         return max(self.params - lookup, self.params / 2)
 

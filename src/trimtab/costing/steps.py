@@ -149,9 +149,7 @@ def qlora(question: Question, shape: Shape) -> Work:
     return Work(work.name, work.flops, work.gpus, slower)
 
 
-def _training(
-    question: Question, name: str, shape: Shape, per_token: float, state: Range
-) -> Work:
+def _training(question: Question, name: str, shape: Shape, per_token: float, state: Range) -> Work:
     config = question.config
     needed = config.tokens * config.epochs * per_token
     gpus = gpus_range(question, shape, state)
@@ -166,7 +164,7 @@ def serving_gpus(question: Question, shape: Shape) -> int:
 def record(question: Question) -> Work:
     """Two forward passes of the small model over training, held-out and general text."""
     positions = RECORD_OVERLAP * (question.config.tokens + question.probe_tokens)
-    needed = 2 * positions * flops.forward_flops(question.small, 256)
+    needed = 2 * positions * flops.hidden_flops(question.small, 256)
     gpus = Range.exactly(serving_gpus(question, question.small))
     return gpu_work(question, "record", needed, gpus, loaded=2.0 * question.small.params)
 
@@ -187,7 +185,7 @@ def fit(question: Question, *, memory_too: bool = True) -> Work:
 def mount(question: Question) -> Work:
     """The map, and one pass of the host over the probe text: once for each host."""
     gpus = Range.exactly(serving_gpus(question, question.host))
-    reading = question.probe_tokens * flops.forward_flops(question.host, 256)
+    reading = question.probe_tokens * flops.hidden_flops(question.host, 256)
     passed = gpu_work(question, "mount", reading, gpus, loaded=2.0 * question.host.params)
     algebra = flops.map_flops(ANCHORS, question.small, question.host, question.probe_tokens)
     solved = cpu_work(question, "mount", algebra, gpus)
@@ -198,7 +196,7 @@ def label_head(question: Question) -> Work:
     """A head on the host, fitted to the text's own next tokens: one pass of the host, one fit."""
     positions = question.fit_tokens + question.probe_tokens
     gpus = Range.exactly(serving_gpus(question, question.host))
-    reading = RECORD_OVERLAP * positions * flops.forward_flops(question.host, 256)
+    reading = RECORD_OVERLAP * positions * flops.hidden_flops(question.host, 256)
     passed = gpu_work(question, "label head", reading, gpus, loaded=2.0 * question.host.params)
     fitting = flops.head_fit_flops(flops.HeadFit(positions, question.host.hidden))
     solved = cpu_work(question, "label head", fitting, Range.exactly(1))
