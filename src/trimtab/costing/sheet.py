@@ -169,5 +169,5 @@ class Sheet(_Entry):
 @cache
 def read_sheet() -> Sheet:
     """Read the sheet that ships with Trimtab."""
-    text = (resources.files(__package__) / SHEET_NAME).read_text(encoding="utf-8")
+    text = (resources.files("trimtab.costing") / SHEET_NAME).read_text(encoding="utf-8")
     return Sheet.model_validate_json(text)

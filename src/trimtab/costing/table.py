@@ -74,18 +74,19 @@ def assumptions(question: Question) -> list[str]:
     price = question.usd_per_hour
     factor = {name: shown(entry.range) for name, entry in sheet.factors.items()}
     listed = " (given)" if config.price is not None else f" (listed, sheet of {sheet.date})"
+    passes = "1 pass" if config.epochs == 1 else f"{config.epochs} passes"
     sizes = (("host", question.host), ("small model", question.small))
     named = "; ".join(f"{who} {number(s.params / 1e9)}B like {s.name}" for who, s in sizes)
     return [
         f"shapes: {named}",
         f"{gpu.title}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s dense BF16,"
         f" {gpu.memory_bytes / 1e9:.0f} GB, ${shown(price)} an hour{listed}",
-        f"training: {number(config.tokens)} tokens, {config.epochs} pass(es), windows of"
+        f"training: {number(config.tokens / 1e6)}M tokens, {passes}, windows of"
         f" {config.window_tokens}, {100 * config.utilisation_low:.0f} to"
         f" {100 * config.utilisation_high:.0f} % of the peak; one run that succeeds",
         f"LoRA of rank {config.lora_rank} on all linear layers; QLoRA takes"
         f" {factor['qlora_slowdown']} times LoRA's hours",
-        f"Trimtab: the small model is tuned by LoRA; fit uses {number(question.fit_tokens)} tokens,"
+        f"Trimtab: the small model is tuned by LoRA; fit uses {number(question.fit_tokens / 1e6)}M tokens,"
         f" on processor cores of {shown(sheet.factor('cpu_flops').times(1e-12))} TFLOP/s beside a"
         " paid GPU, as the memory's search does",
         f"requests: {config.question_tokens} tokens in, {config.answer_tokens} out,"
