@@ -115,7 +115,7 @@ def cpu_work(question: Question, name: str, needed: float, gpus: Range | None) -
 
 def gpus_range(question: Question, shape: Shape, state: Range) -> Range | None:
     """Accelerators for a training whose state is so large; None if no number suffices."""
-    window = min(question.config.window_tokens, int(question.config.tokens) or 1)
+    window = question.config.window_tokens
     found = [
         memory.gpus_for_training(bytes_, shape, window, question.gpu)
         for bytes_ in (state.low, state.high)

@@ -6,7 +6,7 @@ from trimtab.costing.methods import Estimate
 from trimtab.costing.ranges import Range
 from trimtab.costing.steps import Question
 
-NOTHING_NEEDED = "-"
+NONE = "-"
 HEAD = (
     *("method", "GPUs", "GPU-hours", "hours", "$ one host", "$ all hosts"),
     *("another host", "$ request", "$ 1M answer tokens"),
@@ -36,18 +36,18 @@ def shown(value: Range | None) -> str:
 
 def cells(estimate: Estimate, hosts: int) -> tuple[str, ...]:
     """What the table shows of an estimate."""
-    free = not estimate.work
-    one = estimate.usd_once + estimate.usd_per_host
-    work = (
-        (NOTHING_NEEDED,) * 3
-        if free
-        else (shown(estimate.gpus), shown(estimate.gpu_hours), shown(estimate.hours))
-    )
+    work = (shown(estimate.gpus), shown(estimate.gpu_hours), shown(estimate.hours))
+    money = (shown(estimate.usd_once + estimate.usd_per_host), shown(estimate.usd))
+    if not estimate.work:
+        work = (NONE,) * 3
+    elif estimate.gpus is None:
+        # Hours of a training that no number of these accelerators can hold would mean nothing.
+        work, money = (shown(None), NONE, NONE), (NONE, NONE)
     return (
         estimate.method,
         *work,
-        shown(one),
-        shown(estimate.usd) if hosts > 1 else "",
+        money[0],
+        money[1] if hosts > 1 else "",
         estimate.further_hosts,
         shown(estimate.request.usd),
         shown(estimate.usd_per_million_answer_tokens),
@@ -86,7 +86,8 @@ def assumptions(question: Question) -> list[str]:
         f" {100 * config.utilisation_high:.0f} % of the peak; one run that succeeds",
         f"LoRA of rank {config.lora_rank} on all linear layers; QLoRA takes"
         f" {factor['qlora_slowdown']} times LoRA's hours",
-        f"Trimtab: the small model is tuned by LoRA; fit uses {number(question.fit_tokens / 1e6)}M tokens,"
+        "Trimtab: the small model is tuned by LoRA; fit uses"
+        f" {number(question.fit_tokens / 1e6)}M tokens,"
         f" on processor cores of {shown(sheet.factor('cpu_flops').times(1e-12))} TFLOP/s beside a"
         " paid GPU, as the memory's search does",
         f"requests: {config.question_tokens} tokens in, {config.answer_tokens} out,"

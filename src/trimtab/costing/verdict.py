@@ -48,11 +48,17 @@ def break_even(question: Question, rows: Sequence[Estimate]) -> list[str]:
     by_name = {row.method: row for row in rows}
     rival = by_name[RIVAL]
     hosts = question.config.hosts
+    if rival.gpus is None:
+        return [
+            f"{RIVAL} on the host fits no number of {question.gpu.title}: nothing to compare with"
+        ]
     bare = by_name["zero-shot prompt"]
     return [_statement(by_name[name], rival, bare, hosts) for name in ADAPTERS]
 
 
 def _statement(adapter: Estimate, rival: Estimate, bare: Estimate, hosts: int) -> str:
+    if adapter.gpus is None:
+        return f"{adapter.method}: the small model fits no number of these accelerators"
     cheaper = hosts_to_pay(adapter, rival)
     ratio = rival.usd.middle / adapter.usd.middle
     if cheaper is None:
