@@ -88,16 +88,7 @@ def evaluate(
     texts = _texts(config)
     cache = host is None or is_named
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
-    texts = {
-        kind: _cut(documents, _budget(config, kind), config, host)
-        for kind, documents in texts.items()
-    }
-    for kind, documents in texts.items():
-        if not documents:
-            raise InputError(
-                f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes",
-                hint="give longer text, or raise --max-tokens",
-            )
+    texts = _cut_texts(texts, config, host)
     settings = MountConfig(
         adapter=config.adapter,
         host=config.host,
@@ -154,6 +145,22 @@ def _budget(config: EvaluateConfig, kind: str) -> int:
     if config.max_tokens is None:
         return 10**9
     return config.max_tokens if kind == "" else config.max_tokens // 4
+
+
+def _cut_texts(
+    texts: Mapping[str, Sequence[Document]], config: EvaluateConfig, host: HFModel
+) -> dict[str, list[Document]]:
+    found = {
+        kind: _cut(documents, _budget(config, kind), config, host)
+        for kind, documents in texts.items()
+    }
+    for kind, documents in found.items():
+        if not documents:
+            raise InputError(
+                f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes",
+                hint="give longer text, or raise --max-tokens",
+            )
+    return found
 
 
 def _cut(
