@@ -46,7 +46,7 @@ def test_the_package_is_light(tmp_path: Path) -> None:
 
 def test_help_list_and_show_are_light(tmp_path: Path) -> None:
     write_adapter(payload(tmp_path / "zig.adapter"), full_manifest())
-    verbs = ("tune", "record", "fit", "mount", "generate", "evaluate", "show", "list")
+    verbs = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "show", "list")
     commands = [["--help"], ["--version"], ["list"], ["show", "zig.adapter"]]
     commands += [[verb, "--help"] for verb in verbs]
     assert heavy_after(running(*commands), cwd=tmp_path) == []
