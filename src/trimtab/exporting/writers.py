@@ -12,9 +12,19 @@ from trimtab.backends.hf import HFModel
 from trimtab.config import ExportConfig, ExportKind
 from trimtab.exporting.engines import vllm_notes
 from trimtab.exporting.linear import ConstantReading, Lora, Shift, as_lora
+from trimtab.exporting.llamacpp import (
+    ADAPTER_NAME,
+    HOST_NAME,
+    architecture,
+    check_output,
+    host_file,
+    read_lora,
+    write_lora,
+    write_untied,
+)
 from trimtab.exporting.measured import Measured, ProbeStates, host_logits, measure
 from trimtab.exporting.peft import bias_scale, read_peft, write_peft
-from trimtab.exporting.usage import peft_usage
+from trimtab.exporting.usage import gguf_usage, peft_usage
 
 
 @dataclass(frozen=True)
@@ -121,4 +131,25 @@ def _constant_notes(measured: Measured, constant: ConstantReading | None) -> Seq
     )
 
 
-_WRITERS: Mapping[ExportKind, Writer] = {"peft": _write_peft}
+def _write_gguf(job: Job, folder: Path) -> Written:
+    host = job.host
+    needs_copy, arch = check_output(host), architecture(host)
+    constant = job.states.constant()
+    lora = as_lora(job.shift, scale=host.unembedding.scale, constant=constant)
+    write_lora(folder / ADAPTER_NAME, f"trimtab head on {Path(host.ref).name}", arch, lora)
+    measured = _measured_lora(job, read_lora(folder / ADAPTER_NAME), None)
+    settings: dict[str, JsonValue] = {"rank": lora.rank, "architecture": arch}
+    notes = [*_constant_notes(measured, constant)]
+    source = host_file(host)
+    if needs_copy and source is not None:
+        write_untied(source, folder / HOST_NAME)
+        settings["host_gguf"] = HOST_NAME
+        notes.append(
+            f"{source.name} shares its head with its embedding, and llama.cpp has then no output"
+            f" matrix that a LoRA could name: {HOST_NAME} is a copy that has one"
+        )
+    usage = gguf_usage(host.ref, ADAPTER_NAME, HOST_NAME if needs_copy else None)
+    return Written(measured, settings, tuple(notes), usage)
+
+
+_WRITERS: Mapping[ExportKind, Writer] = {"peft": _write_peft, "gguf": _write_gguf}
