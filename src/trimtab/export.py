@@ -8,7 +8,6 @@ from trimtab.backends.open import open_model
 from trimtab.config import ExportConfig, MountConfig
 from trimtab.errors import AdapterError, InputError
 from trimtab.exporting.engines import check_host
-from trimtab.exporting.linear import shift_of
 from trimtab.exporting.measured import Measured, split_states
 from trimtab.exporting.readme import README_NAME, ExportRecord, render_readme, words
 from trimtab.exporting.writers import Job, Written, write
@@ -99,7 +98,7 @@ def export(
     )
     assert mounted.head is not None
     states = split_states(_states(host, mounted, progress))
-    job = Job(config, host, shift_of(mounted.head, config.strength), states)
+    job = Job(config, host, mounted.head, states, manifest.blend)
     with replace_directory(config.out, marker=RECORD_NAME) as folder:
         with progress(f"writing {config.to}", 1) as advance:
             written = write(job, folder)

@@ -6,6 +6,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.config import ExportKind
 from trimtab.errors import ModelError
 from trimtab.exporting.linear import LORA_RANKS
+from trimtab.store.card import readable_bytes
 
 VLLM_MAX_VOCABULARY = 258_048
 """Rows of a head that vLLM 0.33 takes a LoRA for (vllm/lora/layers/logits_processor.py)."""
@@ -13,6 +14,12 @@ VLLM_MAX_VOCABULARY = 258_048
 _VLLM_WITH_HEAD = ("llama", "qwen3", "qwen3_moe")
 """Families whose vLLM class is known to take a LoRA on the head; its Mistral and Gemma classes and
 that of GPT-2 do not, since the head is not among their embedding modules."""
+
+_GEMMA = (
+    "vLLM takes no LoRA on the head of Gemma (its classes offer none, and a head of more than"
+    f" {VLLM_MAX_VOCABULARY:,} rows is refused; {{ref}} has {{rows:,}}), and refuses a merged,"
+    " untied one: serve it with peft in transformers, or --to gguf of a GGUF host in llama.cpp"
+)
 
 
 def check_host(host: HFModel, kind: ExportKind) -> None:
@@ -54,6 +61,8 @@ def vllm_notes(host: HFModel, rank: int) -> Sequence[str]:
     """
     rows = len(host.unembedding.weight)
     instead = "serve a --to merged export there"
+    if host.model.config.get_text_config(decoder=True).model_type.startswith("gemma"):
+        return [_GEMMA.format(rows=rows, ref=host.ref)]
     found = []
     if rows > VLLM_MAX_VOCABULARY:
         found.append(
@@ -68,4 +77,27 @@ def vllm_notes(host: HFModel, rank: int) -> Sequence[str]:
         )
     if rank > LORA_RANKS[-1]:
         found.append(f"vLLM takes ranks up to {LORA_RANKS[-1]}, and this one is {rank}: {instead}")
+    return found
+
+
+def merged_notes(host: HFModel, *, was_tied: bool) -> Sequence[str]:
+    """What a checkpoint with a head of its own needs of an engine, in plain words.
+
+    Args:
+        host: The host.
+        was_tied: Its head was its embedding.
+    """
+    if not was_tied:
+        return ()
+    size = host.unembedding.weight.nbytes
+    found = [
+        f"{host.ref} shares its head with its embedding; this checkpoint has both"
+        f" (tie_word_embeddings is false) and is larger by {readable_bytes(size)}"
+    ]
+    family = host.model.config.get_text_config(decoder=True).model_type
+    if family.startswith("gemma"):
+        found.append(
+            "transformers reads it; vLLM's Gemma classes insist on a shared head and refuse it, and"
+            " llama.cpp's converter drops the head: for llama.cpp use --to gguf of a GGUF host"
+        )
     return found

@@ -48,7 +48,7 @@ def compare(ours: Logits, theirs: Logits, hidden: Tensor) -> Fidelity:
         # In float64: the small differences of a good export would drown in rounding otherwise.
         kls.append((one.double().exp() * (one.double() - two.double())).sum(-1).clamp_min(0))
         worst.append((one - two).abs().amax(-1))
-        same.append((one.argmax(-1) == two.argmax(-1)).float())
+        same.append((one.argmax(-1) == two.argmax(-1)).double())
     kl = torch.cat(kls)
     return Fidelity(
         len(kl),

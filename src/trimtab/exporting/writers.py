@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
+from trimtab.carriers.head import MountedHead
 from trimtab.config import ExportConfig, ExportKind
-from trimtab.exporting.engines import vllm_notes
-from trimtab.exporting.linear import ConstantReading, Lora, Shift, as_lora
+from trimtab.exporting.engines import merged_notes, vllm_notes
+from trimtab.exporting.linear import ConstantReading, Lora, Shift, as_lora, shift_of
 from trimtab.exporting.llamacpp import (
     ADAPTER_NAME,
     HOST_NAME,
@@ -23,8 +26,11 @@ from trimtab.exporting.llamacpp import (
     write_untied,
 )
 from trimtab.exporting.measured import Measured, ProbeStates, host_logits, measure
+from trimtab.exporting.merged import bias_name, read_merged, write_merged
+from trimtab.exporting.onnx import GRAPH_NAME, read_graph, write_graph
 from trimtab.exporting.peft import bias_scale, read_peft, write_peft
-from trimtab.exporting.usage import gguf_usage, peft_usage
+from trimtab.exporting.usage import gguf_usage, merged_usage, onnx_usage, peft_usage
+from trimtab.store.adapter_schema import Blend
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,21 @@ class Job:
     Attributes:
         config: Form and settings.
         host: The host.
-        shift: What the mounted head adds to its logits, strength included.
+        head: The head, mounted on it.
         states: The host's states on the probe text.
+        blend: How `trimtab generate` weighs the head against the host.
     """
 
     config: ExportConfig
     host: HFModel
-    shift: Shift
+    head: MountedHead
     states: ProbeStates
+    blend: Blend
+
+    @cached_property
+    def shift(self) -> Shift:
+        """What the mounted head adds to the host's logits, strength included."""
+        return shift_of(self.head, self.config.strength)
 
 
 @dataclass(frozen=True)
@@ -152,4 +165,50 @@ def _write_gguf(job: Job, folder: Path) -> Written:
     return Written(measured, settings, tuple(notes), usage)
 
 
-_WRITERS: Mapping[ExportKind, Writer] = {"peft": _write_peft, "gguf": _write_gguf}
+def _write_merged(job: Job, folder: Path) -> Written:
+    host, shift = job.host, job.shift
+    has_bias, was_tied = bias_name(host) is not None, _is_tied(host)
+    constant = None if has_bias else job.states.constant()
+    lora = as_lora(shift, scale=host.unembedding.scale, constant=constant)
+    write_merged(folder, host, lora, shift.offset if has_bias else None)
+    found = read_merged(folder, host)
+
+    def exported(hidden: Tensor) -> Tensor:
+        return found.logits(hidden).float()
+
+    measured = measure(host, shift, exported, job.states.judged)
+    notes = [*_constant_notes(measured, constant), *merged_notes(host, was_tied=was_tied)]
+    settings: dict[str, JsonValue] = {
+        "weights": str(found.weight.dtype).removeprefix("torch."),
+        "head and embedding": "untied here" if was_tied else "were untied already",
+    }
+    return Written(measured, settings, tuple(notes), merged_usage())
+
+
+def _is_tied(host: HFModel) -> bool:
+    embedding = host.model.get_input_embeddings()
+    return host.unembedding.weight is embedding.weight
+
+
+def _write_onnx(job: Job, folder: Path) -> Written:
+    host, strength = job.host, job.config.strength
+    write_graph(folder / GRAPH_NAME, shift_of(job.head, 1.0), strength)
+    run = read_graph(folder / GRAPH_NAME)
+
+    def exported(hidden: Tensor) -> Tensor:
+        trust = torch.full((len(hidden),), 0.5)
+        given = {"hidden": hidden.float(), "logits": host_logits(host, hidden), "trust": trust}
+        return run(given)[0]
+
+    measured = measure(host, job.shift, exported, job.states.judged)
+    blend = job.blend
+    usage = onnx_usage(GRAPH_NAME, strength, 1 - blend.host_prior, blend.share)
+    return Written(measured, {"rank": len(job.shift.down)}, (), usage)
+
+
+_WRITERS: Mapping[ExportKind, Writer] = {
+    "peft": _write_peft,
+    "gguf": _write_gguf,
+    "merged": _write_merged,
+    "onnx": _write_onnx,
+}
