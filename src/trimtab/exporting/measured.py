@@ -67,13 +67,11 @@ class Measured:
         export: The mounted head against the export as it lies on disk.
         head: The mounted head against the bare host: how much there is to get wrong.
         offset: The mounted head against the same without its constant part.
-        constant_rms_error: How far the feature that stands for 1 is from it, where one does.
     """
 
     export: Fidelity
     head: Fidelity
     offset: Fidelity
-    constant_rms_error: float | None
 
 
 def measure(host: HFModel, shift: Shift, exported: Logits, judged: Tensor) -> Measured:
@@ -96,7 +94,6 @@ def measure(host: HFModel, shift: Shift, exported: Logits, judged: Tensor) -> Me
         compare(steered, exported, judged),
         compare(steered, lambda hidden: host_logits(host, hidden), judged),
         compare(steered, linear_part, judged),
-        None,
     )
 
 
