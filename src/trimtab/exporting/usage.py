@@ -27,7 +27,7 @@ def peft_usage(ref: str, rank: int, *, lora_bias: bool) -> str:
             "With vLLM, beside other LoRAs, chosen for each request by its name:",
             f"```sh\nvllm serve {host} --enable-lora --max-lora-rank {rank} \\\n"
             "  --lora-modules trimtab=FOLDER\n```",
-            "With SGLang (from its documentation; not tried):",
+            "With SGLang (0.5.23 has this; not tried):",
             f"```sh\npython -m sglang.launch_server --model-path {host} --enable-lora \\\n"
             f"  --max-lora-rank {rank} --lora-target-modules lm_head --lora-paths trimtab=FOLDER\n"
             "```",
