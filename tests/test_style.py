@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("soft_targets", "steering", "tuning"),
     ("fitting",),
-    ("report",),
+    ("exporting", "report"),
     (
         "tune",
         "record",

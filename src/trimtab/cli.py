@@ -1,8 +1,8 @@
 """The trimtab command: one subcommand per verb, generated from the verb's configuration.
 
 One rule makes all command lines. What a verb works on is an argument (`_ARGUMENTS`): the user's own
-text or prompts where the verb starts from them, else the folder of the verb before, and for mount
-and evaluate the host after it. Every other field is an option of the field's name
+text or prompts where the verb starts from them, else the folder of the verb before, and for mount,
+export and evaluate the host after it. Every other field is an option of the field's name
 (`max_tokens` -> `--max-tokens`), with the field's docstring as its help. A field of many values is
 repeated (`--stop A --stop B`); where its values come from a closed list, commas do too
 (`--carriers head,memory`). `--config FILE` gives any fields by name in TOML or JSON; what the
@@ -42,6 +42,7 @@ _CONFIGS: dict[str, type[config.Config]] = {
     "record": config.RecordConfig,
     "fit": config.FitConfig,
     "mount": config.MountConfig,
+    "export": config.ExportConfig,
     "generate": config.GenerateConfig,
     "evaluate": config.EvaluateConfig,
     "cost": config.CostConfig,
@@ -51,6 +52,7 @@ _ARGUMENTS = {
     "record": ("expert",),
     "fit": ("recording",),
     "mount": ("adapter", "host"),
+    "export": ("adapter", "host"),
     "generate": ("prompt",),
     "evaluate": ("adapter", "host"),
     "cost": (),

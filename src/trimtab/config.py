@@ -10,6 +10,7 @@ MIN_WINDOW_TOKENS = 8
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 CarrierName = Literal["head", "memory", "expert"]
+ExportKind = Literal["peft", "gguf", "merged", "onnx"]
 RowName = Literal[
     "host",
     "reference",
@@ -214,6 +215,31 @@ class MountConfig(Config):
     """Arithmetic of the host."""
     seed: int = 0
     """Seed of the shuffle."""
+
+
+class ExportConfig(Config):
+    """Export an adapter's mounted head for engines that run without Trimtab."""
+
+    adapter: Path
+    """Adapter folder."""
+    host: str
+    """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    to: ExportKind
+    """peft: LoRA on lm_head; gguf: LoRA for llama.cpp; merged: whole checkpoint; onnx: graph."""
+    out: Path
+    """Folder of the export; it must be new or empty."""
+    strength: float = Field(default=1.0, gt=0, le=2)
+    """How far to follow the head; it is in the weights, except in onnx."""
+    lora_bias: bool = False
+    """With peft: keep the head's constant part as PEFT's lora_bias, exact; other engines refuse."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the host, and of the weights of a merged checkpoint."""
+
+    @model_validator(mode="after")
+    def _bias_is_for_peft(self) -> "ExportConfig":
+        if self.lora_bias and self.to != "peft":
+            raise ValueError("lora_bias is a setting of PEFT's own form: it needs to peft")
+        return self
 
 
 class GenerateConfig(Config):
