@@ -150,8 +150,11 @@ def _ready(
 
 def _new_tokens(host: HFModel, prompts: Sequence[Sequence[int]], asked: int) -> int:
     room = host.max_tokens
-    if room is None or host.is_encoder_decoder:
+    if room is None:
         return asked
+    if host.is_encoder_decoder:
+        # The source has positions of its own; the decoder's start takes one of the target's.
+        return min(asked, room - 1)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) >= room:
         raise InputError(

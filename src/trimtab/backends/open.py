@@ -1,6 +1,7 @@
 """Open any model by what the user calls it."""
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,12 @@ def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: There is none, or it cannot be read.
     """
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with warnings.catch_warnings():
+            # Marian's tokenizer would like a package for a step that it never takes.
+            warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")
+            return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         # Tokenizer files of the wild fail in many ways, of many exception types.
         some = any(folder.glob("*token*")) or any(folder.glob("*.model"))
