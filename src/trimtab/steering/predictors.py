@@ -66,6 +66,8 @@ class Steering:
         memory: Is mixed in, by its gate.
         live: Expert and reference beside the host.
         blend: How predictors are made and weighed.
+        own: Host tokens that keep the host's own probability, whatever steers: True for them,
+            shape [vocab]; None for no such rule.
     """
 
     strength: float
@@ -73,6 +75,7 @@ class Steering:
     memory: MountedMemory | None = None
     live: Live | None = None
     blend: Blend = field(default_factory=Blend)
+    own: Tensor | None = None
 
     @cached_property
     def predictors(self) -> tuple[str, ...]:
@@ -348,4 +351,25 @@ def mixed_logprobs(steering: Steering, rows: Rows, weights: Tensor) -> Tensor:
         (-inf) stay forbidden.
     """
     mixed = mixture_logprobs(steering.logprobs(rows), weights[..., None])
+    if steering.own is not None:
+        mixed = keep_own(mixed, rows.logits.float().log_softmax(-1), steering.own)
     return mixed.masked_fill(rows.logits.isneginf(), -torch.inf)
+
+
+def keep_own(logprobs: Tensor, host_logprobs: Tensor, own: Tensor) -> Tensor:
+    """Give some tokens the host's own probability, and leave the others their proportions.
+
+    Args:
+        logprobs: Natural-log probabilities, shape [rows, vocab].
+        host_logprobs: The host's own, shape [rows, vocab].
+        own: True for the tokens that keep the host's probability, shape [vocab]; in each row at
+            least one other has some.
+
+    Returns:
+        Natural-log probabilities, shape [rows, vocab], that sum to one.
+    """
+    own = own.to(logprobs.device)
+    others = logprobs.masked_fill(own, -torch.inf)
+    mass = host_logprobs.masked_fill(own, -torch.inf).logsumexp(-1, keepdim=True)
+    scaled = others - others.logsumexp(-1, keepdim=True) + mass
+    return torch.where(own, host_logprobs, scaled)

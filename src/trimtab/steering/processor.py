@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trimtab.align.strings import token_lengths
 from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, adopt_model
@@ -65,7 +66,8 @@ def steered(
 
     Greedy decoding, sampling, beam search, several sequences a prompt and batches padded on the
     left are covered; assisted decoding, guidance, custom decoding, `inputs_embeds` and
-    `generate_batch` are not. How far the adapter is trusted follows from how well it predicts
+    `generate_batch` are not. Of an encoder-decoder the target is steered: carriers read the
+    target so far and never the source, and the end of a target is as likely as the host has it. How far the adapter is trusted follows from how well it predicts
     each prompt (`prompt_weights`). At strength 0 the model is untouched, bit for bit. Plain calls
     of the model are never steered.
 
@@ -129,7 +131,9 @@ def _steering(
     if head is not None:
         head = _to_device(head, host.unembedding.weight.device)
     beside = (live or open_live(mounted, host)) if "expert" in carriers else None
-    return Steering(strength, head, memory, beside, mounted.manifest.blend)
+    # When a target ends follows from its source, which the small models do not read.
+    own = token_lengths(host.vocabulary) == 0 if host.is_encoder_decoder else None
+    return Steering(strength, head, memory, beside, mounted.manifest.blend, own)
 
 
 def check_carriers(name: str, carried: Sequence[CarrierName], asked: Sequence[CarrierName]) -> None:
@@ -275,6 +279,7 @@ class SteeringProcessor(LogitsProcessor):
         self._trace = trace
         self._mask = mask
         self._chats = chats
+        self._is_text = token_lengths(host.vocabulary) > 0
         self._prompt_tokens = 0
         self._weights: Tensor | None = None
 
@@ -285,8 +290,7 @@ class SteeringProcessor(LogitsProcessor):
         """
         states = self._trace.take()
         rows = self._rows(input_ids)
-        token_bytes = self._host.vocabulary.token_bytes
-        spelled = [tuple(token_bytes[i] for i in row.tolist()) for row in rows]
+        spelled = [self._spelled(row.tolist()) for row in rows]
         if self._weights is None:
             self._prompt_tokens = input_ids.shape[1]
             self._chats = _chat_of_each(self._host, self._chats, rows)
@@ -297,9 +301,21 @@ class SteeringProcessor(LogitsProcessor):
                 )
             ]
             self._weights = self._weigh(prompts).to(scores.device)
+        if scores[:, self._is_text.to(scores.device)].isneginf().all():
+            # A forced token, such as the language that a target begins with: nothing to steer.
+            return scores
         contexts, questions = self._read(rows, spelled, input_ids.shape[1] - self._prompt_tokens)
         asked = Rows(scores, states[:, -1].to(scores.device), contexts, questions)
         return mixed_logprobs(self._steering, asked, self._weights)
+
+    def _spelled(self, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:
+        """The bytes of each token; of a target without the space that its tokenizer puts first."""
+        vocabulary = self._host.vocabulary
+        pieces = [vocabulary.token_bytes[i] for i in token_ids]
+        first = next((place for place, piece in enumerate(pieces) if piece), None)
+        if self._host.is_encoder_decoder and vocabulary.prefix_space and first is not None:
+            pieces[first] = (pieces[first] or b"").removeprefix(b" ")
+        return tuple(pieces)
 
     def _read(
         self, rows: Sequence[Tensor], spelled: Sequence[Sequence[bytes | None]], new_tokens: int
