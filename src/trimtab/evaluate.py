@@ -87,7 +87,8 @@ def evaluate(
     for kind, documents in texts.items():
         if not documents:
             raise InputError(
-                f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes",
+                f"the {kind or 'domain'} text has no pair, and no document of"
+                f" {MIN_DOCUMENT_BYTES} bytes",
                 hint="give longer text, or raise --max-tokens",
             )
     settings = MountConfig(
@@ -104,7 +105,7 @@ def evaluate(
         for kind, documents in texts.items():
             scored[kind] = []
             for document in documents:
-                scored[kind].append(bench.score(document.text))
+                scored[kind].append(bench.score(document))
                 _check_rows(config.rows, scored[""][0])
                 advance(len(document.text.encode()))
     scores = {kind: _by_row(kept, rows) for kind, kept in scored.items()}
@@ -148,10 +149,16 @@ def _cut(
     """The beginnings of documents that are scored: the same text for every model."""
     kept = []
     for document in documents:
+        if document.source is not None and not host.is_encoder_decoder:
+            raise InputError(
+                f"{document.name} has a source, which {host.ref} cannot read: it is no"
+                " encoder-decoder",
+                hint="evaluate such a host on text, or take a T5, BART or Marian model as host",
+            )
         ids = host.encode(document.text)[: min(config.document_tokens, budget)]
         raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
         raw = raw[int(host.vocabulary.prefix_space) :]
-        if len(raw) < MIN_DOCUMENT_BYTES:
+        if len(raw) < (MIN_DOCUMENT_BYTES if document.source is None else 1):
             continue
         budget -= len(ids)
         kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
@@ -203,40 +210,48 @@ class _Bench:
         )
         return _Bench(config, host, mounted, rows, steers, pair, settings.cache)
 
-    def score(self, text: str) -> Kept:
+    def score(self, document: Document) -> Kept:
         """Score one document under every row, unless it is scored already."""
-        path = self.config.out / "scores" / f"{self._key(text)}.safetensors"
+        path = self.config.out / "scores" / f"{self._key(document)}.safetensors"
         kept = read_scores(path) if self.keeps else None
         if kept is None:
-            windows = (self.config.window_tokens, self.config.stride_tokens)
             on_host = score_document(
-                self.host, text, self.steers, window_tokens=windows[0], stride_tokens=windows[1]
+                self.host,
+                document.text,
+                self.steers,
+                window_tokens=self.config.window_tokens,
+                stride_tokens=self.config.stride_tokens,
+                source=document.source,
             )
-            kept = Kept(on_host, self._alone(text))
+            kept = Kept(on_host, self._alone(document))
             if self.keeps:
                 write_scores(path, kept)
         return kept
 
-    def _key(self, text: str) -> str:
+    def _key(self, document: Document) -> str:
         """Names a document's scores by all that decides them."""
         config, host = self.config, self.host
         files = {path: entry.sha256 for path, entry in self.mounted.manifest.files.items()}
         manifest = self.mounted.manifest.model_dump(mode="json", include={"blend", "carriers"})
         read_by = (str(host.source), str(host.fingerprint), str(host.model.dtype), config.dtype)
         asked = (VERSION, files, manifest, config.host_keys, *read_by)
-        how = (sorted(self.rows), config.window_tokens, config.stride_tokens, config.seed, text)
-        return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()[:32]
+        how = (sorted(self.rows), config.window_tokens, config.stride_tokens, config.seed)
+        text = (document.text,) if document.source is None else (document.text, document.source)
+        return hashlib.sha256(json.dumps([*asked, *how, *text]).encode()).hexdigest()[:32]
 
-    def _alone(self, text: str) -> Mapping[str, DocumentScore]:
-        """Reference and expert alone, on their own tokens of the same text."""
+    def _alone(self, document: Document) -> Mapping[str, DocumentScore]:
+        """Reference and expert alone, on their own tokens of the same text; of no source."""
         if self.pair is None or not set(SMALL_ROWS) & set(self.rows):
             return {}
         model = self.pair.reference
-        ids, context = model.encode(text), model.context_ids()
+        ids, context = model.encode(document.text), model.context_ids()
+        # A pair's first token is scored wherever something stands before it.
+        begin = 0 if document.source is not None and context else 1
         nats = dict.fromkeys(SMALL_ROWS, 0.0)
         heads = (self.pair.reference_unembedding, self.pair.expert_unembedding)
         config = self.config
-        for window in scored_windows(len(ids), config.window_tokens, config.stride_tokens):
+        windows = (config.window_tokens, config.stride_tokens)
+        for window in scored_windows(len(ids), *windows, first=begin):
             states = self.pair.hidden(torch.tensor([context + ids[window.start : window.end]]))
             first = window.score_from - 1 - window.start + len(context)
             targets = torch.tensor(ids[window.score_from : window.end])
@@ -246,7 +261,8 @@ class _Bench:
                     logprobs = logits.log_softmax(-1)
                 nats[row] -= float(logprobs.gather(1, targets[:, None]).sum())
         pieces = model.vocabulary.token_bytes
-        size = sum(len(pieces[i] or b"") for i in ids[1:])
+        size = sum(len(pieces[i] or b"") for i in ids[begin:])
+        size -= int(begin == 0 and model.vocabulary.prefix_space)
         return {row: DocumentScore(nats[row], size) for row in SMALL_ROWS}
 
 

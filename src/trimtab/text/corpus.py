@@ -156,8 +156,10 @@ def _changed(where: str, finding: str) -> InputError:
     )
 
 
-def scored_windows(n_tokens: int, window_tokens: int, stride_tokens: int) -> list[Window]:
-    """Cut a document into overlapping windows that score every token but the first once.
+def scored_windows(
+    n_tokens: int, window_tokens: int, stride_tokens: int, *, first: int = 1
+) -> list[Window]:
+    """Cut a document into overlapping windows that score every token from `first` on once.
 
     A scored token has at least window_tokens - stride_tokens tokens of context, and at least
     one, except at the document's start, where it has all there are.
@@ -166,6 +168,7 @@ def scored_windows(n_tokens: int, window_tokens: int, stride_tokens: int) -> lis
         n_tokens: Length of the document.
         window_tokens: Longest window, at least 2.
         stride_tokens: New tokens in each window after the first, in [1, window_tokens].
+        first: First token that is scored: 0 where something stands before the document.
 
     Raises:
         ValueError: A length is out of range.
@@ -174,7 +177,7 @@ def scored_windows(n_tokens: int, window_tokens: int, stride_tokens: int) -> lis
         raise ValueError(f"windows of {window_tokens} tokens with stride {stride_tokens}")
     stride_tokens = min(stride_tokens, window_tokens - 1)
     windows: list[Window] = []
-    start, score_from = 0, 1
+    start, score_from = 0, first
     while score_from < n_tokens:
         end = min(start + window_tokens, n_tokens)
         windows.append(Window(start, end, score_from))
