@@ -101,7 +101,9 @@ def marian(tmp_path_factory: pytest.TempPathFactory) -> str:
             pieces.setdefault(model.id_to_piece(number), len(pieces))
     pieces["<pad>"] = len(pieces)
     (folder / "vocab.json").write_text(json.dumps(pieces))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "MarianTokenizer"})
+    )
     config = MarianConfig(
         vocab_size=len(pieces),
         d_model=32,
@@ -261,7 +263,7 @@ def test_generation_and_measurement_agree(
         expected = float(scored.rows[row].logprobs[step])
         assert float(logprobs[ids[step]]) == pytest.approx(expected, abs=0.05)
         if step:
-            assert (logprobs[is_text].exp() - plain[is_text].exp()).abs().max() > 1e-4
+            assert (logprobs[is_text] - plain[is_text]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("ref", [*FAMILIES[:2], "marian"])

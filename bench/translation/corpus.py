@@ -79,9 +79,7 @@ def read_handbook(cache: Path) -> Manual:
 
 def read_gimp(cache: Path) -> Manual:
     """GIMP's manual; each page is a chapter."""
-    english, french = (
-        _pages(fetch_package(package, cache), package.name[-2:]) for package in GIMP
-    )
+    english, french = (_pages(fetch_package(package, cache), package.name[-2:]) for package in GIMP)
     versions = {package.name: version_of(package, cache) for package in GIMP}
     return _manual(english, french, {name: name for name in english}, GIMP_SKIP, versions)
 

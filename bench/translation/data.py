@@ -17,7 +17,7 @@ from trimtab.store.files import read_json, write_json
 
 TEST_CHAPTERS = ("apt", "security", "solving-problems")
 DOCUMENT_PARAGRAPHS = 8
-GENERAL_TEXTS = 40
+GENERAL_TEXTS = 8
 SETS = ("handbook", "gimp")
 
 

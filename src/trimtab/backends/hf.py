@@ -114,12 +114,13 @@ class HFModel:
             return list(ids)
         return encode_plain(self.tokenizer, text, prefix_space=self.vocabulary.prefix_space)
 
-    def encode_source(self, text: str, *, markup: bool = False) -> list[int]:
+    def encode_source(self, text: str, *, markup: bool = False, cut: bool = False) -> list[int]:
         """Encode a source text of an encoder-decoder, with the special tokens around it.
 
         Args:
             text: Any text.
             markup: As in `encode`.
+            cut: Leave out the last tokens of a text for which the encoder has no positions.
 
         Raises:
             InputError: The source has more tokens than the encoder has positions.
@@ -127,6 +128,8 @@ class HFModel:
         ids = source_ids(self.tokenizer, text, markup=markup)
         limit = max_source_tokens(self.model)
         if limit is not None and len(ids) > limit:
+            if cut:
+                return [*ids[: limit - 1], ids[-1]]
             raise InputError(
                 f"a source text has {len(ids)} tokens, and the encoder of {self.ref} has positions"
                 f" for {limit}",

@@ -97,10 +97,10 @@ def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
         # Tokenizer files of the wild fail in many ways, of many exception types.
         some = any(folder.glob("*token*")) or any(folder.glob("*.model"))
         reason = _first_line(error) if some else "there is no tokenizer.json"
-        raise ModelError(
-            f"{ref} has no tokenizer that can be read: {reason}",
-            hint=f"put the model's tokenizer.json into {folder}, or {_HINT}",
-        ) from error
+        hint = f"put the model's tokenizer.json into {folder}, or {_HINT}"
+        if "sentencepiece" in str(error).lower():
+            hint = "pip install 'trimtab[seq2seq]'"
+        raise ModelError(f"{ref} has no tokenizer that can be read: {reason}", hint=hint) from error
 
 
 def _folder(ref: str, progress: Progress) -> Path:

@@ -73,9 +73,7 @@ def _source(
         backend.encode_special_tokens = True
         return list(backend.encode(text, add_special_tokens=special).ids)
     options: dict[str, Any] = {} if markup else {"split_special_tokens": True}
-    return list(
-        tokenizer(text, add_special_tokens=special, verbose=False, **options)["input_ids"]
-    )
+    return list(tokenizer(text, add_special_tokens=special, verbose=False, **options)["input_ids"])
 
 
 def _target_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -125,6 +125,9 @@ def tiny_model(spec: TinySpec, dtype: torch.dtype) -> PreTrainedModel:
         model = auto.from_config(config, dtype=torch.float32)
         if spec.tied == 0:
             _untie(model)
+        if spec.family == "bart":
+            # Its decoder starts with the end of a text, and its first token is forced.
+            model.generation_config.forced_bos_token_id = _BOS
         bias = getattr(model, "final_logits_bias", None)
         if isinstance(bias, torch.Tensor):
             bias.normal_()
@@ -204,9 +207,7 @@ def _t5(spec: TinySpec, common: Mapping[str, Any]) -> PreTrainedConfig:
     )
 
 
-def _bart_like(
-    config: Callable[..., PreTrainedConfig], **more: Any
-) -> "_MakeConfig":
+def _bart_like(config: Callable[..., PreTrainedConfig], **more: Any) -> "_MakeConfig":
     def make(spec: TinySpec, common: Mapping[str, Any]) -> PreTrainedConfig:
         sizes = {
             f"{side}_{name}": size
@@ -231,8 +232,7 @@ _CONFIGS: Mapping[str, _MakeConfig] = {
     "gemma3": _llama_like(Gemma3TextConfig),
     "gpt2": _gpt2,
     "t5": _t5,
-    # BART starts its decoder with the end of a text, and forces the first token of one.
-    "bart": _bart_like(BartConfig, decoder_start_token_id=_EOS, forced_bos_token_id=_BOS),
+    "bart": _bart_like(BartConfig, decoder_start_token_id=_EOS),
     "marian": _bart_like(MarianConfig, decoder_start_token_id=_PAD),
 }
 
