@@ -15,6 +15,7 @@ from transformers import MarianConfig, MarianMTModel, MarianTokenizer
 from trimtab.backends.chat import prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
+from trimtab.backends.tokenizers import read_vocabulary
 from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.config import (
     EvaluateConfig,
@@ -53,10 +54,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         one = [chosen.choice(WORDS) for _ in range(60)]
         lines = [f"The {a} turns the {b}." for a, b in zip(one[::2], one[1::2], strict=True)]
-        # A pair's target is what the small model learns from it.
-        records = [{"source": "?", "target": line} for line in lines]
         (folder / f"{number}.txt").write_text("\n".join(lines))
-        (folder / f"{number}.jsonl").write_text("\n".join(map(json.dumps, records)))
     (folder / "one.md").write_text("Plain prose, about nothing in particular. " * 6)
     shared = {"window_tokens": 128, "dtype": "float32"}
     tuning = {"model": "tiny:llama?hidden=32", "learning_rate": 1e-2, "held_out": 0.3}
@@ -197,8 +195,6 @@ def test_a_source_beyond_the_positions_is_refused(marian: str) -> None:
 
 def test_a_vocabulary_a_side_is_refused(marian: str) -> None:
     host = open_model(marian, dtype="float32")
-    from trimtab.backends.tokenizers import read_vocabulary
-
     host.tokenizer.separate_vocabs = True  # type: ignore[attr-defined]
     with pytest.raises(ModelError, match="one vocabulary for sources and another"):
         read_vocabulary(host.tokenizer, 10)

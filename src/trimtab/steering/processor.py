@@ -66,10 +66,12 @@ def steered(
 
     Greedy decoding, sampling, beam search, several sequences a prompt and batches padded on the
     left are covered; assisted decoding, guidance, custom decoding, `inputs_embeds` and
-    `generate_batch` are not. Of an encoder-decoder the target is steered: carriers read the
-    target so far and never the source, and the end of a target is as likely as the host has it. How far the adapter is trusted follows from how well it predicts
+    `generate_batch` are not. How far the adapter is trusted follows from how well it predicts
     each prompt (`prompt_weights`). At strength 0 the model is untouched, bit for bit. Plain calls
     of the model are never steered.
+
+    Of an encoder-decoder the target is steered: carriers read the target so far and never the
+    source, and all that is no text, a target's end above all, stays as likely as the host has it.
 
     Args:
         host: The host on which the adapter is mounted.

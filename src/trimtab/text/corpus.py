@@ -98,7 +98,7 @@ def _part(document: Document, start: int, end: int, side: str) -> Document:
 
 
 def sha256_of_documents(documents: Sequence[Document]) -> str:
-    """Fingerprint of names, texts, loss spans and markup, in their order."""
+    """Fingerprint of names, texts, loss spans and markup, in their order; not of sources."""
     digest = hashlib.sha256()
     for document in documents:
         line = _line(document)
@@ -108,6 +108,8 @@ def sha256_of_documents(documents: Sequence[Document]) -> str:
 
 def save_documents(path: Path, documents: Sequence[Document]) -> None:
     """Write documents as JSON lines with name, text, loss_spans and, if true, markup, atomically.
+
+    A source is left out: what is saved is what small models read.
 
     Raises:
         StorageError: The disk is full or the path cannot be written.
