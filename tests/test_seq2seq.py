@@ -211,8 +211,10 @@ def test_strength_zero_is_the_host_itself(
     assert plain.texts[0] == "" or plain.texts[0][0] != " "
 
 
-@pytest.mark.parametrize("carriers", CARRIERS, ids="+".join)
-@pytest.mark.parametrize("ref", [*FAMILIES, "marian"])
+@pytest.mark.parametrize(
+    ("ref", "carriers"),
+    [*(("marian", carriers) for carriers in CARRIERS), *((ref, CARRIERS[-1]) for ref in FAMILIES)],
+)
 def test_generation_and_measurement_agree(
     adapter: Path, marian: str, ref: str, carriers: tuple[Any, ...]
 ) -> None:
@@ -262,7 +264,7 @@ def test_generation_and_measurement_agree(
             assert (logprobs[is_text] - plain[is_text]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("ref", [*FAMILIES[:2], "marian"])
+@pytest.mark.parametrize("ref", [FAMILIES[1], "marian"])
 def test_beams_are_steered(adapter: Path, marian: str, ref: str) -> None:
     """A beam's score is the sum of the steered log-probabilities of its tokens."""
     host = open_model(marian if ref == "marian" else ref, dtype="float32")
