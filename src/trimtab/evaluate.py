@@ -87,8 +87,7 @@ def evaluate(
     for kind, documents in texts.items():
         if not documents:
             raise InputError(
-                f"the {kind or 'domain'} text has no pair, and no document of"
-                f" {MIN_DOCUMENT_BYTES} bytes",
+                f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes",
                 hint="give longer text, or raise --max-tokens",
             )
     settings = MountConfig(
