@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
         some = any(folder.glob("*token*")) or any(folder.glob("*.model"))
         reason = _first_line(error) if some else "there is no tokenizer.json"
         hint = f"put the model's tokenizer.json into {folder}, or {_HINT}"
-        if "sentencepiece" in str(error).lower():
+        if "sentencepiece" in str(error).lower() and find_spec("sentencepiece") is None:
             hint = "pip install 'trimtab[seq2seq]'"
         raise ModelError(f"{ref} has no tokenizer that can be read: {reason}", hint=hint) from error
 
