@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from trimtab.config import RowName
-from trimtab.evaluate import SMALL_ROWS
+from trimtab.evaluator import SMALL_ROWS
 from trimtab.report.values import ROWS
 from trimtab.steering.rows import families, present, prior_of, with_memory
 from trimtab.store.adapter_schema import Blend

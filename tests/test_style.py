@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mount",
         "generate",
         "evaluate",
+        "evaluator",
         "compare",
         "cost",
         "export",

@@ -91,7 +91,13 @@ class Live:
             ways = [[Cover(tuple(ids), b"")] for ids in host_ids]
         else:
             ways = [covers_of(context, encode, vocabulary) for context in contexts]
-        covers = [[cover for cover in found if cover.tokens or start] for found in ways]
+        # A host that puts a space of its own before a text writes its first token alone: after
+        # nothing the small models expect no space.
+        begins = self._one_vocabulary or not self.alignment.host.vocabulary.prefix_space
+        covers = [
+            [cover for cover in found if cover.tokens or (start and (cover.rest or begins))]
+            for found in ways
+        ]
         longest = len(start) + max((len(c.tokens) for ways in covers for c in ways), default=0)
         if reference.max_tokens is not None and longest > reference.max_tokens:
             raise ModelError(

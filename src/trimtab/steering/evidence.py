@@ -113,7 +113,10 @@ class Mixture:
             (-inf) stay forbidden.
         """
         field, stacked = self._said(rows)
-        return field.everywhere(mixture_logprobs(stacked, weights[..., None]))
+        mixed = field.everywhere(mixture_logprobs(stacked, weights[..., None]))
+        if self.steering.own is None:
+            return mixed
+        return keep_own(mixed, field.everywhere(field.logprobs), self.steering.own)
 
     def _said(self, rows: Rows) -> tuple[Field, Tensor]:
         field, dense = predicted(self.steering, rows)
@@ -129,6 +132,25 @@ class Mixture:
             host_lasts=[last_text(ids, pieces, position + 1) for position in asked],
             start=prompt.chat.opening_ids if prompt.chat else None,
         )
+
+
+def keep_own(logprobs: Tensor, host_logprobs: Tensor, own: Tensor) -> Tensor:
+    """Give some tokens the host's own probability, and leave the others their proportions.
+
+    Args:
+        logprobs: Natural-log probabilities, shape [rows, vocab].
+        host_logprobs: The host's own, shape [rows, vocab].
+        own: True for the tokens that keep the host's probability, shape [vocab]; in each row at
+            least one other has some.
+
+    Returns:
+        Natural-log probabilities, shape [rows, vocab], that sum to one.
+    """
+    own = own.to(logprobs.device)
+    others = logprobs.masked_fill(own, -torch.inf)
+    mass = host_logprobs.masked_fill(own, -torch.inf).logsumexp(-1, keepdim=True)
+    scaled = others - others.logsumexp(-1, keepdim=True) + mass
+    return torch.where(own, host_logprobs, scaled)
 
 
 def _asked(prompt: ReadPrompt) -> list[int]:

@@ -13,7 +13,7 @@ from trimtab.blend import PROXY, BlendWeights, log_linear, mix
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import last_bytes
 from trimtab.carriers.recall import Answer, MountedMemory
-from trimtab.steering.field import Field
+from trimtab.steering.field import LEAST_LOGPROB, Field
 from trimtab.steering.rows import TEMPERATURES, families, with_memory
 from trimtab.store.adapter_schema import Blend
 
@@ -64,6 +64,8 @@ class Steering:
         blend: How predictors are made and weighed.
         strength: How far to follow the carriers, in [0, 2]; multiplies the head's shift, the
             memory's gate, and each blend's distance from the host alone.
+        own: Host tokens that keep the host's own probability, whatever steers: True for them,
+            shape [vocab]; None for no such rule.
     """
 
     rows: tuple[str, ...] = ()
@@ -73,6 +75,7 @@ class Steering:
     live: Live | None = None
     blend: Blend = field(default_factory=Blend)
     strength: float = 1.0
+    own: Tensor | None = None
 
     @cached_property
     def families(self) -> Mapping[str, tuple[str, ...]]:
@@ -163,10 +166,13 @@ def _live(steering: Steering, live: Live, field: Field, rows: Rows) -> dict[str,
     }
     if "mixture" in steering.predictors:
         blends["mixture"] = mix(host, expert, torch.full((len(host), 1), 0.5))
+    # Beyond strength 1 the host's exponent may be below 0, which would prefer the impossible.
+    impossible = text <= LEAST_LOGPROB
     found = {}
     for name, blended in blends.items():
+        blended = blended.masked_fill(impossible, -torch.inf).log_softmax(-1)
         found[name] = field.logprobs.clone()
-        found[name][:, is_text] = blended + of_text
+        found[name][:, is_text] = (blended + of_text).clamp_min(LEAST_LOGPROB)
     return found
 
 

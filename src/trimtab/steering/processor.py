@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trimtab.align.strings import token_lengths
 from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, adopt_model
@@ -66,6 +67,9 @@ def steered(
     `generate_batch` are not. How far the adapter is trusted follows from how well it predicts
     each prompt (`prompt_weights`). At strength 0 the model is untouched, bit for bit. Plain calls
     of the model are never steered.
+
+    Of an encoder-decoder the target is steered: carriers read the target so far and never the
+    source, and all that is no text, a target's end above all, stays as likely as the host has it.
 
     Args:
         host: The host on which the adapter is mounted.
@@ -125,6 +129,8 @@ def _mixture(
     for carrier in (*heads.values(), *memories.values()):
         _check_width(host, mounted, carrier.reading)
     beside = (live or open_live(mounted, host)) if "expert" in carriers else None
+    # When a target ends follows from its source, which the small models do not read.
+    own = token_lengths(host.vocabulary) == 0 if host.is_encoder_decoder else None
     return Mixture(
         Steering(
             (row_of(carriers),),
@@ -133,6 +139,7 @@ def _mixture(
             live=beside,
             blend=mounted.manifest.blend,
             strength=strength,
+            own=own,
         )
     )
 
@@ -275,6 +282,7 @@ class SteeringProcessor(LogitsProcessor):
         self._trace = trace
         self._mask = mask
         self._chats = chats
+        self._is_text = token_lengths(host.vocabulary) > 0
         self._prompt_tokens = 0
         self._weights: Tensor | None = None
 
@@ -285,8 +293,7 @@ class SteeringProcessor(LogitsProcessor):
         """
         states = self._trace.take()
         rows = self._rows(input_ids)
-        token_bytes = self._host.vocabulary.token_bytes
-        spelled = [tuple(token_bytes[i] for i in row.tolist()) for row in rows]
+        spelled = [self._spelled(row.tolist()) for row in rows]
         if self._weights is None:
             self._prompt_tokens = input_ids.shape[1]
             self._chats = _chat_of_each(self._host, self._chats, rows)
@@ -297,9 +304,21 @@ class SteeringProcessor(LogitsProcessor):
                 )
             ]
             self._weights = self._weigh(prompts)
+        if scores[:, self._is_text.to(scores.device)].isneginf().all():
+            # A forced token, such as the language that a target begins with: nothing to steer.
+            return scores
         contexts, questions = self._read(rows, spelled, input_ids.shape[1] - self._prompt_tokens)
         asked = Rows(scores.float(), states[:, -1], contexts, questions)
         return self._mixture.logprobs(asked, self._weights)
+
+    def _spelled(self, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:
+        """The bytes of each token; of a target without the space that its tokenizer puts first."""
+        vocabulary = self._host.vocabulary
+        pieces = [vocabulary.token_bytes[i] for i in token_ids]
+        first = next((place for place, piece in enumerate(pieces) if piece), None)
+        if self._host.is_encoder_decoder and vocabulary.prefix_space and first is not None:
+            pieces[first] = (pieces[first] or b"").removeprefix(b" ")
+        return tuple(pieces)
 
     def _read(
         self, rows: Sequence[Tensor], spelled: Sequence[Sequence[bytes | None]], new_tokens: int

@@ -55,6 +55,7 @@ def score_document(
     *,
     window_tokens: int,
     stride_tokens: int,
+    source: str | None = None,
 ) -> ScoredDocument:
     """Score a document under every row.
 
@@ -64,25 +65,29 @@ def score_document(
         steering: What may steer it, and the rows.
         window_tokens: Window of the measurement.
         stride_tokens: New tokens a window.
+        source: What an encoder-decoder reads before it writes the document; its first token is
+            then scored too.
     """
     ids = host.encode(text)
+    read_source = None if source is None else torch.tensor([host.encode_source(source)])
+    begin = 1 if source is None else 0
     pieces = [host.vocabulary.token_bytes[i] or b"" for i in ids]
     if host.vocabulary.prefix_space and pieces:
         # The space that such a tokenizer puts first is not in the text that others read.
         pieces[0] = pieces[0][1:]
     scorer, weight = _Scorer(steering), host.unembedding.weight
-    for window in scored_windows(len(ids), window_tokens, stride_tokens):
+    for window in scored_windows(len(ids), window_tokens, stride_tokens, first=begin):
         context = host.context_ids()
         read = torch.tensor([context + ids[window.start : window.end]], device=host.device)
         with torch.inference_mode():
-            states = host.hidden(read)[0]
+            states = host.hidden(read, encoder_ids=read_source)[0]
         skip = len(context) - window.start
         scored = range(window.score_from, window.end)
         before = list(_contexts(pieces, window.start, scored.start, scored.stop))
         reading = None
         if steering.live:
             seen = [ids[window.start : position] for position in scored]
-            lasts = [ids[position - 1] for position in scored]
+            lasts = [ids[position - 1] if position else None for position in scored]
             reading = steering.live.read(before, host_ids=seen, host_lasts=lasts)
         for first in range(scored.start, scored.stop, CHUNK):
             last = min(first + CHUNK, window.end)
@@ -97,7 +102,7 @@ def score_document(
                 )
                 scorer.score(rows, torch.tensor(ids[first:last]))
     return ScoredDocument(
-        tuple(ids[1:]), tuple(len(piece) for piece in pieces[1:]), scorer.result()
+        tuple(ids[begin:]), tuple(len(piece) for piece in pieces[begin:]), scorer.result()
     )
 
 
