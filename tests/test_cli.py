@@ -21,6 +21,8 @@ from trimtab.errors import InputError
 from trimtab.progress import Display
 from trimtab.store.card import write_adapter
 
+STOPPED = "stopped; the same command goes on from what was saved, if anything was\n"
+
 
 def run(*words: str) -> int:
     """Exit status of a command line, run in this process."""
@@ -148,7 +150,7 @@ def test_what_typer_refuses(words: tuple[str, ...], capsys: pytest.CaptureFixtur
         (RuntimeError("io: No space left on device (os error 28)"), 2, "free space on that disk"),
         (FileNotFoundError(2, "No such file", "x.txt"), 2, "cannot use x.txt: No such file"),
         (MemoryError(), 2, "not enough memory"),
-        (KeyboardInterrupt(), 130, "stopped; run the same command again to continue\n"),
+        (KeyboardInterrupt(), 130, STOPPED),
         (KeyError("x\ny"), 1, "unexpected error: KeyError: "),
         (RuntimeError(), 1, "TRIMTAB_DEBUG=1"),
     ],
@@ -250,7 +252,7 @@ def test_ctrl_c_ends_with_130() -> None:
         process.send_signal(signal.SIGINT)
         _, shown = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert shown == "stopped; run the same command again to continue\n"
+    assert shown == STOPPED
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
@@ -285,4 +287,4 @@ def test_a_library_that_wraps_ctrl_c_does_not_hide_it(capsys: pytest.CaptureFixt
         except KeyboardInterrupt as stop:
             raise ImportError("cannot import the rest") from stop
     assert end.value.exit_code == 130
-    assert capsys.readouterr().err == "stopped; run the same command again to continue\n"
+    assert capsys.readouterr().err == STOPPED

@@ -19,7 +19,7 @@ from trimtab.record import record
 from trimtab.tune import tune
 
 SMALL = "tiny:llama?hidden=32&layers=1"
-STOPPED = "stopped; run the same command again to continue\n"
+STOPPED = "stopped; the same command goes on from what was saved, if anything was\n"
 
 
 @dataclass(frozen=True)

@@ -60,16 +60,24 @@ def test_the_reference_is_the_base_bit_for_bit(base: HFModel, lora: Path) -> Non
     assert pair.expert_unembedding is pair.reference_unembedding
 
 
-def test_the_expert_is_what_peft_makes_of_it(base: HFModel, lora: Path) -> None:
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_expert_is_what_peft_makes_of_it(
+    base: HFModel, lora: Path, merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not merged:
+        monkeypatch.setattr("trimtab.carriers.expert.MERGED_BYTES", 0)
     oracle = PeftModel.from_pretrained(open_model(BASE, dtype="float32").model, str(lora))
-    pair = opened(lora, base)
     with torch.inference_mode():
-        logits = oracle(IDS).logits
+        beside = oracle(IDS).logits
+        # PEFT's own way to add a LoRA to the weights.
+        logits = oracle.merge_and_unload()(IDS).logits if merged else beside
+    pair = opened(lora, base)
     assert torch.equal(pair.expert_logits(IDS), logits)
     with pair.as_expert() as expert:
         assert torch.equal(expert.logits(IDS), logits)
         found = expert.unembedding.logits(expert.hidden(IDS))
     torch.testing.assert_close(found, logits)
+    torch.testing.assert_close(logits, beside)
 
 
 def test_another_base_is_refused(base: HFModel, lora: Path) -> None:

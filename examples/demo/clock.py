@@ -14,7 +14,7 @@ class Clock:
     """Adds up the time that each step takes, until the step is done.
 
     A step that was done before takes next to no time again; its first time stays, unless its
-    result has been deleted since. The seconds of a run that was killed (kill -9) are lost.
+    result has been deleted since. The seconds of a run that was killed are lost, and known to be.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,16 +39,26 @@ class Clock:
         known = self._steps.get(name)
         if known is None or (result is not None and not result.exists()):
             known = self._steps[name] = {"wall_sec": 0.0, "done": False}
+        elif known.get("open"):
+            known["has_lost"] = True
         if known["done"]:
             yield
             return
         started = time.monotonic()
+        known["open"] = True
+        write_json(self._path, self._steps)
         try:
             yield
             known["done"] = True
         finally:
+            known["open"] = False
             known["wall_sec"] += time.monotonic() - started
             write_json(self._path, self._steps)
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether a step was killed, so that its time is longer than what is known."""
+        return any(step.get("has_lost") for step in self._steps.values())
 
     @property
     def wall_sec(self) -> dict[str, float]:

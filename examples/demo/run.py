@@ -17,10 +17,10 @@ import typer
 import trimtab
 from examples.demo import corpus, models
 from examples.demo.clock import Clock
+from examples.demo.completions import COMPLETIONS_NOTE, KEPT_NAME, completed
 from trimtab import (
     EvaluateConfig,
     FitConfig,
-    GenerateConfig,
     MountConfig,
     RecordConfig,
     TuneConfig,
@@ -31,7 +31,6 @@ from trimtab.cli_errors import reported
 from trimtab.errors import InputError
 from trimtab.progress import Display
 from trimtab.report import (
-    Completion,
     GrowthPoint,
     Report,
     merge_hosts,
@@ -48,20 +47,15 @@ OUT = Path("build/demo")
 CACHE = Path("build/cache")
 TEXTS = Path("build/texts")
 
-CHOICE = corpus.Choice(seed=0, test_files=16, train_bytes=55_000)
-EVALUATED_TOKENS = 4_096
+CHOICE = corpus.Choice(seed=0, test_files=10, train_bytes=36_000)
+GENERAL_TOKENS = 8_192
+"""Half of the neutral text, which record and mount read."""
+EVALUATED_TOKENS = 2_560
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
 DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
-COMPLETION_TOKENS = 32
-COMPLETIONS_NOTE = (
-    "All three carriers, the small model beside the host; greedy, and cut after"
-    f" {COMPLETION_TOKENS} tokens. Three samples show how it reads, not how good it is: greedy"
-    " text of models this small falls into loops, steered or not. The figures above are the"
-    " measure."
-)
 HEAD_EPOCHS = 3
-GROWTH_TOKENS = 6_144
+GROWTH_TOKENS = 4_096
 """Part of the recording whose memory is measured beside the whole; it costs a fit and two
 measurements."""
 GROWTH_ROWS = ("host", "memory")
@@ -166,7 +160,8 @@ def run(small: str, hosts: Sequence[str], out: Path | None = None) -> Report:
     print(table(report))
     print(f"report:  {out / 'report.html'}\nadapter: {job.adapter}")
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.wall_sec.items())
-    print(f"time:    {sum(report.wall_sec.values()) / 60:.1f} min ({steps})")
+    lost = "; more, since a step was killed" if clock.has_lost else ""
+    print(f"time:    {sum(report.wall_sec.values()) / 60:.1f} min ({steps}{lost})")
     print(_next_steps(job))
     return report
 
@@ -177,12 +172,13 @@ def _next_steps(job: Job) -> str:
     prompt = min(job.test.rglob("*.zig"), key=lambda path: path.stat().st_size)
     trimtab_at = shlex.quote(str(Path(sys.executable).with_name("trimtab")))
     words = ("generate", "--host", host, "--adapter", str(job.adapter))
+    words += ("--carriers", "head,memory,expert", "--temperature", "0.7")
     home = os.environ.get(HOME_VARIABLE)
     cache = f"{HOME_VARIABLE}={shlex.quote(home)} " if home else ""
     return (
         f"next:    {trimtab_at} show {shlex.quote(str(job.adapter))}\n"
         f"         {cache}{trimtab_at} {shlex.join(words)}"
-        f' "$(head -c 1500 {shlex.quote(str(prompt))})"'
+        f' "$(head -n 40 {shlex.quote(str(prompt))})"'
     )
 
 
@@ -232,7 +228,9 @@ def _make_adapter(job: Job, clock: Clock, display: Display) -> None:
         )
         print(trimtab.tune(config, progress=display.progress).summary())
     with clock.step("record", recording):
-        config = RecordConfig(expert=expert, out=recording, seed=SEED)
+        config = RecordConfig(
+            expert=expert, out=recording, general_tokens=GENERAL_TOKENS, seed=SEED
+        )
         print(trimtab.record(config, progress=display.progress).summary())
     with clock.step("fit", job.adapter):
         config = FitConfig(
@@ -277,7 +275,9 @@ def _on_host(
             config, host=opened, is_named=True, progress=display.progress
         ).report
     with clock.step(f"generate{suffix}"):
-        completions = _completions(job, host, opened, functions, display)
+        completions = completed(
+            opened, job.adapter, functions, kept=folder / KEPT_NAME, display=display
+        )
     named = tuple(replace(r, host=host.title, small=job.small.title) for r in report.hosts)
     return replace(
         report,
@@ -303,33 +303,6 @@ def _evaluation(
         rows=rows,
         domain="Zig",
         seed=SEED,
-    )
-
-
-def _completions(
-    job: Job,
-    host: Model,
-    opened: HFModel,
-    functions: Sequence[corpus.HeldOutFunction],
-    display: Display,
-) -> tuple[Completion, ...]:
-    """How the host goes on after a held-out function's signature, before and after."""
-    if not functions:
-        return ()
-    texts = []
-    for adapter in (None, job.adapter):
-        config = GenerateConfig(
-            host=host.ref,
-            adapter=adapter,
-            carriers=("head", "memory", "expert") if adapter else None,
-            prompt=tuple(function.prompt for function in functions),
-            max_new_tokens=COMPLETION_TOKENS,
-            seed=SEED,
-        )
-        texts.append(trimtab.generate(config, host=opened, progress=display.progress).texts)
-    return tuple(
-        Completion(function.name, function.prompt, function.truth, before, after)
-        for function, before, after in zip(functions, *texts, strict=True)
     )
 
 

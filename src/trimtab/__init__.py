@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trimtab.generate import generate as generate
     from trimtab.generate import steered as steered
     from trimtab.mount import mount as mount
+    from trimtab.progress import Display as Display
     from trimtab.record import record as record
     from trimtab.show import show as show
     from trimtab.store.local import list_adapters as list_adapters
@@ -37,6 +38,7 @@ _VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "c
 _MODULES = {
     **{verb: f"trimtab.{verb}" for verb in _VERBS},
     **{f"{verb.title()}Config": "trimtab.config" for verb in _VERBS[:-1]},
+    "Display": "trimtab.progress",
     "TrimtabError": "trimtab.errors",
     "list_adapters": "trimtab.store.local",
     "open_model": "trimtab.backends.open",

@@ -13,7 +13,7 @@ from trimtab.errors import InputError, ModelError, StorageError, TrimtabError
 
 DEBUG_VARIABLE = "TRIMTAB_DEBUG"
 UNEXPECTED, EXPECTED, STOPPED = 1, 2, 130
-STOPPED_TEXT = "stopped; run the same command again to continue"
+STOPPED_TEXT = "stopped; the same command goes on from what was saved, if anything was"
 
 
 @contextmanager

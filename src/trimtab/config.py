@@ -113,6 +113,9 @@ class RecordConfig(Config):
     """General text that the adapter must leave alone (default: the shipped probe text)."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Record at most this many tokens of domain text (default: all)."""
+    general_tokens: int | None = Field(default=None, ge=1)
+    """Record at most this many tokens of general text, of which a mount reads as many (default:
+    all)."""
     encoding: Literal["exact", "sparse", "sampled"] = "exact"
     """exact: both final hidden states; sparse: top-k; sampled: unbiased draws (RS-KD)."""
     top_k: int = Field(default=64, ge=1, le=4096)
@@ -308,8 +311,8 @@ class EvaluateConfig(Config):
     host_keys: bool = False
     """Let the host read the memory's text once and key it by its own states: no training, but a
     pass over that text; better than keys that are read through the map."""
-    domain: str = "domain"
-    """Name of the domain in the report."""
+    domain: str | None = None
+    """Name of the domain in the report (default: that of the first file or folder of --data)."""
     dtype: Dtype = "auto"
     """Arithmetic of the models."""
     seed: int = 0

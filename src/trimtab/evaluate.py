@@ -72,6 +72,7 @@ def evaluate(
     started = time.perf_counter()
     # All others are compared with the host.
     rows = tuple(dict.fromkeys(("host", *config.rows))) if config.rows else _usual_rows(config)
+    _check_out(config.out)
     texts = _texts(config)
     cache = host is None or is_named
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
@@ -86,7 +87,7 @@ def evaluate(
     evaluator = Evaluator.prepare(config, settings, host, rows, progress)
     scored: dict[str, list[Kept]] = {}
     total = sum(len(document.text.encode()) for found in texts.values() for document in found)
-    with progress("scoring", total) as advance:
+    with progress("scoring (bytes)", total) as advance:
         for kind, documents in texts.items():
             scored[kind] = []
             for document in documents:
@@ -101,6 +102,27 @@ def evaluate(
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
     return Evaluation(report, config.out, scored)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder in which a report would replace what is not one of ours."""
+    if out.exists() and not out.is_dir():
+        raise InputError(
+            f"--out {out} is a file, and a report is a folder", hint="choose a new folder"
+        )
+    ours = ("report.json", "scores")
+    others = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if others and not any((out / name).exists() for name in ours):
+        raise InputError(
+            f"{out} holds other things ({', '.join(others[:3])}) and no report",
+            hint="choose a new or empty folder for --out",
+        )
+
+
+def _name_of(pattern: str) -> str:
+    """The last part of a path or pattern that is a name."""
+    parts = (Path(part).stem for part in reversed(Path(pattern).resolve().parts))
+    return next((part for part in parts if part and not set(part) & set("*?[/")), "domain")
 
 
 def _usual_rows(config: EvaluateConfig) -> tuple[str, ...]:
@@ -144,7 +166,8 @@ def _cut_texts(
     for kind, documents in found.items():
         if not documents:
             raise InputError(
-                f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes",
+                f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes"
+                " within --max-tokens (general text: a quarter of it, each kind)",
                 hint="give longer text, or raise --max-tokens",
             )
     return found
@@ -224,7 +247,7 @@ def _report(
     )
     sizes = {c: mounted.manifest.bytes_of(c) for c in mounted.manifest.carriers}
     return Report(
-        domain=config.domain,
+        domain=config.domain or _name_of(config.data[0]),
         hosts=(result,),
         wall_sec={},
         adapter_bytes=sizes,

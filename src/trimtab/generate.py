@@ -84,7 +84,7 @@ def generate(
     start_sec = time.monotonic()
     with (
         _ready(config, host, carriers, progress) as model,
-        progress("generating", limit) as advance,
+        progress("generating (tokens)", limit) as advance,
         quiet_transformers(),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
     ):
@@ -104,6 +104,10 @@ def _check(config: GenerateConfig) -> tuple[CarrierName, ...]:
     for number, prompt in enumerate(config.prompt, start=1):
         if not prompt:
             raise InputError(f"prompt {number} is empty", hint="give at least one character")
+        if not _is_text(prompt):
+            raise InputError(
+                f"prompt {number} is not UTF-8 text", hint="convert it, for example with iconv"
+            )
     if "" in config.stop:
         raise InputError("a stop string is empty", hint="leave it out")
     if config.adapter is None:
@@ -127,6 +131,15 @@ def _check(config: GenerateConfig) -> tuple[CarrierName, ...]:
             hint=f"use --carriers {','.join(manifest.carriers)}",
         )
     return carriers
+
+
+def _is_text(prompt: str) -> bool:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        # The shell passed on bytes that are no characters.
+        return False
+    return True
 
 
 @contextmanager

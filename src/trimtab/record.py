@@ -237,7 +237,7 @@ def _splits(config: RecordConfig, pair: Pair) -> dict[Split, _SplitWork]:
     work: dict[Split, _SplitWork] = {
         "train": _cut(config, documents["train"], pair, left),
         "held_out": held_out,
-        "general": _cut(config, documents["general"], pair, None),
+        "general": _cut(config, documents["general"], pair, config.general_tokens),
     }
     if work["train"].tokens < 2:
         raise InputError(
@@ -285,7 +285,7 @@ def _write_shards(
     splits: Mapping[Split, _SplitWork],
     progress: Progress,
 ) -> None:
-    with progress("recording", sum(split.tokens for split in splits.values())) as advance:
+    with progress("recording (tokens)", sum(split.tokens for split in splits.values())) as advance:
         for name, split in splits.items():
             for index, shard in enumerate(split.shards):
                 path = config.out / shard_name(name, index)

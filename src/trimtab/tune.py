@@ -279,7 +279,7 @@ def _train(
         seed=config.seed,
     )
     checkpoints = Checkpoints(config.out / STATE_NAME, config.checkpoint_every_sec)
-    with progress("tuning", config.epochs * limit * config.window_tokens) as advance:
+    with progress("tuning (tokens)", config.epochs * limit * config.window_tokens) as advance:
         return train(
             learner,
             windows,

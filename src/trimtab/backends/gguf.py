@@ -103,7 +103,7 @@ def _check_magic(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path, progress: Progress) -> None:
-    with progress(f"unpacking {path.name} (once)", 3) as advance:
+    with progress(f"unpacking {path.name} (once; steps)", 3) as advance:
         try:
             with _read_once():
                 model = _read_model(path)

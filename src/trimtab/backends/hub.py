@@ -56,7 +56,7 @@ def _download(name: str, revision: str | None, progress: Progress) -> Path:
     )
     wanted = _wanted({file.rfilename: file.size or 0 for file in info.siblings or ()})
     folder: Path | None = None
-    with progress(f"downloading {name}", sum(wanted.values())) as advance:
+    with progress(f"downloading {name} (bytes)", sum(wanted.values())) as advance:
         for filename, size in wanted.items():
             local = hf_hub_download(
                 name, filename, revision=info.sha, endpoint=endpoint, etag_timeout=CONNECT_SEC

@@ -3,13 +3,16 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab.errors import AdapterError
@@ -83,6 +86,11 @@ def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
         )
 
 
+MERGED_BYTES = 2**31
+"""Linear weights of a small model that are kept twice, as they are and with the LoRA added: a
+second path beside each of them takes a third more time. Larger models do without the copy."""
+
+
 @final
 class LoraSwitch:
     """The LoRA layers inside a model; off unless switched on, which leaves the model the base."""
@@ -92,6 +100,21 @@ class LoraSwitch:
         self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self._layers:
             layer.enable_adapters(False)
+
+    @cached_property
+    def _weights(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+        """Each linear weight as it is and with the LoRA added; empty where that is too large."""
+        layers = [layer for layer in self._layers if isinstance(layer, LoraLayer)]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        size = sum(weight.numel() * weight.element_size() for weight in weights)
+        # Weights that wait on disk until they are needed cannot be exchanged.
+        if size > MERGED_BYTES or any(weight.is_meta for weight in weights):
+            return []
+        with torch.no_grad():
+            return [
+                (weight, weight.data, (weight + _added(layer)).to(weight.dtype))
+                for layer, weight in zip(layers, weights, strict=True)
+            ]
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -105,8 +128,17 @@ class LoraSwitch:
     def _set(self, *, on: bool) -> None:
         # enable_adapters also walks all weights to set requires_grad, which would cost as much as
         # a small model's step, twice a generated token.
-        for layer in self._layers:
-            layer._disable_adapters = not on
+        if not self._weights:
+            for layer in self._layers:
+                layer._disable_adapters = not on
+        for weight, base, merged in self._weights:
+            weight.data = merged if on else base
+
+
+def _added(layer: LoraLayer) -> Tensor:
+    """What a LoRA adds to its weight."""
+    (name,) = layer.lora_A
+    return layer.get_delta_weight(name)
 
 
 def attach_lora(model: PreTrainedModel, folder: Path) -> LoraSwitch:

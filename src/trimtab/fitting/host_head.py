@@ -270,5 +270,5 @@ def fit_with_progress(
 ) -> Head:
     """Fit a head under a progress display; arguments as `fit_head`."""
     total = settings.epochs * len(data.hidden)
-    with progress("fitting the head", total) as advance:
+    with progress("fitting the head (tokens)", total) as advance:
         return fit_head(data, rows, moments, settings, checkpoint=checkpoint, on_batch=advance)

@@ -148,7 +148,7 @@ def _gates(
         )
     asked: list[list[tuple[Tensor, ...]]] = []
     total = sum(int((splits[s]["next_ids"] >= 0).sum()) for s in ("held_out", "general"))
-    with progress("fitting the memory's gates", total) as advance, torch.no_grad():
+    with progress("fitting the memory's gates (tokens)", total) as advance, torch.no_grad():
         for split in ("held_out", "general"):
             if not len(splits[split]["token_ids"]):
                 continue

@@ -22,7 +22,9 @@ from trimtab.report.words import (
 
 _MEANING = (
     "Bits per byte say how many bits a model needs to tell one byte of text that it has not seen: "
-    "lower is better. ± is one standard error over documents."
+    "lower is better. ± is one standard error over documents. The reference is the small model "
+    "before it was tuned, the expert after; proxy tuning adds their difference to the host. The "
+    "map reads the host’s states in the small model’s space; controls do without, or shuffle it."
 )
 
 
@@ -72,7 +74,7 @@ def _bars(result: HostResult, domain: str, number: int) -> str:
         for name, words in (
             ("steered", "steered by the adapter"),
             ("baseline", "for comparison"),
-            ("control", "controls, which should not help"),
+            ("control", "controls, which need no adapter or no map"),
         )
     )
     return (

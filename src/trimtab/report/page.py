@@ -95,7 +95,8 @@ def _growth_section(points: Sequence[GrowthPoint]) -> str:
     return (
         "<section><h2>How much text it takes</h2><figure class='plot'>"
         f'<div role="img" aria-label="{alt}">{growth_svg(points, "growth")}</div>'
-        "<figcaption>Perplexity a token of the host, lower is better, on part of the domain text,"
+        "<figcaption>Perplexity: among how many equally likely tokens the host seems to choose,"
+        " lower is better; of the memory alone, on part of the domain text,"
         " after a recording of each size; with nothing recorded it is that of the bare host. Bars:"
         " one standard error of the difference from the bare host."
         f"</figcaption></figure><details><summary>The figures</summary>"

@@ -79,9 +79,10 @@ def _totals(tokens: Sequence[TokenChange], name: str, row: str) -> str:
     verb = "saves" if saved >= 0 else "costs"
     by = f" ({text_html(row)})" if row else ""
     return (
-        f"Over {count:,} tokens{named}, a held-out file, the adapter{by} {verb} {abs(saved):.1f} "
-        f"nats, {abs(saved) / count:.3f} a token. {cheaper:.0%} of the tokens became cheaper and "
-        f"{dearer:.0%} dearer by {_EDGES_NATS[0]} nats or more; the most likely token is another "
+        f"Over {count:,} tokens{named}, the first held-out file, the adapter{by} {verb} "
+        f"{abs(saved):.1f} nats (1 nat is 1.44 bits), {abs(saved) / count:.3f} a token. "
+        f"{cheaper:.0%} of the tokens became cheaper and {dearer:.0%} dearer by {_EDGES_NATS[0]} "
+        f"nats or more; the most likely token is another "
         f"one at {changed:.0%}."
     )
 

@@ -35,6 +35,10 @@ _ALONE = ("head+memory", "memory", "head")
 _BESIDE = ("all", "live+memory", "live+head", "live")
 
 
+ROUNDING = 1e-9
+"""Errors that are smaller, as a share of the figure, are none."""
+
+
 def signed(value: float, decimals: int) -> str:
     """Write a number with its sign; what rounds to zero has none."""
     text = f"{value:+.{decimals}f}".replace("-", "−")
@@ -132,12 +136,13 @@ def warnings(result: HostResult, domain: str) -> list[str]:
 
 def without_errors(result: HostResult, domain: str) -> list[str]:
     """Say so where errors of 0 say nothing: one document, resampled, is always itself."""
-    host = result.domain.get("host")
-    if host is None or host.stderr > 0:
-        return []
+    texts = {f"{domain} text": result.domain}
+    texts |= {f"general text ({kind})": found for kind, found in result.general_kinds.items()}
     return [
-        f"One document of {domain} text alone was scored: errors of 0 mean that none can be told."
-        " Give more documents."
+        f"Of {name} one document alone was scored: its errors of 0 mean that none can be told."
+        for name, figures in texts.items()
+        # Resampling sums in another order, so that rounding may be left.
+        if (host := figures.get("host")) and host.stderr < ROUNDING * host.mean
     ]
 
 
@@ -185,7 +190,7 @@ def _general_sentence(result: HostResult) -> str:
 
 def _controls_sentence(result: HostResult) -> str:
     parts = [f"{row} {change}" for row in CONTROLS if (change := _plain(result.domain, row))]
-    return f"Controls, which should not help: {', '.join(parts)}." if parts else ""
+    return f"Controls, which need no adapter or no map: {', '.join(parts)}." if parts else ""
 
 
 def _change(result: HostResult, row: str) -> str:

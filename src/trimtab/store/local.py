@@ -11,7 +11,7 @@ from trimtab.store.files import read_json
 from trimtab.store.manifest import read_manifest
 
 HOME_VARIABLE = "TRIMTAB_HOME"
-SEARCH_DEPTH = 3
+SEARCH_DEPTH = 4
 """Folders below the current one in which adapters are looked for."""
 
 SUFFIX = ".adapter"
@@ -52,7 +52,7 @@ def list_adapters(*, home: Path | None = None, here: Path | None = None) -> list
 
     Args:
         home: Folder of installed adapters (default: `adapters_home()`).
-        here: Folder to search, itself and at most three levels down (default: the current one).
+        here: Folder to search, itself and at most four levels down (default: the current one).
 
     Returns:
         Installed adapters first, then those found here, each once, ordered by path. A folder
