@@ -492,13 +492,13 @@ def byte_mounted(adapter: Path, byte_host: HFModel) -> Mounted:
     )
 
 
-def decided_live(host: HFModel) -> Live:
+def decided_live(host: HFModel, draft_tokens: int = 0) -> Live:
     """Expert and reference that are sure of what they say, each of something else."""
     pair = [open_model(f"tiny:llama?hidden=32&seed={seed}", dtype="float32") for seed in (7, 8)]
     for model in pair:
         with torch.no_grad():
             model.unembedding.weight.mul_(10)
-    return Live(Pair(*pair), host)
+    return Live(Pair(*pair), host, draft_tokens=draft_tokens)
 
 
 def reference_blends(host: HFModel, pair: Pair, ids: list[int], small_ids: list[int]) -> Tensor:

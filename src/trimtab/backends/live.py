@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, final
+from itertools import repeat
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
 from trimtab.backends.ways import Ways
+from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
-from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
 DOUBT = 0.03
@@ -27,6 +28,9 @@ Carrying may be wrong: a token that it rules out is now and then the right one. 
 view in both, expert and reference agree on that token, where nothing over nothing would leave a
 blend of their ratio without bounds.
 """
+
+
+Side = Literal["expert", "reference"]
 
 
 class PairProbs(NamedTuple):
@@ -40,12 +44,20 @@ class PairProbs(NamedTuple):
 class Live:
     """An expert and its reference, asked about a host's next tokens from the same bytes."""
 
-    def __init__(self, pair: Pair, host: HFModel) -> None:
-        """Align the pair's tokenizer with the host's."""
+    def __init__(self, pair: Pair, host: HFModel, *, draft_tokens: int = DRAFT_TOKENS) -> None:
+        """Align the pair's tokenizer with the host's.
+
+        Args:
+            pair: Expert and reference.
+            host: The host.
+            draft_tokens: Tokens that the expert drafts ahead at most, where a host decodes one
+                prompt, for the host to verify in one pass; 0 for none.
+        """
         self._pair = pair
+        self.draft_tokens = draft_tokens
         self.alignment = Alignment(pair.reference.strings, host.strings)
         self._rows: dict[int, PairCaches] = {}
-        self._one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host.vocabulary)
+        self.is_one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host.vocabulary)
 
     @property
     def pair(self) -> Pair:
@@ -76,7 +88,8 @@ class Live:
                 the text, as at a prompt's end.
             start: Tokens of the small models that all contexts go on from; no cover gives them
                 back (default: what the small models expect before any text).
-            row: Keep the key-value caches of this row of a generation; then there is one context.
+            row: Keep the key-value caches of this row of a generation; then there is one context,
+                or several that each go on from the one before.
 
         Raises:
             ModelError: A context is longer than the small models can read.
@@ -84,7 +97,7 @@ class Live:
         reference, vocabulary = self._pair.reference, self._pair.vocabulary
         encode = reference.encode if start is None else reference.encode_following
         start = reference.context_ids() if start is None else start
-        if self._one_vocabulary and host_ids is not None:
+        if self.is_one_vocabulary and host_ids is not None:
             ways = [[Cover(tuple(ids), b"")] for ids in host_ids]
         else:
             ways = [covers_of(context, encode, vocabulary) for context in contexts]
@@ -99,8 +112,30 @@ class Live:
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
         lasts = [None] * len(contexts) if host_lasts is None else host_lasts
-        caches = PairCaches() if row is None else self._rows.setdefault(row, PairCaches())
+        caches = PairCaches() if row is None else self.caches(row)
         return LiveReading(tree, covers, ends, lasts, *self._states(tree, caches), caches)
+
+    def caches(self, row: int) -> "PairCaches":
+        """What both models keep of a row of a generation."""
+        return self._rows.setdefault(row, PairCaches())
+
+    def foresee(self, reading: "LiveReading") -> None:
+        """Compute at once what both models say at every node that `score` may ask for.
+
+        The rows of a reading are then scored one by one at no more passes over the unembedding.
+        """
+        ways = map(Ways.of, repeat(reading.tree), reading.covers, reading.ends, repeat(None))
+        nodes = sorted({node for way in ways for node in way.nodes})
+        place = {node: number for number, node in enumerate(nodes)}
+        for side in ("expert", "reference") if nodes else ():
+            reading.foreseen[side] = place, self._logprobs(reading, side, nodes)
+
+    def _logprobs(self, reading: "LiveReading", side: Side, nodes: Sequence[int]) -> Tensor:
+        is_expert = side == "expert"
+        states = reading.expert if is_expert else reading.reference
+        head = self._pair.expert_unembedding if is_expert else self._pair.reference_unembedding
+        with torch.no_grad():
+            return head.logits(states[list(nodes)]).float().cpu().log_softmax(-1)
 
     def score(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, token_ids: Tensor
@@ -121,8 +156,8 @@ class Live:
             )
         ]
         replies = (
-            self._replies(reading.expert, self._pair.expert_unembedding, ways),
-            self._replies(reading.reference, self._pair.reference_unembedding, ways),
+            self._replies(reading, "expert", ways),
+            self._replies(reading, "reference", ways),
         )
         over = (host_probs, candidates)
         # One model asks for both, so that a blend's ratio compares like with like.
@@ -133,7 +168,7 @@ class Live:
             )
             for side, after in zip(replies, self._ask_on(reading, asked), strict=True)
         ]
-        if not self._one_vocabulary:
+        if not self.is_one_vocabulary:
             carried = [torch.lerp(side, host_probs, DOUBT) for side in carried]
         return PairProbs(*carried)
 
@@ -144,7 +179,7 @@ class Live:
         host_probs: Tensor,
         candidates: Candidates,
     ) -> list[Asked]:
-        if self._one_vocabulary:
+        if self.is_one_vocabulary:
             return []
         found = still_undecided(self.alignment, replies, host_probs, candidates)
         longest = self._pair.reference.max_tokens
@@ -155,7 +190,7 @@ class Live:
     def _cuts(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, candidates: Candidates
     ) -> list[HostCut | None]:
-        if self._one_vocabulary:
+        if self.is_one_vocabulary:
             return [None] * len(questions)
         return [
             None if last is None else HostCut.of(self.alignment.host, last, probs, candidates)
@@ -172,14 +207,16 @@ class Live:
             return run_tree(expert, tree, caches.expert), reference
 
     def _replies(
-        self, states: Tensor, head: Unembedding, ways: Sequence[Ways]
+        self, reading: "LiveReading", side: Side, ways: Sequence[Ways]
     ) -> list[list[Reply]]:
         asked = sorted({node for way in ways for node in way.nodes})
         if not asked:
             return [[] for _ in ways]
-        with torch.no_grad():
-            logprobs = head.logits(states[asked]).float().cpu().log_softmax(-1)
-        place = {node: number for number, node in enumerate(asked)}
+        if side in reading.foreseen:
+            place, logprobs = reading.foreseen[side]
+        else:
+            place = {node: number for number, node in enumerate(asked)}
+            logprobs = self._logprobs(reading, side, asked)
         return [way.replies(logprobs, place, self.alignment.small) for way in ways]
 
     def _ask_on(
@@ -219,6 +256,8 @@ class LiveReading:
         expert: Final hidden states of the nodes, shape [nodes, hidden].
         reference: Likewise.
         caches: Keys and values of all nodes, until the same row is read again.
+        foreseen: What `Live.foresee` has computed of a side: the row of each node, and
+            log-probabilities [rows, vocab].
     """
 
     tree: TokenTree
@@ -228,6 +267,7 @@ class LiveReading:
     expert: Tensor
     reference: Tensor
     caches: PairCaches
+    foreseen: dict[Side, tuple[dict[int, int], Tensor]] = field(default_factory=dict)
 
     def reference_states(self, questions: range) -> list[Tensor | None]:
         """The reference's state after some contexts, read as its tokenizer cuts them.

@@ -1,7 +1,7 @@
 """What a mounted adapter makes of a host's next-token scores, whatever runs the host."""
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
@@ -42,12 +42,26 @@ class Rows:
             answer.
         questions: How the expert has read the contexts: readings with the questions asked of each,
             one after another one a row; empty without an expert.
+        alone: Each row is steered as if it had been asked alone. Otherwise all share their
+            candidates, so that what is far below every row's likeliest counts as tail.
     """
 
     logits: Tensor
     hidden: Tensor
     contexts: tuple[bytes, ...]
     questions: tuple[tuple[LiveReading, range], ...] = ()
+    alone: bool = False
+
+    def one_by_one(self) -> "Iterator[Rows]":
+        """Each row without the others."""
+        asked = (
+            ((reading, range(q, q + 1)),)
+            for reading, questions in self.questions
+            for q in questions
+        )
+        for row, context in enumerate(self.contexts):
+            here = slice(row, row + 1)
+            yield Rows(self.logits[here], self.hidden[here], (context,), next(asked, ()))
 
 
 @final
@@ -160,6 +174,26 @@ class Steering:
         )
         return tuple((reading, range(1)) for reading in readings)
 
+    def ask_block(
+        self,
+        contexts: Sequence[bytes],
+        host_ids: Sequence[Sequence[int]],
+        host_lasts: Sequence[int | None],
+        chat: ChatPrompt | None,
+    ) -> tuple[tuple[LiveReading, range], ...]:
+        """As `ask`, of several places of row 0: each context goes on from the one before."""
+        if self.live is None:
+            return ()
+        reading = self.live.read(
+            [readable(context) for context in contexts],
+            host_ids=host_ids,
+            host_lasts=host_lasts,
+            start=chat.small_ids if chat else None,
+            row=0,
+        )
+        self.live.foresee(reading)
+        return ((reading, range(len(contexts))),)
+
     def _remember(self, answer: Answer, base: str, logprobs: Tensor) -> dict[str, Tensor]:
         steered, said = logprobs.cpu(), answer.probs(logprobs.shape[-1]).log()
         shifts = with_memory(base, self.blend)
@@ -201,6 +235,12 @@ def live_logprobs(
     Returns:
         Natural-log probabilities by blend, each of shape [rows, vocab].
     """
+    if rows.alone and len(rows.contexts) > 1:
+        each = [
+            live_logprobs(live, host_logprobs[row : row + 1], one, blend, strength)
+            for row, one in enumerate(rows.one_by_one())
+        ]
+        return {name: torch.cat([found[name] for found in each]) for name in each[0]}
     device, host_logprobs = host_logprobs.device, host_logprobs.cpu()
     known = live.alignment.is_known
     text = host_logprobs.masked_fill(~known, -torch.inf)
