@@ -16,6 +16,9 @@ from trimtab.steering.predictors import readable
 UNLIKELY = 0.3
 """The expert stops where it finds all that it has drafted less likely than this."""
 
+_SLACK = 8
+"""Tokens by which some way to read a drafted text may exceed the draft."""
+
 Propose = Callable[[Sequence[int], Tensor], tuple[int, Tensor | None]]
 """From the tokens drafted so far and the expert's logits over the host's tokens, shape [vocab], to
 the next one and what it was drawn from, shape [vocab]; None for the likeliest."""
@@ -94,7 +97,8 @@ class Drafter:
 
     def _most(self, line: Sequence[int], room: int) -> int:
         longest = self._live.pair.reference.max_tokens
-        left = room if longest is None else longest - len(line)
+        slack = 0 if self._live.is_one_vocabulary else _SLACK
+        left = room if longest is None else longest - len(line) - slack
         return min(self._live.draft_tokens, room, left) if line else 0
 
     def _of_tokens(self, line: Sequence[int], most: int, propose: Propose) -> Draft:

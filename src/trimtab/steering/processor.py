@@ -103,7 +103,7 @@ def steered(
         steering = _steering(opened, mounted, carriers, strength, live)
         small = steering.live.pair.reference if steering.live else None
         chats = [chat_prompt(opened, message, small) for message in messages]
-        with _generate_replaced(opened, steering, chats):
+        with steered_by(opened, steering, chats):
             yield opened.model
 
 
@@ -190,9 +190,19 @@ def _adopted(host: Host) -> Iterator[HFModel]:
 
 
 @contextmanager
-def _generate_replaced(
-    host: HFModel, steering: Steering, chats: Sequence[ChatPrompt]
+def steered_by(
+    host: HFModel, steering: Steering, chats: Sequence[ChatPrompt] = ()
 ) -> Iterator[None]:
+    """Steer a host's `generate` inside the context by carriers that are seated on it already.
+
+    Args:
+        host: The host.
+        steering: What steers.
+        chats: What each prompt answers, where these are chats.
+
+    Raises:
+        ModelError: As `steered`.
+    """
     model: Any = host.model
     if "generate" in vars(model):
         raise ModelError(
