@@ -8,7 +8,6 @@ per new token: the median over repetitions, and the lowest and highest one.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -66,11 +65,12 @@ class Clock:
         self.heard_sec: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
+        """Note the time."""
         del value
         self.heard_sec.append(time.perf_counter())
 
     def end(self) -> None:
-        pass
+        """Nothing is held back."""
 
 
 @dataclass
