@@ -110,16 +110,17 @@ def passes(model: Any) -> Iterator[list[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("small", [SMALL, BYTES])
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "small"),
+    [("qwen3", SMALL), ("gpt2", SMALL), ("gemma2", SMALL), ("gemma2", BYTES), ("gemma3", BYTES)],
+)
 def test_greedy_is_plain_greedy(family: str, small: str) -> None:
     host, pair = sharp(f"tiny:{family}?vocab=bpe&hidden=32"), sure_pair(small)
     plain = written(host, pair, 0)
-    for draft_tokens in (1, 5):
-        with passes(host.model) as read:
-            ours = written(host, pair, draft_tokens)
-        assert assert_same(plain, ours, ids_of(host).shape[1]) >= 16
-        assert max(read[1:]) > 1
+    with passes(host.model) as read:
+        ours = written(host, pair, 5)
+    assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
+    assert max(read[1:]) > 1
 
 
 @pytest.mark.parametrize("small", [SMALL, BYTES])
@@ -127,18 +128,20 @@ def test_other_processors_see_the_text_before_each_place(host: HFModel, small: s
     options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.2, "min_new_tokens": 9}
     pair = sure_pair(small)
     plain, ours = (written(host, pair, n, **options) for n in (0, 4))
-    assert assert_same(plain, ours, ids_of(host).shape[1]) >= 16
+    assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
 
 
 def test_a_draft_that_stands_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trimtab.steering.drafting.UNLIKELY", 0.0)
     host = sharp(HOST)
     pair = Pair(sharp(HOST), sharp(HOST))
+    # Of tokens that stand for no text the expert has nothing to say.
+    options = {"max_new_tokens": 21, "suppress_tokens": [256, 257, 258]}
     with passes(host.model) as read:
-        ours = written(host, pair, 4, max_new_tokens=21)
+        ours = written(host, pair, 4, **options)
     # A prompt gives one token, and each pass four drafts and the token after them.
     assert read == [ids_of(host).shape[1], 5, 5, 5, 5]
-    assert_same(written(host, pair, 0, max_new_tokens=21), ours, read[0])
+    assert_same(written(host, pair, 0, **options), ours, read[0])
 
 
 def windowed() -> HFModel:
@@ -160,11 +163,11 @@ def test_caches_hold_what_was_written_and_nothing_else(
     window: bool, small: str, host: HFModel
 ) -> None:
     one, pair = windowed() if window else host, sure_pair(small)
-    plain = written(one, pair, 0, max_new_tokens=40)
+    plain = written(one, pair, 0, max_new_tokens=24)
     live = Live(pair, one, draft_tokens=5)
     with drafting(one, live) as model:
-        ours = model.generate(ids_of(one), max_new_tokens=40, **KEPT)
-    assert assert_same(plain, ours, ids_of(one).shape[1]) >= 16
+        ours = model.generate(ids_of(one), max_new_tokens=24, **KEPT)
+    assert assert_same(plain, ours, ids_of(one).shape[1]) >= 12
     read = ours.sequences[:, :-1]
     anew = one.model(read, use_cache=True).past_key_values
     assert ours.past_key_values.get_seq_length() == read.shape[1]
@@ -203,7 +206,7 @@ def plain_distribution(
     return found
 
 
-SAMPLES = 400
+SAMPLES = 250
 
 
 @pytest.mark.parametrize("small", [SMALL, BYTES])

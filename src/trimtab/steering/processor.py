@@ -276,5 +276,5 @@ def _first(name: str, configs: Sequence[Any]) -> Any:
 def _asked(name: str, configs: Sequence[Any], options: Mapping[str, Any]) -> bool:
     value = options.get(name)
     value = _first(name, configs) if value is None else value
-    # A guidance of 1 is none.
-    return value is not None and not (isinstance(value, int | float) and value in (0, 1))
+    # A guidance of 1 is none, and so is one beam; but True is no number here.
+    return value is True or not (value is None or value in (0, 1))

@@ -59,6 +59,7 @@ class Speculation:
         longest: Any = generation_config.max_length
         longest = longest if self._room is None else min(longest, self._room)
         unread = input_ids
+        self._tell(input_ids)
         while not stopped:
             keep = {"logits_to_keep": len(draft) + 1} if "logits_to_keep" in model_kwargs else {}
             block = torch.cat([unread, _row(draft.token_ids, unread)], 1)
@@ -79,12 +80,15 @@ class Speculation:
             self._streamer.end()
         return run.result(cache)
 
+    def _tell(self, token_ids: Tensor) -> None:
+        if self._streamer is not None:
+            self._streamer.put(token_ids.cpu())
+
     def _write(self, run: "_Run", draft: Draft, stopping_criteria: StoppingCriteriaList) -> bool:
         """Write tokens up to the first that was not drafted; whether the generation ends there."""
         for place in range(len(draft) + 1):
             kept = run.choose(draft, place)
-            if self._streamer is not None:
-                self._streamer.put(run.ids[:, -1].cpu())
+            self._tell(run.ids[:, -1])
             if bool(stopping_criteria(run.ids, run.scores).all()):
                 return True
             if not kept:
