@@ -24,6 +24,7 @@ from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import open_pair
 from trimtab.steering import drafting
+from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
 from trimtab.steering.processor import steered_by
 from trimtab.store.files import write_json
@@ -134,8 +135,8 @@ def _run(
     tally: Tally,
 ) -> None:
     live.draft_tokens = way.draft_tokens or 0
-    steering = Steering(1.0, live=live)
-    steers = nullcontext() if way.draft_tokens is None else steered_by(host, steering)
+    mixture = Mixture(Steering(("live",), live=live))
+    steers = nullcontext() if way.draft_tokens is None else steered_by(host, mixture)
     tally.text_ids, took_sec, written = [], 0.0, 0
     with steers, _as(way), _reading(host, tally):
         for prompt in prompts:

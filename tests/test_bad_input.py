@@ -140,6 +140,7 @@ def test_text_that_tune_cannot_use(
     said = refusal(capsys, "tune", path, "--model", SMALL, "--out", out, "--held-out", 0, *WINDOW)
     assert message.format(path=path) in said
     assert data is None or path.read_bytes() == data
+    assert not out.exists(), "a refusal leaves no unfinished run"
     # The same folder serves once the text is mended.
     mended = tmp_path / "mended.txt"
     mended.write_text("pub fn main() void {}\n" * 20)

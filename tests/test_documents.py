@@ -215,3 +215,32 @@ def test_a_corpus_without_text_is_an_error() -> None:
     for patterns in (["d"], ["d/*"], []):
         with pytest.raises(InputError, match="no text"):
             read_documents(patterns)
+
+
+def test_a_pair_is_its_target_with_a_source() -> None:
+    put_lines("p.jsonl", {"source": "a", "target": "b", "note": 1}, {"text": "c", "source": "web"})
+    expected = [Document("p.jsonl:1", "b", source="a"), Document("p.jsonl:2", "c")]
+    assert read_documents(["p.jsonl"]) == expected
+    rows = [{"source": "a", "target": "b", "text": None}, {"text": "c", "source": "web"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "p.parquet")
+    found = read_documents(["p.parquet"])
+    assert [(d.text, d.source) for d in found] == [("b", "a"), ("c", None)]
+    # What a small model is tuned on has no source.
+    save_documents(Path("saved.jsonl"), expected)
+    assert load_documents(Path("saved.jsonl"))[0] == Document("p.jsonl:1", "b")
+
+
+@pytest.mark.parametrize(
+    ("record", "finding"),
+    [
+        ({"source": "a"}, "lacks target; expected source and target"),
+        ({"target": "a"}, "lacks source; expected source and target"),
+        ({"source": " ", "target": "b"}, "has an empty source"),
+        ({"source": "a", "target": ""}, "has an empty target"),
+        ({"source": "a", "target": 3}, "has a target of type int"),
+    ],
+)
+def test_a_broken_pair_is_named(record: dict, finding: str) -> None:
+    put_lines("p.jsonl", record)
+    with pytest.raises(InputError, match=finding):
+        read_documents(["p.jsonl"])

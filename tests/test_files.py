@@ -212,6 +212,10 @@ def test_directory_is_restored_after_a_kill_between_the_renames(tmp_path: Path) 
 def test_lock_keeps_a_second_run_out_and_dies_with_its_owner(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with lock(folder):
+        pass
+    assert not folder.exists(), "made for the lock, and left empty"
+    folder.mkdir()
+    with lock(folder):
         with pytest.raises(InputError, match="out"), lock(folder):
             raise AssertionError("must not be entered")
     with pytest.raises(RuntimeError), lock(folder):

@@ -29,7 +29,8 @@ from trimtab.losses import kl_nats
 from trimtab.mount import mount
 from trimtab.record import record
 from trimtab.steering.host_states import host_states, same_bytes
-from trimtab.steering.scoring import Steers, score_document
+from trimtab.steering.predictors import Steering
+from trimtab.steering.scoring import score_document
 from trimtab.store.adapter import read_head, read_memory, read_mount
 from trimtab.store.manifest import read_manifest
 from trimtab.store.recording import Recording
@@ -115,8 +116,8 @@ def nats(adapter: Path, host_ref: str, text: str) -> dict[str, float]:
     mounted = mount(config, host=host)
     heads = {"head": mounted.head} if mounted.head else {}
     memories = {"memory": mounted.memory} if mounted.memory else {}
-    steers = Steers(("host", "head", "memory", "head+memory"), heads, memories)
-    scored = score_document(host, text, steers, window_tokens=256, stride_tokens=128)
+    steering = Steering(("host", "head", "memory", "head+memory"), heads, memories)
+    scored = score_document(host, text, steering, window_tokens=256, stride_tokens=128)
     return {name: -float(row.logprobs.mean()) for name, row in scored.rows.items()}
 
 

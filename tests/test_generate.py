@@ -32,11 +32,12 @@ from trimtab.fit import fit
 from trimtab.generate import GenerateResult, generate, steered
 from trimtab.mount import mount
 from trimtab.record import record
+from trimtab.steering.evidence import Mixture, readable
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.predictors import Rows, Steering, blend_at, readable
+from trimtab.steering.predictors import Rows, Steering, blend_at, predicted
 from trimtab.steering.processor import open_live
-from trimtab.steering.rows import families, with_memory
-from trimtab.steering.scoring import Steers, score_document
+from trimtab.steering.rows import families, row_of, with_memory
+from trimtab.steering.scoring import score_document
 from trimtab.store.adapter_schema import Blend, Gate
 from trimtab.store.card import write_adapter
 from trimtab.store.manifest import read_manifest
@@ -726,8 +727,8 @@ def test_generation_agrees_with_what_is_evaluated(
     ids = host.encode(text)
     assert mounted.head and mounted.memory
     heads, memories = {"head": mounted.head}, {"memory": mounted.memory}
-    steers = Steers(tuple(FAMILIES), heads, memories, live=live)
-    scored = score_document(host, text, steers, window_tokens=128, stride_tokens=64)
+    steering = Steering(tuple(FAMILIES), heads, memories, live=live)
+    scored = score_document(host, text, steering, window_tokens=128, stride_tokens=64)
     rows = {
         "head": ("head",),
         "head+memory": ("head", "memory"),
@@ -782,10 +783,16 @@ def rows_of(host: HFModel, live: Live, text: str) -> Rows:
     return Rows(logits, hidden, (text.encode(),), (question,))
 
 
+def everywhere(steering: Steering, rows: Rows) -> dict[str, Tensor]:
+    """What each predictor says of every token, [rows, vocab]."""
+    field, dense = predicted(steering, rows)
+    return {name: field.everywhere(logprobs) for name, logprobs in dense.items()}
+
+
 def test_live_blends_are_the_powers_of_the_three(host: HFModel, live: Live) -> None:
     rows = rows_of(host, live, "The m")
-    steering = Steering(0.7, live=live)
-    found = steering.logprobs(rows)
+    steering = Steering(("live",), live=live, strength=0.7)
+    found = everywhere(steering, rows)
     plain = rows.logits.softmax(-1)
     text = torch.tensor([name is not None for name in host.vocabulary.token_bytes])
     conditional = plain * text / plain[:, text].sum()
@@ -793,21 +800,22 @@ def test_live_blends_are_the_powers_of_the_three(host: HFModel, live: Live) -> N
     pair = live.score(reading, questions, conditional, torch.arange(plain.shape[1]))
     expert, reference = (probs[0] / probs.sum() for probs in pair)
     assert (expert - reference).abs().max() > 1e-3
-    for name, logprobs in zip(steering.predictors[1:], found[1:], strict=True):
+    for name in FAMILIES["live"][1:]:
         by = blend_at(BlendWeights(*BLEND.live[name]), 0.7)
         powers = conditional[0] ** by.host * expert**by.expert / reference**by.reference
         expected = torch.where(text, powers / powers[text].sum() * plain[0, text].sum(), plain[0])
-        torch.testing.assert_close(logprobs[0].exp(), expected, atol=1e-5, rtol=1e-2)
+        torch.testing.assert_close(found[name][0].exp(), expected, atol=1e-5, rtol=1e-2)
 
 
 def test_the_tail_of_a_live_blend_keeps_the_hosts_proportions(host: HFModel, live: Live) -> None:
     logits = torch.linspace(0, 1, len(host.vocabulary))[None].clone()
     logits[:, :200] += 20
     rows = replace(rows_of(host, live, "The m"), logits=logits)
-    found = Steering(1.0, live=live).logprobs(rows)
-    torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found), 1))
+    found = everywhere(Steering(("live",), live=live), rows)
     merges = slice(260, None)
-    for predictor in found[:, 0, merges].log_softmax(-1):
+    for logprobs in found.values():
+        torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(1))
+        predictor = logprobs[0, merges].log_softmax(-1)
         torch.testing.assert_close(predictor, logits[0, merges].log_softmax(-1))
 
 
@@ -851,14 +859,17 @@ def test_predictors_of_carriers(
     carriers: tuple[str, ...],
     names: tuple[str, ...],
 ) -> None:
-    chosen = {"head": mounted.head, "memory": mounted.memory}
-    chosen["live"] = live
-    asked = {"live" if name == "expert" else name for name in carriers}
-    steering = Steering(1.0, **{n: part for n, part in chosen.items() if n in asked})
-    assert steering.predictors == names
-    rows = rows_of(host, live, "The m")
-    torch.testing.assert_close(steering.logprobs(rows).exp().sum(-1), torch.ones(len(names), 1))
-    assert float(steering.prior.sum()) == pytest.approx(1)
+    assert mounted.head and mounted.memory
+    heads = {"head": mounted.head} if "head" in carriers else {}
+    memories = {"memory": mounted.memory} if "memory" in carriers else {}
+    beside = live if "expert" in carriers else None
+    steering = Steering((row_of(carriers),), heads, memories, live=beside, blend=BLEND)
+    mixture = Mixture(steering)
+    assert mixture.members == names
+    found = everywhere(steering, rows_of(host, live, "The m"))
+    for name in names:
+        torch.testing.assert_close(found[name].exp().sum(-1), torch.ones(1))
+    assert float(mixture.prior.sum()) == pytest.approx(1)
 
 
 def test_the_real_expert_steers(adapter: Path) -> None:

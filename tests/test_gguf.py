@@ -48,7 +48,7 @@ def _rotary_order(weight, heads):
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _write_gguf(path, model):
+def write_gguf(path, model):
     """Write a tiny Llama as GGUF, independently of any converter."""
     config = model.model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -100,7 +100,7 @@ def home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tied", [0, 1])
 def test_a_gguf_file_is_the_model_that_was_written(tmp_path, home, tied, capfd):
     made = open_model(_TINY.format(tied=tied), dtype="float32")
-    _write_gguf(tmp_path / "tiny.gguf", made)
+    write_gguf(tmp_path / "tiny.gguf", made)
     opened = open_model(str(tmp_path / "tiny.gguf"), dtype="float32")
     ids = torch.tensor([made.encode("pub fn add(a: i32, b: i32) <eos>")])
     torch.testing.assert_close(opened.logits(ids), made.logits(ids), rtol=1e-5, atol=1e-6)
@@ -117,7 +117,7 @@ def test_a_gguf_file_is_the_model_that_was_written(tmp_path, home, tied, capfd):
 def test_a_second_opening_reads_what_the_first_unpacked(tmp_path, home):
     made = open_model(_TINY.format(tied=1), dtype="float32")
     path = tmp_path / "tiny.gguf"
-    _write_gguf(path, made)
+    write_gguf(path, made)
     folder = converted_folder(path, silent)
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     path.rename(tmp_path / "renamed.gguf")
@@ -126,7 +126,7 @@ def test_a_second_opening_reads_what_the_first_unpacked(tmp_path, home):
 
 
 def test_spaces_before_a_digit_are_split_as_smollm_was_trained(tmp_path):
-    _write_gguf(tmp_path / "tiny.gguf", open_model(_TINY.format(tied=1), dtype="float32"))
+    write_gguf(tmp_path / "tiny.gguf", open_model(_TINY.format(tied=1), dtype="float32"))
     opened = open_model(str(tmp_path / "tiny.gguf"), dtype="float32")
     spelled = [opened.vocabulary.token_bytes[i] for i in opened.encode("  32")]
     assert spelled == [b"  ", b"3", b"2"]
@@ -141,7 +141,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize("kept", [0.0005, 0.2, 0.9])
 def test_a_cut_file_is_refused_and_leaves_nothing(tmp_path, home, kept):
     path = tmp_path / "tiny.gguf"
-    _write_gguf(path, open_model(_TINY.format(tied=1), dtype="float32"))
+    write_gguf(path, open_model(_TINY.format(tied=1), dtype="float32"))
     path.write_bytes(path.read_bytes()[: max(8, int(path.stat().st_size * kept))])
     with pytest.raises(ModelError, match="cannot be read"):
         open_model(str(path))

@@ -12,7 +12,8 @@ from trimtab.backends.open import open_model
 from trimtab.backends.tiny import MAX_POSITIONS
 from trimtab.errors import InputError
 from trimtab.steering.host_states import host_states
-from trimtab.steering.scoring import Steers, score_document
+from trimtab.steering.predictors import Steering
+from trimtab.steering.scoring import score_document
 from trimtab.text.corpus import scored_windows
 from trimtab.types import silent
 
@@ -44,11 +45,11 @@ def test_a_text_is_scored_as_after_the_preamble(ref: str, window: int) -> None:
         for place in range(part.score_from - part.start, len(shown)):
             expected.append(logprobs[place - 1, shown[place]])
     sizes = {"window_tokens": window, "stride_tokens": window // 2}
-    scored = score_document(read, TEXT, Steers(("host",)), **sizes)
+    scored = score_document(read, TEXT, Steering(("host",)), **sizes)
     assert scored.token_ids == tuple(ids[1:])
     found = scored.rows["host"].logprobs.float()
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
-    bare = score_document(host, TEXT, Steers(("host",)), **sizes).rows["host"].logprobs.float()
+    bare = score_document(host, TEXT, Steering(("host",)), **sizes).rows["host"].logprobs.float()
     assert not torch.allclose(found, bare, atol=1e-2)
 
 
@@ -92,8 +93,8 @@ def test_positions_count_the_preamble() -> None:
     with torch.no_grad():
         found = host.unembedding.logits(states.hidden[-1])
     torch.testing.assert_close(found, last, atol=1e-4, rtol=1e-4)
-    assert score_document(full, text, Steers(), window_tokens=4, stride_tokens=2).token_ids
+    assert score_document(full, text, Steering(), window_tokens=4, stride_tokens=2).token_ids
     with pytest.raises(InputError, match="2049 tokens at once, 2044 of them the preamble"):
-        score_document(full, text, Steers(), window_tokens=5, stride_tokens=2)
+        score_document(full, text, Steering(), window_tokens=5, stride_tokens=2)
     with pytest.raises(InputError, match="2050 tokens at once and has positions for 2048"):
         host.logits(torch.zeros(1, MAX_POSITIONS + 2, dtype=torch.long))

@@ -416,6 +416,15 @@ def test_every_colour_of_a_plot_is_a_variable_of_the_page() -> None:
     assert re.findall(r"#[0-9a-f]{6}\b", plots) == []
 
 
+def test_one_document_has_no_error_and_that_is_said() -> None:
+    whole = example()
+    assert "One document" not in table(whole) and "One document" not in page(whole)
+    alone = replace(whole.hosts[0], domain=estimates(DOMAIN, 0.0))
+    single = replace(whole, hosts=(alone,))
+    assert "One document of Zig text alone" in " ".join(table(single).split())
+    assert "One document of Zig text alone" in " ".join(read(page(single)).text.split())
+
+
 def test_summary_says_the_figures_and_the_warning() -> None:
     text = " ".join(read(page(example())).text.split())
     assert "lowers what held-out Zig text costs gemma-3-270m: from 1.284 to 1.205" in text

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from trimtab.config import RowName
-from trimtab.evaluate import SMALL_ROWS
+from trimtab.evaluator import SMALL_ROWS
 from trimtab.report.values import ROWS
 from trimtab.steering.rows import families, present, prior_of, with_memory
 from trimtab.store.adapter_schema import Blend
@@ -47,6 +47,9 @@ def test_the_prior_gives_the_host_its_share(row: str) -> None:
         ("head+memory", {"host", "memory", "memory-2", "memory+2"}, ()),
         ("live", {"host"}, ()),
         ("all", {"host", "head", "memory", "head+memory"}, ()),
+        ("live+memory", {*ALL["live"], "head"}, ()),
+        ("live+head", {*ALL["live"], "head"}, (*ALL["live"], "head")),
+        ("memory-shuffled", {"host", "shuffled"}, ("host", "shuffled")),
     ],
 )
 def test_a_row_without_its_parts_is_not_measured(

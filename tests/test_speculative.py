@@ -20,6 +20,7 @@ from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
 from trimtab.steering.drafting import Drafter
+from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
 from trimtab.steering.processor import steered_by
 
@@ -77,7 +78,7 @@ def written(host: HFModel, pair: Pair, draft_tokens: int, **options: Any) -> Any
 
 @contextmanager
 def drafting(host: HFModel, live: Live) -> Iterator[Any]:
-    with steered_by(host, Steering(1.0, live=live)):
+    with steered_by(host, Mixture(Steering(("live",), live=live))):
         yield host.model
 
 

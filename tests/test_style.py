@@ -17,12 +17,12 @@ ALLOWED_LARGER: dict[str, str] = {}
 # Each layer may import itself and the layers above it in this list, never one below.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "types", "vocab", "unembedding"),
-    ("acceptance", "align", "anchors", "blend", "encoding", "losses", "metrics"),
+    ("acceptance", "align", "anchors", "blend", "costing", "encoding", "losses", "metrics"),
     ("carriers", "store", "text"),
     ("backends",),
     ("soft_targets", "steering", "tuning"),
     ("fitting",),
-    ("report",),
+    ("exporting", "report"),
     (
         "tune",
         "record",
@@ -30,7 +30,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mount",
         "generate",
         "evaluate",
+        "evaluator",
         "compare",
+        "cost",
         "export",
         "serve",
         "show",

@@ -12,6 +12,7 @@ from pathlib import Path
 import typer
 
 from bench.transfer import results as transfer
+from tools import cost_tables
 from trimtab import cli, config
 from trimtab.metrics import Estimate
 from trimtab.report import HostResult, Report, read_report
@@ -19,7 +20,7 @@ from trimtab.report.values import ordered
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "demo.json"
-VERBS = ("tune", "record", "fit", "mount", "generate", "evaluate")
+VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost")
 NO_TRANSFER = "No run has been recorded yet: `make bench` measures these figures."
 NO_RESULT = "No run has been recorded yet: `make demo` measures these figures on your machine."
 
@@ -39,16 +40,22 @@ def main() -> None:
 
 def rendered() -> dict[Path, str]:
     """Content of each page as it should be."""
-    blocks = {ROOT / "docs" / f"{verb}.md": ("options", options_table(verb)) for verb in VERBS}
+    blocks = {ROOT / "docs" / f"{verb}.md": {"options": options_table(verb)} for verb in VERBS}
     report = read_report(RESULT) if RESULT.is_file() else None
-    blocks[ROOT / "README.md"] = ("figures", figures(report))
+    blocks[ROOT / "README.md"] = {"figures": figures(report)}
     recorded = ROOT / transfer.RESULTS
     found = transfer.table(recorded) if recorded.is_file() else NO_TRANSFER
-    blocks[ROOT / "docs" / "results.md"] = ("transfer", found)
-    return {
-        path: with_block(path.read_text(encoding="utf-8"), name, content)
-        for path, (name, content) in blocks.items()
-    }
+    blocks[ROOT / "docs" / "results.md"] = {"transfer": found}
+    blocks[ROOT / "docs" / "cost.md"] |= cost_tables.blocks()
+    return {path: with_blocks(path, contents) for path, contents in blocks.items()}
+
+
+def with_blocks(path: Path, contents: Mapping[str, str]) -> str:
+    """A page with each of its blocks filled."""
+    text = path.read_text(encoding="utf-8")
+    for name, content in contents.items():
+        text = with_block(text, name, content)
+    return text
 
 
 def with_block(text: str, name: str, content: str) -> str:

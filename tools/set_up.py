@@ -17,8 +17,9 @@ CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST = (3, 11)
 EXTRAS = {
     "demo": ("", 185, "numpy, pyarrow, transformers, faiss and their like"),
-    "test": ("test", 190, "numpy, pyarrow, transformers, faiss and their like, pytest"),
-    "check": ("dev", 265, "the same, with ruff, pyright and the Node.js that pyright needs"),
+    "test": ("test", 230, "numpy, pyarrow, transformers, faiss, onnx and their like, pytest"),
+    "llamacpp": ("test,llamacpp", 265, "the same, with llama.cpp"),
+    "check": ("dev", 305, "the same, with ruff, pyright and the Node.js that pyright needs"),
 }
 TORCH_MB = 190
 TORCH_CUDA_MB = 2500

@@ -25,6 +25,8 @@ from trimtab import (
     RecordConfig,
     TuneConfig,
 )
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
 from trimtab.cli_errors import reported
 from trimtab.errors import InputError
 from trimtab.progress import Display
@@ -153,9 +155,12 @@ def run(small: str, hosts: Sequence[str], out: Path | None = None) -> Report:
     clock, display = Clock(out / "wall_sec.json"), Display()
     functions = _prepare_texts(job)
     _make_adapter(job, clock, display)
-    reports = [_on_host(job, host, functions, clock, display) for host in job.hosts]
+    reports, growth = [], ()
+    for host in job.hosts:
+        opened = _mounted(job, host, clock, display)
+        reports.append(_on_host(job, host, opened, functions, clock, display))
+        growth = growth or _growth(job, opened, clock, display)
     report = merge_hosts(reports)
-    growth = _growth(job, clock, display)
     report = replace(report, growth=growth, wall_sec=clock.wall_sec, settings=_settings(job))
     write_report(report, out)
     print(table(report))
@@ -242,25 +247,37 @@ def _make_adapter(job: Job, clock: Clock, display: Display) -> None:
         print(trimtab.fit(config, progress=display.progress).summary())
 
 
+def _suffix(job: Job, host: Model) -> str:
+    return "" if len(job.hosts) == 1 else f" on {host.title}"
+
+
+def _mounted(job: Job, host: Model, clock: Clock, display: Display) -> HFModel:
+    """Open a host once for all that follows, and mount the adapter on it."""
+    with clock.step(f"mount{_suffix(job, host)}"):
+        opened = open_model(host.ref, progress=display.progress)
+        config = MountConfig(adapter=job.adapter, host=host.ref, seed=SEED)
+        print(trimtab.mount(config, host=opened, progress=display.progress).summary())
+    return opened
+
+
 def _on_host(
     job: Job,
     host: Model,
+    opened: HFModel,
     functions: Sequence[corpus.HeldOutFunction],
     clock: Clock,
     display: Display,
 ) -> Report:
-    """Mount, evaluate and generate on one host."""
-    suffix = "" if len(job.hosts) == 1 else f" on {host.title}"
+    """Evaluate and generate on one host."""
+    suffix = _suffix(job, host)
     folder = job.out / "hosts" / _slug(host.title)
-    with clock.step(f"mount{suffix}"):
-        config = MountConfig(adapter=job.adapter, host=host.ref, seed=SEED)
-        print(trimtab.mount(config, progress=display.progress).summary())
     with clock.step(f"evaluate{suffix}", folder):
+        config = _evaluation(job, job.adapter, host, folder)
         report = trimtab.evaluate(
-            _evaluation(job, job.adapter, host, folder), progress=display.progress
+            config, host=opened, is_named=True, progress=display.progress
         ).report
     with clock.step(f"generate{suffix}"):
-        completions = _completions(job, host, functions, display)
+        completions = _completions(job, host, opened, functions, display)
     named = tuple(replace(r, host=host.title, small=job.small.title) for r in report.hosts)
     return replace(
         report,
@@ -290,7 +307,11 @@ def _evaluation(
 
 
 def _completions(
-    job: Job, host: Model, functions: Sequence[corpus.HeldOutFunction], display: Display
+    job: Job,
+    host: Model,
+    opened: HFModel,
+    functions: Sequence[corpus.HeldOutFunction],
+    display: Display,
 ) -> tuple[Completion, ...]:
     """How the host goes on after a held-out function's signature, before and after."""
     if not functions:
@@ -305,14 +326,14 @@ def _completions(
             max_new_tokens=COMPLETION_TOKENS,
             seed=SEED,
         )
-        texts.append(trimtab.generate(config, progress=display.progress).texts)
+        texts.append(trimtab.generate(config, host=opened, progress=display.progress).texts)
     return tuple(
         Completion(function.name, function.prompt, function.truth, before, after)
         for function, before, after in zip(functions, *texts, strict=True)
     )
 
 
-def _growth(job: Job, clock: Clock, display: Display) -> tuple[GrowthPoint, ...]:
+def _growth(job: Job, opened: HFModel, clock: Clock, display: Display) -> tuple[GrowthPoint, ...]:
     """Quality of the memory on the first host: with nothing recorded, with a part, with all."""
     part = job.out / "growth" / "part.adapter"
     with clock.step("growth", part):
@@ -329,7 +350,9 @@ def _growth(job: Job, clock: Clock, display: Display) -> tuple[GrowthPoint, ...]
             folder = job.out / "growth" / adapter.stem
             config = _evaluation(job, adapter, job.hosts[0], folder, GROWTH_ROWS)
             config = config.model_copy(update={"max_tokens": GROWTH_SCORED_TOKENS, "general": ()})
-            report = trimtab.evaluate(config, progress=display.progress).report
+            report = trimtab.evaluate(
+                config, host=opened, is_named=True, progress=display.progress
+            ).report
             found.append(report.hosts[0])
     whole = read_manifest(job.adapter, verify=False).memory
     entries = whole.entries if whole else 0

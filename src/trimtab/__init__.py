@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trimtab.backends.open import open_model as open_model
+    from trimtab.config import CostConfig as CostConfig
     from trimtab.config import EvaluateConfig as EvaluateConfig
+    from trimtab.config import ExportConfig as ExportConfig
     from trimtab.config import FitConfig as FitConfig
     from trimtab.config import GenerateConfig as GenerateConfig
     from trimtab.config import MountConfig as MountConfig
     from trimtab.config import RecordConfig as RecordConfig
     from trimtab.config import TuneConfig as TuneConfig
+    from trimtab.cost import cost as cost
     from trimtab.errors import TrimtabError as TrimtabError
     from trimtab.evaluate import evaluate as evaluate
+    from trimtab.export import export as export
     from trimtab.fit import fit as fit
     from trimtab.generate import generate as generate
     from trimtab.generate import steered as steered
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
     from trimtab.store.local import list_adapters as list_adapters
     from trimtab.tune import tune as tune
 
-_VERBS = ("tune", "record", "fit", "mount", "generate", "evaluate", "show")
+_VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "show")
 _MODULES = {
     **{verb: f"trimtab.{verb}" for verb in _VERBS},
     **{f"{verb.title()}Config": "trimtab.config" for verb in _VERBS[:-1]},

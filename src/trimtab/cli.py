@@ -1,8 +1,8 @@
 """The trimtab command: one subcommand per verb, generated from the verb's configuration.
 
 One rule makes all command lines. What a verb works on is an argument (`_ARGUMENTS`): the user's own
-text or prompts where the verb starts from them, else the folder of the verb before, and for mount
-and evaluate the host after it. Every other field is an option of the field's name
+text or prompts where the verb starts from them, else the folder of the verb before, and for mount,
+export and evaluate the host after it. Every other field is an option of the field's name
 (`max_tokens` -> `--max-tokens`), with the field's docstring as its help. A field of many values is
 repeated (`--stop A --stop B`); where its values come from a closed list, commas do too
 (`--carriers head,memory`). `--config FILE` gives any fields by name in TOML or JSON; what the
@@ -42,18 +42,25 @@ _CONFIGS: dict[str, type[config.Config]] = {
     "record": config.RecordConfig,
     "fit": config.FitConfig,
     "mount": config.MountConfig,
+    "export": config.ExportConfig,
     "generate": config.GenerateConfig,
     "evaluate": config.EvaluateConfig,
+    "cost": config.CostConfig,
 }
 _ARGUMENTS = {
     "tune": ("data",),
     "record": ("expert",),
     "fit": ("recording",),
     "mount": ("adapter", "host"),
+    "export": ("adapter", "host"),
     "generate": ("prompt",),
     "evaluate": ("adapter", "host"),
+    "cost": (),
 }
+_WITH_JSON = ("cost",)
+"""Verbs whose result can be printed as JSON."""
 _CONFIG_FILE = "config"
+_AS_JSON = "json"
 
 app = typer.Typer(
     name="trimtab",
@@ -96,6 +103,7 @@ def _root(
 def _run(verb: str, given: dict[str, Any]) -> None:
     """Build the verb's configuration, run the verb, print what it says."""
     with reported():
+        as_json = bool(given.pop(_AS_JSON, False))
         settings = _configured(verb, given)
         display = Display()
         # Imported here, not above: verbs load torch, which --help must not wait for.
@@ -104,7 +112,7 @@ def _run(verb: str, given: dict[str, Any]) -> None:
             _stream(function, settings, display)
             return
         result = function(settings, progress=display.progress)
-        summary = getattr(result, "summary", None)
+        summary = getattr(result, "as_json" if as_json else "summary", None)
         if callable(summary):
             _write(f"{summary()}\n")
 
@@ -199,6 +207,7 @@ def _command(verb: str) -> Callable[..., None]:
     options.sort(key=lambda pair: not pair[1].is_required())
     parameters = [_parameter(name, field, argument=True) for name, field in arguments]
     parameters += [_parameter(name, field, argument=False) for name, field in options]
+    parameters += [_json_parameter()] if verb in _WITH_JSON else []
     parameters.append(_config_parameter())
     command.__name__ = verb
     command.__doc__ = escape(inspect.cleandoc(cls.__doc__ or ""))
@@ -227,6 +236,16 @@ def _parameter(name: str, field: FieldInfo, *, argument: bool) -> inspect.Parame
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[kind | None, shape],
+    )
+
+
+def _json_parameter() -> inspect.Parameter:
+    shape = typer.Option("--json", help="Print the result as JSON.")
+    return inspect.Parameter(
+        _AS_JSON,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, shape],
     )
 
 

@@ -14,6 +14,7 @@ has yet shown on which machines and pairs a draft pays."""
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 CarrierName = Literal["head", "memory", "expert"]
+ExportKind = Literal["peft", "gguf", "merged", "onnx"]
 RowName = Literal[
     "host",
     "reference",
@@ -31,6 +32,8 @@ RowName = Literal[
     "head-shuffled",
     "memory-shuffled",
     "live",
+    "live+head",
+    "live+memory",
     "all",
 ]
 
@@ -218,6 +221,31 @@ class MountConfig(Config):
     """Seed of the shuffle."""
 
 
+class ExportConfig(Config):
+    """Export an adapter's mounted head for engines that run without Trimtab."""
+
+    adapter: Path
+    """Adapter folder."""
+    host: str
+    """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    to: ExportKind
+    """peft: LoRA on lm_head; gguf: LoRA for llama.cpp; merged: whole checkpoint; onnx: graph."""
+    out: Path
+    """Folder of the export; it must be new or empty."""
+    strength: float = Field(default=1.0, gt=0, le=2)
+    """How far to follow the head; it is in the weights, except in onnx."""
+    lora_bias: bool = False
+    """With peft: keep the head's constant part as PEFT's lora_bias, exact; other engines refuse."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the host, and of the weights of a merged checkpoint."""
+
+    @model_validator(mode="after")
+    def _bias_is_for_peft(self) -> "ExportConfig":
+        if self.lora_bias and self.to != "peft":
+            raise ValueError("lora_bias is a setting of PEFT's own form: it needs to peft")
+        return self
+
+
 class GenerateConfig(Config):
     """Continue a prompt with a steered host."""
 
@@ -298,4 +326,49 @@ class EvaluateConfig(Config):
     def _stride_fits(self) -> "EvaluateConfig":
         if self.stride_tokens > self.window_tokens:
             raise ValueError("stride_tokens must be at most window_tokens")
+        return self
+
+
+class CostConfig(Config):
+    """Estimate what each way to adapt a host costs: computation, memory, hours, money."""
+
+    host_params: float = Field(ge=5e7, le=1e14, allow_inf_nan=False)
+    """Parameters of the host, for example 70e9."""
+    small_params: float = Field(ge=5e7, le=1e14, allow_inf_nan=False)
+    """Parameters of the small model, for example 7e9."""
+    tokens: float = Field(ge=1, le=1e15, allow_inf_nan=False)
+    """Tokens of the training text, for example 50e6."""
+    gpu: str = "h100"
+    """Accelerator: a name of the sheet, such as h100, h200, b200, a100, l40s, rtx4090."""
+    price: float | None = Field(default=None, gt=0, le=1e4, allow_inf_nan=False)
+    """US dollars for one of them for one hour (default: the range that the sheet lists)."""
+    hosts: int = Field(default=1, ge=1, le=1_000_000)
+    """Hosts of this size that are to be adapted."""
+    epochs: int = Field(default=1, ge=1, le=10_000)
+    """Passes over the text in training, of the small model and of the host alike."""
+    fit_tokens: float | None = Field(default=None, ge=256, allow_inf_nan=False)
+    """Recorded tokens that fit uses, as its --max-tokens (default: all)."""
+    lora_rank: int = Field(default=16, ge=1, le=65_536)
+    """Rank of LoRA and QLoRA."""
+    window_tokens: int = Field(default=2048, ge=MIN_WINDOW_TOKENS, le=10_000_000)
+    """Length of a training window."""
+    utilisation_low: float = Field(default=0.1, gt=0, le=1)
+    """Least share of the peak operations that training reaches: an ordinary script."""
+    utilisation_high: float = Field(default=0.45, gt=0, le=1)
+    """Greatest share of the peak operations that training reaches: a tuned stack."""
+    question_tokens: int = Field(default=500, ge=1, le=10_000_000)
+    """Tokens of a request, without examples or context."""
+    answer_tokens: int = Field(default=250, ge=1, le=10_000_000)
+    """Tokens that are generated for a request."""
+    few_shot_tokens: int = Field(default=2000, ge=1, le=10_000_000)
+    """Tokens of examples that few-shot prompting adds to a request."""
+    long_context_tokens: int = Field(default=32_000, ge=1, le=10_000_000)
+    """Tokens of domain text that long-context prompting adds to a request."""
+    requests_at_once: int = Field(default=32, ge=1, le=1_000_000)
+    """Requests that a server answers together."""
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> "CostConfig":
+        if self.utilisation_low > self.utilisation_high:
+            raise ValueError("utilisation_low must be at most utilisation_high")
         return self

@@ -50,15 +50,20 @@ class GenerateResult:
 
 
 def generate(
-    config: GenerateConfig, *, progress: Progress = silent, on_text: OnText | None = None
+    config: GenerateConfig,
+    *,
+    host: HFModel | None = None,
+    progress: Progress = silent,
+    on_text: OnText | None = None,
 ) -> GenerateResult:
-    """Continue prompts, as one batch.
+    """Continue prompts, as one batch; with an encoder-decoder, a prompt is the source of a target.
 
     A continuation ends at max_new_tokens, at an end token, at a stop string (which is cut off),
     or where the host's positions end.
 
     Args:
         config: Host, prompts, adapter and sampling.
+        host: The host that the configuration names, if it is open already.
         progress: Shows the opening, the mounting and the tokens.
         on_text: Gets each piece of text as soon as it is certain; the pieces of a prompt
             together are its text.
@@ -70,7 +75,7 @@ def generate(
         ModelError: The host cannot be opened, or has no chat template and is to chat.
     """
     carriers = _check(config)
-    host = open_model(
+    host = host or open_model(
         config.host, dtype=config.dtype, device_map=config.device_map, progress=progress
     )
     encode = chat_ids if config.chat else prompt_ids
@@ -157,8 +162,11 @@ def _ready(
 
 def _new_tokens(host: HFModel, prompts: Sequence[Sequence[int]], asked: int) -> int:
     room = host.max_tokens
-    if room is None or host.is_encoder_decoder:
+    if room is None:
         return asked
+    if host.is_encoder_decoder:
+        # The source has positions of its own; the decoder's start takes one of the target's.
+        return min(asked, room - 1)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) >= room:
         raise InputError(
@@ -214,6 +222,9 @@ class _Follower(StoppingCriteria):
         self, host: HFModel, config: GenerateConfig, on_text: OnText | None, advance: Advance
     ) -> None:
         self._token_bytes = host.vocabulary.token_bytes
+        # A target is a text of its own: the space that a tokenizer puts first is not in it.
+        self._spare = host.is_encoder_decoder and host.vocabulary.prefix_space
+        self._begun = [False for _ in config.prompt]
         self._end_ids = host.end_ids
         self._streams = [TextStream(config.stop) for _ in config.prompt]
         self._tokens = [0 for _ in config.prompt]
@@ -234,7 +245,10 @@ class _Follower(StoppingCriteria):
             self._done[row] = True
             return
         self._tokens[row] += 1
-        self._say(row, self._streams[row].add(self._token_bytes[token_id] or b""))
+        text = self._token_bytes[token_id] or b""
+        if text and self._spare and not self._begun[row]:
+            self._begun[row], text = True, text.removeprefix(b" ")
+        self._say(row, self._streams[row].add(text))
         self._done[row] = self._streams[row].stopped
 
     def _say(self, row: int, text: str) -> None:

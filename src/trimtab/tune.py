@@ -2,7 +2,8 @@
 
 import shutil
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from trimtab.store.expert import (
     file_entries,
     read_expert,
     read_run,
+    withdraw_run,
     write_expert,
     write_run,
 )
@@ -133,15 +135,16 @@ def tune(config: TuneConfig, *, progress: Progress = silent) -> TuneResult:
 def _run(asked: UnfinishedRun, progress: Progress) -> ExpertManifest:
     config = asked.config
     run = _begun(asked)
-    model = _open(config, progress)
-    documents = run.documents or _gathered(run, model)
+    with _withdrawn_if_refused(config.out):
+        model = _open(config, progress)
+        documents = run.documents or _gathered(run, model)
+        windows, held_out = training_windows(config, model), held_out_windows(config, model)
     base = BaseModelReference(
         ref=config.model,
         vocabulary_sha256=model.fingerprint.vocabulary_sha256,
         unembedding_sha256=model.fingerprint.unembedding_sha256,
         hidden=model.unembedding.weight.shape[1],
     )
-    windows, held_out = training_windows(config, model), held_out_windows(config, model)
     wrapped = _trainable(config, model)
     # Mixed precision casts each input once; PEFT would widen it to float32 and back before that.
     with disable_input_dtype_casting(wrapped) if wrapped else nullcontext():
@@ -179,6 +182,17 @@ def _begun(asked: UnfinishedRun) -> UnfinishedRun:
         )
     write_run(folder, asked)
     return asked
+
+
+@contextmanager
+def _withdrawn_if_refused(folder: Path) -> Iterator[None]:
+    """Leave no unfinished run behind where the model or the text cannot be used."""
+    try:
+        yield
+    except (InputError, ModelError):
+        if not (folder / STATE_NAME).exists():
+            withdraw_run(folder)
+        raise
 
 
 def _gathered(run: UnfinishedRun, model: HFModel) -> Documents:

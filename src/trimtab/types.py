@@ -28,9 +28,11 @@ class Document:
         loss_spans: Character ranges [start, end) that a training loss counts; empty means all.
         markup: The text comes from a chat template, so that the names of special tokens in it
             mean those tokens.
+        source: What an encoder-decoder reads to write the text; other models never see it.
     """
 
     name: str
     text: str
     loss_spans: tuple[tuple[int, int], ...] = ()
     markup: bool = False
+    source: str | None = None

@@ -158,5 +158,12 @@ class Alignment:
 
 
 def _is_begun(vocabulary: Vocabulary, by: Strings) -> Tensor:
-    texts = vocabulary.token_bytes
-    return torch.tensor([bool(text) and by.longest_token(text or b"") >= 0 for text in texts])
+    """Whether a token begins it, for each text of a vocabulary, shape [vocab]."""
+    ids = by.vocabulary.ids_by_bytes
+    # The shortest beginning is nearly always a token.
+    return torch.tensor(
+        [
+            any(text[:size] in ids for size in range(1, len(text) + 1)) if text else False
+            for text in vocabulary.token_bytes
+        ]
+    )

@@ -109,10 +109,9 @@ def prompt_ids(model: HFModel, text: str, *, markup: bool = False) -> list[int]:
         text: At least one character.
         markup: As in `HFModel.encode`.
     """
-    ids = model.encode(text, markup=markup)
     if model.is_encoder_decoder:
-        end = model.vocabulary.eos_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+        return model.encode_source(text, markup=markup)
+    ids = model.encode(text, markup=markup)
     first = model.first_ids
     # A chat template spells out the first token; not all of them do.
     text_ids = ids[len(first) :] if ids[: len(first)] == first else ids

@@ -40,7 +40,7 @@ _SPLITS = {
 
 
 @final
-class _PlainReader(gguf.GGUFReader):
+class PlainReader(gguf.GGUFReader):
     """gguf's reader over a plain array: as memmap, a million small slices take minutes."""
 
     @property
@@ -62,7 +62,7 @@ def _read_once() -> Iterator[None]:
     """
     module: Any = modeling_gguf_pytorch_utils
     reader, bar = gguf.GGUFReader, module.tqdm
-    gguf.GGUFReader = cache(_PlainReader)  # pyright: ignore[reportAttributeAccessIssue]
+    gguf.GGUFReader = cache(PlainReader)  # pyright: ignore[reportAttributeAccessIssue]
     module.tqdm = lambda tensors, **_: tensors
     try:
         yield

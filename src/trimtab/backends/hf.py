@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from trimtab.align.strings import Strings
 from trimtab.backends.heads import check_unembedding, read_unembedding
+from trimtab.backends.seq2seq import max_source_tokens, source_ids, target_start
 from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary
 from trimtab.errors import InputError, ModelError
 from trimtab.unembedding import Unembedding
@@ -113,6 +114,29 @@ class HFModel:
             return list(ids)
         return encode_plain(self.tokenizer, text, prefix_space=self.vocabulary.prefix_space)
 
+    def encode_source(self, text: str, *, markup: bool = False, cut: bool = False) -> list[int]:
+        """Encode a source text of an encoder-decoder, with the special tokens around it.
+
+        Args:
+            text: Any text.
+            markup: As in `encode`.
+            cut: Leave out the last tokens of a text for which the encoder has no positions.
+
+        Raises:
+            InputError: The source has more tokens than the encoder has positions.
+        """
+        ids = source_ids(self.tokenizer, text, markup=markup)
+        limit = max_source_tokens(self.model)
+        if limit is not None and len(ids) > limit:
+            if cut:
+                return [*ids[: limit - 1], ids[-1]]
+            raise InputError(
+                f"a source text has {len(ids)} tokens, and the encoder of {self.ref} has positions"
+                f" for {limit}",
+                hint="cut the source into sentences or paragraphs",
+            )
+        return ids
+
     def encode_following(self, text: str) -> list[int]:
         """Encode a text that follows other tokens: the tokenizer's own space is not put before it.
 
@@ -126,11 +150,11 @@ class HFModel:
         """Its tokens as strings, and where its tokenizer cuts."""
         return Strings(self.vocabulary, self.encode_following)
 
-    @property
+    @cached_property
     def first_ids(self) -> list[int]:
-        """The token that the model expects before anything else, if it wants one."""
+        """Tokens that the model expects before any text: of the target, in an encoder-decoder."""
         if self.is_encoder_decoder:
-            return [self.model.config.decoder_start_token_id]
+            return target_start(self.model, self.tokenizer)
         return [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
 
     def context_ids(self) -> list[int]:

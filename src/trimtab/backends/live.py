@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tr
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
+from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
 DOUBT = 0.03
@@ -29,8 +29,8 @@ view in both, expert and reference agree on that token, where nothing over nothi
 blend of their ratio without bounds.
 """
 
-
-Side = Literal["expert", "reference"]
+EXPECTED_TOKENS = 16
+"""Likeliest tokens of the expert that a host is to consider."""
 
 
 class PairProbs(NamedTuple):
@@ -101,7 +101,13 @@ class Live:
             ways = [[Cover(tuple(ids), b"")] for ids in host_ids]
         else:
             ways = [covers_of(context, encode, vocabulary) for context in contexts]
-        covers = [[cover for cover in found if cover.tokens or start] for found in ways]
+        # A host that puts a space of its own before a text writes its first token alone: after
+        # nothing the small models expect no space.
+        begins = self.is_one_vocabulary or not self.alignment.host.vocabulary.prefix_space
+        covers = [
+            [cover for cover in found if cover.tokens or (start and (cover.rest or begins))]
+            for found in ways
+        ]
         longest = len(start) + max((len(c.tokens) for ways in covers for c in ways), default=0)
         if reference.max_tokens is not None and longest > reference.max_tokens:
             raise ModelError(
@@ -118,24 +124,6 @@ class Live:
     def caches(self, row: int) -> "PairCaches":
         """What both models keep of a row of a generation."""
         return self._rows.setdefault(row, PairCaches())
-
-    def foresee(self, reading: "LiveReading") -> None:
-        """Compute at once what both models say at every node that `score` may ask for.
-
-        The rows of a reading are then scored one by one at no more passes over the unembedding.
-        """
-        ways = map(Ways.of, repeat(reading.tree), reading.covers, reading.ends, repeat(None))
-        nodes = sorted({node for way in ways for node in way.nodes})
-        place = {node: number for number, node in enumerate(nodes)}
-        for side in ("expert", "reference") if nodes else ():
-            reading.foreseen[side] = place, self._logprobs(reading, side, nodes)
-
-    def _logprobs(self, reading: "LiveReading", side: Side, nodes: Sequence[int]) -> Tensor:
-        is_expert = side == "expert"
-        states = reading.expert if is_expert else reading.reference
-        head = self._pair.expert_unembedding if is_expert else self._pair.reference_unembedding
-        with torch.no_grad():
-            return head.logits(states[list(nodes)]).float().cpu().log_softmax(-1)
 
     def score(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, token_ids: Tensor
@@ -156,8 +144,8 @@ class Live:
             )
         ]
         replies = (
-            self._replies(reading, "expert", ways),
-            self._replies(reading, "reference", ways),
+            self._replies(reading.expert, self._pair.expert_unembedding, ways),
+            self._replies(reading.reference, self._pair.reference_unembedding, ways),
         )
         over = (host_probs, candidates)
         # One model asks for both, so that a blend's ratio compares like with like.
@@ -171,6 +159,32 @@ class Live:
         if not self.is_one_vocabulary:
             carried = [torch.lerp(side, host_probs, DOUBT) for side in carried]
         return PairProbs(*carried)
+
+    def expected(self, reading: "LiveReading", questions: range) -> Tensor:
+        """Host tokens that the expert expects, whatever the host thinks of them, ascending.
+
+        Args:
+            reading: What `read` gave.
+            questions: Which of its contexts.
+
+        Returns:
+            Of each context the host tokens with which the host begins the expert's likeliest next
+            tokens, where the context ends with a token of the small models.
+        """
+        nodes = [
+            reading.ends[question][0]
+            for question in questions
+            if reading.covers[question] and not reading.covers[question][0].rest
+        ]
+        if not nodes:
+            return torch.zeros(0, dtype=torch.long)
+        with torch.no_grad():
+            logits = self._pair.expert_unembedding.logits(reading.expert[nodes])
+        likely = logits.topk(min(EXPECTED_TOKENS, logits.shape[1]), -1).indices.cpu().unique()
+        if self.is_one_vocabulary:
+            return likely
+        first = self.alignment.first_host(likely).unique()
+        return first[first >= 0]
 
     def _asked(
         self,
@@ -207,16 +221,14 @@ class Live:
             return run_tree(expert, tree, caches.expert), reference
 
     def _replies(
-        self, reading: "LiveReading", side: Side, ways: Sequence[Ways]
+        self, states: Tensor, head: Unembedding, ways: Sequence[Ways]
     ) -> list[list[Reply]]:
         asked = sorted({node for way in ways for node in way.nodes})
         if not asked:
             return [[] for _ in ways]
-        if side in reading.foreseen:
-            place, logprobs = reading.foreseen[side]
-        else:
-            place = {node: number for number, node in enumerate(asked)}
-            logprobs = self._logprobs(reading, side, asked)
+        with torch.no_grad():
+            logprobs = head.logits(states[asked]).float().cpu().log_softmax(-1)
+        place = {node: number for number, node in enumerate(asked)}
         return [way.replies(logprobs, place, self.alignment.small) for way in ways]
 
     def _ask_on(
@@ -256,8 +268,6 @@ class LiveReading:
         expert: Final hidden states of the nodes, shape [nodes, hidden].
         reference: Likewise.
         caches: Keys and values of all nodes, until the same row is read again.
-        foreseen: What `Live.foresee` has computed of a side: the row of each node, and
-            log-probabilities [rows, vocab].
     """
 
     tree: TokenTree
@@ -267,7 +277,6 @@ class LiveReading:
     expert: Tensor
     reference: Tensor
     caches: PairCaches
-    foreseen: dict[Side, tuple[dict[int, int], Tensor]] = field(default_factory=dict)
 
     def reference_states(self, questions: range) -> list[Tensor | None]:
         """The reference's state after some contexts, read as its tokenizer cuts them.

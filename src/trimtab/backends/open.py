@@ -1,7 +1,9 @@
 """Open any model by what the user calls it."""
 
 import os
+import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +88,20 @@ def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: There is none, or it cannot be read.
     """
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with warnings.catch_warnings():
+            # Marian's tokenizer would like a package for a step that it never takes.
+            warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")
+            return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         # Tokenizer files of the wild fail in many ways, of many exception types.
         some = any(folder.glob("*token*")) or any(folder.glob("*.model"))
         reason = _first_line(error) if some else "there is no tokenizer.json"
-        raise ModelError(
-            f"{ref} has no tokenizer that can be read: {reason}",
-            hint=f"put the model's tokenizer.json into {folder}, or {_HINT}",
-        ) from error
+        hint = f"put the model's tokenizer.json into {folder}, or {_HINT}"
+        if "sentencepiece" in str(error).lower() and find_spec("sentencepiece") is None:
+            hint = "pip install 'trimtab[seq2seq]'"
+        raise ModelError(f"{ref} has no tokenizer that can be read: {reason}", hint=hint) from error
 
 
 def _folder(ref: str, progress: Progress) -> Path:

@@ -15,10 +15,12 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MarianConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -30,7 +32,7 @@ from trimtab.backends.tokenizers import BYTE_BY_LETTER
 from trimtab.errors import ModelError
 
 TINY_SCHEME = "tiny:"
-TINY_FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "t5")
+TINY_FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "t5", "bart", "marian")
 MAX_POSITIONS = 2048
 
 _BPE_TOKENS = 512
@@ -123,6 +125,12 @@ def tiny_model(spec: TinySpec, dtype: torch.dtype) -> PreTrainedModel:
         model = auto.from_config(config, dtype=torch.float32)
         if spec.tied == 0:
             _untie(model)
+        if spec.family == "bart":
+            # Its decoder starts with the end of a text, and its first token is forced.
+            model.generation_config.forced_bos_token_id = _BOS
+        bias = getattr(model, "final_logits_bias", None)
+        if isinstance(bias, torch.Tensor):
+            bias.normal_()
     # Parameters alone, as from_pretrained does: rotary frequencies must stay in float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -199,6 +207,23 @@ def _t5(spec: TinySpec, common: Mapping[str, Any]) -> PreTrainedConfig:
     )
 
 
+def _bart_like(config: Callable[..., PreTrainedConfig], **more: Any) -> "_MakeConfig":
+    def make(spec: TinySpec, common: Mapping[str, Any]) -> PreTrainedConfig:
+        sizes = {
+            f"{side}_{name}": size
+            for side in ("encoder", "decoder")
+            for name, size in (
+                ("layers", spec.layers),
+                ("attention_heads", spec.heads),
+                ("ffn_dim", 2 * spec.hidden),
+            )
+        }
+        positions = {"max_position_embeddings": MAX_POSITIONS, "d_model": spec.hidden}
+        return config(**common, **sizes, **positions, **more)
+
+    return make
+
+
 _MakeConfig = Callable[[TinySpec, Mapping[str, Any]], PreTrainedConfig]
 _CONFIGS: Mapping[str, _MakeConfig] = {
     "llama": _llama_like(LlamaConfig),
@@ -207,6 +232,8 @@ _CONFIGS: Mapping[str, _MakeConfig] = {
     "gemma3": _llama_like(Gemma3TextConfig),
     "gpt2": _gpt2,
     "t5": _t5,
+    "bart": _bart_like(BartConfig, decoder_start_token_id=_EOS),
+    "marian": _bart_like(MarianConfig, decoder_start_token_id=_PAD),
 }
 
 

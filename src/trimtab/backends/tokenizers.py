@@ -12,6 +12,7 @@ from trimtab.vocab import Vocabulary
 
 _PROBE = "The rudder, turned by 37 degrees"
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MARKS = ("\n", "(", "/", "-")
 _OTHER_MODELS = "use a model with a byte-level BPE or SentencePiece tokenizer, or tiny:llama"
 
 
@@ -31,6 +32,12 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
     Raises:
         ModelError: The tokenizer's bytes cannot be told, or it has more tokens than rows.
     """
+    if getattr(tokenizer, "separate_vocabs", False):
+        raise ModelError(
+            f"the tokenizer {type(tokenizer).__name__} has one vocabulary for sources and another"
+            " for targets, and such models are not read",
+            hint="use a model whose two sides share one vocabulary, as most of Marian's do",
+        )
     ids_by_token = tokenizer.get_vocab()
     special = special_ids(tokenizer)
     _check_rows(ids_by_token, special, rows)
@@ -84,16 +91,18 @@ def encode_following(
         vocabulary: The bytes of its tokens.
 
     Returns:
-        Token ids; with the space all the same where the tokenizer cannot write a line's end, or
-        joins it with the text.
+        Token ids; with the space all the same where the tokenizer joins the text with all that
+        could stand before it, or can write none of that.
     """
     if vocabulary.prefix_space:
-        # The space goes before the line's end, and both are cut off.
-        ids, spelled = encode_plain(tokenizer, "\n" + text, prefix_space=True), b""
-        for place, token_id in enumerate(ids, start=1):
-            spelled += vocabulary.token_bytes[token_id] or b""
-            if spelled == b" \n":
-                return ids[place:]
+        # The space goes before a mark, and both are cut off. T5's and Marian's tokenizers have
+        # no line's end.
+        for mark in _MARKS:
+            ids, spelled = encode_plain(tokenizer, mark + text, prefix_space=True), b""
+            for place, token_id in enumerate(ids, start=1):
+                spelled += vocabulary.token_bytes[token_id] or b""
+                if spelled == b" " + mark.encode():
+                    return ids[place:]
     return encode_plain(tokenizer, text, prefix_space=vocabulary.prefix_space)
 
 
@@ -105,8 +114,9 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         backend.no_padding()
         backend.encode_special_tokens = True
         return backend.encode(text, add_special_tokens=False).ids
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return list(encoded["input_ids"])
+    # What a model writes is a target: Marian's tokenizer has another vocabulary for its sources.
+    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
+    return list(tokenizer(text_target=text, verbose=False, **options)["input_ids"])
 
 
 def _checked(
@@ -121,7 +131,7 @@ def _checked(
             f" {_PROBE!r} is encoded and spelled back as {spelled!r}",
             hint=_OTHER_MODELS,
         )
-    whole = list(tokenizer(_PROBE, verbose=False)["input_ids"])
+    whole = list(tokenizer(text_target=_PROBE, verbose=False)["input_ids"])
     eos = tokenizer.eos_token_id
     wants_bos = len(whole) > len(plain) and whole[0] != plain[0]
     return Vocabulary(

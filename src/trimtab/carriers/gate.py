@@ -21,7 +21,12 @@ GATE_FEATURES = (
 
 
 def gate_features(
-    found: Found, values: Tensor, logprobs: Tensor, *, weights: Tensor | None = None
+    found: Found,
+    values: Tensor,
+    logprobs: Tensor,
+    *,
+    weights: Tensor | None = None,
+    tail_entropy_nats: Tensor | None = None,
 ) -> Tensor:
     """What a gate can know before it opens, shape [questions, len(GATE_FEATURES)].
 
@@ -35,6 +40,8 @@ def gate_features(
             unless `weights` is given.
         logprobs: The steered model's log-probabilities, shape [questions, vocab].
         weights: How likely the memory finds each proposal, shape [questions, proposals].
+        tail_entropy_nats: Where the last column stands for many tokens, the entropy of the model's
+            distribution among these, shape [questions].
     """
     has_value = values >= 0
     proposed = logprobs.gather(1, values.clamp_min(0)).exp() * has_value
@@ -45,6 +52,10 @@ def gate_features(
     top_prob = dense.scatter_add(1, places, weights).amax(-1)
     probs = logprobs.exp()
     entropy = -(probs * logprobs.clamp_min(-1e4)).sum(-1)
+    if tail_entropy_nats is not None:
+        # The chain rule of entropy.
+        entropy = entropy + probs[:, -1] * tail_entropy_nats
+        logprobs = logprobs[:, :-1]
     matched = found.matched_bytes.float() / CONTEXT_BYTES
     return torch.stack(
         [

@@ -105,19 +105,32 @@ class Answer:
         """How likely the memory finds one token a question, shape [questions]."""
         return (self._weights * (self.values.flatten(1) == token_ids[:, None])).sum(1)
 
-    def gates(self, logprobs: Tensor, shifts: Sequence[float] = (0.0,)) -> list[Tensor]:
+    def gates(
+        self,
+        logprobs: Tensor,
+        shifts: Sequence[float] = (0.0,),
+        *,
+        tail_entropy_nats: Tensor | None = None,
+    ) -> list[Tensor]:
         """How far to follow it, in (0, 1), shape [questions], at each shift of the log-odds.
 
         Args:
             logprobs: The steered model's, shape [questions, vocab].
             shifts: Added to the log-odds.
+            tail_entropy_nats: As for `gate_features`.
         """
-        features = self.gate_features(logprobs)
+        features = self.gate_features(logprobs, tail_entropy_nats=tail_entropy_nats)
         return [gate_probs(features, self.gate, shift) for shift in shifts]
 
-    def gate_features(self, logprobs: Tensor) -> Tensor:
+    def gate_features(self, logprobs: Tensor, *, tail_entropy_nats: Tensor | None = None) -> Tensor:
         """GATE_FEATURES of these proposals, given the steered model's [questions, vocab]."""
-        return gate_features(self.found, self.values.flatten(1), logprobs, weights=self._weights)
+        return gate_features(
+            self.found,
+            self.values.flatten(1),
+            logprobs,
+            weights=self._weights,
+            tail_entropy_nats=tail_entropy_nats,
+        )
 
     @property
     def _weights(self) -> Tensor:

@@ -115,7 +115,11 @@ def _cost_section(report: Report) -> str:
     times = [(step, seconds, duration(seconds)) for step, seconds in report.wall_sec.items()]
     sizes = [(name, count, data_size(count)) for name, count in report.adapter_bytes.items()]
     tables = _meters(("step", "time"), f"Time by the clock: {duration(total)} in all.", times)
-    tables += _meters(("carrier", "size"), "Size of the adapter on disk.", sizes)
+    tables += _meters(
+        ("carrier", "size"),
+        "Size of each carrier on disk; mount.safetensors, which all share, is not counted.",
+        sizes,
+    )
     if not tables:
         return ""
     return f'<section><h2>What it took</h2><div class="pair">{tables}</div></section>'

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.report.values import Figures, HostResult, Report, ordered, worse_rows
-from trimtab.report.words import change_percent, printable
+from trimtab.report.words import change_percent, printable, without_errors
 
 _WIDTH = 100
 _MARK = "!"
@@ -26,6 +26,9 @@ def table(report: Report) -> str:
     if any(_MARK in line for result in report.hosts for line in _marks(result)):
         note = f"{_MARK} steered, and worse than the host by more than one standard error"
         console.print(Text(f"  {note}"))
+    for result in report.hosts:
+        for line in without_errors(result, report.domain):
+            console.print(Text(f"  {printable(line)}"))
     lines = (line.rstrip() for line in out.getvalue().splitlines())
     return "\n".join(lines).strip("\n") + "\n"
 

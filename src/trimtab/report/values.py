@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 from trimtab.metrics import Estimate
 
-STEERED = ("bytes", "state", "head", "memory", "head+memory", "live", "all")
+STEERED = (
+    *("bytes", "state", "head", "memory", "head+memory"),
+    *("live", "live+head", "live+memory", "all"),
+)
 """Rows of a host that is steered by the adapter."""
 
 CONTROLS = ("temperature", "bias", "head-shuffled", "memory-shuffled")

@@ -25,12 +25,14 @@ ROW_WORDS = {
     "head-shuffled": "the head through a wrong map",
     "memory-shuffled": "state, through a wrong map",
     "live": "host, expert and reference blended",
+    "live+head": "live, with the head",
+    "live+memory": "live, with the memory",
     "all": "live, with head and memory",
 }
 """What each row is, in a few words."""
 
 _ALONE = ("head+memory", "memory", "head")
-_BESIDE = ("all", "live")
+_BESIDE = ("all", "live+memory", "live+head", "live")
 
 
 def signed(value: float, decimals: int) -> str:
@@ -114,17 +116,28 @@ def headlines(result: HostResult, domain: str) -> list[tuple[str, str]]:
 
 
 def warnings(result: HostResult, domain: str) -> list[str]:
-    """Say which steered rows are worse than the host, on which text; empty if none."""
+    """Say what makes figures doubtful, and which steered rows are worse than the host."""
     texts = (
         (f"{domain} text", result.domain, result.domain_change),
         ("general text", result.general, result.general_change),
     )
-    return [
+    return [*without_errors(result, domain)] + [
         f"Worse than {result.host} alone on {text} by more than one standard error: "
         + ", ".join(f"{row} ({change_percent(figures, paired, row)})" for row in rows)
         + "."
         for text, figures, paired in texts
         if (rows := worse_rows(figures, paired))
+    ]
+
+
+def without_errors(result: HostResult, domain: str) -> list[str]:
+    """Say so where errors of 0 say nothing: one document, resampled, is always itself."""
+    host = result.domain.get("host")
+    if host is None or host.stderr > 0:
+        return []
+    return [
+        f"One document of {domain} text alone was scored: errors of 0 mean that none can be told."
+        " Give more documents."
     ]
 
 

@@ -11,7 +11,7 @@ from trimtab.align.covers import covers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.token_tree import run_line
-from trimtab.steering.predictors import readable
+from trimtab.steering.evidence import readable
 
 UNLIKELY = 0.3
 """The expert stops where it finds all that it has drafted less likely than this."""

@@ -23,6 +23,8 @@ WINDOW_TOKENS = 512
 CONTEXT_TOKENS = 64
 """Tokens of context that each window but the first repeats."""
 
+TARGET_TOKENS, TARGET_CONTEXT_TOKENS = 96, 16
+"""The same for an encoder-decoder, whose targets are sentences or paragraphs."""
 
 _VERSION = 2
 """Changes whenever states are computed in another way."""
@@ -61,7 +63,8 @@ def kept_host_states(
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
-    asked = [_VERSION, host.source, str(host.fingerprint), str(host.model.dtype)]
+    version = [_VERSION, TARGET_TOKENS] if host.is_encoder_decoder else [_VERSION]
+    asked = [*version, host.source, str(host.fingerprint), str(host.model.dtype)]
     digest = hashlib.sha256(json.dumps(asked).encode())
     for document in documents:
         digest.update(len(document).to_bytes(8, "big") + document)
@@ -80,6 +83,9 @@ def host_states(
     host: HFModel, documents: Sequence[bytes], label: str, progress: Progress
 ) -> HostStates:
     """Run a host over documents, in windows.
+
+    An encoder-decoder writes each window as a target whose source is that window itself: without
+    a source its states are those of a model that has nothing to say.
 
     Args:
         host: The host.
@@ -108,14 +114,27 @@ def host_states(
 
 def _windows(host: HFModel, ids: list[int]) -> list[Tensor]:
     context = host.context_ids()
-    window = min(WINDOW_TOKENS, (host.max_tokens or WINDOW_TOKENS) - len(context))
-    stride = max(1, window - CONTEXT_TOKENS)
+    size, repeated = WINDOW_TOKENS, CONTEXT_TOKENS
+    if host.is_encoder_decoder:
+        size, repeated = TARGET_TOKENS, TARGET_CONTEXT_TOKENS
+    window = min(size, (host.max_tokens or size) - len(context))
+    stride = max(1, window - repeated)
     parts = []
     for start, first, end in passages(len(ids), window, stride):
+        read, source = torch.tensor([context + ids[start:end]]), _source(host, ids[start:end])
         with torch.inference_mode():
-            states = host.hidden(torch.tensor([context + ids[start:end]]))[0]
+            states = host.hidden(read, encoder_ids=source)[0]
         parts.append(states[len(context) + first - start :].cpu())
     return parts
+
+
+def _source(host: HFModel, ids: list[int]) -> Tensor | None:
+    """What an encoder-decoder reads to write some tokens: their text, as far as it can be read."""
+    if not host.is_encoder_decoder:
+        return None
+    text = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
+    read = host.encode_source(text.decode("utf-8", "ignore").strip(), cut=True)
+    return torch.tensor([read])
 
 
 def same_bytes(documents: Tensor, byte_ends: Tensor, states: HostStates) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """What a mounted adapter makes of a host's next-token scores, whatever runs the host."""
 
-import codecs
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
@@ -9,24 +8,23 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import Live, LiveReading
-from trimtab.blend import BlendWeights, evidence_weights, log_linear, mix, mixture_logprobs
+from trimtab.blend import PROXY, BlendWeights, log_linear, mix
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import last_bytes
 from trimtab.carriers.recall import Answer, MountedMemory
-from trimtab.steering.rows import families, prior_of, with_memory
-from trimtab.steering.scoring import CANDIDATE_NATS, tail_of, with_tail
+from trimtab.steering.field import LEAST_LOGPROB, Field
+from trimtab.steering.rows import TEMPERATURES, families, with_memory
 from trimtab.store.adapter_schema import Blend
-from trimtab.unembedding import Unembedding
 
-EVIDENCE_TOKENS = 256
-"""Last tokens of a prompt that count as evidence: each needs a row of logits, and by then the
-evidence has long decided where predictors differ."""
+BESIDE = "memory beside the small models"
+"""A memory that is asked by the reference's own state, where the reference runs anyway."""
 
-CHUNK_POSITIONS = 16
-"""Prompt positions judged at once: 16 rows of 262,144 tokens are 17 MB in float32, and every
-predictor needs as much again."""
+CONTROL_BLENDS: Mapping[str, BlendWeights] = {
+    "proxy": PROXY,
+    "proxy-0.5": BlendWeights(1.0, 0.5, 0.5),
+}
+"""Blends that are shown for comparison and never weighed by evidence."""
 
 _GATE_LIMIT = 1 - 1e-6
 
@@ -42,223 +40,139 @@ class Rows:
             answer.
         questions: How the expert has read the contexts: readings with the questions asked of each,
             one after another one a row; empty without an expert.
-        alone: Each row is steered as if it had been asked alone. Otherwise all share their
-            candidates, so that what is far below every row's likeliest counts as tail.
     """
 
     logits: Tensor
     hidden: Tensor
-    contexts: tuple[bytes, ...]
-    questions: tuple[tuple[LiveReading, range], ...] = ()
-    alone: bool = False
-
-    def one_by_one(self) -> "Iterator[Rows]":
-        """Each row without the others."""
-        asked = (
-            ((reading, range(q, q + 1)),)
-            for reading, questions in self.questions
-            for q in questions
-        )
-        for row, context in enumerate(self.contexts):
-            here = slice(row, row + 1)
-            yield Rows(self.logits[here], self.hidden[here], (context,), next(asked, ()))
+    contexts: Sequence[bytes]
+    questions: Sequence[tuple[LiveReading, range]] = ()
 
 
 @final
 @dataclass(frozen=True)
 class Steering:
-    """The chosen carriers of an adapter, seated on one host.
+    """What may steer a host, and in which ways (rows of `evaluate`).
 
-    They make several predictors, the bare host among them; what is chosen from is their mixture,
-    weighed by how well each predicted the prompt. The predictors are those of the row of
-    `evaluate` with the same carriers.
+    Each row weighs several predictors against each other, the bare host among them.
 
     Attributes:
-        strength: How far to follow the carriers, in [0, 2]; multiplies the head's shift, the
-            memory's gate, and each blend's distance from the host alone.
-        head: Shifts the logits.
-        memory: Is mixed in, by its gate.
+        rows: The ways; one where text is generated.
+        heads: By predictor: `head`, and `head-shuffled` for the control.
+        memories: By predictor: `memory`, its parts `bytes` and `state`, and the control `shuffled`.
+        bias: Static vocabulary bias, shape [vocab].
         live: Expert and reference beside the host.
         blend: How predictors are made and weighed.
+        strength: How far to follow the carriers, in [0, 2]; multiplies the head's shift, the
+            memory's gate, and each blend's distance from the host alone.
+        own: Host tokens that keep the host's own probability, whatever steers: True for them,
+            shape [vocab]; None for no such rule.
     """
 
-    strength: float
-    head: MountedHead | None = None
-    memory: MountedMemory | None = None
+    rows: tuple[str, ...] = ()
+    heads: Mapping[str, MountedHead] = field(default_factory=dict)
+    memories: Mapping[str, MountedMemory] = field(default_factory=dict)
+    bias: Tensor | None = None
     live: Live | None = None
     blend: Blend = field(default_factory=Blend)
+    strength: float = 1.0
+    own: Tensor | None = None
 
     @cached_property
-    def predictors(self) -> tuple[str, ...]:
-        """Names of the predictors, `host` first."""
-        rows = families(self.blend)
-        light = "+".join(name for name in ("head", "memory") if getattr(self, name) is not None)
-        if self.live is None:
-            return rows[light or "host"]
-        if light in ("", "head+memory"):
-            return rows["all" if light else "live"]
-        if light == "head":
-            return (*rows["live"], "head")
-        return (*rows["live"], *with_memory("host", self.blend), *self._with_live)
+    def families(self) -> Mapping[str, tuple[str, ...]]:
+        """Predictors by row, for the rows that are asked for."""
+        found = families(self.blend)
+        return {row: found[row] for row in self.rows if row in found}
 
-    @property
-    def _with_live(self) -> tuple[str, ...]:
-        bases = self.blend.live_with_memory
-        return tuple(name for base in bases for name in with_memory(base, self.blend))
-
-    @property
-    def prior(self) -> Tensor:
-        """Trust in each predictor before any evidence, shape [predictors]."""
-        return prior_of(self.predictors, self.blend)
-
-    def logprobs(self, rows: Rows) -> Tensor:
-        """What each predictor says.
-
-        Returns:
-            Natural-log probabilities in float32, shape [predictors, rows, vocab]; each sums to
-            one over the vocabulary.
-        """
-        logits = rows.logits.float()
-        found = {"host": logits.log_softmax(-1)}
-        if self.head is not None:
-            # With a host spread over devices, its head need not be where its scores are.
-            shift = self.head.shift(rows.hidden.to(self.head.rows.device)).to(logits.device)
-            found["head"] = (logits + self.strength * shift).log_softmax(-1)
-        if self.live is not None:
-            found |= live_logprobs(self.live, found["host"], rows, self.blend, self.strength)
-        if self.memory is not None:
-            # The search over keys runs on the CPU, and the gate reads its results.
-            hidden, before = rows.hidden.cpu(), last_bytes(rows.contexts)
-            asked: list[tuple[tuple[str, ...], Answer]] = [
-                (("host", "head"), self.memory.ask(hidden, before))
-            ]
-            if self.live is not None:
-                # Where the reference runs anyway its own state asks, which no map blurs.
-                small = [s for read, q in rows.questions for s in read.reference_states(q)]
-                own = self.memory.ask(hidden, before, small)
-                asked.append((self.blend.live_with_memory, own))
-            for bases, answer in asked:
-                for base in bases:
-                    if base in found and set(with_memory(base, self.blend)) & set(self.predictors):
-                        found |= self._remember(answer, base, found[base])
-        return torch.stack([found[name] for name in self.predictors])
-
-    def ask(
-        self,
-        contexts: Sequence[bytes],
-        host_ids: Sequence[Sequence[int]],
-        host_lasts: Sequence[int | None],
-        chats: Sequence[ChatPrompt] = (),
-    ) -> tuple[tuple[LiveReading, range], ...]:
-        """Let the expert read on, where there is one: row i continues row i of the call before.
-
-        Args:
-            contexts: All text of each row; in chats, the answer so far.
-            host_ids: The host's tokens of that text.
-            host_lasts: The last token that the host has written, in each row; None before.
-            chats: What each row answers.
-
-        Returns:
-            The questions of `Rows`.
-        """
-        if self.live is None:
-            return ()
-        starts = [chat.small_ids for chat in chats] or [None] * len(contexts)
-        readings = (
-            self.live.read(
-                [readable(context)], host_ids=[ids], host_lasts=[last], start=start, row=row
-            )
-            for row, (context, ids, last, start) in enumerate(
-                zip(contexts, host_ids, host_lasts, starts, strict=True)
-            )
-        )
-        return tuple((reading, range(1)) for reading in readings)
-
-    def ask_block(
-        self,
-        contexts: Sequence[bytes],
-        host_ids: Sequence[Sequence[int]],
-        host_lasts: Sequence[int | None],
-        chat: ChatPrompt | None,
-    ) -> tuple[tuple[LiveReading, range], ...]:
-        """As `ask`, of several places of row 0: each context goes on from the one before."""
-        if self.live is None:
-            return ()
-        reading = self.live.read(
-            [readable(context) for context in contexts],
-            host_ids=host_ids,
-            host_lasts=host_lasts,
-            start=chat.small_ids if chat else None,
-            row=0,
-        )
-        self.live.foresee(reading)
-        return ((reading, range(len(contexts))),)
-
-    def _remember(self, answer: Answer, base: str, logprobs: Tensor) -> dict[str, Tensor]:
-        steered, said = logprobs.cpu(), answer.probs(logprobs.shape[-1]).log()
-        shifts = with_memory(base, self.blend)
-        gates = answer.gates(steered, tuple(shifts.values()))
-        found = {}
-        for name, gate in zip(shifts, gates, strict=True):
-            followed = (gate * self.strength).clamp(max=_GATE_LIMIT)[:, None]
-            # Entries whose continuation no host token begins leave their share unused.
-            mixed = mix(steered, said, followed).log_softmax(-1)
-            found[name] = mixed.to(logprobs.device)
-        return found
+    @cached_property
+    def predictors(self) -> frozenset[str]:
+        """All that the rows need."""
+        return frozenset(name for names in self.families.values() for name in names)
 
 
-def blend_at(weights: BlendWeights, strength: float) -> BlendWeights:
-    """Go from the host alone (strength 0) through a blend (1) and beyond it."""
-    return BlendWeights(
-        1.0 + strength * (weights.host - 1.0),
-        strength * weights.expert,
-        strength * weights.reference,
-    )
+def predicted(steering: Steering, rows: Rows) -> tuple[Field, dict[str, Tensor]]:
+    """What each predictor says of the next tokens.
+
+    Args:
+        steering: What may steer.
+        rows: What is asked.
+
+    Returns:
+        The field, and by predictor natural-log probabilities over it, each of shape
+        [rows, candidates + 1], summing to one.
+    """
+    answers = _answers(steering, rows)
+    wanted = [answer.values[answer.values >= 0] for answer in answers.values()]
+    if steering.live:
+        wanted += [steering.live.expected(*question) for question in rows.questions]
+    wanted.append(torch.zeros(0, dtype=torch.long))
+    field = Field.of(rows.logits, torch.cat(wanted).unique())
+    dense = {"host": field.logprobs} | _alone(steering, field, rows.hidden)
+    if steering.live and rows.questions:
+        dense |= _live(steering, steering.live, field, rows)
+    for name, answer in answers.items():
+        dense |= _remembered(steering, field, dense, name, answer)
+    return field, dense
 
 
-def live_logprobs(
-    live: Live, host_logprobs: Tensor, rows: Rows, blend: Blend, strength: float
-) -> Mapping[str, Tensor]:
+def _answers(steering: Steering, rows: Rows) -> dict[str, Answer]:
+    """What each memory proposes."""
+    # The search over keys runs on the CPU.
+    before, states = last_bytes(rows.contexts), rows.hidden.float().cpu()
+    answers = {name: memory.ask(states, before) for name, memory in steering.memories.items()}
+    bases = steering.blend.live_with_memory
+    beside = {name for base in bases for name in with_memory(base, steering.blend)}
+    if "memory" in answers and rows.questions and beside & steering.predictors:
+        # Where the reference runs anyway its own state asks, which no map blurs.
+        small = [s for reading, asked in rows.questions for s in reading.reference_states(asked)]
+        answers[BESIDE] = steering.memories["memory"].ask(states, before, small)
+    return answers
+
+
+def _alone(steering: Steering, field: Field, hidden: Tensor) -> dict[str, Tensor]:
+    """Predictors that need neither memory nor small model."""
+    temperatures = {f"temperature-{t:g}": t for t in TEMPERATURES}
+    found = {
+        name: field.tempered(temperature)
+        for name, temperature in temperatures.items()
+        if name in steering.predictors
+    }
+    states = hidden.float().cpu()
+    for name, head in steering.heads.items():
+        found[name] = field.shifted(steering.strength * head.shift_of(states, field.token_ids))
+    if steering.bias is not None:
+        shift = steering.bias[field.token_ids].expand(len(states), -1)
+        found["bias-half"], found["bias-full"] = field.shifted(0.5 * shift), field.shifted(shift)
+    return found
+
+
+def _live(steering: Steering, live: Live, field: Field, rows: Rows) -> dict[str, Tensor]:
     """Every blend of host, expert and reference.
 
     Tokens that stand for no text (the end, above all) keep the host's own probability: the pair
-    says nothing of them. Tokens far below the host's likeliest are one tail, whose mass is
-    blended as a whole and dealt out in the host's proportions.
-
-    Args:
-        live: Expert and reference.
-        host_logprobs: The host's own, shape [rows, vocab].
-        rows: What is asked.
-        blend: The blends.
-        strength: How far to follow each.
-
-    Returns:
-        Natural-log probabilities by blend, each of shape [rows, vocab].
+    says nothing of them.
     """
-    if rows.alone and len(rows.contexts) > 1:
-        each = [
-            live_logprobs(live, host_logprobs[row : row + 1], one, blend, strength)
-            for row, one in enumerate(rows.one_by_one())
-        ]
-        return {name: torch.cat([found[name] for found in each]) for name in each[0]}
-    device, host_logprobs = host_logprobs.device, host_logprobs.cpu()
-    known = live.alignment.is_known
-    text = host_logprobs.masked_fill(~known, -torch.inf)
-    normaliser = text.logsumexp(-1, keepdim=True)
-    text = text - normaliser
-    token_ids = torch.nonzero((text > text.amax(-1, keepdim=True) - CANDIDATE_NATS).any(0))[:, 0]
-    chosen = text[:, token_ids]
-    tail = tail_of(chosen.exp()).log()
-    host = torch.cat([chosen, tail], 1)
-    expert, reference = (with_tail(probs) for probs in _scored(live, rows, chosen.exp(), token_ids))
+    known = live.alignment.is_known[field.token_ids]
+    is_text = torch.cat([known, torch.ones(1, dtype=torch.bool)])
+    text = field.logprobs[:, is_text]
+    of_text = text.logsumexp(-1, keepdim=True)
+    host = text - of_text
+    pair = _scored(live, rows, host[:, :-1].exp(), field.token_ids[known])
+    expert, reference = (_with_tail(probs) for probs in pair)
+    by_name = {name: BlendWeights(*by) for name, by in steering.blend.live.items()}
+    blends = {
+        name: log_linear(host, expert, reference, blend_at(by, steering.strength))
+        for name, by in (by_name | dict(CONTROL_BLENDS)).items()
+        if name in steering.predictors
+    }
+    if "mixture" in steering.predictors:
+        blends["mixture"] = mix(host, expert, torch.full((len(host), 1), 0.5))
+    # Beyond strength 1 the host's exponent may be below 0, which would prefer the impossible.
+    impossible = text <= LEAST_LOGPROB
     found = {}
-    for name, weights in blend.live.items():
-        by = blend_at(BlendWeights(*weights), strength)
-        blended = log_linear(host, expert, reference, by)
-        full = text + (blended[:, -1:] - tail)
-        full[:, token_ids] = blended[:, :-1]
-        full = torch.where(known, full.log_softmax(-1) + normaliser, host_logprobs)
-        found[name] = full.to(device)
+    for name, blended in blends.items():
+        blended = blended.masked_fill(impossible, -torch.inf).log_softmax(-1)
+        found[name] = field.logprobs.clone()
+        found[name][:, is_text] = (blended + of_text).clamp_min(LEAST_LOGPROB)
     return found
 
 
@@ -272,120 +186,44 @@ def _scored(live: Live, rows: Rows, host_probs: Tensor, token_ids: Tensor) -> li
     return [torch.cat(side).float() for side in zip(*pairs, strict=True)]
 
 
-def text_before(token_bytes: Sequence[bytes | None]) -> bytes:
-    """The text that tokens stand for; special tokens contribute nothing."""
-    return b"".join(text for text in token_bytes if text)
+def _with_tail(probs: Tensor) -> Tensor:
+    """Log-probabilities of candidates and, last, of all other tokens: [rows, candidates + 1]."""
+    tail = (1.0 - probs.double().sum(-1, keepdim=True)).clamp_min(1e-9).float()
+    full = torch.cat([probs.clamp_min(1e-12), tail], 1)
+    return (full / full.sum(-1, keepdim=True)).log()
 
 
-def text_ids(
-    token_ids: Tensor, token_bytes: Sequence[bytes | None], start: int, end: int
-) -> list[int]:
-    """The tokens from start to end that stand for text."""
-    part = zip(token_ids[start:end].tolist(), token_bytes[start:end], strict=True)
-    return [token_id for token_id, text in part if text]
-
-
-def last_text(token_ids: Tensor, token_bytes: Sequence[bytes | None], end: int) -> int | None:
-    """The token before `end`, if it stands for text."""
-    return int(token_ids[end - 1]) if end and token_bytes[end - 1] else None
-
-
-def readable(context: bytes) -> bytes:
-    """Replace bytes that are not UTF-8, which a host may write and a tokenizer cannot read.
-
-    A character that the end cuts stays cut: its other bytes may follow.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    return decoder.decode(context).encode() + decoder.getstate()[0]
-
-
-@dataclass(frozen=True)
-class ReadPrompt:
-    """A prompt that a host has read, without padding.
-
-    Attributes:
-        token_ids: Shape [seq].
-        token_bytes: Bytes of each token, None for special ones.
-        hidden: The host's states, shape [states, hidden], of the last `states` tokens (fewer
-            than seq where the first tokens were read by an earlier call).
-        chat: Where it is a chat: what is the message, and how the small models read it.
-    """
-
-    token_ids: Tensor
-    token_bytes: tuple[bytes | None, ...]
-    hidden: Tensor
-    chat: ChatPrompt | None = None
-
-
-def prompt_weights(steering: Steering, unembedding: Unembedding, prompt: ReadPrompt) -> Tensor:
-    """How far a prompt itself speaks for each predictor.
-
-    Predictors are weighed by what each gave to the prompt's tokens of text, each given the
-    tokens before it (`evidence_weights`). On text that the adapter does not help, the host takes
-    over. In a chat the user's message alone is text.
-
-    Args:
-        steering: What would steer.
-        unembedding: The host's.
-        prompt: What the host has read.
-
-    Returns:
-        Weights that sum to one, shape [predictors]; the prior without evidence.
-    """
-    first = len(prompt.token_ids) - len(prompt.hidden)
-    text, opening = range(len(prompt.token_ids)), None
-    if prompt.chat:
-        text, opening = prompt.chat.message, prompt.chat.opening_ids
-    asked = [
-        position
-        for position in range(first, len(prompt.token_ids) - 1)
-        if position + 1 in text and prompt.token_bytes[position + 1]
-    ][-EVIDENCE_TOKENS:]
-    if not asked:
-        return steering.prior
-    contexts = tuple(text_before(prompt.token_bytes[text.start : p + 1]) for p in asked)
-    reading = None
-    if steering.live:
-        ids = [text_ids(prompt.token_ids, prompt.token_bytes, text.start, p + 1) for p in asked]
-        lasts = [last_text(prompt.token_ids, prompt.token_bytes, p + 1) for p in asked]
-        reading = steering.live.read(
-            [readable(c) for c in contexts], host_ids=ids, host_lasts=lasts, start=opening
+def _remembered(
+    steering: Steering, field: Field, dense: Mapping[str, Tensor], name: str, answer: Answer
+) -> dict[str, Tensor]:
+    """A memory mixed into the predictors that it belongs to, as far as they are there."""
+    place = torch.full((max(int(answer.values.max()), 0) + 1,), -1)
+    inside = field.token_ids[field.token_ids < len(place)]
+    place[inside] = torch.arange(len(inside))
+    local = answer.relabelled(place)
+    said = local.probs(field.logprobs.shape[1]).log()
+    blend = steering.blend
+    bases = {"memory": ("host", "head"), BESIDE: blend.live_with_memory}
+    found = {}
+    for base in bases.get(name, ("host",)):
+        shifts = with_memory(base, blend)
+        names = [n if name == BESIDE else n.replace("memory", name) for n in shifts]
+        if base not in dense or not steering.predictors & set(names):
+            continue
+        gates = local.gates(
+            dense[base], tuple(shifts.values()), tail_entropy_nats=field.tail_entropy_nats
         )
-    scores = []
-    for begin in range(0, len(asked), CHUNK_POSITIONS):
-        part = range(begin, min(begin + CHUNK_POSITIONS, len(asked)))
-        positions = torch.tensor(asked[part.start : part.stop])
-        hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
-        hidden = hidden.to(unembedding.weight.device)
-        rows = Rows(
-            unembedding.logits(hidden),
-            hidden,
-            contexts[part.start : part.stop],
-            ((reading, part),) if reading else (),
-        )
-        scores.append(_logprobs_of(steering.logprobs(rows), prompt.token_ids[positions + 1]))
-    return evidence_weights(torch.cat(scores, 1), steering.prior, share=steering.blend.share)[
-        :, -1
-    ].float()
+        for predictor, gate in zip(names, gates, strict=True):
+            followed = (steering.strength * gate).clamp(max=_GATE_LIMIT)[:, None]
+            # Entries whose continuation no host token begins leave their share unused.
+            found[predictor] = mix(dense[base], said, followed).log_softmax(-1)
+    return found
 
 
-def _logprobs_of(logprobs: Tensor, token_ids: Tensor) -> Tensor:
-    """What each predictor gives to one token a row, shape [predictors, rows]."""
-    chosen = token_ids.to(logprobs.device)[None, :, None].expand(len(logprobs), -1, 1)
-    return logprobs.gather(2, chosen)[:, :, 0].cpu()
-
-
-def mixed_logprobs(steering: Steering, rows: Rows, weights: Tensor) -> Tensor:
-    """The steered distribution: the predictors' mixture.
-
-    Args:
-        steering: What steers.
-        rows: What is asked.
-        weights: Trust in each predictor at each row, shape [predictors, rows].
-
-    Returns:
-        Natural-log probabilities, shape [rows, vocab]; tokens that the host's logits forbid
-        (-inf) stay forbidden.
-    """
-    mixed = mixture_logprobs(steering.logprobs(rows), weights[..., None])
-    return mixed.masked_fill(rows.logits.isneginf(), -torch.inf)
+def blend_at(weights: BlendWeights, strength: float) -> BlendWeights:
+    """Go from the host alone (strength 0) through a blend (1) and beyond it."""
+    return BlendWeights(
+        1.0 + strength * (weights.host - 1.0),
+        strength * weights.expert,
+        strength * weights.reference,
+    )

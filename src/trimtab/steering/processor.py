@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -14,17 +12,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trimtab.align.strings import token_lengths
 from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
-from trimtab.carriers.head import MountedHead
 from trimtab.config import DRAFT_TOKENS, CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
 from trimtab.steering.beside import open_beside
 from trimtab.steering.drafting import Drafter
+from trimtab.steering.evidence import Mixture
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Steering
+from trimtab.steering.rows import row_of
 from trimtab.steering.scores import SteeringProcessor, Trace
 from trimtab.steering.speculative import Speculation
 from trimtab.types import Progress, silent
@@ -43,7 +43,6 @@ _REFUSED = (
     "guidance_scale",
     "inputs_embeds",
 )
-
 
 # These keep more than tokens and scores of a step, or remember the steps before.
 _PLAIN_INPUTS = frozenset(
@@ -80,6 +79,9 @@ def steered(
     each prompt (`prompt_weights`). At strength 0 the model is untouched, bit for bit. Plain calls
     of the model are never steered.
 
+    Of an encoder-decoder the target is steered: carriers read the target so far and never the
+    source, and all that is no text, a target's end above all, stays as likely as the host has it.
+
     Args:
         host: The host on which the adapter is mounted.
         mounted: What `mount` returned for it.
@@ -100,10 +102,11 @@ def steered(
         if not strength:
             yield opened.model
             return
-        steering = _steering(opened, mounted, carriers, strength, live)
-        small = steering.live.pair.reference if steering.live else None
+        mixture = _mixture(opened, mounted, carriers, strength, live)
+        beside = mixture.steering.live
+        small = beside.pair.reference if beside else None
         chats = [chat_prompt(opened, message, small) for message in messages]
-        with steered_by(opened, steering, chats):
+        with steered_by(opened, mixture, chats):
             yield opened.model
 
 
@@ -126,22 +129,31 @@ def open_live(
     return Live(pair, host, draft_tokens=draft_tokens)
 
 
-def _steering(
+def _mixture(
     host: HFModel,
     mounted: Mounted,
     carriers: Sequence[CarrierName],
     strength: float,
     live: Live | None,
-) -> Steering:
-    head = mounted.head if "head" in carriers else None
-    memory = mounted.memory if "memory" in carriers else None
-    for carrier in (head, memory):
-        if carrier is not None:
-            _check_width(host, mounted, carrier.reading)
-    if head is not None:
-        head = _to_device(head, host.unembedding.weight.device)
+) -> Mixture:
+    heads = {"head": mounted.head} if mounted.head and "head" in carriers else {}
+    memories = {"memory": mounted.memory} if mounted.memory and "memory" in carriers else {}
+    for carrier in (*heads.values(), *memories.values()):
+        _check_width(host, mounted, carrier.reading)
     beside = (live or open_live(mounted, host)) if "expert" in carriers else None
-    return Steering(strength, head, memory, beside, mounted.manifest.blend)
+    # When a target ends follows from its source, which the small models do not read.
+    own = token_lengths(host.vocabulary) == 0 if host.is_encoder_decoder else None
+    return Mixture(
+        Steering(
+            (row_of(carriers),),
+            heads,
+            memories,
+            live=beside,
+            blend=mounted.manifest.blend,
+            strength=strength,
+            own=own,
+        )
+    )
 
 
 def check_carriers(name: str, carried: Sequence[CarrierName], asked: Sequence[CarrierName]) -> None:
@@ -169,11 +181,6 @@ def _check_width(host: HFModel, mounted: Mounted, reading: Reading) -> None:
         )
 
 
-def _to_device(head: MountedHead, device: torch.device) -> MountedHead:
-    reading = Reading(head.reading.matrix.to(device), head.reading.bias.to(device))
-    return replace(head, reading=reading, rows=head.rows.to(device), bias=head.bias.to(device))
-
-
 @contextmanager
 def _adopted(host: Host) -> Iterator[HFModel]:
     if isinstance(host, HFModel):
@@ -190,14 +197,12 @@ def _adopted(host: Host) -> Iterator[HFModel]:
 
 
 @contextmanager
-def steered_by(
-    host: HFModel, steering: Steering, chats: Sequence[ChatPrompt] = ()
-) -> Iterator[None]:
+def steered_by(host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt] = ()) -> Iterator[None]:
     """Steer a host's `generate` inside the context by carriers that are seated on it already.
 
     Args:
         host: The host.
-        steering: What steers.
+        mixture: What steers.
         chats: What each prompt answers, where these are chats.
 
     Raises:
@@ -216,11 +221,12 @@ def steered_by(
         mask = options.get(
             "decoder_attention_mask" if host.is_encoder_decoder else "attention_mask"
         )
-        ours = SteeringProcessor(host, steering, trace, mask, chats)
-        if steering.live and steering.live.draft_tokens and _may_draft(host, args, options):
-            drafter = Drafter(steering.live, host)
+        ours, live = SteeringProcessor(host, mixture, trace, mask, chats), mixture.steering.live
+        if live and live.draft_tokens and _may_draft(host, args, options):
             streamer = options.pop("streamer", None)
-            options["custom_generate"] = Speculation(ours, drafter, host.max_tokens, streamer)
+            options["custom_generate"] = Speculation(
+                ours, Drafter(live, host), host.max_tokens, streamer
+            )
         given = options.pop("logits_processor", None) or ()
         with trace.running():
             return plain(*args, logits_processor=LogitsProcessorList([ours, *given]), **options)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from trimtab.config import CarrierName
 from trimtab.store.adapter_schema import Blend
 
 TEMPERATURES = (0.8, 0.9, 1.1, 1.25)
@@ -31,7 +32,8 @@ def families(blend: Blend) -> Mapping[str, tuple[str, ...]]:
     memory = tuple(with_memory("host", blend))
     head_memory = tuple(with_memory("head", blend))
     live = ("host", *blend.live)
-    remembering = (name for base in blend.live_with_memory for name in with_memory(base, blend))
+    bases = blend.live_with_memory
+    remembering = tuple(name for base in bases for name in with_memory(base, blend))
     return {
         "host": ("host",),
         "proxy": ("proxy",),
@@ -47,8 +49,18 @@ def families(blend: Blend) -> Mapping[str, tuple[str, ...]]:
         "head-shuffled": ("host", "head-shuffled"),
         "memory-shuffled": ("host", *(name.replace("memory", "shuffled") for name in memory)),
         "live": live,
+        "live+head": (*live, "head"),
+        "live+memory": (*live, *memory, *remembering),
         "all": (*live, *head_memory, *remembering),
     }
+
+
+def row_of(carriers: Collection[CarrierName]) -> str:
+    """The row in which some carriers, at least one, steer together."""
+    light = "+".join(name for name in ("head", "memory") if name in carriers)
+    if "expert" not in carriers:
+        return light
+    return {"": "live", "head+memory": "all"}.get(light, f"live+{light}")
 
 
 def present(row: str, names: Sequence[str], there: Collection[str]) -> tuple[str, ...]:
@@ -59,11 +71,15 @@ def present(row: str, names: Sequence[str], there: Collection[str]) -> tuple[str
         names: Its predictors.
         there: Predictors that could be computed.
     """
-    # The first of each part stands for it: "head+memory" without a memory would be "head".
-    needed = {"live": names[1:2], "all": names[1:2]}.get(row, row.split("+"))
-    if row in ("head+memory", "live", "all") and not set(needed) <= set(there):
-        return ()
+    parts = {"live": ("live",), "all": ("live", "head+memory")}.get(row, ())
+    if "+" in row:
+        parts = tuple(row.split("+"))
     found = tuple(name for name in names if name in there)
+    # A predictor that needs a part stands for it; "head+memory" without a memory would be "head".
+    for part in parts:
+        sign = "".join(names[1:2]) if part == "live" else part
+        if not any(name.startswith(sign) for name in found):
+            return ()
     return found if row == "host" or found != ("host",) else ()
 
 

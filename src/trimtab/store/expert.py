@@ -1,5 +1,6 @@
 """The words of an expert's folder: expert.json when finished, checkpoint/run.json until then."""
 
+import shutil
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -148,6 +149,13 @@ def write_run(folder: Path, run: UnfinishedRun) -> None:
         StorageError: The folder cannot be written.
     """
     write_json(folder / RUN_NAME, run.model_dump(mode="json"))
+
+
+def withdraw_run(folder: Path) -> None:
+    """Remove what a run that was refused before its first step has written."""
+    for name in (TRAIN_NAME, HELD_OUT_NAME):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINT_NAME, ignore_errors=True)
 
 
 def read_run(folder: Path) -> UnfinishedRun | None:

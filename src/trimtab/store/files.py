@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -233,13 +233,15 @@ def _settle(folder: Path) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """Be the only writer of an output folder; the folder is made if it is missing.
 
-    The lock ends with the process, however it ends: a killed run leaves none behind.
+    The lock ends with the process, however it ends: a killed run leaves none behind. A folder
+    that was made and left empty, as when the input was refused, is removed again.
 
     Raises:
         InputError: Another run is writing this folder.
         StorageError: The folder cannot be written.
     """
     with storage_errors(folder):
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(folder)
     try:
@@ -247,6 +249,10 @@ def lock(folder: Path) -> Iterator[None]:
     finally:
         if _is_at(descriptor, folder / LOCK_NAME):
             (folder / LOCK_NAME).unlink(missing_ok=True)
+            if is_new:
+                # It refuses a folder that holds anything.
+                with suppress(OSError):
+                    folder.rmdir()
         os.close(descriptor)
 
 

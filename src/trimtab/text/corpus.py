@@ -98,7 +98,7 @@ def _part(document: Document, start: int, end: int, side: str) -> Document:
 
 
 def sha256_of_documents(documents: Sequence[Document]) -> str:
-    """Fingerprint of names, texts, loss spans and markup, in their order."""
+    """Fingerprint of names, texts, loss spans and markup, in their order; not of sources."""
     digest = hashlib.sha256()
     for document in documents:
         line = _line(document)
@@ -108,6 +108,8 @@ def sha256_of_documents(documents: Sequence[Document]) -> str:
 
 def save_documents(path: Path, documents: Sequence[Document]) -> None:
     """Write documents as JSON lines with name, text, loss_spans and, if true, markup, atomically.
+
+    A source is left out: what is saved is what small models read.
 
     Raises:
         StorageError: The disk is full or the path cannot be written.
@@ -156,8 +158,10 @@ def _changed(where: str, finding: str) -> InputError:
     )
 
 
-def scored_windows(n_tokens: int, window_tokens: int, stride_tokens: int) -> list[Window]:
-    """Cut a document into overlapping windows that score every token but the first once.
+def scored_windows(
+    n_tokens: int, window_tokens: int, stride_tokens: int, *, first: int = 1
+) -> list[Window]:
+    """Cut a document into overlapping windows that score every token from `first` on once.
 
     A scored token has at least window_tokens - stride_tokens tokens of context, and at least
     one, except at the document's start, where it has all there are.
@@ -166,6 +170,7 @@ def scored_windows(n_tokens: int, window_tokens: int, stride_tokens: int) -> lis
         n_tokens: Length of the document.
         window_tokens: Longest window, at least 2.
         stride_tokens: New tokens in each window after the first, in [1, window_tokens].
+        first: First token that is scored: 0 where something stands before the document.
 
     Raises:
         ValueError: A length is out of range.
@@ -174,7 +179,7 @@ def scored_windows(n_tokens: int, window_tokens: int, stride_tokens: int) -> lis
         raise ValueError(f"windows of {window_tokens} tokens with stride {stride_tokens}")
     stride_tokens = min(stride_tokens, window_tokens - 1)
     windows: list[Window] = []
-    start, score_from = 0, 1
+    start, score_from = 0, first
     while score_from < n_tokens:
         end = min(start + window_tokens, n_tokens)
         windows.append(Window(start, end, score_from))

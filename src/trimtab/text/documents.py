@@ -20,8 +20,9 @@ RenderChat = Callable[[list[dict[str, Any]]], tuple[str, Sequence[tuple[int, int
 """Applies a tokenizer's chat template: the text, and the spans of the assistant's turns."""
 
 _SHAPES = (("text",), ("prompt", "completion"), ("messages",))
-_FIELDS = tuple(field for shape in _SHAPES for field in shape)
-_EXPECTED = "text, or prompt and completion, or messages"
+_PAIR = ("source", "target")
+_FIELDS = tuple(field for shape in (*_SHAPES, _PAIR) for field in shape)
+_EXPECTED = "text, or prompt and completion, or messages, or source and target"
 _SNIFFED_BYTES = 8192
 
 
@@ -32,7 +33,8 @@ def read_documents(
 
     A text file is one document. A record of a .jsonl or .parquet file is one document, with
     `text`, or `prompt` and `completion` (the loss counts the completion), or `messages` (the
-    loss counts the assistant's turns); its other fields are passed over. Folders are read with
+    loss counts the assistant's turns), or `source` and `target` (the text is the target; only an
+    encoder-decoder reads the source); its other fields are passed over. Folders are read with
     their subfolders, without hidden and binary files. Empty files of a folder or glob, blank
     lines and empty texts are passed over. Names are the paths as given, with `:LINE` or `:ROW`
     for records; a file that several patterns match is read once. The order is that of the
@@ -208,6 +210,9 @@ def _document(
     if not isinstance(record, dict):
         raise _broken(where, f"is a JSON {type(record).__name__}, expected an object")
     shapes = [shape for shape in _SHAPES if any(field in record for field in shape)]
+    if not shapes and any(field in record for field in _PAIR):
+        # Beside a text, a field "source" says where it is from.
+        shapes = [_PAIR]
     if len(shapes) != 1:
         found = ", ".join(sorted(map(str, record))) or "no field"
         raise _broken(where, f"has {found}; expected exactly one of {_EXPECTED}")
@@ -220,6 +225,11 @@ def _document(
     parts = [_string(record[field], field, where) for field in shapes[0]]
     if len(parts) == 1:
         return Document(name, parts[0]) if parts[0].strip() else None
+    if shapes[0] == _PAIR:
+        empty = next((f for f, part in zip(_PAIR, parts, strict=True) if not part.strip()), None)
+        if empty:
+            raise _broken(where, f"has an empty {empty}")
+        return Document(name, parts[1], source=parts[0])
     if not parts[1]:
         raise _broken(where, "has an empty completion: there is nothing to learn")
     return Document(name, "".join(parts), ((len(parts[0]), len(parts[0]) + len(parts[1])),))

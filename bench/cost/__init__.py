@@ -1,0 +1,1 @@
+"""Measurements and published figures that the cost model is checked against."""

@@ -1,0 +1,1 @@
+"""Adapters in forms that other engines load, and what each engine refuses."""

@@ -1,0 +1,194 @@
+"""What a prompt says about the predictors: how far each is trusted in the text after it."""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.chat import ChatPrompt
+from trimtab.backends.live import LiveReading
+from trimtab.blend import evidence_weights, mixture_logprobs
+from trimtab.steering.field import Field
+from trimtab.steering.predictors import Rows, Steering, predicted
+from trimtab.steering.rows import prior_of
+from trimtab.unembedding import Unembedding
+
+EVIDENCE_TOKENS = 256
+"""Last tokens of a prompt that count as evidence: each needs a row of logits, and by then the
+evidence has long decided where predictors differ."""
+
+CHUNK_POSITIONS = 64
+"""Prompt positions judged at once: 64 rows of 262,144 tokens are 67 MB in float32."""
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """A prompt that a host has read, without padding.
+
+    Attributes:
+        token_ids: Shape [seq].
+        token_bytes: Bytes of each token, None for special ones.
+        hidden: The host's states, shape [states, hidden], of the last `states` tokens (fewer
+            than seq where the first tokens were read by an earlier call).
+        chat: Where it is a chat: what is the message, and how the small models read it.
+    """
+
+    token_ids: Tensor
+    token_bytes: tuple[bytes | None, ...]
+    hidden: Tensor
+    chat: ChatPrompt | None = None
+
+    @property
+    def text(self) -> range:
+        """Tokens that are the user's: in a chat the message alone."""
+        return self.chat.message if self.chat else range(len(self.token_ids))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The predictors that steer a generation, weighed by its prompt.
+
+    Attributes:
+        steering: What steers, in one row.
+    """
+
+    steering: Steering
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The predictors, the bare host first."""
+        return self.steering.families[self.steering.rows[0]]
+
+    @property
+    def prior(self) -> Tensor:
+        """Trust in each predictor before any evidence, shape [predictors]."""
+        return prior_of(self.members, self.steering.blend)
+
+    def weigh(self, unembedding: Unembedding, prompt: ReadPrompt) -> Tensor:
+        """How far a prompt itself speaks for each predictor.
+
+        Predictors are weighed by what each gave to the prompt's tokens of text, each given the
+        tokens before it (`evidence_weights`). On text that the adapter does not help, the host
+        takes over. In a chat the user's message alone is text.
+
+        Args:
+            unembedding: The host's.
+            prompt: What the host has read.
+
+        Returns:
+            Weights that sum to one, shape [predictors]; the prior without evidence.
+        """
+        asked = _asked(prompt)
+        if not asked:
+            return self.prior
+        reading = self._read(prompt, asked)
+        first, scores = len(prompt.token_ids) - len(prompt.hidden), []
+        for begin in range(0, len(asked), CHUNK_POSITIONS):
+            part = range(begin, min(begin + CHUNK_POSITIONS, len(asked)))
+            positions = torch.tensor(asked[part.start : part.stop])
+            hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
+            hidden = hidden.to(unembedding.weight.device)
+            rows = Rows(
+                unembedding.logits(hidden).float(),
+                hidden,
+                [_context(prompt, position) for position in positions.tolist()],
+                ((reading, part),) if reading else (),
+            )
+            field, stacked = self._said(rows)
+            scores.append(field.of_tokens(stacked, prompt.token_ids[positions + 1].cpu()))
+        share = self.steering.blend.share
+        return evidence_weights(torch.cat(scores, 1), self.prior, share=share)[:, -1].float()
+
+    def logprobs(self, rows: Rows, weights: Tensor) -> Tensor:
+        """The steered distribution: the predictors' mixture.
+
+        Args:
+            rows: What is asked.
+            weights: Trust in each predictor at each row, shape [predictors, rows].
+
+        Returns:
+            Natural-log probabilities, shape [rows, vocab]; tokens that the host's logits forbid
+            (-inf) stay forbidden.
+        """
+        field, stacked = self._said(rows)
+        mixed = field.everywhere(mixture_logprobs(stacked, weights[..., None]))
+        if self.steering.own is None:
+            return mixed
+        return keep_own(mixed, field.everywhere(field.logprobs), self.steering.own)
+
+    def _said(self, rows: Rows) -> tuple[Field, Tensor]:
+        field, dense = predicted(self.steering, rows)
+        return field, torch.stack([dense[name] for name in self.members])
+
+    def _read(self, prompt: ReadPrompt, asked: Sequence[int]) -> LiveReading | None:
+        if self.steering.live is None:
+            return None
+        ids, pieces, start = prompt.token_ids, prompt.token_bytes, prompt.text.start
+        return self.steering.live.read(
+            [readable(_context(prompt, position)) for position in asked],
+            host_ids=[text_ids(ids, pieces, start, position + 1) for position in asked],
+            host_lasts=[last_text(ids, pieces, position + 1) for position in asked],
+            start=prompt.chat.opening_ids if prompt.chat else None,
+        )
+
+
+def keep_own(logprobs: Tensor, host_logprobs: Tensor, own: Tensor) -> Tensor:
+    """Give some tokens the host's own probability, and leave the others their proportions.
+
+    Args:
+        logprobs: Natural-log probabilities, shape [rows, vocab].
+        host_logprobs: The host's own, shape [rows, vocab].
+        own: True for the tokens that keep the host's probability, shape [vocab]; in each row at
+            least one other has some.
+
+    Returns:
+        Natural-log probabilities, shape [rows, vocab], that sum to one.
+    """
+    own = own.to(logprobs.device)
+    others = logprobs.masked_fill(own, -torch.inf)
+    mass = host_logprobs.masked_fill(own, -torch.inf).logsumexp(-1, keepdim=True)
+    scaled = others - others.logsumexp(-1, keepdim=True) + mass
+    return torch.where(own, host_logprobs, scaled)
+
+
+def _asked(prompt: ReadPrompt) -> list[int]:
+    """Positions of which the next token is evidence."""
+    first = len(prompt.token_ids) - len(prompt.hidden)
+    return [
+        position
+        for position in range(first, len(prompt.token_ids) - 1)
+        if position + 1 in prompt.text and prompt.token_bytes[position + 1]
+    ][-EVIDENCE_TOKENS:]
+
+
+def _context(prompt: ReadPrompt, position: int) -> bytes:
+    return text_before(prompt.token_bytes[prompt.text.start : position + 1])
+
+
+def text_before(token_bytes: Sequence[bytes | None]) -> bytes:
+    """The text that tokens stand for; special tokens contribute nothing."""
+    return b"".join(text for text in token_bytes if text)
+
+
+def text_ids(
+    token_ids: Tensor, token_bytes: Sequence[bytes | None], start: int, end: int
+) -> list[int]:
+    """The tokens from start to end that stand for text."""
+    part = zip(token_ids[start:end].tolist(), token_bytes[start:end], strict=True)
+    return [token_id for token_id, text in part if text]
+
+
+def last_text(token_ids: Tensor, token_bytes: Sequence[bytes | None], end: int) -> int | None:
+    """The token before `end`, if it stands for text."""
+    return int(token_ids[end - 1]) if end and token_bytes[end - 1] else None
+
+
+def readable(context: bytes) -> bytes:
+    """Replace bytes that are not UTF-8, which a host may write and a tokenizer cannot read.
+
+    A character that the end cuts stays cut: its other bytes may follow.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return decoder.decode(context).encode() + decoder.getstate()[0]

@@ -1,0 +1,115 @@
+"""A host's next token as a few candidates and one tail: what all predictors are computed over."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+CANDIDATE_NATS = 14.0
+"""Tokens this far below a row's likeliest are no candidates because of that row."""
+
+CANDIDATES, ROW_CANDIDATES = 8192, 512
+"""Likeliest tokens of all rows together, and of each at least, among which they are sought.
+
+A token in the tail is steered with all others there. Where one row is asked alone, many more of
+its own tokens must be candidates for the same text to cost the same as among other rows."""
+
+LEAST_LOGPROB = -60.0
+"""Stands for the impossible: a finite number, which powers and differences leave a number."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A host's distributions over candidates and, in the last column, all other tokens together.
+
+    Whatever steers decides between some hundred tokens; a vocabulary has a hundred thousand. The
+    others are steered as a whole and keep the host's proportions among themselves.
+
+    Attributes:
+        logits: The host's own, shape [rows, vocab], where it has computed them.
+        normaliser: Their log-sum-exp, shape [rows, 1].
+        logprobs: The host's, at least `LEAST_LOGPROB`, shape [rows, candidates + 1].
+        token_ids: The candidates, of all rows alike, ascending, shape [candidates].
+    """
+
+    logits: Tensor
+    normaliser: Tensor
+    logprobs: Tensor
+    token_ids: Tensor
+
+    @staticmethod
+    def of(logits: Tensor, wanted: Tensor) -> "Field":
+        """Choose the candidates: the likely tokens of any row, and those that are wanted.
+
+        Args:
+            logits: Shape [rows, vocab], on any device.
+            wanted: Token ids, shape [wanted].
+        """
+        each = max(CANDIDATES // len(logits), ROW_CANDIDATES)
+        top = logits.topk(min(each, logits.shape[1]), -1)
+        is_near = top.values > top.values[:, :1] - CANDIDATE_NATS
+        likely = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        likely[top.indices[is_near]] = True
+        likely[wanted.to(logits.device)] = True
+        token_ids = torch.nonzero(likely)[:, 0]
+        return Field(logits, *_over(logits, token_ids), token_ids.cpu())
+
+    @cached_property
+    def tail_entropy_nats(self) -> Tensor:
+        """Of the host's distribution among the tokens of the tail, shape [rows]."""
+        device = self.logits.device
+        others = self.logits.index_fill(1, self.token_ids.to(device), -torch.inf)
+        # Where there are none, there is nothing to be unsure of.
+        return torch.special.entr(others.softmax(-1)).sum(-1).nan_to_num(0.0).float().cpu()
+
+    def tempered(self, temperature: float) -> Tensor:
+        """The host's log-probabilities at another temperature, shape [rows, candidates + 1]."""
+        return _over(self.logits / temperature, self.token_ids.to(self.logits.device))[1]
+
+    def shifted(self, shift: Tensor) -> Tensor:
+        """The host's log-probabilities with the candidates' logits shifted, [rows, candidates]."""
+        tail = torch.zeros(len(self.logprobs), 1)
+        return (self.logprobs + torch.cat([shift, tail], 1)).log_softmax(-1)
+
+    def of_tokens(self, logprobs: Tensor, token_ids: Tensor) -> Tensor:
+        """What predictors give to one token a row.
+
+        Args:
+            logprobs: Shape [..., rows, candidates + 1].
+            token_ids: Shape [rows].
+
+        Returns:
+            Log-probabilities, shape [..., rows]; in the tail the host's proportions hold.
+        """
+        tail = len(self.token_ids)
+        places = torch.searchsorted(self.token_ids, token_ids).clamp_max(tail - 1)
+        inside = self.token_ids[places] != token_ids
+        places = torch.where(inside, tail, places)
+        own = self.logits.gather(1, token_ids[:, None].to(self.logits.device)) - self.normaliser
+        share = torch.where(inside, own[:, 0].float().cpu() - self.logprobs[:, -1], 0.0)
+        chosen = places.expand(logprobs.shape[:-1])[..., None]
+        return logprobs.gather(-1, chosen)[..., 0] + share
+
+    def everywhere(self, logprobs: Tensor) -> Tensor:
+        """Spread distributions of shape [rows, candidates + 1] over the vocabulary.
+
+        Returns:
+            Shape [rows, vocab], where the host's logits are; tokens that these forbid (-inf)
+            stay forbidden.
+        """
+        device = self.logits.device
+        shift = (logprobs[:, -1:] - self.logprobs[:, -1:]).to(device)
+        full = (self.logits - self.normaliser).float() + shift
+        full[:, self.token_ids.to(device)] = logprobs[:, :-1].float().to(device)
+        return full.masked_fill(self.logits.isneginf(), -torch.inf)
+
+
+def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of all tokens, and log-probabilities of the candidates and the tail."""
+    chosen = logits[:, token_ids]
+    # Summed by itself: one less the candidates' share would be lost in rounding.
+    others = logits.index_fill(1, token_ids, -torch.inf).logsumexp(-1, keepdim=True)
+    normaliser = torch.logaddexp(chosen.logsumexp(-1, keepdim=True), others)
+    logprobs = (torch.cat([chosen, others], 1) - normaliser).clamp_min(LEAST_LOGPROB)
+    return normaliser, logprobs.float().cpu()

@@ -1,0 +1,76 @@
+"""A field of candidates and a tail, against the same computed over the whole vocabulary."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimtab.carriers.gate import GATE_FEATURES, gate_features
+from trimtab.carriers.search import Found
+from trimtab.steering.field import CANDIDATE_NATS, CANDIDATES, LEAST_LOGPROB, Field
+
+VOCAB = 12_000
+NONE = torch.zeros(0, dtype=torch.long)
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    """Three rows: sure, unsure, and nearly flat, where candidates are cut off by number."""
+    noise = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    return noise * torch.tensor([[4.5], [2.0], [0.1]])
+
+
+def test_candidates_are_the_likely_of_any_row_and_the_wanted(logits: Tensor) -> None:
+    wanted = logits[0].argmin()[None]
+    found = Field.of(logits, wanted)
+    expected = {int(wanted)}
+    for row in logits:
+        best = row.argsort(descending=True)[: CANDIDATES // 3].tolist()
+        expected |= {i for i in best if row[i] > row.max() - CANDIDATE_NATS}
+    assert found.token_ids.tolist() == sorted(expected)
+
+
+def test_the_host_is_itself_everywhere(logits: Tensor) -> None:
+    logits[1, 5] = -torch.inf
+    field = Field.of(logits, torch.tensor([5, 7]))
+    everywhere = field.everywhere(field.logprobs)
+    torch.testing.assert_close(everywhere, logits.log_softmax(-1))
+    targets = torch.tensor([7, int(logits[1].argmin()), int(logits[2].argmax())])
+    targets[1] = next(i for i in range(VOCAB) if i not in field.token_ids)
+    ours = field.of_tokens(field.logprobs.expand(2, -1, -1), targets)
+    torch.testing.assert_close(ours, everywhere.gather(1, targets[:, None])[:, 0].expand(2, -1))
+
+
+def test_what_shifts_a_field_shifts_the_vocabulary(logits: Tensor) -> None:
+    field = Field.of(logits, NONE)
+    shift = torch.linspace(-1, 1, len(field.token_ids)).expand(3, -1)
+    moved = logits.index_add(1, field.token_ids, shift)
+    found = field.everywhere(field.shifted(shift))
+    torch.testing.assert_close(found, moved.log_softmax(-1))
+    colder = field.everywhere(field.tempered(0.8)).gather(1, field.token_ids.expand(3, -1))
+    expected = (logits / 0.8).log_softmax(-1)[:, field.token_ids]
+    torch.testing.assert_close(colder, expected)
+
+
+def test_a_gate_sees_the_tail_as_the_tokens_that_it_is(logits: Tensor) -> None:
+    field = Field.of(logits, NONE)
+    found = Found(
+        entries=torch.zeros(3, 2, dtype=torch.long),
+        weights=torch.tensor([[0.7, 0.3]] * 3),
+        matched_bytes=torch.ones(3, 2, dtype=torch.long),
+    )
+    places = torch.tensor([[0, 1]] * 3)
+    whole = gate_features(found, field.token_ids[places], logits.log_softmax(-1))
+    tail = field.tail_entropy_nats
+    ours = gate_features(found, places, field.logprobs, tail_entropy_nats=tail)
+    torch.testing.assert_close(ours, whole)
+    blind = gate_features(found, places, field.logprobs)
+    entropy = GATE_FEATURES.index("entropy_nats")
+    assert (blind[:, entropy] < whole[:, entropy] - 0.1).any()
+
+
+def test_no_tail_and_impossible_tokens_are_no_trouble() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    field = Field.of(logits, torch.arange(3))
+    assert field.logprobs[0, 2:].tolist() == [LEAST_LOGPROB, LEAST_LOGPROB]
+    assert float(field.tail_entropy_nats[0]) == 0.0
+    torch.testing.assert_close(field.everywhere(field.logprobs), logits.log_softmax(-1))
