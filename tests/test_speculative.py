@@ -15,6 +15,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from trimtab.backends.chat import prompt_ids
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
@@ -130,6 +131,26 @@ def test_other_processors_see_the_text_before_each_place(host: HFModel, small: s
     pair = sure_pair(small)
     plain, ours = (written(host, pair, n, **options) for n in (0, 4))
     assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
+
+
+@pytest.mark.parametrize("small", [SMALL, BYTES])
+def test_each_place_has_its_own_candidates(
+    host: HFModel, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So near that a place's candidates are its neighbours' tail.
+    monkeypatch.setattr("trimtab.steering.field.CANDIDATE_NATS", 2.0)
+    pair = sure_pair(small)
+    plain, ours = (written(host, pair, n) for n in (0, 5))
+    assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
+
+
+def test_a_forced_token_inside_a_draft_is_written(host: HFModel) -> None:
+    pair, end = sure_pair(SMALL), min(host.end_ids)
+    options = {"max_new_tokens": 6, "forced_eos_token_id": end, "eos_token_id": end}
+    with passes(host.model) as read:
+        ours = written(host, pair, 5, **options)
+    assert ours.sequences[0, -1] == end and max(read[1:]) > 1
+    assert_same(written(host, pair, 0, **options), ours, ids_of(host).shape[1])
 
 
 def test_a_draft_that_stands_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,3 +319,13 @@ def test_what_takes_more_than_scores_runs_plain(
     torch.manual_seed(0)
     found = written(host, pair, 5, max_new_tokens=2, **options)
     assert not drafted and torch.equal(found.sequences, expected.sequences)
+
+
+def test_an_encoder_decoder_runs_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = sharp("tiny:bart?hidden=32")
+    source = torch.tensor([prompt_ids(host, PROMPT)])
+    expected = written(host, sure_pair(BYTES), 0, inputs=source)
+    monkeypatch.setattr(Drafter, "draft", lambda *_: pytest.fail("drafted"))
+    assert torch.equal(
+        written(host, sure_pair(BYTES), 5, inputs=source).sequences, expected.sequences
+    )
