@@ -283,4 +283,5 @@ def _asked(name: str, configs: Sequence[Any], options: Mapping[str, Any]) -> boo
     value = options.get(name)
     value = _first(name, configs) if value is None else value
     # A guidance of 1 is none, and so is one beam; but True is no number here.
-    return value is True or not (value is None or value in (0, 1))
+    is_none = value is None or (isinstance(value, int | float) and value in (0, 1))
+    return value is True or not is_none
