@@ -493,13 +493,13 @@ def byte_mounted(adapter: Path, byte_host: HFModel) -> Mounted:
     )
 
 
-def decided_live(host: HFModel) -> Live:
+def decided_live(host: HFModel, draft_tokens: int = 0) -> Live:
     """Expert and reference that are sure of what they say, each of something else."""
     pair = [open_model(f"tiny:llama?hidden=32&seed={seed}", dtype="float32") for seed in (7, 8)]
     for model in pair:
         with torch.no_grad():
             model.unembedding.weight.mul_(10)
-    return Live(Pair(*pair), host)
+    return Live(Pair(*pair), host, draft_tokens=draft_tokens)
 
 
 def reference_blends(host: HFModel, pair: Pair, ids: list[int], small_ids: list[int]) -> Tensor:
@@ -876,6 +876,54 @@ def test_the_real_expert_steers(adapter: Path) -> None:
     options = {"carriers": ("expert",), "max_new_tokens": 4}
     plain, first, again = (run(adapter, *PROMPTS[:2], strength=s, **options) for s in (0, 1, 1))
     assert plain.texts != first.texts == again.texts
+
+
+# Speculative steering of one prompt; `test_speculative` compares its scores.
+
+
+@pytest.mark.parametrize("ref", [HOST, "tiny:qwen3?hidden=32"])
+@pytest.mark.parametrize("carriers", [("expert",), ("head", "memory", "expert")])
+def test_drafts_change_no_text(adapter: Path, ref: str, carriers: tuple[str, ...]) -> None:
+    asked = {"host": ref, "carriers": carriers, "max_new_tokens": 16}
+    plain, ours = (run(adapter, PROMPTS[0], draft_tokens=n, **asked) for n in (0, 5))
+    assert ours.texts == plain.texts and ours.tokens == plain.tokens
+    host_alone = run(None, PROMPTS[0], host=ref, max_new_tokens=16)
+    assert host_alone.texts != plain.texts
+    untouched = run(adapter, PROMPTS[0], strength=0, draft_tokens=5, **asked)
+    assert untouched.texts == host_alone.texts
+
+
+def test_a_stop_string_inside_a_draft_ends_the_text(adapter: Path) -> None:
+    asked = {"carriers": ("expert",), "host": "tiny:qwen3?hidden=32", "max_new_tokens": 16}
+    whole = run(adapter, PROMPTS[0], draft_tokens=0, **asked)
+    pieces: list[str] = []
+    config = GenerateConfig.model_validate(
+        {"prompt": PROMPTS[:1], "adapter": adapter, "dtype": "float32", "draft_tokens": 5}
+        | {**asked, "stop": (whole.texts[0][5:8],)}
+    )
+    stopped = generate(config, on_text=lambda _, text: pieces.append(text))
+    assert stopped.texts[0] == whole.texts[0].split(whole.texts[0][5:8])[0] == "".join(pieces)
+    assert stopped.tokens[0] < 16
+    plain = config.model_copy(update={"draft_tokens": 0})
+    assert generate(plain).tokens == stopped.tokens
+
+
+def test_drafts_change_nothing_in_a_chat(byte_host: HFModel, byte_mounted: Mounted) -> None:
+    found, batch = [], chat_inputs(byte_host, MESSAGES[0])
+    for draft_tokens in (0, 3):
+        live = decided_live(byte_host, draft_tokens)
+        live.pair.reference.tokenizer.chat_template = OTHER_TEMPLATE
+        with steered(
+            byte_host,
+            byte_mounted,
+            carriers=("head", "memory", "expert"),
+            live=live,
+            messages=MESSAGES[:1],
+        ) as model:
+            found.append(model.generate(**batch, **{**SCORES, "max_new_tokens": 8}))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for one, other in zip(found[0].scores, found[1].scores, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 @given(st.binary(max_size=12), st.text("aä€😀", max_size=6))

@@ -100,7 +100,7 @@ def test_a_model_is_fetched_by_name_and_revision_and_later_found_without_the_hub
         opened = open_model(ref, dtype="float32", progress=progress)
         assert opened.ref == ref
         assert torch.equal(opened.logits(ids), expected)
-    assert fetched[0] == (f"downloading {_NAME}", sum(fetched[1 : 1 + len(hub.files)]))
+    assert fetched[0] == (f"downloading {_NAME} (bytes)", sum(fetched[1 : 1 + len(hub.files)]))
     assert not [path for path in hub.asked if path.endswith((".bin", "consolidated.safetensors"))]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     found = open_model(f"{_NAME}@{_COMMIT}", dtype="float32")

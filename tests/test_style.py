@@ -17,7 +17,7 @@ ALLOWED_LARGER: dict[str, str] = {}
 # Each layer may import itself and the layers above it in this list, never one below.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "types", "vocab", "unembedding"),
-    ("align", "anchors", "blend", "costing", "encoding", "losses", "metrics"),
+    ("acceptance", "align", "anchors", "blend", "costing", "encoding", "losses", "metrics"),
     ("carriers", "store", "text"),
     ("backends",),
     ("soft_targets", "steering", "tuning"),

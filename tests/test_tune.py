@@ -76,7 +76,7 @@ def stopped_after(calls: int) -> Progress:
 
     @contextmanager
     def open_display(label: str, total: int) -> Iterator[Callable[[int], None]]:
-        left = calls if label == "tuning" else math.inf
+        left = calls if label == "tuning (tokens)" else math.inf
 
         def advance(_: int) -> None:
             nonlocal left

@@ -47,20 +47,17 @@ OUT = Path("build/demo")
 CACHE = Path("build/cache")
 TEXTS = Path("build/texts")
 
-CHOICE = corpus.Choice(seed=0, test_files=16, train_bytes=36_000)
-GENERAL_TOKENS = 8_192
-"""Half of the neutral text, which record and mount read."""
-EVALUATED_TOKENS = 3_072
+CHOICE = corpus.Choice(seed=0, test_files=16, train_bytes=55_000)
+EVALUATED_TOKENS = 4_096
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
-DOCUMENT_TOKENS = 192
+DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
-HEAD_EPOCHS = 2
-VALIDATIONS, VALIDATION_TOKENS = 2, 1_024
-GROWTH_TOKENS = 4_096
+HEAD_EPOCHS = 3
+GROWTH_TOKENS = 6_144
 """Part of the recording whose memory is measured beside the whole; it costs a fit and two
 measurements."""
 GROWTH_ROWS = ("host", "memory")
-GROWTH_SCORED_TOKENS = 768
+GROWTH_SCORED_TOKENS = 1_024
 SEED = 0
 
 
@@ -225,15 +222,11 @@ def _make_adapter(job: Job, clock: Clock, display: Display) -> None:
             data=(str(job.train),),
             against=(str(job.test),),
             out=expert,
-            validations=VALIDATIONS,
-            validation_tokens=VALIDATION_TOKENS,
             seed=SEED,
         )
         print(trimtab.tune(config, progress=display.progress).summary())
     with clock.step("record", recording):
-        config = RecordConfig(
-            expert=expert, out=recording, general_tokens=GENERAL_TOKENS, seed=SEED
-        )
+        config = RecordConfig(expert=expert, out=recording, seed=SEED)
         print(trimtab.record(config, progress=display.progress).summary())
     with clock.step("fit", job.adapter):
         config = FitConfig(

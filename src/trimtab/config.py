@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MIN_WINDOW_TOKENS = 8
 """Of a training window."""
 
+DRAFT_TOKENS = 0
+"""Tokens that an expert drafts ahead at most, unless told otherwise: none, since no measurement
+has yet shown on which machines and pairs a draft pays."""
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 CarrierName = Literal["head", "memory", "expert"]
 ExportKind = Literal["peft", "gguf", "merged", "onnx"]
@@ -263,6 +267,9 @@ class GenerateConfig(Config):
     host_keys: bool = False
     """Let the host read the memory's text once and key it by its own states: no training, but a
     pass over that text; better than keys that are read through the map."""
+    draft_tokens: int = Field(default=DRAFT_TOKENS, ge=0, le=64)
+    """With the expert and one prompt: tokens that it drafts ahead at most, for the host to verify
+    in one pass; the text is chosen as without (0: none)."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest continuation."""
     temperature: float = Field(default=0.0, ge=0)

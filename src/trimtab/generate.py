@@ -154,7 +154,14 @@ def _ready(
     mounted = mount(MountConfig.model_validate(seat), host=host, progress=progress)
     live = None
     if "expert" in carriers:
-        live = open_live(mounted, host, small=config.small, dtype=config.dtype, progress=progress)
+        live = open_live(
+            mounted,
+            host,
+            small=config.small,
+            dtype=config.dtype,
+            progress=progress,
+            draft_tokens=config.draft_tokens,
+        )
     with steered(
         host,
         mounted,

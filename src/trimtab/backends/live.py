@@ -16,6 +16,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
 from trimtab.backends.ways import Ways
+from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
@@ -43,12 +44,20 @@ class PairProbs(NamedTuple):
 class Live:
     """An expert and its reference, asked about a host's next tokens from the same bytes."""
 
-    def __init__(self, pair: Pair, host: HFModel) -> None:
-        """Align the pair's tokenizer with the host's."""
+    def __init__(self, pair: Pair, host: HFModel, *, draft_tokens: int = DRAFT_TOKENS) -> None:
+        """Align the pair's tokenizer with the host's.
+
+        Args:
+            pair: Expert and reference.
+            host: The host.
+            draft_tokens: Tokens that the expert drafts ahead at most, where a host decodes one
+                prompt, for the host to verify in one pass; 0 for none.
+        """
         self._pair = pair
+        self.draft_tokens = draft_tokens
         self.alignment = Alignment(pair.reference.strings, host.strings)
         self._rows: dict[int, PairCaches] = {}
-        self._one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host.vocabulary)
+        self.is_one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host.vocabulary)
 
     @property
     def pair(self) -> Pair:
@@ -79,7 +88,8 @@ class Live:
                 the text, as at a prompt's end.
             start: Tokens of the small models that all contexts go on from; no cover gives them
                 back (default: what the small models expect before any text).
-            row: Keep the key-value caches of this row of a generation; then there is one context.
+            row: Keep the key-value caches of this row of a generation; then there is one context,
+                or several that each go on from the one before.
 
         Raises:
             ModelError: A context is longer than the small models can read.
@@ -87,13 +97,13 @@ class Live:
         reference, vocabulary = self._pair.reference, self._pair.vocabulary
         encode = reference.encode if start is None else reference.encode_following
         start = reference.context_ids() if start is None else start
-        if self._one_vocabulary and host_ids is not None:
+        if self.is_one_vocabulary and host_ids is not None:
             ways = [[Cover(tuple(ids), b"")] for ids in host_ids]
         else:
             ways = [covers_of(context, encode, vocabulary) for context in contexts]
         # A host that puts a space of its own before a text writes its first token alone: after
         # nothing the small models expect no space.
-        begins = self._one_vocabulary or not self.alignment.host.vocabulary.prefix_space
+        begins = self.is_one_vocabulary or not self.alignment.host.vocabulary.prefix_space
         covers = [
             [cover for cover in found if cover.tokens or (start and (cover.rest or begins))]
             for found in ways
@@ -108,8 +118,12 @@ class Live:
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
         lasts = [None] * len(contexts) if host_lasts is None else host_lasts
-        caches = PairCaches() if row is None else self._rows.setdefault(row, PairCaches())
+        caches = PairCaches() if row is None else self.caches(row)
         return LiveReading(tree, covers, ends, lasts, *self._states(tree, caches), caches)
+
+    def caches(self, row: int) -> "PairCaches":
+        """What both models keep of a row of a generation."""
+        return self._rows.setdefault(row, PairCaches())
 
     def score(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, token_ids: Tensor
@@ -142,7 +156,7 @@ class Live:
             )
             for side, after in zip(replies, self._ask_on(reading, asked), strict=True)
         ]
-        if not self._one_vocabulary:
+        if not self.is_one_vocabulary:
             carried = [torch.lerp(side, host_probs, DOUBT) for side in carried]
         return PairProbs(*carried)
 
@@ -167,7 +181,7 @@ class Live:
         with torch.no_grad():
             logits = self._pair.expert_unembedding.logits(reading.expert[nodes])
         likely = logits.topk(min(EXPECTED_TOKENS, logits.shape[1]), -1).indices.cpu().unique()
-        if self._one_vocabulary:
+        if self.is_one_vocabulary:
             return likely
         first = self.alignment.first_host(likely).unique()
         return first[first >= 0]
@@ -179,7 +193,7 @@ class Live:
         host_probs: Tensor,
         candidates: Candidates,
     ) -> list[Asked]:
-        if self._one_vocabulary:
+        if self.is_one_vocabulary:
             return []
         found = still_undecided(self.alignment, replies, host_probs, candidates)
         longest = self._pair.reference.max_tokens
@@ -190,7 +204,7 @@ class Live:
     def _cuts(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, candidates: Candidates
     ) -> list[HostCut | None]:
-        if self._one_vocabulary:
+        if self.is_one_vocabulary:
             return [None] * len(questions)
         return [
             None if last is None else HostCut.of(self.alignment.host, last, probs, candidates)

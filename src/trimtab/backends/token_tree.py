@@ -122,6 +122,28 @@ def run_tree(model: HFModel, tree: TokenTree, cached: ModelCache) -> Tensor:
     return cached.keep(tree, states)
 
 
+def run_line(model: HFModel, tokens: Sequence[int], cached: ModelCache) -> Tensor:
+    """Final hidden state of a sequence's last token, shape [hidden], as a tree of that alone.
+
+    Args:
+        model: Decoder-only.
+        tokens: The sequence; at least one token.
+        cached: As for `run_tree`, which may go on from here.
+    """
+    shared = 0
+    for ours, theirs in zip(cached.tokens, tokens[:-1], strict=False):
+        if ours != theirs:
+            break
+        shared += 1
+    cached.tokens, cached.states = cached.tokens[:shared], cached.states[:shared]
+    cached.cut(shared)
+    new, depths = list(tokens[shared:]), list(range(shared, len(tokens)))
+    visible = torch.ones(len(new), len(tokens), dtype=torch.bool).tril(shared)
+    states = _forward(model, new, depths, visible, cached)
+    cached.tokens, cached.states = [*cached.tokens, *new], [*cached.states, *states]
+    return states[-1]
+
+
 def run_after(
     model: HFModel, tree: TokenTree, leaves: Sequence[tuple[int, int]], cached: ModelCache
 ) -> Tensor:

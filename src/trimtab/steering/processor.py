@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    LogitsProcessor,
+    DynamicCache,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,21 +16,17 @@ from trimtab.align.strings import token_lengths
 from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, adopt_model
-from trimtab.backends.live import Live, LiveReading
-from trimtab.config import CarrierName, Dtype
+from trimtab.backends.live import Live
+from trimtab.config import DRAFT_TOKENS, CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
 from trimtab.steering.beside import open_beside
-from trimtab.steering.evidence import (
-    Mixture,
-    ReadPrompt,
-    last_text,
-    readable,
-    text_before,
-    text_ids,
-)
+from trimtab.steering.drafting import Drafter
+from trimtab.steering.evidence import Mixture
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.predictors import Rows, Steering
+from trimtab.steering.predictors import Steering
 from trimtab.steering.rows import row_of
+from trimtab.steering.scores import SteeringProcessor, Trace
+from trimtab.steering.speculative import Speculation
 from trimtab.types import Progress, silent
 
 Host = HFModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -47,6 +42,22 @@ _REFUSED = (
     "custom_generate",
     "guidance_scale",
     "inputs_embeds",
+)
+
+# These keep more than tokens and scores of a step, or remember the steps before.
+_PLAIN_INPUTS = frozenset(
+    ("logits_processor", "past_key_values", "position_ids", "synced_gpus", "custom_generate")
+)
+_PLAIN_DECODING = (
+    "num_beams",
+    "num_return_sequences",
+    "cache_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "prefill_chunk_size",
+    "stop_strings",
+    "token_healing",
+    "watermarking_config",
 )
 
 
@@ -95,7 +106,7 @@ def steered(
         beside = mixture.steering.live
         small = beside.pair.reference if beside else None
         chats = [chat_prompt(opened, message, small) for message in messages]
-        with _generate_replaced(opened, mixture, chats):
+        with steered_by(opened, mixture, chats):
             yield opened.model
 
 
@@ -106,15 +117,16 @@ def open_live(
     small: str | None = None,
     dtype: Dtype = "auto",
     progress: Progress = silent,
+    draft_tokens: int = DRAFT_TOKENS,
 ) -> Live:
     """Open an adapter's expert and its reference, on the CPU, to run beside a host.
 
-    Args and errors are those of `open_beside`.
+    Args and errors are those of `open_beside`, and of `Live`.
     """
     pair = open_beside(
         mounted.manifest, mounted.folder, small=small, dtype=dtype, progress=progress
     )
-    return Live(pair, host)
+    return Live(pair, host, draft_tokens=draft_tokens)
 
 
 def _mixture(
@@ -185,23 +197,36 @@ def _adopted(host: Host) -> Iterator[HFModel]:
 
 
 @contextmanager
-def _generate_replaced(
-    host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt]
-) -> Iterator[None]:
+def steered_by(host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt] = ()) -> Iterator[None]:
+    """Steer a host's `generate` inside the context by carriers that are seated on it already.
+
+    Args:
+        host: The host.
+        mixture: What steers.
+        chats: What each prompt answers, where these are chats.
+
+    Raises:
+        ModelError: As `steered`.
+    """
     model: Any = host.model
     if "generate" in vars(model):
         raise ModelError(
             f"{host.ref} has a `generate` of its own: it is being steered already",
             hint="leave the other context first",
         )
-    plain, trace = model.generate, _Trace()
+    plain, trace = model.generate, Trace()
 
     def generate(*args: Any, **options: Any) -> Any:
         _check_decoding(model, args, options)
         mask = options.get(
             "decoder_attention_mask" if host.is_encoder_decoder else "attention_mask"
         )
-        ours = SteeringProcessor(host, mixture, trace, mask, chats)
+        ours, live = SteeringProcessor(host, mixture, trace, mask, chats), mixture.steering.live
+        if live and live.draft_tokens and _may_draft(host, args, options):
+            streamer = options.pop("streamer", None)
+            options["custom_generate"] = Speculation(
+                ours, Drafter(live, host), host.max_tokens, streamer
+            )
         given = options.pop("logits_processor", None) or ()
         with trace.running():
             return plain(*args, logits_processor=LogitsProcessorList([ours, *given]), **options)
@@ -231,170 +256,32 @@ def _check_decoding(model: Any, args: Sequence[Any], options: Mapping[str, Any])
         )
 
 
+def _may_draft(host: HFModel, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether a generation has one row, and nothing else than decoding it is asked for."""
+    model: Any = host.model
+    configs = [*args[1:2], options.get("generation_config"), model.generation_config]
+    ids = options.get("input_ids", options.get("inputs", args[0] if args else None))
+    mask = options.get("attention_mask")
+    one_row = isinstance(ids, Tensor) and ids.shape[0] == 1 and ids.shape[1] > 0
+    padded = mask is not None and not bool((mask == 1).all())
+    given = {name for name, value in options.items() if value is not None}
+    if not one_row or padded or host.is_encoder_decoder or given & _PLAIN_INPUTS:
+        return False
+    # What a recurrent layer has read cannot be taken back.
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    keeps = options.get("use_cache", _first("use_cache", configs)) in (None, True)
+    others = any(_asked(name, configs, options) for name in _PLAIN_DECODING)
+    return keeps and not others and not model._is_stateful and cache.is_croppable
+
+
+def _first(name: str, configs: Sequence[Any]) -> Any:
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
 def _asked(name: str, configs: Sequence[Any], options: Mapping[str, Any]) -> bool:
-    given = [options.get(name), *(getattr(config, name, None) for config in configs)]
-    value = next((value for value in given if value is not None), None)
-    # A guidance of 1 is none.
-    return value is not None and not (isinstance(value, int | float) and value in (0, 1))
-
-
-@final
-class _Trace:
-    """Keeps the final hidden states that a model computes while a generation runs."""
-
-    def __init__(self) -> None:
-        self._parts: list[Tensor] | None = None
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        self._parts = []
-        try:
-            yield
-        finally:
-            self._parts = None
-
-    def hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        del module, args
-        if self._parts is not None:
-            self._parts.append(output[0].detach())
-
-    def take(self) -> Tensor:
-        """States since the last call, shape [rows, seq, hidden]: one, or all of a prompt."""
-        parts, self._parts = self._parts or [], []
-        return torch.cat(parts, 1)
-
-
-@final
-class SteeringProcessor(LogitsProcessor):
-    """Replaces the host's scores by steered log-probabilities, for one call of `generate`."""
-
-    def __init__(
-        self,
-        host: HFModel,
-        mixture: Mixture,
-        trace: _Trace,
-        mask: Tensor | None,
-        chats: Sequence[ChatPrompt] = (),
-    ) -> None:
-        """Prepare for prompts with this attention mask, shape [prompts, seq], if there is one."""
-        self._host = host
-        self._mixture = mixture
-        self._trace = trace
-        self._mask = mask
-        self._chats = chats
-        self._is_text = token_lengths(host.vocabulary) > 0
-        self._prompt_tokens = 0
-        self._weights: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Steer the scores, shape [rows, vocab], of the tokens after input_ids [rows, seq].
-
-        Tokens that other processors have forbidden stay so.
-        """
-        states = self._trace.take()
-        rows = self._rows(input_ids)
-        spelled = [self._spelled(row.tolist()) for row in rows]
-        if self._weights is None:
-            self._prompt_tokens = input_ids.shape[1]
-            self._chats = _chat_of_each(self._host, self._chats, rows)
-            prompts = [
-                ReadPrompt(row, text, state[-len(row) :], chat)
-                for row, text, state, chat in zip(
-                    rows, spelled, states, self._chats or [None] * len(rows), strict=True
-                )
-            ]
-            self._weights = self._weigh(prompts)
-        if scores[:, self._is_text.to(scores.device)].isneginf().all():
-            # A forced token, such as the language that a target begins with: nothing to steer.
-            return scores
-        contexts, questions = self._read(rows, spelled, input_ids.shape[1] - self._prompt_tokens)
-        asked = Rows(scores.float(), states[:, -1], contexts, questions)
-        return self._mixture.logprobs(asked, self._weights)
-
-    def _spelled(self, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:
-        """The bytes of each token; of a target without the space that its tokenizer puts first."""
-        vocabulary = self._host.vocabulary
-        pieces = [vocabulary.token_bytes[i] for i in token_ids]
-        first = next((place for place, piece in enumerate(pieces) if piece), None)
-        if self._host.is_encoder_decoder and vocabulary.prefix_space and first is not None:
-            pieces[first] = (pieces[first] or b"").removeprefix(b" ")
-        return tuple(pieces)
-
-    def _read(
-        self, rows: Sequence[Tensor], spelled: Sequence[Sequence[bytes | None]], new_tokens: int
-    ) -> tuple[tuple[bytes, ...], tuple[tuple[LiveReading, range], ...]]:
-        """The text before each row's next token, and how the expert has read it."""
-        starts = [len(text) - new_tokens if self._chats else 0 for text in spelled]
-        ids = [
-            text_ids(row, text, start, len(text))
-            for row, text, start in zip(rows, spelled, starts, strict=True)
-        ]
-        # Where a prompt ends says nothing about how the host would read what follows it.
-        lasts = [
-            last_text(row, text, len(text)) if new_tokens else None
-            for row, text in zip(rows, spelled, strict=True)
-        ]
-        answers = [text_before(text[start:]) for text, start in zip(spelled, starts, strict=True)]
-        if not self._chats:
-            return tuple(answers), self._ask(answers, ids, lasts)
-        contexts = tuple(
-            text_before(text[chat.message.start : chat.message.stop]) + answer
-            for text, chat, answer in zip(spelled, self._chats, answers, strict=True)
-        )
-        return contexts, self._ask(answers, ids, lasts)
-
-    def _ask(
-        self,
-        contexts: Sequence[bytes],
-        host_ids: Sequence[Sequence[int]],
-        host_lasts: Sequence[int | None],
-    ) -> tuple[tuple[LiveReading, range], ...]:
-        """Let the expert read on, where there is one: row i continues row i of the call before."""
-        live = self._mixture.steering.live
-        if live is None:
-            return ()
-        starts = [chat.small_ids for chat in self._chats] or [None] * len(contexts)
-        readings = (
-            live.read([readable(context)], host_ids=[ids], host_lasts=[last], start=start, row=row)
-            for row, (context, ids, last, start) in enumerate(
-                zip(contexts, host_ids, host_lasts, starts, strict=True)
-            )
-        )
-        return tuple((reading, range(1)) for reading in readings)
-
-    def _rows(self, input_ids: Tensor) -> list[Tensor]:
-        """Token ids of each row without the padding of its prompt."""
-        ids = input_ids.cpu()
-        if self._mask is None:
-            return list(ids)
-        # Beams and several sequences of one prompt follow each other.
-        mask = self._mask.cpu().bool().repeat_interleave(len(ids) // len(self._mask), 0)
-        new = torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=torch.bool)
-        return [row[kept] for row, kept in zip(ids, torch.cat([mask, new], 1), strict=True)]
-
-    def _weigh(self, prompts: Sequence[ReadPrompt]) -> Tensor:
-        """Trust in each predictor by each prompt, shape [predictors, prompts]."""
-        known: dict[tuple[int, ...], Tensor] = {}
-        keys = [tuple(prompt.token_ids.tolist()) for prompt in prompts]
-        for key, prompt in zip(keys, prompts, strict=True):
-            if key not in known:
-                known[key] = self._mixture.weigh(self._host.unembedding, prompt)
-        return torch.stack([known[key] for key in keys], 1)
-
-
-def _chat_of_each(
-    host: HFModel, chats: Sequence[ChatPrompt], rows: Sequence[Tensor]
-) -> Sequence[ChatPrompt]:
-    """What each row answers, where these are chats: a prompt's rows follow each other."""
-    each = [chat for chat in chats for _ in range(len(rows) // len(chats))]
-    # The rows of an encoder-decoder are answers alone.
-    same = host.is_encoder_decoder or all(
-        list(chat.token_ids) == row.tolist() for chat, row in zip(each, rows, strict=False)
-    )
-    if chats and not (same and len(each) == len(rows)):
-        raise ModelError(
-            f"generate was given other prompts than the {len(chats)} messages under the chat"
-            f" template of {host.ref}",
-            hint="give it one prompt a message, in order, up to where the answer begins",
-        )
-    return each
+    value = options.get(name)
+    value = _first(name, configs) if value is None else value
+    # A guidance of 1 is none, and so is one beam; but True is no number here.
+    is_none = value is None or (isinstance(value, int | float) and value in (0, 1))
+    return value is True or not is_none

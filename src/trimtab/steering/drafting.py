@@ -1,0 +1,140 @@
+"""What an expert drafts for its host to verify, and how far ahead it does."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from trimtab.align.covers import covers_of
+from trimtab.backends.hf import HFModel
+from trimtab.backends.live import Live
+from trimtab.backends.token_tree import run_line
+from trimtab.steering.evidence import readable
+
+UNLIKELY = 0.3
+"""The expert stops where it finds all that it has drafted less likely than this."""
+
+_SLACK = 8
+"""Tokens by which some way to read a drafted text may exceed the draft."""
+
+Propose = Callable[[Sequence[int], Tensor], tuple[int, Tensor | None]]
+"""From the tokens drafted so far and the expert's logits over the host's tokens, shape [vocab], to
+the next one and what it was drawn from, shape [vocab]; None for the likeliest."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Host tokens that may follow.
+
+    Attributes:
+        token_ids: The tokens.
+        proposals: What each was drawn from, shape [vocab of host]; None for one that was certain.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    proposals: list[Tensor | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that a host is writing, as the expert is to read it.
+
+    Attributes:
+        context: All bytes before the next token; in a chat, of the answer.
+        host_ids: The host's tokens of that text.
+        start: What the small models read before it (default: what they expect before any text).
+    """
+
+    context: bytes
+    host_ids: Sequence[int]
+    start: Sequence[int] | None
+
+
+@final
+class Drafter:
+    """Lets the expert write ahead of its host."""
+
+    def __init__(self, live: Live, host: HFModel) -> None:
+        """Begin with drafts of full length."""
+        self._live = live
+        self._host = host
+        small, ends = live.pair.vocabulary.token_bytes, host.end_ids
+        self._may_follow = torch.tensor(
+            [
+                i < len(small) and (text is not None or i in ends)
+                for i, text in enumerate(host.vocabulary.token_bytes)
+            ]
+        )
+
+    def draft(self, written: Written, room: int, propose: Propose) -> Draft:
+        """Write ahead.
+
+        Args:
+            written: The text so far.
+            room: Most host tokens to draft.
+            propose: Chooses tokens, where host and expert have one vocabulary. Elsewhere the
+                expert's likeliest bytes are drafted, and stand as the host's tokenizer cuts them.
+        """
+        start = self._live.pair.reference.context_ids() if written.start is None else written.start
+        if self._live.is_one_vocabulary:
+            line = [*start, *written.host_ids]
+            return self._of_tokens(line, self._most(line, room), propose)
+        context = readable(written.context)
+        encode = self._live.pair.reference.encode
+        if written.start is not None:
+            encode = self._live.pair.reference.encode_following
+        own = covers_of(context, encode, self._live.pair.vocabulary)[0]
+        line = [*start, *own.tokens]
+        if own.rest:
+            return Draft()
+        return self._of_bytes(line, self._most(line, room), room)
+
+    def _most(self, line: Sequence[int], room: int) -> int:
+        longest = self._live.pair.reference.max_tokens
+        slack = 0 if self._live.is_one_vocabulary else _SLACK
+        left = room if longest is None else longest - len(line) - slack
+        return min(self._live.draft_tokens, room, left) if line else 0
+
+    def _of_tokens(self, line: Sequence[int], most: int, propose: Propose) -> Draft:
+        draft, sure = Draft(), 1.0
+        for logits in self._ahead(line, draft.token_ids, most):
+            padded = torch.full((len(self._may_follow),), -torch.inf)
+            width = min(len(padded), len(logits))
+            padded[:width] = logits[:width]
+            padded[~self._may_follow] = -torch.inf
+            token_id, proposal = propose(draft.token_ids, padded)
+            draft.token_ids.append(token_id)
+            draft.proposals.append(proposal)
+            sure *= float((padded[token_id] - padded.logsumexp(0)).exp())
+            if token_id in self._host.end_ids or sure < UNLIKELY:
+                break
+        return draft
+
+    def _of_bytes(self, line: Sequence[int], most: int, room: int) -> Draft:
+        token_bytes, tokens, sure = self._live.pair.vocabulary.token_bytes, [], 1.0
+        for logits in self._ahead(line, tokens, most):
+            token_id = int(logits.argmax())
+            if not token_bytes[token_id]:
+                break
+            tokens.append(token_id)
+            sure *= float((logits[token_id] - logits.logsumexp(0)).exp())
+            if sure < UNLIKELY:
+                break
+        text = b"".join(token_bytes[token_id] or b"" for token_id in tokens)
+        ids = self._host.encode_following(text.decode("utf-8", "ignore"))[:room]
+        return Draft(list(ids), [None] * len(ids))
+
+    def _ahead(self, line: Sequence[int], drafted: list[int], most: int) -> Iterator[Tensor]:
+        """The expert's logits after a line and what its caller has drafted after it by then."""
+        head, cached = self._live.pair.expert_unembedding, self._live.caches(0).expert
+        for _ in range(most):
+            with torch.no_grad(), self._live.pair.as_expert() as expert:
+                state = run_line(expert, [*line, *drafted], cached)
+                logits = head.logits(state).float().cpu()
+            yield logits

@@ -1,0 +1,331 @@
+"""Speculative steering, against plain steering of the same host."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+
+from trimtab.backends.chat import prompt_ids
+from trimtab.backends.hf import HFModel, adopt_model
+from trimtab.backends.live import Live
+from trimtab.backends.open import open_model
+from trimtab.backends.pair import Pair
+from trimtab.steering.drafting import Drafter
+from trimtab.steering.evidence import Mixture
+from trimtab.steering.predictors import Steering
+from trimtab.steering.processor import steered_by
+
+HOST = "tiny:qwen3?vocab=bpe&hidden=32"
+SMALL = "tiny:llama?hidden=32&vocab=bpe"
+BYTES = "tiny:llama?hidden=32"
+PROMPT = "The rudder turns the hull and the"
+KEPT = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+NEAR = 1e-4
+"""Two tokens that are as likely as this may change places with the rounding of a product."""
+
+
+def sharp(ref: str, factor: float = 6) -> HFModel:
+    """A random model that is sure of what it says."""
+    model = open_model(ref, dtype="float32")
+    with torch.no_grad():
+        model.unembedding.weight.mul_(factor)
+    return model
+
+
+class Forced(LogitsProcessor):
+    """Leaves one token only at each of the first places."""
+
+    def __init__(self, start: int, token_ids: tuple[int, ...]) -> None:
+        self.start, self.token_ids = start, token_ids
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        place = input_ids.shape[1] - self.start
+        if place >= len(self.token_ids):
+            return scores
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.token_ids[place]] = 0.0
+        return only
+
+
+@pytest.fixture(scope="module")
+def host() -> HFModel:
+    return sharp(HOST)
+
+
+def sure_pair(ref: str, factor: float = 10) -> Pair:
+    """Expert and reference that are sure of what they say, each of something else."""
+    return Pair(sharp(ref + "&seed=7", factor), sharp(ref + "&seed=8", factor))
+
+
+def ids_of(host: HFModel, prompt: str = PROMPT) -> Tensor:
+    return torch.tensor([host.context_ids() + host.encode(prompt)])
+
+
+def written(host: HFModel, pair: Pair, draft_tokens: int, **options: Any) -> Any:
+    """What a steered `generate` returns, with the expert drafting so many tokens."""
+    with drafting(host, Live(pair, host, draft_tokens=draft_tokens)) as model:
+        return model.generate(**{"inputs": ids_of(host), "max_new_tokens": 24, **KEPT, **options})
+
+
+@contextmanager
+def drafting(host: HFModel, live: Live) -> Iterator[Any]:
+    with steered_by(host, Mixture(Steering(("live",), live=live))):
+        yield host.model
+
+
+def assert_same(plain: Any, ours: Any, prompt_tokens: int) -> int:
+    """Same tokens from same scores, until two tokens are as good as equal; how many."""
+    pairs = zip(plain.scores, ours.scores, strict=False)
+    for place, (one, other) in enumerate(pairs, start=prompt_tokens):
+        assert torch.equal(plain.sequences[:, :place], ours.sequences[:, :place])
+        finite = one.isfinite()
+        assert torch.equal(finite, other.isfinite())
+        torch.testing.assert_close(other[finite], one[finite], atol=2e-4, rtol=1e-4)
+        best = one[0].softmax(-1).topk(2).values
+        if best[0] - best[1] < NEAR:
+            return place - prompt_tokens
+    assert torch.equal(plain.sequences, ours.sequences)
+    return len(plain.scores)
+
+
+@contextmanager
+def passes(model: Any) -> Iterator[list[int]]:
+    """Tokens of each forward pass of a model."""
+    found: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _module, _args, options: found.append(options["input_ids"].shape[1]),
+        with_kwargs=True,
+    )
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("family", "small"),
+    [("qwen3", SMALL), ("gpt2", SMALL), ("gemma2", SMALL), ("gemma2", BYTES), ("gemma3", BYTES)],
+)
+def test_greedy_is_plain_greedy(family: str, small: str) -> None:
+    host, pair = sharp(f"tiny:{family}?vocab=bpe&hidden=32"), sure_pair(small)
+    plain = written(host, pair, 0)
+    with passes(host.model) as read:
+        ours = written(host, pair, 5)
+    assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
+    assert max(read[1:]) > 1
+
+
+@pytest.mark.parametrize("small", [SMALL, BYTES])
+def test_other_processors_see_the_text_before_each_place(host: HFModel, small: str) -> None:
+    options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.2, "min_new_tokens": 9}
+    pair = sure_pair(small)
+    plain, ours = (written(host, pair, n, **options) for n in (0, 4))
+    assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
+
+
+@pytest.mark.parametrize("small", [SMALL, BYTES])
+def test_each_place_has_its_own_candidates(
+    host: HFModel, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So near that a place's candidates are its neighbours' tail.
+    monkeypatch.setattr("trimtab.steering.field.CANDIDATE_NATS", 2.0)
+    pair = sure_pair(small)
+    plain, ours = (written(host, pair, n) for n in (0, 5))
+    assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
+
+
+def test_a_forced_token_inside_a_draft_is_written(host: HFModel) -> None:
+    pair, end = sure_pair(SMALL), min(host.end_ids)
+    options = {"max_new_tokens": 6, "forced_eos_token_id": end, "eos_token_id": end}
+    with passes(host.model) as read:
+        ours = written(host, pair, 5, **options)
+    assert ours.sequences[0, -1] == end and max(read[1:]) > 1
+    assert_same(written(host, pair, 0, **options), ours, ids_of(host).shape[1])
+
+
+def test_a_draft_that_stands_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.steering.drafting.UNLIKELY", 0.0)
+    host = sharp(HOST)
+    pair = Pair(sharp(HOST), sharp(HOST))
+    # Of no text, and of parts of characters, which no tokenizer writes, the expert has no say.
+    texts = enumerate(host.vocabulary.token_bytes)
+    options = {
+        "max_new_tokens": 21,
+        "suppress_tokens": [i for i, text in texts if text is None or not text.isascii()],
+    }
+    with passes(host.model) as read:
+        ours = written(host, pair, 4, **options)
+    # A prompt gives one token, and each pass four drafts and the token after them.
+    assert read == [ids_of(host).shape[1], 5, 5, 5, 5]
+    assert_same(written(host, pair, 0, **options), ours, read[0])
+
+
+def windowed() -> HFModel:
+    """A host whose layers see the last eight tokens only."""
+    plain = open_model("tiny:gemma3?vocab=bpe&hidden=32", dtype="float32")
+    config: Any = plain.model.config
+    config.sliding_window = 8
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)
+    return adopt_model("windowed", model, plain.tokenizer)
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("small", [SMALL, BYTES])
+def test_caches_hold_what_was_written_and_nothing_else(
+    window: bool, small: str, host: HFModel
+) -> None:
+    one, pair = windowed() if window else host, sure_pair(small)
+    plain = written(one, pair, 0, max_new_tokens=24)
+    live = Live(pair, one, draft_tokens=5)
+    with drafting(one, live) as model:
+        ours = model.generate(ids_of(one), max_new_tokens=24, **KEPT)
+    assert assert_same(plain, ours, ids_of(one).shape[1]) >= 12
+    read = ours.sequences[:, :-1]
+    anew = one.model(read, use_cache=True).past_key_values
+    assert ours.past_key_values.get_seq_length() == read.shape[1]
+    for kept, expected in zip(ours.past_key_values.layers, anew.layers, strict=True):
+        seen = 7 if window else read.shape[1]
+        assert kept.keys.shape[2] == seen
+        torch.testing.assert_close(kept.keys, expected.keys[:, :, -seen:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(kept.values, expected.values[:, :, -seen:], atol=1e-4, rtol=1e-4)
+    for cached, model in (
+        (live.caches(0).expert, expert_of(pair)),
+        (live.caches(0).reference, pair.reference),
+    ):
+        states = model.hidden(torch.tensor([cached.tokens]))[0]
+        torch.testing.assert_close(torch.stack(cached.states), states, atol=1e-4, rtol=1e-4)
+
+
+def expert_of(pair: Pair) -> HFModel:
+    with pair.as_expert() as expert:
+        return expert
+
+
+def plain_distribution(
+    host: HFModel, pair: Pair, options: dict[str, Any]
+) -> dict[tuple[int, ...], float]:
+    """Probability of each continuation of three tokens, from plain steering's own scores."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for length in range(1, 4):
+        longer = {}
+        for begun, prob in found.items():
+            forced = LogitsProcessorList([Forced(options["inputs"].shape[1], begun)])
+            asked = {**options, "max_new_tokens": length, "logits_processor": forced}
+            probs = written(host, pair, 0, **asked).scores[-1][0].softmax(-1)
+            for token_id in torch.nonzero(probs)[:, 0].tolist():
+                longer[(*begun, token_id)] = prob * float(probs[token_id])
+        found = longer
+    return found
+
+
+SAMPLES = 250
+
+
+@pytest.mark.parametrize("small", [SMALL, BYTES])
+def test_samples_have_plain_steerings_distribution(small: str, host: HFModel) -> None:
+    # A prompt of one token is no evidence, so that runs are short.
+    pair, prompt = sure_pair(small, 4), ids_of(host)[:, -1:]
+    options = {"do_sample": True, "top_k": 3, "top_p": 0.95, "temperature": 1.3, "inputs": prompt}
+    expected = plain_distribution(host, pair, options)
+    assert sum(expected.values()) == pytest.approx(1, abs=1e-4)
+    counts: Counter[tuple[int, ...]] = Counter()
+    torch.manual_seed(11)
+    with drafting(host, Live(pair, host, draft_tokens=2)) as model:
+        for _ in range(SAMPLES):
+            ids = model.generate(**options, max_new_tokens=3)
+            counts[tuple(ids[0, 1:].tolist())] += 1
+    assert set(counts) <= set(expected)
+    common = [c for c, prob in expected.items() if SAMPLES * prob >= 5]
+    seen, hoped = [counts[c] for c in common], [SAMPLES * expected[c] for c in common]
+    assert len(common) >= 8
+    result = chisquare([*seen, SAMPLES - sum(seen)], [*hoped, SAMPLES - sum(hoped)])
+    assert result.pvalue > 0.01
+
+
+@pytest.mark.parametrize("small", [SMALL, BYTES])
+def test_an_end_token_inside_a_draft_ends_the_text(small: str, host: HFModel) -> None:
+    pair, prompt_tokens = sure_pair(small), ids_of(host).shape[1]
+    ids = written(host, pair, 0).sequences[0].tolist()
+    fresh = [i for i in range(prompt_tokens, len(ids)) if ids[i] not in ids[prompt_tokens:i]]
+    for place in fresh[1:6]:
+        ended = written(host, pair, 5, eos_token_id=[ids[place]]).sequences[0].tolist()
+        assert ended == ids[: place + 1]
+
+
+def test_the_experts_own_end_is_drafted(host: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = sure_pair(SMALL)
+    ids = written(host, pair, 0).sequences[0].tolist()
+    monkeypatch.setattr(host.model.generation_config, "eos_token_id", [ids[-5], 257])
+    assert ids[-5] in host.end_ids
+    plain, ours = (written(host, pair, n).sequences for n in (0, 5))
+    assert torch.equal(plain, ours)
+
+
+class Listener:
+    """Hears every token of a generation, as transformers' streamers do."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.heard += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_hears_every_token_once(host: HFModel) -> None:
+    listener = Listener()
+    ids = written(host, sure_pair(SMALL), 5, streamer=listener).sequences[0].tolist()
+    assert listener.heard == ids and listener.ended == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inputs": torch.tensor([[84, 104], [84, 105]])},
+        {"attention_mask": torch.tensor([[0, 1]]), "inputs": torch.tensor([[258, 84]])},
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"use_cache": False},
+        {"output_hidden_states": True},
+        {"cache_implementation": "static"},
+        {"logits_processor": LogitsProcessorList([Forced(0, ())])},
+    ],
+)
+def test_what_takes_more_than_scores_runs_plain(
+    host: HFModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = sure_pair(SMALL)
+    torch.manual_seed(0)
+    expected = written(host, pair, 0, max_new_tokens=2, **options)
+    drafted: list[int] = []
+    monkeypatch.setattr(Drafter, "draft", lambda *_: drafted.append(1))
+    torch.manual_seed(0)
+    found = written(host, pair, 5, max_new_tokens=2, **options)
+    assert not drafted and torch.equal(found.sequences, expected.sequences)
+
+
+def test_an_encoder_decoder_runs_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = sharp("tiny:bart?hidden=32")
+    source = torch.tensor([prompt_ids(host, PROMPT)])
+    expected = written(host, sure_pair(BYTES), 0, inputs=source)
+    monkeypatch.setattr(Drafter, "draft", lambda *_: pytest.fail("drafted"))
+    assert torch.equal(
+        written(host, sure_pair(BYTES), 5, inputs=source).sequences, expected.sequences
+    )
