@@ -9,7 +9,7 @@ from typing import Any, final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
 
 MERGED_BYTES = 2**31
 """Linear weights of a small model that are kept twice, as they are and with the LoRA added: a
-second path beside each of them takes a third more time. Larger models do without the copy."""
+second path beside each of them takes a fifth more time. Larger models do without the copy."""
 
 
 @final
@@ -104,11 +104,12 @@ class LoraSwitch:
     @cached_property
     def _weights(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         """Each linear weight as it is and with the LoRA added; empty where that is too large."""
-        layers = [layer for layer in self._layers if isinstance(layer, LoraLayer)]
-        weights = [layer.get_base_layer().weight for layer in layers]
+        layers = [layer for layer in self._layers if isinstance(layer, LoraLinear)]
+        weights = [_weight(layer) for layer in layers]
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         # Weights that wait on disk until they are needed cannot be exchanged.
-        if size > MERGED_BYTES or any(weight.is_meta for weight in weights):
+        is_whole = len(layers) == len(self._layers) and not any(w.is_meta for w in weights)
+        if size > MERGED_BYTES or not is_whole:
             return []
         with torch.no_grad():
             return [
@@ -135,7 +136,13 @@ class LoraSwitch:
             weight.data = merged if on else base
 
 
-def _added(layer: LoraLayer) -> Tensor:
+def _weight(layer: LoraLinear) -> nn.Parameter:
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _added(layer: LoraLinear) -> Tensor:
     """What a LoRA adds to its weight."""
     (name,) = layer.lora_A
     return layer.get_delta_weight(name)
