@@ -415,6 +415,12 @@ def test_a_full_disk_loses_no_finished_report(
     assert "free space" in said and contents(report) == before
 
 
+def test_a_prompt_that_is_no_text(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    # What a shell's bytes that are not UTF-8 become in Python's arguments.
+    said = refusal(capsys, "generate", "\udcff broken", "--host", SMALL, "--adapter", work.adapter)
+    assert "prompt 1 is not UTF-8" in said
+
+
 def test_a_place_that_is_a_file(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
     taken = work.folder / "notes.txt"
     taken.write_text("years of work")
@@ -438,6 +444,7 @@ def test_a_folder_with_other_things_is_left_alone(
         ("tune", work.text, "--model", SMALL, "--out", mine),
         ("record", work.expert, "--out", mine),
         ("fit", work.recording, "--out", mine),
+        ("evaluate", work.adapter, SMALL, "--data", work.text, "--out", mine),
     ):
         refusal(capsys, *words)
         assert contents(mine) == {"thesis.txt": b"years of work"}

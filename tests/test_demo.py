@@ -2,14 +2,16 @@
 
 import random
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from examples.demo import corpus, models, packages, run
+from examples.demo import completions, corpus, models, packages, run
 from examples.demo.clock import Clock
 from trimtab.errors import InputError
-from trimtab.store.files import sha256_bytes
+from trimtab.report import Completion
+from trimtab.store.files import sha256_bytes, write_json
 from trimtab.text.probe import probe_documents
 
 FUNCTION = """//! File.
@@ -165,6 +167,16 @@ def test_a_folder_of_someone_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="would lose them"):
         corpus.write_texts(tmp_path, {"a.zig": "one"})
+
+
+def test_completions_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
+    kept, one = tmp_path / "kept.json", Completion("f", "fn f(", "a", "b", "c")
+    assert completions._read(kept, "asked") is None
+    write_json(kept, {"asked": "asked", "completions": [asdict(one)]})
+    assert completions._read(kept, "asked") == (one,)
+    assert completions._read(kept, "something else") is None
+    kept.write_text(kept.read_text()[:-5])
+    assert completions._read(kept, "asked") is None, "half a file"
 
 
 def test_held_out_functions_end_at_the_signature() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from test_generate import with_plain_gate
 from torch import Tensor
 from transformers import MarianConfig, MarianMTModel, MarianTokenizer
 
@@ -16,7 +17,6 @@ from trimtab.backends.chat import prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.backends.tokenizers import read_vocabulary
-from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.config import (
     EvaluateConfig,
     FitConfig,
@@ -36,9 +36,6 @@ from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Steering
 from trimtab.steering.processor import open_live
 from trimtab.steering.scoring import score_document
-from trimtab.store.adapter_schema import Gate
-from trimtab.store.card import write_adapter
-from trimtab.store.manifest import read_manifest
 from trimtab.tune import tune
 
 WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
@@ -67,14 +64,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fitting = {"recording": folder / "recording", "out": folder / "adapter", "rank": 8}
     fitting |= {"learning_rate": 3e-2, "epochs": 4, "active_tokens": 256, "key_size": 16}
     found = fit(FitConfig.model_validate(fitting | {"general_weight": 0.1})).folder
-    manifest = read_manifest(found)
-    assert manifest.memory
-    # A random reference is equally unsure everywhere, from which no gate can be learnt.
-    gate = Gate(features=GATE_FEATURES, weights=(-1.5, 1.0, 1.0, 1.0, 0.1, 0.05, 0.1))
-    memory = manifest.memory.model_copy(update={"gate": gate, "own_gate": gate, "bytes_gate": gate})
-    carriers = {**manifest.carriers, "memory": memory}
-    write_adapter(found, manifest.model_copy(update={"carriers": carriers}))
-    return found
+    return with_plain_gate(found)
 
 
 @pytest.fixture(scope="module")

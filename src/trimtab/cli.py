@@ -231,31 +231,22 @@ def _parameter(name: str, field: FieldInfo, *, argument: bool) -> inspect.Parame
             show_default=False,
         )
     kind: Any = list[str] if _is_many(field) else _plain_type(field)
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, shape],
-    )
+    return _keyword(name, Annotated[kind | None, shape])
 
 
 def _json_parameter() -> inspect.Parameter:
     shape = typer.Option("--json", help="Print the result as JSON.")
-    return inspect.Parameter(
-        _AS_JSON,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[bool, shape],
-    )
+    return _keyword(_AS_JSON, Annotated[bool, shape], default=False)
 
 
 def _config_parameter() -> inspect.Parameter:
     shape = typer.Option("--config", help="Settings by name, TOML or JSON; options win over it.")
+    return _keyword(_CONFIG_FILE, Annotated[Path | None, shape])
+
+
+def _keyword(name: str, annotation: Any, *, default: object = None) -> inspect.Parameter:
     return inspect.Parameter(
-        _CONFIG_FILE,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[Path | None, shape],
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
 
 

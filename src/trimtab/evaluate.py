@@ -16,6 +16,7 @@ from trimtab.steering.kept import Kept
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.rows import row_of
 from trimtab.steering.scoring import RowScore, ScoredDocument
+from trimtab.store.files import refuse_others
 from trimtab.store.manifest import read_manifest
 from trimtab.text.corpus import read_documents
 from trimtab.types import Document, Progress, silent
@@ -112,11 +113,8 @@ def _check_out(out: Path) -> None:
         )
     ours = ("report.json", "scores")
     others = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if others and not any((out / name).exists() for name in ours):
-        raise InputError(
-            f"{out} holds other things ({', '.join(others[:3])}) and no report",
-            hint="choose a new or empty folder for --out",
-        )
+    if not any((out / name).exists() for name in ours):
+        refuse_others(out, others, "report")
 
 
 def _name_of(pattern: str) -> str:

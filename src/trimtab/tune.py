@@ -39,7 +39,13 @@ from trimtab.store.expert import (
     write_expert,
     write_run,
 )
-from trimtab.store.files import LOCK_NAME, lock, package_versions, replace_directory
+from trimtab.store.files import (
+    LOCK_NAME,
+    lock,
+    package_versions,
+    refuse_others,
+    replace_directory,
+)
 from trimtab.text.packing import Windows
 from trimtab.tuning.schedule import Schedule
 from trimtab.tuning.training import Checkpoints, Learner, TrainingState, train
@@ -175,11 +181,8 @@ def _begun(asked: UnfinishedRun) -> UnfinishedRun:
         check_same_run(folder, found, asked)
         return found
     others = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME)
-    if found is None and others not in ([], [CHECKPOINT_NAME]):
-        raise InputError(
-            f"{folder} holds other things ({', '.join(others[:3])}) and no run of tune",
-            hint="choose a new or empty folder for --out",
-        )
+    if found is None and others != [CHECKPOINT_NAME]:
+        refuse_others(folder, others, "run of tune")
     write_run(folder, asked)
     return asked
 

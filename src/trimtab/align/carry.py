@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.align.candidates import Candidates, FirstTokens
-from trimtab.align.strings import KEPT_ANSWERS, Strings
+from trimtab.align.strings import KEPT_ANSWERS, Strings, token_lengths
 from trimtab.vocab import Vocabulary
 
 LEAST_PROB = 1e-7
@@ -83,7 +83,7 @@ class Alignment:
 
     @cached_property
     def _is_text(self) -> Tensor:
-        return torch.tensor([bool(text) for text in self.small.vocabulary.token_bytes])
+        return token_lengths(self.small.vocabulary) > 0
 
     def to_host(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
-from trimtab.steering.field import Field
+from trimtab.steering.field import CHUNK_ROWS, Field
 from trimtab.steering.predictors import Rows, Steering, predicted
 from trimtab.steering.rows import prior_of
 from trimtab.unembedding import Unembedding
@@ -18,9 +18,6 @@ from trimtab.unembedding import Unembedding
 EVIDENCE_TOKENS = 256
 """Last tokens of a prompt that count as evidence: each needs a row of logits, and by then the
 evidence has long decided where predictors differ."""
-
-CHUNK_POSITIONS = 64
-"""Prompt positions judged at once: 64 rows of 262,144 tokens are 67 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +80,19 @@ class Mixture:
         asked = _asked(prompt)
         if not asked:
             return self.prior
-        reading = self._read(prompt, asked)
+        start = prompt.text.start
+        contexts = [text_before(prompt.token_bytes[start : p + 1]) for p in asked]
+        reading = self._read(prompt, asked, contexts)
         first, scores = len(prompt.token_ids) - len(prompt.hidden), []
-        for begin in range(0, len(asked), CHUNK_POSITIONS):
-            part = range(begin, min(begin + CHUNK_POSITIONS, len(asked)))
+        for begin in range(0, len(asked), CHUNK_ROWS):
+            part = range(begin, min(begin + CHUNK_ROWS, len(asked)))
             positions = torch.tensor(asked[part.start : part.stop])
             hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
             hidden = hidden.to(unembedding.weight.device)
             rows = Rows(
                 unembedding.logits(hidden).float(),
                 hidden,
-                [_context(prompt, position) for position in positions.tolist()],
+                contexts[part.start : part.stop],
                 ((reading, part),) if reading else (),
             )
             field, stacked = self._said(rows)
@@ -122,12 +121,14 @@ class Mixture:
         field, dense = predicted(self.steering, rows)
         return field, torch.stack([dense[name] for name in self.members])
 
-    def _read(self, prompt: ReadPrompt, asked: Sequence[int]) -> LiveReading | None:
+    def _read(
+        self, prompt: ReadPrompt, asked: Sequence[int], contexts: Sequence[bytes]
+    ) -> LiveReading | None:
         if self.steering.live is None:
             return None
         ids, pieces, start = prompt.token_ids, prompt.token_bytes, prompt.text.start
         return self.steering.live.read(
-            [readable(_context(prompt, position)) for position in asked],
+            [readable(context) for context in contexts],
             host_ids=[text_ids(ids, pieces, start, position + 1) for position in asked],
             host_lasts=[last_text(ids, pieces, position + 1) for position in asked],
             start=prompt.chat.opening_ids if prompt.chat else None,
@@ -161,10 +162,6 @@ def _asked(prompt: ReadPrompt) -> list[int]:
         for position in range(first, len(prompt.token_ids) - 1)
         if position + 1 in prompt.text and prompt.token_bytes[position + 1]
     ][-EVIDENCE_TOKENS:]
-
-
-def _context(prompt: ReadPrompt, position: int) -> bytes:
-    return text_before(prompt.token_bytes[prompt.text.start : position + 1])
 
 
 def text_before(token_bytes: Sequence[bytes | None]) -> bytes:

@@ -15,6 +15,9 @@ CANDIDATES, ROW_CANDIDATES = 8192, 512
 A token in the tail is steered with all others there. Where one row is asked alone, many more of
 its own tokens must be candidates for the same text to cost the same as among other rows."""
 
+CHUNK_ROWS = 64
+"""Rows whose full-vocabulary logits are held at once: of 262,144 tokens, 67 MB in float32."""
+
 LEAST_LOGPROB = -60.0
 """Stands for the impossible: a finite number, which powers and differences leave a number."""
 

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.blend import evidence_weights, mixture_logprobs
-from trimtab.steering.field import Field
+from trimtab.steering.field import CHUNK_ROWS, Field
 from trimtab.steering.predictors import Rows, Steering, predicted
 from trimtab.steering.rows import present, prior_of
 from trimtab.text.corpus import scored_windows
-
-CHUNK = 64
-"""Positions whose full-vocabulary logits are held at once."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,8 @@ def score_document(
             seen = [ids[window.start : position] for position in scored]
             lasts = [ids[position - 1] if position else None for position in scored]
             reading = steering.live.read(before, host_ids=seen, host_lasts=lasts)
-        for first in range(scored.start, scored.stop, CHUNK):
-            last = min(first + CHUNK, window.end)
+        for first in range(scored.start, scored.stop, CHUNK_ROWS):
+            last = min(first + CHUNK_ROWS, window.end)
             asked = range(first - scored.start, last - scored.start)
             hidden = states[first - 1 + skip : last - 1 + skip]
             with torch.inference_mode():

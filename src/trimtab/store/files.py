@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -158,6 +158,24 @@ def _refuse_foreign(path: Path, marker: str, unfinished: Collection[str]) -> Non
         raise InputError(
             f"{path} holds {len(entries)} entries but no {marker}: replacing it would lose them",
             hint="choose a new or empty output folder",
+        )
+
+
+def refuse_others(folder: Path, others: Sequence[str], lacking: str) -> None:
+    """Refuse a folder that holds other things than what a run would go on from.
+
+    Args:
+        folder: The folder to write.
+        others: Names of what is in the way.
+        lacking: What it would need to hold for them to be ours.
+
+    Raises:
+        InputError: Something is in the way.
+    """
+    if others:
+        raise InputError(
+            f"{folder} holds other things ({', '.join(others[:3])}) and no {lacking}",
+            hint="choose a new or empty folder for --out",
         )
 
 

@@ -7,7 +7,7 @@ from pydantic import JsonValue, ValidationError
 
 from trimtab.errors import InputError
 from trimtab.store.adapter_schema import Part, Sha256
-from trimtab.store.files import LOCK_NAME, read_json, write_json
+from trimtab.store.files import LOCK_NAME, read_json, refuse_others, write_json
 from trimtab.store.recording_schema import PARTIAL_NAME
 
 # The expert may have moved: its fingerprint is among the inputs.
@@ -48,11 +48,7 @@ def begin_run(folder: Path, asked: RecordingRun) -> None:
             )
         return
     others = sorted(path.name for path in folder.iterdir() if not _is_ours(path.name))
-    if others:
-        raise InputError(
-            f"{folder} holds other things ({', '.join(others[:3])}) and no recording",
-            hint="choose a new or empty folder for --out",
-        )
+    refuse_others(folder, others, "recording")
     write_json(folder / PARTIAL_NAME, asked.model_dump(mode="json"))
 
 
