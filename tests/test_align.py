@@ -1,5 +1,6 @@
 """Carrying distributions over byte strings, against small vocabularies spelled out."""
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -173,9 +174,9 @@ def test_what_a_host_has_ended_is_left_out_by_share() -> None:
     cut = HostCut.of(host, 0, host_probs, candidates)
     assert [cut.share_of(text) for text in (b"8", b"x", b"8x", b"s")] == [0.0, 1.0, 0.0, 0.0]
     logprobs = torch.tensor([0.2, 0.3, 0.1, 0.2, 0.1, 0.1]).log()
-    left = cut.leave_out(logprobs, b"u", small).exp()
+    left = cut.left_of(logprobs, b"u", small).of(logprobs).exp()
     torch.testing.assert_close(left[[4, 5]], torch.tensor([0.0, 0.1]))
-    torch.testing.assert_close(cut.leave_out(logprobs, b"q", small), logprobs)
+    torch.testing.assert_close(cut.left_of(logprobs, b"q", small).of(logprobs), logprobs)
 
 
 def test_a_token_may_go_on_beyond_one_that_the_host_would_join() -> None:
@@ -197,8 +198,22 @@ def test_unasked_tokens_keep_the_share_of_those_that_are_asked(
     small = Strings(Vocabulary((b"8", b"x", b"y")))
     candidates = Candidates.of(torch.arange(4), host.vocabulary)
     cut = HostCut.of(host, 0, torch.full((4,), 0.25), candidates)
-    left = cut.leave_out(torch.tensor([0.6, 0.2, 0.1]).log(), b"", small).exp()
-    torch.testing.assert_close(left, torch.tensor([0.0, 0.2, 0.1 * 0.25]))
+    probs = torch.tensor([0.6, 0.2, 0.1])
+    left = cut.left_of(probs.log(), b"", small)
+    torch.testing.assert_close(left.of(probs.log()).exp(), torch.tensor([0.0, 0.2, 0.1 * 0.25]))
+    # All together keep the same share: what is asked, and hence what is not.
+    assert left.others == pytest.approx(float(left.of(probs.log()).exp().sum() / probs.sum()))
+
+
+@pytest.mark.parametrize("without_text", [0.3, 1 - 1e-9])
+def test_the_mass_beyond_a_beginning_is_the_sum(without_text: float) -> None:
+    strings = Strings(Vocabulary((b"a", None, b"ab", b"abc", b"b", b"ab", None)))
+    probs = torch.tensor([0.2, 0.0, 0.3, 0.1, 0.4, 0.0, 0.0]).double() * (1 - without_text)
+    probs[1] = without_text
+    for start in (b"", b"a", b"ab", b"abc"):
+        beyond = float(probs[strings.longer_than(start)].sum())
+        expected = -math.inf if not beyond else pytest.approx(math.log(beyond), abs=1e-6)
+        assert strings.log_mass_beyond(start, probs.log()) == expected
 
 
 def test_without_a_tokenizer_the_longest_token_wins() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trimtab.align.covers import covers_of
-from trimtab.align.cut import HostCut
+from trimtab.align.cut import HostCut, Left
 from trimtab.align.strings import Strings
 from trimtab.backends.chat import chat_prompt
 from trimtab.backends.hf import HFModel
@@ -722,7 +722,8 @@ def test_generation_agrees_with_what_is_evaluated(
     host: HFModel, mounted: Mounted, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The one difference: in a text that goes on, the host has cut each token; a prompt just ends.
-    monkeypatch.setattr(HostCut, "leave_out", lambda _, logprobs, *__: logprobs)
+    nothing = Left(torch.zeros(0, dtype=torch.long), torch.zeros(0), 1.0)
+    monkeypatch.setattr(HostCut, "left_of", lambda *_: nothing)
     text = domain_text(9)[:60]
     ids = host.encode(text)
     assert mounted.head and mounted.memory

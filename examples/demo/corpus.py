@@ -228,7 +228,7 @@ def held_out_functions(
     texts: Mapping[str, str],
     count: int,
     *,
-    prompt_chars: tuple[int, int] = (300, 4_000),
+    prompt_chars: tuple[int, int] = (300, 1_500),
     body_lines: tuple[int, int] = (3, 12),
 ) -> list[HeldOutFunction]:
     """Find documented public functions to complete, at most one a file.
@@ -236,7 +236,7 @@ def held_out_functions(
     Args:
         texts: Text by file name, in the order in which files are looked through.
         count: How many at most.
-        prompt_chars: Fewest and most characters before a body.
+        prompt_chars: Fewest characters before a body, and most of a prompt, which are whole lines.
         body_lines: Fewest and most lines of a body, its closing brace included.
     """
     found = []
@@ -244,11 +244,18 @@ def held_out_functions(
         for match in re.finditer(r"^( *)///.*\n\1pub fn (\w+)\(.*\{\n", text, re.MULTILINE):
             closing = re.compile(rf"^{match[1]}\}}\n", re.MULTILINE).search(text, match.end())
             body = text[match.end() : closing.end()] if closing else ""
-            fits = prompt_chars[0] <= match.end() <= prompt_chars[1]
-            if fits and body_lines[0] <= body.count("\n") <= body_lines[1]:
-                title = f"{name}: {match[2]}"
-                found.append(HeldOutFunction(title, text[: match.end()], body))
+            fits = body_lines[0] <= body.count("\n") <= body_lines[1]
+            if fits and match.end() >= prompt_chars[0]:
+                prompt = _last_lines(text[: match.end()], prompt_chars[1])
+                found.append(HeldOutFunction(f"{name}: {match[2]}", prompt, body))
                 break
         if len(found) == count:
             break
     return found
+
+
+def _last_lines(text: str, chars: int) -> str:
+    """The last whole lines of a text, of so many characters at most."""
+    if len(text) <= chars:
+        return text
+    return text[-chars:].partition("\n")[2]

@@ -1,6 +1,7 @@
 """What the end of a host's last token says about the text after it."""
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,26 +51,41 @@ class HostCut:
         goes_beyond = place < len(self.following) and self.following[place].startswith(text)
         return SHARE_BEYOND if goes_beyond else 0.0
 
-    def leave_out(self, logprobs: Tensor, rest: bytes, small: Strings) -> Tensor:
-        """Leave out small tokens that would have made the host's last token another one.
-
-        The tokens that are not asked, which are many and unlikely, keep the share that those
-        that are asked keep on average.
+    def left_of(self, logprobs: Tensor, rest: bytes, small: Strings) -> "Left":
+        """Ask about the likeliest small tokens whether they would have changed the last token.
 
         Args:
             logprobs: Of the next small token, shape [vocab of small].
             rest: Bytes of the context that it repeats.
             small: The small model's strings.
-
-        Returns:
-            Logarithms of what is left, of the same shape; they sum to less than one.
         """
         longer = small.longer_than(rest)
-        if not len(longer):
-            return logprobs
         asked = longer[logprobs[longer].topk(min(len(longer), ASKED_TOKENS)).indices]
         suffixes = [small.bytes_of(i)[len(rest) :] for i in asked.tolist()]
-        kept = torch.tensor([self.share_of(suffix) for suffix in suffixes])
+        shares = torch.tensor([self.share_of(suffix) for suffix in suffixes])
         probs = logprobs[asked].exp()
-        others = (probs * kept).sum() / probs.sum().clamp_min(1e-30)
-        return (logprobs + others.log()).index_copy(0, asked, logprobs[asked] + kept.log())
+        others = (probs * shares).sum() / probs.sum().clamp_min(1e-30)
+        return Left(asked, shares, float(others) if len(asked) else 1.0)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a host's cut leaves of a distribution over the next small token.
+
+    The tokens that are not asked, which are many and unlikely, keep the share that those that are
+    asked keep on average; and so does their sum.
+
+    Attributes:
+        asked: Small tokens that were asked about, shape [asked].
+        shares: What is left of each, shape [asked].
+        others: What is left of any other, and of all together.
+    """
+
+    asked: Tensor
+    shares: Tensor
+    others: float
+
+    def of(self, logprobs: Tensor) -> Tensor:
+        """Logarithms of what is left, shape [vocab of small]; they sum to less than one."""
+        scaled = logprobs + math.log(self.others) if self.others else logprobs - torch.inf
+        return scaled.index_copy(0, self.asked, logprobs[self.asked] + self.shares.log())

@@ -1,6 +1,7 @@
 """A vocabulary as strings: which tokens begin with given bytes, and where a tokenizer cuts."""
 
 import bisect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,6 +18,10 @@ KEPT_ANSWERS = 1 << 18
 
 KEPT_BEGINNINGS = 1 << 12
 """Beginnings whose tokens are kept."""
+
+MOST_WITHOUT_TEXT = 0.9
+"""Where all tokens without text are likelier than this, those of text are summed instead: less
+would be left of one than single precision can tell."""
 
 SPACES = (b" ", b"\n", b"\t")
 """White space that makes up the runs on which tokenizers differ."""
@@ -61,6 +66,28 @@ class Strings:
         texts, ids = self._sorted
         first, last = bisect.bisect_right(texts, start), end_of(texts, start)
         return torch.tensor(ids[first:last], dtype=torch.long)
+
+    def log_mass_beyond(self, start: bytes, logprobs: Tensor) -> float:
+        """Logarithm of the probability of all tokens that begin with `start` and go beyond it.
+
+        Args:
+            start: The beginning.
+            logprobs: Of each token, shape [vocab]; they sum to one.
+        """
+        longer = self.longer_than(start)
+        if not len(longer):
+            return -math.inf
+        if not start:
+            others = float(logprobs[self._without_text].exp().sum())
+            if others < MOST_WITHOUT_TEXT:
+                return math.log1p(-others)
+        return float(logprobs[longer].logsumexp(0))
+
+    @cached_property
+    def _without_text(self) -> Tensor:
+        is_text = torch.zeros(len(self.vocabulary), dtype=torch.bool)
+        is_text[self.longer_than(b"")] = True
+        return torch.nonzero(~is_text)[:, 0]
 
     def longest_token(self, text: bytes) -> int:
         """The longest token that begins a text; -1 if none does."""

@@ -1,5 +1,6 @@
 """The ways in which a small model may have read a context, weighed by its own probabilities."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.align.covers import Cover
-from trimtab.align.cut import HostCut
+from trimtab.align.cut import HostCut, Left
 from trimtab.align.replies import Reply
 from trimtab.align.strings import Strings
 from trimtab.backends.token_tree import TokenTree
@@ -58,24 +59,31 @@ class Ways:
             place: Row of each node.
             small: The small model's strings.
         """
-        scores, following = [], []
+        scores, lefts = [], []
         for cover, end, path in zip(self.covers, self.ends, self.paths, strict=True):
             score = sum(float(logprobs[place[node], token]) for node, token in path)
             # What goes on after a cover without a rest is any text, but not the end of one.
-            longer = small.longer_than(cover.rest)
-            after = logprobs[place[end]]
-            if self.cut is not None:
-                after = self.cut.leave_out(after, cover.rest, small)
-            score += float(after[longer].logsumexp(0)) if len(longer) else -torch.inf
+            score += small.log_mass_beyond(cover.rest, logprobs[place[end]])
+            left = None
+            if self.cut is not None and score > -math.inf:
+                left = self.cut.left_of(logprobs[place[end]], cover.rest, small)
+                score += math.log(left.others) if left.others else -math.inf
             scores.append(score)
-            following.append(after)
-        if max(scores, default=-torch.inf) == -torch.inf:
+            lefts.append(left)
+        if max(scores, default=-math.inf) == -math.inf:
             return []
         shares = torch.tensor(scores, dtype=torch.float64).softmax(0)
         shares = torch.where(shares < MIN_SHARE, 0.0, shares)
         shares = (shares / shares.sum()).tolist()
-        found = zip(self.covers, self.ends, following, shares, strict=True)
-        return [Reply(c, end, after.exp(), share) for c, end, after, share in found if share > 0]
+        return [
+            Reply(cover, end, _probs(logprobs[place[end]], left), share)
+            for cover, end, left, share in zip(self.covers, self.ends, lefts, shares, strict=True)
+            if share > 0
+        ]
+
+
+def _probs(logprobs: Tensor, left: Left | None) -> Tensor:
+    return (logprobs if left is None else left.of(logprobs)).exp()
 
 
 def _shared_length(lines: list[list[int]]) -> int:

@@ -112,7 +112,7 @@ class MemoryFit:
 
     Attributes:
         entries: Recorded positions of the training text.
-        asked: Positions that the gates are learnt on: held-out and general text.
+        asked: Positions that the gates are learnt on, of held-out and general text.
         key_size: Features of a key.
     """
 
@@ -126,8 +126,7 @@ def memory_fit_flops(fit: MemoryFit, shape: Shape) -> float:
 
     Whitening takes 2 hidden^2 an entry, its key 2 * hidden * key_size. Each position that the gates
     are learnt on costs the reference's logits, and two searches through all entries by state
-    (`memory_search_flops`). Since held-out text is a share of the text, this grows with the square
-    of the text.
+    (`memory_search_flops`).
     """
     hidden = shape.hidden
     entry = 2.0 * hidden**2 + 2.0 * hidden * fit.key_size

@@ -11,6 +11,9 @@ ANCHORS = 16384
 RECORD_OVERLAP = 512 / 448
 """Positions that record runs for each that it keeps (RecordConfig's window over stride)."""
 
+GATE_POSITIONS = 4_096
+"""Positions of each kind of text that a memory's gates are learnt on (`fitting/memory.py`)."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -176,7 +179,7 @@ def fit(question: Question, *, memory_too: bool = True) -> Work:
     needed = flops.head_fit_flops(head)
     if memory_too:
         held_out = question.config.tokens * question.sheet.factor("held_out_share").low
-        asked = held_out + question.probe_tokens
+        asked = sum(min(tokens, GATE_POSITIONS) for tokens in (held_out, question.probe_tokens))
         made = flops.MemoryFit(question.fit_tokens, asked)
         needed += flops.memory_fit_flops(made, question.small)
     return cpu_work(question, "fit", needed, Range.exactly(1))

@@ -25,6 +25,10 @@ SOFT_VALUES = 8
 QUESTIONS = 256
 """Positions that the memory is asked about at once."""
 
+GATE_POSITIONS = 4_096
+"""Positions of each kind of text that the gates are learnt on, evenly spaced where there are more:
+enough for seven weights, and each is compared with every entry of the memory."""
+
 
 def fit_memory(
     config: FitConfig,
@@ -109,11 +113,11 @@ class _Questions:
 
 
 def _questions(base: HFModel, columns: Columns) -> Iterator[_Questions]:
-    """All positions that a token follows, QUESTIONS at a time; a split weighs one half."""
+    """Positions that a token follows, QUESTIONS at a time; a split weighs one half."""
     text, starts = lay_out(document_bytes(base.vocabulary, columns))
     first = torch.tensor(starts, dtype=torch.long)[columns["document_index"].long()]
     contexts = contexts_before(text, first + byte_ends(base.vocabulary, columns))
-    answered = torch.nonzero(columns["next_ids"] >= 0)[:, 0]
+    answered = _asked(columns)
     for rows in answered.split(QUESTIONS):
         if len(rows):
             yield _Questions(
@@ -122,6 +126,13 @@ def _questions(base: HFModel, columns: Columns) -> Iterator[_Questions]:
                 columns["next_ids"][rows].long(),
                 0.5 / len(answered),
             )
+
+
+def _asked(columns: Columns) -> Tensor:
+    """The positions that the gates are learnt on, ascending."""
+    answered = torch.nonzero(columns["next_ids"] >= 0)[:, 0]
+    count = min(len(answered), GATE_POSITIONS)
+    return answered[torch.arange(count) * len(answered) // max(count, 1)]
 
 
 def _gates(
@@ -147,7 +158,7 @@ def _gates(
             hint="tune with --held-out above 0 and record again, or leave memory out of --carriers",
         )
     asked: list[list[tuple[Tensor, ...]]] = []
-    total = sum(int((splits[s]["next_ids"] >= 0).sum()) for s in ("held_out", "general"))
+    total = sum(len(_asked(splits[split])) for split in ("held_out", "general"))
     with progress("fitting the memory's gates (tokens)", total) as advance, torch.no_grad():
         for split in ("held_out", "general"):
             if not len(splits[split]["token_ids"]):

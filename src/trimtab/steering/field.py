@@ -1,7 +1,6 @@
 """A host's next token as a few candidates and one tail: what all predictors are computed over."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +16,9 @@ its own tokens must be candidates for the same text to cost the same as among ot
 
 CHUNK_ROWS = 64
 """Rows whose full-vocabulary logits are held at once: of 262,144 tokens, 67 MB in float32."""
+
+IMPOSSIBLE_NATS = 1e4
+"""Tokens of the tail that are so far below its likeliest have an exponential of zero."""
 
 LEAST_LOGPROB = -60.0
 """Stands for the impossible: a finite number, which powers and differences leave a number."""
@@ -34,12 +36,14 @@ class Field:
         normaliser: Their log-sum-exp, shape [rows, 1].
         logprobs: The host's, at least `LEAST_LOGPROB`, shape [rows, candidates + 1].
         token_ids: The candidates, of all rows alike, ascending, shape [candidates].
+        tail_entropy_nats: Of the host's distribution among the tokens of the tail, shape [rows].
     """
 
     logits: Tensor
     normaliser: Tensor
     logprobs: Tensor
     token_ids: Tensor
+    tail_entropy_nats: Tensor
 
     @staticmethod
     def of(logits: Tensor, wanted: Tensor) -> "Field":
@@ -56,19 +60,13 @@ class Field:
         likely[top.indices[is_near]] = True
         likely[wanted.to(logits.device)] = True
         token_ids = torch.nonzero(likely)[:, 0]
-        return Field(logits, *_over(logits, token_ids), token_ids.cpu())
-
-    @cached_property
-    def tail_entropy_nats(self) -> Tensor:
-        """Of the host's distribution among the tokens of the tail, shape [rows]."""
-        device = self.logits.device
-        others = self.logits.index_fill(1, self.token_ids.to(device), -torch.inf)
-        # Where there are none, there is nothing to be unsure of.
-        return torch.special.entr(others.softmax(-1)).sum(-1).nan_to_num(0.0).float().cpu()
+        tail = _Tail.of(logits, token_ids)
+        return Field(logits, *_over(logits, token_ids, tail), token_ids.cpu(), tail.entropy_nats)
 
     def tempered(self, temperature: float) -> Tensor:
         """The host's log-probabilities at another temperature, shape [rows, candidates + 1]."""
-        return _over(self.logits / temperature, self.token_ids.to(self.logits.device))[1]
+        logits, token_ids = self.logits / temperature, self.token_ids.to(self.logits.device)
+        return _over(logits, token_ids, _Tail.of(logits, token_ids))[1]
 
     def shifted(self, shift: Tensor) -> Tensor:
         """The host's log-probabilities with the candidates' logits shifted, [rows, candidates]."""
@@ -108,11 +106,37 @@ class Field:
         return full.masked_fill(self.logits.isneginf(), -torch.inf)
 
 
-def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Tail:
+    """All tokens but the candidates.
+
+    Attributes:
+        logit: Log-sum-exp of their logits, -inf where there are none, shape [rows, 1].
+        entropy_nats: Of the distribution among them, shape [rows].
+    """
+
+    logit: Tensor
+    entropy_nats: Tensor
+
+    @staticmethod
+    def of(logits: Tensor, token_ids: Tensor) -> "_Tail":
+        """Read the whole vocabulary as few times as can be: nothing else here is as large."""
+        # Summed by itself: one less the candidates' share would be lost in rounding.
+        others = logits.index_fill(1, token_ids, -torch.inf)
+        top = others.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+        others -= top
+        shares = others.exp()
+        total = shares.sum(-1, keepdim=True)
+        # Tokens that cannot come at all have a share of nothing.
+        surprise = torch.linalg.vecdot(shares, others.clamp_min_(-IMPOSSIBLE_NATS), dim=-1)
+        # Where there are none, there is nothing to be unsure of.
+        entropy_nats = (total[:, 0].log() - surprise / total[:, 0]).nan_to_num(0.0, 0.0, 0.0)
+        return _Tail(top + total.log(), entropy_nats.float().cpu())
+
+
+def _over(logits: Tensor, token_ids: Tensor, tail: _Tail) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of all tokens, and log-probabilities of the candidates and the tail."""
     chosen = logits[:, token_ids]
-    # Summed by itself: one less the candidates' share would be lost in rounding.
-    others = logits.index_fill(1, token_ids, -torch.inf).logsumexp(-1, keepdim=True)
-    normaliser = torch.logaddexp(chosen.logsumexp(-1, keepdim=True), others)
-    logprobs = (torch.cat([chosen, others], 1) - normaliser).clamp_min(LEAST_LOGPROB)
+    normaliser = torch.logaddexp(chosen.logsumexp(-1, keepdim=True), tail.logit)
+    logprobs = (torch.cat([chosen, tail.logit], 1) - normaliser).clamp_min(LEAST_LOGPROB)
     return normaliser, logprobs.float().cpu()
