@@ -10,7 +10,7 @@ from torch import Tensor
 from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
-from trimtab.steering.field import CHUNK_ROWS, Field
+from trimtab.steering.field import Field, logits_in_chunks
 from trimtab.steering.predictors import Rows, Steering, predicted
 from trimtab.steering.rows import prior_of
 from trimtab.unembedding import Unembedding
@@ -83,20 +83,15 @@ class Mixture:
         start = prompt.text.start
         contexts = [text_before(prompt.token_bytes[start : p + 1]) for p in asked]
         reading = self._read(prompt, asked, contexts)
-        first, scores = len(prompt.token_ids) - len(prompt.hidden), []
-        for begin in range(0, len(asked), CHUNK_ROWS):
-            part = range(begin, min(begin + CHUNK_ROWS, len(asked)))
-            positions = torch.tensor(asked[part.start : part.stop])
-            hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
-            hidden = hidden.to(unembedding.weight.device)
-            rows = Rows(
-                unembedding.logits(hidden).float(),
-                hidden,
-                contexts[part.start : part.stop],
-                ((reading, part),) if reading else (),
-            )
-            field, stacked = self._said(rows)
-            scores.append(field.of_tokens(stacked, prompt.token_ids[positions + 1].cpu()))
+        positions, scores = torch.tensor(asked), []
+        first = len(prompt.token_ids) - len(prompt.hidden)
+        hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
+        targets = prompt.token_ids[positions + 1].cpu()
+        for part, logits in logits_in_chunks(unembedding, hidden):
+            some = slice(part.start, part.stop)
+            questions = ((reading, part),) if reading else ()
+            field, stacked = self._said(Rows(logits, hidden[some], contexts[some], questions))
+            scores.append(field.of_tokens(stacked, targets[some]))
         share = self.steering.blend.share
         return evidence_weights(torch.cat(scores, 1), self.prior, share=share)[:, -1].float()
 

@@ -1,9 +1,12 @@
 """A host's next token as a few candidates and one tail: what all predictors are computed over."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from trimtab.unembedding import Unembedding
 
 CANDIDATE_NATS = 14.0
 """Tokens this far below a row's likeliest are no candidates because of that row."""
@@ -15,13 +18,34 @@ A token in the tail is steered with all others there. Where one row is asked alo
 its own tokens must be candidates for the same text to cost the same as among other rows."""
 
 CHUNK_ROWS = 64
-"""Rows whose full-vocabulary logits are held at once: of 262,144 tokens, 67 MB in float32."""
+"""Rows that are steered at once, which share their candidates."""
+
+LOGIT_ROWS = 256
+"""States whose logits are computed at once: a large vocabulary's matrix, which hardly fits through
+a processor's memory, is then read a fourth as often. Of 262,144 tokens, 268 MB in float32."""
 
 IMPOSSIBLE_NATS = 1e4
 """Tokens of the tail that are so far below its likeliest have an exponential of zero."""
 
 LEAST_LOGPROB = -60.0
 """Stands for the impossible: a finite number, which powers and differences leave a number."""
+
+
+def logits_in_chunks(unembedding: Unembedding, hidden: Tensor) -> Iterator[tuple[range, Tensor]]:
+    """Logits of a few states at a time.
+
+    Args:
+        unembedding: From states to logits.
+        hidden: Shape [states, hidden], on any device.
+
+    Yields:
+        Which states, at most CHUNK_ROWS, and their logits in float32, shape [few, vocab].
+    """
+    for start in range(0, len(hidden), LOGIT_ROWS):
+        block = hidden[start : start + LOGIT_ROWS].to(unembedding.weight.device)
+        for place, logits in enumerate(unembedding.logits(block).float().split(CHUNK_ROWS)):
+            first = start + place * CHUNK_ROWS
+            yield range(first, first + len(logits)), logits
 
 
 @dataclass(frozen=True)

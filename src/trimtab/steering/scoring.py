@@ -9,15 +9,10 @@ from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.blend import evidence_weights, mixture_logprobs
-from trimtab.steering.field import CHUNK_ROWS, Field
+from trimtab.steering.field import Field, logits_in_chunks
 from trimtab.steering.predictors import Rows, Steering, predicted
 from trimtab.steering.rows import present, prior_of
 from trimtab.text.corpus import scored_windows
-from trimtab.unembedding import Unembedding
-
-LOGIT_ROWS = 256
-"""States whose logits are computed at once: a large vocabulary's matrix, which hardly fits through
-a processor's memory, is then read a fourth as often. Of 262,144 tokens, 268 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +89,13 @@ def score_document(
         hidden = states[scored.start - 1 + skip : scored.stop - 1 + skip]
         targets = torch.tensor(ids[scored.start : scored.stop])
         with torch.inference_mode():
-            for asked, logits in _logits(host.unembedding, hidden):
+            for asked, logits in logits_in_chunks(host.unembedding, hidden):
                 some = slice(asked.start, asked.stop)
                 questions = ((reading, asked),) if reading else ()
                 scorer.score(Rows(logits, hidden[some], before[some], questions), targets[some])
     return ScoredDocument(
         tuple(ids[begin:]), tuple(len(piece) for piece in pieces[begin:]), scorer.result()
     )
-
-
-def _logits(unembedding: Unembedding, hidden: Tensor) -> Iterator[tuple[range, Tensor]]:
-    """Logits of a few states at a time, shape [few, vocab], and which they are."""
-    for start in range(0, len(hidden), LOGIT_ROWS):
-        block = hidden[start : start + LOGIT_ROWS].to(unembedding.weight.device)
-        for place, logits in enumerate(unembedding.logits(block).float().split(CHUNK_ROWS)):
-            first = start + place * CHUNK_ROWS
-            yield range(first, first + len(logits)), logits
 
 
 def _contexts(pieces: Sequence[bytes], start: int, first: int, last: int) -> Iterator[bytes]:
