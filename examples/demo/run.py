@@ -52,6 +52,9 @@ EVALUATED_TOKENS = 4_096
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
 DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
+VALIDATIONS = 2
+GENERAL_TOKENS = 8_192
+"""Half of the probe text: head and memory lose a twentieth of what they gain."""
 HEAD_EPOCHS = 3
 GROWTH_TOKENS = 6_144
 """Part of the recording whose memory is measured beside the whole; it costs a fit and two
@@ -222,11 +225,14 @@ def _make_adapter(job: Job, clock: Clock, display: Display) -> None:
             data=(str(job.train),),
             against=(str(job.test),),
             out=expert,
+            validations=VALIDATIONS,
             seed=SEED,
         )
         print(trimtab.tune(config, progress=display.progress).summary())
     with clock.step("record", recording):
-        config = RecordConfig(expert=expert, out=recording, seed=SEED)
+        config = RecordConfig(
+            expert=expert, out=recording, general_tokens=GENERAL_TOKENS, seed=SEED
+        )
         print(trimtab.record(config, progress=display.progress).summary())
     with clock.step("fit", job.adapter):
         config = FitConfig(
