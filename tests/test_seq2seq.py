@@ -1,6 +1,7 @@
 """Encoder-decoder hosts: what they read, how a target is steered, and what it costs."""
 
 import json
+import math
 import random
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,9 @@ from trimtab.steering.evidence import keep_own
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Steering
 from trimtab.steering.processor import open_live
+from trimtab.steering.rows import SOURCE_HOST_PRIOR, blend_on
 from trimtab.steering.scoring import score_document
+from trimtab.store.adapter_schema import Blend
 from trimtab.tune import tune
 
 WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
@@ -219,7 +222,7 @@ def test_generation_and_measurement_agree(
         heads={"head": mounted.head} if mounted.head and "head" in carriers else {},
         memories={"memory": mounted.memory} if mounted.memory and "memory" in carriers else {},
         live=live,
-        blend=mounted.manifest.blend,
+        blend=blend_on(mounted.manifest.blend, reads_source=True),
     )
     windows = {"window_tokens": 48, "stride_tokens": 24}
     scored = score_document(host, TARGET, steering, source=SOURCES[0], **windows)
@@ -336,6 +339,14 @@ def test_pairs_are_evaluated(adapter: Path, marian: str, tmp_path: Path, ref: st
     assert result.test_bytes == size
     assert result.domain["host"].mean == pytest.approx(nats / size / 0.6931472, rel=1e-3)
     assert set(rows) <= set(result.domain)
+    # Each target begins without evidence, and yet costs at most this much more than the host's.
+    share = Blend().share
+    for kept in scored:
+        host_logprobs = kept.on_host.rows["host"].logprobs
+        at_most = -math.log(SOURCE_HOST_PRIOR) - len(host_logprobs) * math.log(1 - share)
+        for row in ("head+memory", "live", "all"):
+            dearer = float((host_logprobs - kept.on_host.rows[row].logprobs).sum())
+            assert dearer <= at_most + 1e-3
 
 
 def test_a_host_without_an_encoder_reads_no_pairs(adapter: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from trimtab.steering.beside import open_beside
 from trimtab.steering.kept import VERSION, Kept, read_scores, write_scores
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Steering
+from trimtab.steering.rows import blend_on
 from trimtab.steering.scoring import score_document
 from trimtab.store.manifest import read_manifest
 from trimtab.text.corpus import scored_windows
@@ -91,7 +92,7 @@ class Evaluator:
             memories=_memories(mounted, control, rows),
             bias=static_bias(mounted, host) if "bias" in rows else None,
             live=Live(pair, host) if pair and {*LIVE_ROWS} & set(rows) else None,
-            blend=manifest.blend,
+            blend=blend_on(manifest.blend, reads_source=host.is_encoder_decoder),
         )
         return Evaluator(config, host, mounted, rows, steering, pair, settings.cache)
 

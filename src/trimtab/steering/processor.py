@@ -24,7 +24,7 @@ from trimtab.steering.drafting import Drafter
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Steering
-from trimtab.steering.rows import row_of
+from trimtab.steering.rows import blend_on, row_of
 from trimtab.steering.scores import SteeringProcessor, Trace
 from trimtab.steering.speculative import Speculation
 from trimtab.types import Progress, silent
@@ -149,7 +149,7 @@ def _mixture(
             heads,
             memories,
             live=beside,
-            blend=mounted.manifest.blend,
+            blend=blend_on(mounted.manifest.blend, reads_source=host.is_encoder_decoder),
             strength=strength,
             own=own,
         )

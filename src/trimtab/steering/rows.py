@@ -8,6 +8,14 @@ from torch import Tensor
 from trimtab.config import CarrierName
 from trimtab.store.adapter_schema import Blend
 
+SOURCE_HOST_PRIOR = 0.95
+"""Trust before any evidence in a host that writes a target from a source.
+
+It knows what the carriers cannot, and each target begins anew without evidence. A mixture costs at
+most -log2 of this prior more than the host: a fourteenth of a bit a target, where an even one would
+cost a bit each time.
+"""
+
 TEMPERATURES = (0.8, 0.9, 1.1, 1.25)
 """Of the control that only makes the host more or less sure."""
 
@@ -53,6 +61,18 @@ def families(blend: Blend) -> Mapping[str, tuple[str, ...]]:
         "live+memory": (*live, *memory, *remembering),
         "all": (*live, *head_memory, *remembering),
     }
+
+
+def blend_on(blend: Blend, *, reads_source: bool) -> Blend:
+    """An adapter's blend on a host.
+
+    Args:
+        blend: The adapter's.
+        reads_source: Whether the host writes a target from a source, which the carriers never read.
+    """
+    if not reads_source:
+        return blend
+    return blend.model_copy(update={"host_prior": max(blend.host_prior, SOURCE_HOST_PRIOR)})
 
 
 def row_of(carriers: Collection[CarrierName]) -> str:
