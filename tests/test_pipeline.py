@@ -202,3 +202,25 @@ def test_a_space_that_the_tokenizer_puts_first_is_no_part_of_the_scored_text(
     spelled = b"".join(vocabulary.token_bytes[i] or b"" for i in kept.on_host.token_ids)
     # The first token, which nothing comes before, is the space and what it was put before.
     assert text.encode().endswith(spelled) and len(text) - len(spelled) <= 1
+
+
+def test_small_models_read_a_text_beside_the_host_as_by_themselves(
+    job: Job, tmp_path: Path
+) -> None:
+    (tmp_path / "a.deploy").write_text(deployments(SEED + 6, 1)[0])
+    found = {}
+    # Beside the host they run for the row `live`, and elsewhere for themselves alone.
+    for rows in (("expert", "reference"), ("expert", "reference", "live")):
+        result = evaluate(
+            EvaluateConfig(
+                adapter=job.adapter, host=job.host, data=(str(tmp_path / "a.deploy"),), rows=rows,
+                out=tmp_path / str(len(rows)), dtype="float32", window_tokens=2048,
+            )
+        )  # fmt: skip
+        [found[len(rows)]] = result.scored[""]
+    assert found[2].on_host.own is None and found[3].on_host.own is not None
+    for row in ("expert", "reference"):
+        ours, theirs = found[3].small[row], found[2].small[row]
+        assert ours.scored_bytes == theirs.scored_bytes
+        assert ours.nll_nats == pytest.approx(theirs.nll_nats, rel=1e-5)
+    assert found[2].small["expert"].nll_nats < 0.9 * found[2].small["reference"].nll_nats

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import Live
-from trimtab.backends.pair import Pair
+from trimtab.backends.live import Live, OwnReading
+from trimtab.backends.pair import Pair, PairStates
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.recall import MountedMemory
 from trimtab.config import EvaluateConfig, MountConfig
@@ -109,7 +109,7 @@ class Evaluator:
                 stride_tokens=self.config.stride_tokens,
                 source=document.source,
             )
-            kept = Kept(on_host, self._alone(document))
+            kept = Kept(on_host, self._alone(document, on_host.own))
             if self.keeps:
                 write_scores(path, kept)
         return kept
@@ -125,31 +125,43 @@ class Evaluator:
         text = (document.text,) if document.source is None else (document.text, document.source)
         return hashlib.sha256(json.dumps([*asked, *how, *text]).encode()).hexdigest()[:32]
 
-    def _alone(self, document: Document) -> Mapping[str, DocumentScore]:
+    def _alone(self, document: Document, own: OwnReading | None) -> Mapping[str, DocumentScore]:
         """Reference and expert alone, on their own tokens of the same text; of no source."""
         if self.pair is None or not set(SMALL_ROWS) & set(self.rows):
             return {}
         model = self.pair.reference
-        ids, context = model.encode(document.text), model.context_ids()
+        ids = model.encode(document.text)
         # A pair's first token is scored wherever something stands before it.
-        begin = 0 if document.source is not None and context else 1
+        begin = 0 if document.source is not None and model.context_ids() else 1
         nats = dict.fromkeys(SMALL_ROWS, 0.0)
         heads = (self.pair.reference_unembedding, self.pair.expert_unembedding)
-        config = self.config
-        windows = (config.window_tokens, config.stride_tokens)
-        for window in scored_windows(len(ids), *windows, first=begin):
-            states = self.pair.hidden(torch.tensor([context + ids[window.start : window.end]]))
-            first = window.score_from - 1 - window.start + len(context)
-            targets = torch.tensor(ids[window.score_from : window.end])
+        for targets, states in self._read_alone(ids, begin, own):
             for row, head, hidden in zip(SMALL_ROWS, heads, states, strict=True):
                 with torch.inference_mode():
-                    logits = head.logits(hidden[0, first : first + len(targets)]).float()
-                    logprobs = logits.log_softmax(-1)
+                    logprobs = head.logits(hidden).float().log_softmax(-1)
                 nats[row] -= float(logprobs.gather(1, targets[:, None]).sum())
         pieces = model.vocabulary.token_bytes
         size = sum(len(pieces[i] or b"") for i in ids[begin:])
         size -= int(begin == 0 and model.vocabulary.prefix_space)
         return {row: DocumentScore(nats[row], size) for row in SMALL_ROWS}
+
+    def _read_alone(
+        self, ids: list[int], begin: int, own: OwnReading | None
+    ) -> Iterator[tuple[Tensor, PairStates]]:
+        """The tokens from `begin` on, and the states before each, some at a time."""
+        assert self.pair is not None
+        if own is not None and own.token_ids[-len(ids) :] == ids:
+            before = slice(len(own.token_ids) - len(ids) + begin - 1, -1)
+            yield torch.tensor(ids[begin:]), PairStates(*(side[before] for side in own.states))
+            return
+        context = self.pair.reference.context_ids()
+        windows = (self.config.window_tokens, self.config.stride_tokens)
+        for window in scored_windows(len(ids), *windows, first=begin):
+            states = self.pair.hidden(torch.tensor([context + ids[window.start : window.end]]))
+            first = window.score_from - 1 - window.start + len(context)
+            targets = torch.tensor(ids[window.score_from : window.end])
+            some = slice(first, first + len(targets))
+            yield targets, PairStates(*(side[0, some] for side in states))
 
 
 def _heads(mounted: Mounted, control: Mounted | None) -> dict[str, MountedHead]:

@@ -13,7 +13,7 @@ from trimtab.align.covers import Cover, covers_of
 from trimtab.align.cut import HostCut
 from trimtab.align.replies import Asked, Reply, carry_replies, deal_out, still_undecided
 from trimtab.backends.hf import HFModel
-from trimtab.backends.pair import Pair
+from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
@@ -31,6 +31,18 @@ blend of their ratio without bounds.
 
 EXPECTED_TOKENS = 16
 """Likeliest tokens of the expert that a host is to consider."""
+
+
+class OwnReading(NamedTuple):
+    """A text as both models have read it, on their own tokens.
+
+    Attributes:
+        token_ids: All tokens, those before the text included.
+        states: What each model has made of them, two tensors of shape [tokens, hidden].
+    """
+
+    token_ids: list[int]
+    states: PairStates
 
 
 class PairProbs(NamedTuple):
@@ -289,6 +301,12 @@ class LiveReading:
             else None
             for q in questions
         ]
+
+    def own(self, question: int) -> OwnReading:
+        """How the small models' tokenizer cuts a context, and what both models make of that."""
+        nodes = self.tree.line(self.ends[question][0])
+        states = PairStates(self.reference[nodes], self.expert[nodes])
+        return OwnReading([self.tree.tokens[node] for node in nodes], states)
 
 
 def _unpadded(vocabulary: Vocabulary) -> tuple[bytes | None, ...]:

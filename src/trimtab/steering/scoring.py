@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
+from trimtab.backends.live import Live, OwnReading
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.steering.field import Field, logits_in_chunks
 from trimtab.steering.predictors import Rows, Steering, predicted
@@ -38,11 +39,14 @@ class ScoredDocument:
         token_ids: The scored host tokens.
         sizes: Bytes of each.
         rows: By name.
+        own: The text as the small models have read it by themselves, where they ran beside the host
+            and one window held all of it.
     """
 
     token_ids: tuple[int, ...]
     sizes: tuple[int, ...]
     rows: Mapping[str, RowScore]
+    own: OwnReading | None = None
 
 
 def score_document(
@@ -72,7 +76,7 @@ def score_document(
     if host.vocabulary.prefix_space and pieces:
         # The space that such a tokenizer puts first is not in the text that others read.
         pieces[0] = pieces[0][1:]
-    scorer = _Scorer(steering)
+    scorer, own = _Scorer(steering), None
     for window in scored_windows(len(ids), window_tokens, stride_tokens, first=begin):
         context = host.context_ids()
         read = torch.tensor([context + ids[window.start : window.end]], device=host.device)
@@ -80,12 +84,16 @@ def score_document(
             states = host.hidden(read, encoder_ids=read_source)[0]
         skip = len(context) - window.start
         scored = range(window.score_from, window.end)
-        before = list(_contexts(pieces, window.start, scored.start, scored.stop))
+        is_whole = window.start == 0 and window.end == len(ids)
+        reads_own = is_whole and _reads_own(steering.live, text, pieces, window_tokens)
+        ends = range(scored.start, scored.stop + reads_own)
+        before = list(_contexts(pieces, window.start, ends.start, ends.stop))
         reading = None
         if steering.live:
-            seen = [ids[window.start : position] for position in scored]
-            lasts = [ids[position - 1] if position else None for position in scored]
+            seen = [ids[window.start : position] for position in ends]
+            lasts = [ids[position - 1] if position else None for position in ends]
             reading = steering.live.read(before, host_ids=seen, host_lasts=lasts)
+            own = reading.own(len(scored)) if reads_own else None
         hidden = states[scored.start - 1 + skip : scored.stop - 1 + skip]
         targets = torch.tensor(ids[scored.start : scored.stop])
         with torch.inference_mode():
@@ -93,16 +101,25 @@ def score_document(
                 some = slice(asked.start, asked.stop)
                 questions = ((reading, asked),) if reading else ()
                 scorer.score(Rows(logits, hidden[some], before[some], questions), targets[some])
-    return ScoredDocument(
-        tuple(ids[begin:]), tuple(len(piece) for piece in pieces[begin:]), scorer.result()
-    )
+    sizes = tuple(len(piece) for piece in pieces[begin:])
+    return ScoredDocument(tuple(ids[begin:]), sizes, scorer.result(), own)
+
+
+def _reads_own(live: Live | None, text: str, pieces: Sequence[bytes], window_tokens: int) -> bool:
+    """Whether the small models can read a whole text beside the host as they do by themselves."""
+    if live is None or b"".join(pieces) != text.encode():
+        return False
+    reference = live.pair.reference
+    size, longest = len(reference.encode(text)), reference.max_tokens
+    has_room = longest is None or size + len(reference.context_ids()) <= longest
+    return size <= window_tokens and has_room
 
 
 def _contexts(pieces: Sequence[bytes], start: int, first: int, last: int) -> Iterator[bytes]:
     before = b"".join(pieces[start:first])
     for position in range(first, last):
         yield before
-        before += pieces[position]
+        before += b"".join(pieces[position : position + 1])
 
 
 @final
