@@ -25,6 +25,7 @@ from trimtab.backends.open import open_model
 from trimtab.cli import main
 from trimtab.config import ServeConfig
 from trimtab.errors import InputError
+from trimtab.serving import gate
 from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.keys import add_key, read_keys
 from trimtab.serving.refusals import ApiError
@@ -293,6 +294,18 @@ def test_large_bodies_are_cut_off(server: Running) -> None:
 
     found = httpx2.post(url, content=parts(), headers={"content-type": "application/json"})
     assert found.status_code == 413 and found.json()["error"]["code"] == "request_too_large"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "BODY_SEC", 0.05)
+    address, port = server.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port))) as raw:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{"
+        raw.sendall(head)
+        raw.settimeout(300)
+        assert b" 408 " in raw.recv(1000)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

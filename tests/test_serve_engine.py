@@ -4,6 +4,7 @@ import queue
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -392,3 +393,12 @@ def test_an_adapter_needs_a_name_and_a_carrier_that_steers(
     adapters.unload("a")
     with pytest.raises(UnknownModel):
         adapters.unload("a")
+
+
+def test_threads_do_not_change_each_others_tokens(host: HFModel) -> None:
+    text = "a<eos>b" * 40
+    plain, marked = host.encode(text), host.encode(text, markup=True)
+    assert plain != marked
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: host.encode(text, markup=bool(n % 2)), range(400)))
+    assert found == [plain, marked] * 200
