@@ -1,7 +1,7 @@
 """What a prompt says about the predictors: how far each is trusted in the text after it."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,32 @@ class ReadPrompt:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What the predictors of a mixture say of some next tokens.
+
+    Attributes:
+        field: The tokens that they tell apart.
+        stacked: Natural-log probabilities over the field, [predictors, rows, candidates + 1].
+        own: As `Steering.own`.
+    """
+
+    field: Field
+    stacked: Tensor
+    own: Tensor | None = None
+
+    def of_tokens(self, token_ids: Tensor) -> Tensor:
+        """What each predictor gives to one token a row, shape [predictors, rows]."""
+        return self.field.of_tokens(self.stacked, token_ids)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """The mixture over the vocabulary, [rows, vocab]; weights have shape [predictors, rows]."""
+        mixed = self.field.everywhere(mixture_logprobs(self.stacked, weights[..., None]))
+        if self.own is None:
+            return mixed
+        return keep_own(mixed, self.field.everywhere(self.field.logprobs), self.own)
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The predictors that steer a generation, weighed by its prompt.
 
@@ -77,28 +103,50 @@ class Mixture:
         Returns:
             Weights that sum to one, shape [predictors]; the prior without evidence.
         """
-        asked = _asked(prompt)
+        asked = evidence_positions(prompt)
         if not asked:
             return self.prior
+        scores = [
+            said.of_tokens(prompt.token_ids[[p + 1 for p in positions]].cpu())
+            for positions, said in self.read(unembedding, prompt, asked)
+        ]
+        share = self.steering.blend.share
+        return evidence_weights(torch.cat(scores, 1), self.prior, share=share)[:, -1].float()
+
+    def read(
+        self, unembedding: Unembedding, prompt: ReadPrompt, asked: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], Said]]:
+        """What the predictors say of the tokens after some positions of a prompt.
+
+        Args:
+            unembedding: The host's.
+            prompt: What the host has read.
+            asked: Positions whose states the prompt has, ascending.
+
+        Yields:
+            Some positions at a time, and what is said of the token after each.
+        """
         start = prompt.text.start
         contexts = [text_before(prompt.token_bytes[start : p + 1]) for p in asked]
         reading = self._read(prompt, asked, contexts)
-        first, scores = len(prompt.token_ids) - len(prompt.hidden), []
+        first = len(prompt.token_ids) - len(prompt.hidden)
         for begin in range(0, len(asked), CHUNK_ROWS):
             part = range(begin, min(begin + CHUNK_ROWS, len(asked)))
-            positions = torch.tensor(asked[part.start : part.stop])
-            hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
-            hidden = hidden.to(unembedding.weight.device)
+            positions = asked[part.start : part.stop]
+            places = torch.tensor(positions) - first
+            hidden = prompt.hidden[places.to(prompt.hidden.device)].to(unembedding.weight.device)
             rows = Rows(
                 unembedding.logits(hidden).float(),
                 hidden,
                 contexts[part.start : part.stop],
                 ((reading, part),) if reading else (),
             )
-            field, stacked = self._said(rows)
-            scores.append(field.of_tokens(stacked, prompt.token_ids[positions + 1].cpu()))
-        share = self.steering.blend.share
-        return evidence_weights(torch.cat(scores, 1), self.prior, share=share)[:, -1].float()
+            yield positions, self.said(rows)
+
+    def said(self, rows: Rows) -> Said:
+        """What each predictor says."""
+        field, dense = predicted(self.steering, rows)
+        return Said(field, torch.stack([dense[name] for name in self.members]), self.steering.own)
 
     def logprobs(self, rows: Rows, weights: Tensor) -> Tensor:
         """The steered distribution: the predictors' mixture.
@@ -111,15 +159,7 @@ class Mixture:
             Natural-log probabilities, shape [rows, vocab]; tokens that the host's logits forbid
             (-inf) stay forbidden.
         """
-        field, stacked = self._said(rows)
-        mixed = field.everywhere(mixture_logprobs(stacked, weights[..., None]))
-        if self.steering.own is None:
-            return mixed
-        return keep_own(mixed, field.everywhere(field.logprobs), self.steering.own)
-
-    def _said(self, rows: Rows) -> tuple[Field, Tensor]:
-        field, dense = predicted(self.steering, rows)
-        return field, torch.stack([dense[name] for name in self.members])
+        return self.said(rows).mixed(weights)
 
     def _read(
         self, prompt: ReadPrompt, asked: Sequence[int], contexts: Sequence[bytes]
@@ -154,7 +194,7 @@ def keep_own(logprobs: Tensor, host_logprobs: Tensor, own: Tensor) -> Tensor:
     return torch.where(own, host_logprobs, scaled)
 
 
-def _asked(prompt: ReadPrompt) -> list[int]:
+def evidence_positions(prompt: ReadPrompt) -> list[int]:
     """Positions of which the next token is evidence."""
     first = len(prompt.token_ids) - len(prompt.hidden)
     return [

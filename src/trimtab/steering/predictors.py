@@ -40,12 +40,14 @@ class Rows:
             answer.
         questions: How the expert has read the contexts: readings with the questions asked of each,
             one after another one a row; empty without an expert.
+        strangers: As for `Field.of`.
     """
 
     logits: Tensor
     hidden: Tensor
     contexts: Sequence[bytes]
     questions: Sequence[tuple[LiveReading, range]] = ()
+    strangers: bool = False
 
 
 @final
@@ -117,7 +119,7 @@ def predicted(steering: Steering, rows: Rows) -> Predicted:
     if steering.live:
         wanted += [steering.live.expected(*question) for question in rows.questions]
     wanted.append(torch.zeros(0, dtype=torch.long))
-    field = Field.of(rows.logits, torch.cat(wanted).unique())
+    field = Field.of(rows.logits, torch.cat(wanted).unique(), strangers=rows.strangers)
     dense = {"host": field.logprobs} | _alone(steering, field, rows.hidden)
     if steering.live and rows.questions:
         dense |= _live(steering, steering.live, field, rows)
