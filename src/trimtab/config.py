@@ -368,6 +368,9 @@ class ServeConfig(Config):
     """Longest time for a request, in the queue included."""
     shutdown_sec: float = Field(default=30.0, ge=0, le=3600)
     """Time for requests in flight to end after Ctrl-C or SIGTERM."""
+    trace_text: bool | None = None
+    """Tell requests with a trace what a memory found and where, which is training text (default:
+    only without --keys)."""
     log_prompts: bool = False
     """Write prompts and answers into the log too."""
     device_map: str | None = None

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from trimtab.backends.hf import HFModel
 from trimtab.serving.work import Done, Finish, Likely, Piece
+from trimtab.steering.explain import Explanation
 
 LEAST_LOGPROB = -9999.0
 """Stands for the impossible, as in OpenAI's answers: JSON has no infinity."""
@@ -21,11 +22,13 @@ class Answer:
         text: Its text.
         tokens: Its tokens, where log-probabilities are asked for.
         finish: Why it has ended.
+        trace: Explanations of its tokens, where they are asked for.
     """
 
     text: list[str] = field(default_factory=list)
     tokens: list[Likely] = field(default_factory=list)
     finish: Finish | None = None
+    trace: list[Explanation] = field(default_factory=list)
 
 
 @final
@@ -66,23 +69,24 @@ class Writer:
             )
             logprobs = self._logprobs(index, answer.tokens)
             end = {"logprobs": logprobs, "finish_reason": answer.finish}
-            choices.append({"index": index, **said, **end})
+            choices.append({"index": index, **said, **end, **_traced(answer.trace)})
         return {**self._head, "choices": choices, "usage": usage(done)}
 
     def chunks(self, piece: Piece, *, usage_follows: bool) -> Iterable[dict[str, Any]]:
         """A piece as chunks of a stream: in a chat the role comes first, and the end by itself."""
         if not self._chat:
             logprobs = self._logprobs(piece.choice, piece.tokens) if piece.tokens else None
-            said = {"text": piece.text, "logprobs": logprobs}
+            said = {"text": piece.text, "logprobs": logprobs, **_traced(piece.trace)}
             yield self._chunk(piece.choice, said, piece.finish, usage_follows)
             return
         if piece.choice not in self._opened:
             self._opened.add(piece.choice)
             opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
             yield self._chunk(piece.choice, opening, None, usage_follows)
-        if piece.text or piece.tokens:
+        if piece.text or piece.tokens or piece.trace:
             logprobs = self._logprobs(piece.choice, piece.tokens) if piece.tokens else None
             said = {"delta": {"content": piece.text}, "logprobs": logprobs}
+            said |= _traced(piece.trace)
             yield self._chunk(piece.choice, said, None, usage_follows)
         if piece.finish:
             said = {"delta": {}, "logprobs": None}
@@ -157,6 +161,11 @@ def _with_own(token: Likely) -> list[tuple[int, float | None]]:
     if token.top and all(i != token.token_id for i, _ in token.top):
         found.append((token.token_id, token.logprob))
     return found
+
+
+def _traced(trace: Sequence[Explanation]) -> dict[str, Any]:
+    """A field of ours, which OpenAI's clients pass over."""
+    return {"trimtab": {"trace": [one.as_json() for one in trace]}} if trace else {}
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from trimtab.serving.adapters import Loaded
-from trimtab.serving.gate import Gate
+from trimtab.serving.gate import PAGE_FILES, Gate
 from trimtab.serving.protocol import ChatRequest, CompletionRequest
 from trimtab.serving.refusals import invalid, json_response, refusal
 from trimtab.serving.service import Service
@@ -22,7 +22,17 @@ from trimtab.serving.watch import CONTENT_TYPE
 from trimtab.serving.work import UnknownModel
 
 PAGE = Path(__file__).parent / "page"
-"""A static page, where there is one."""
+"""The playground."""
+
+# Nothing from elsewhere, no script in the page itself, and no frame around it.
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
 
 class LoadRequest(BaseModel):
@@ -80,7 +90,11 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        data = [described(name) for name in service.adapters.model_names()]
+        host_name, data = service.adapters.host_name, [described(service.adapters.host_name)]
+        for one in service.adapters.loaded:
+            # What the playground offers to choose from.
+            ours = {"adapter": one.name, "carriers": list(one.carriers)}
+            data.append({**described(f"{host_name}+{one.name}"), "trimtab": ours})
         return json_response({"object": "list", "data": data})
 
     @app.get("/v1/models/{name:path}")
@@ -166,12 +180,11 @@ def _shown(loaded: Loaded) -> dict[str, Any]:
     }
 
 
+async def _page_file(name: str) -> Response:
+    return FileResponse(PAGE / name, headers=_PAGE_HEADERS)
+
+
 def _add_page(app: FastAPI) -> None:
-    if not (PAGE / "index.html").is_file():
-        return
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(PAGE / "index.html")
-
-    app.mount("/page", StaticFiles(directory=PAGE))
+    app.get("/", include_in_schema=False)(partial(_page_file, "index.html"))
+    for name in sorted(PAGE_FILES):
+        app.get(f"/page/{name}", include_in_schema=False)(partial(_page_file, name))

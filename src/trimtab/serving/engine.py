@@ -17,6 +17,7 @@ from trimtab.errors import ModelError
 from trimtab.serving.batch import Batch, check_host
 from trimtab.serving.echo import echoed
 from trimtab.serving.rows import Row, steer
+from trimtab.serving.trace import Speller
 from trimtab.serving.work import Busy, Closing, Done, Failed, Job, Piece, TimeUp
 from trimtab.steering.evidence import ReadPrompt
 
@@ -81,6 +82,7 @@ class Engine:
         self.counts = Counts()
         self._queue = queue
         self._batch = Batch(host)
+        self._speller = Speller(host)
         self._rows: list[Row] = []
         self._waiting: deque[Job] = deque()
         self._reading: _Reading | None = None
@@ -227,7 +229,8 @@ class Engine:
     def _begin_answers(self, reading: _Reading) -> None:
         job, hidden = reading.job, torch.cat(reading.hidden)
         options, vocabulary = job.options, self.host.vocabulary
-        rows = [Row(job, reading.prompt, n, vocabulary) for n in range(options.answers)]
+        prompt_number, speller = reading.prompt, self._speller
+        rows = [Row(job, prompt_number, n, vocabulary, speller) for n in range(options.answers)]
         prompt = ReadPrompt(rows[0].tokens, tuple(rows[0].pieces), hidden)
         if job.steered:
             several, chats = job.steered.several, job.steered.chats
@@ -245,6 +248,8 @@ class Engine:
         logprobs = self._steered(rows[:1], hidden[-1:])
         self._batch.join(reading.cache, len(rows))
         self._rows += rows
+        for row in rows[1:]:
+            row.hear_as(rows[0])
         self._write(rows, logprobs.expand(len(rows), -1))
 
     def _step(self) -> None:
@@ -261,6 +266,8 @@ class Engine:
         logprobs = logits.float().log_softmax(-1)
         groups: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
+            if row.tracer:
+                row.tracer.hear(logprobs[place].clone())
             if row.job.steered:
                 groups.setdefault(id(row.job.steered.several), []).append(place)
         for places in groups.values():
@@ -299,7 +306,7 @@ class Engine:
         job = row.job
         if piece.text and job.first_text_sec is None:
             job.first_text_sec = time.monotonic()
-        if piece.text or piece.tokens or piece.finish:
+        if piece.text or piece.tokens or piece.trace or piece.finish:
             job.tell(piece)
         if piece.finish is None:
             return

@@ -14,7 +14,13 @@ from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.refusals import ApiError, refusal
 from trimtab.serving.watch import Record, Watch
 
-OPEN_ROUTES = ("/", "/health", "/ready", "/openapi.json")
+PAGE_FILES = ("playground.css", "playground.js")
+"""What the page at / loads."""
+
+OPEN_ROUTES = (
+    *("/", "/health", "/ready", "/openapi.json"),
+    *(f"/page/{name}" for name in PAGE_FILES),
+)
 """These say nothing of the models, and cost nothing."""
 
 BODY_SEC = 60.0

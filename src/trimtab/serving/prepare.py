@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Literal, final
 
 from trimtab.backends.chat import conversation_prompt, prompt_ids
 from trimtab.config import ServeConfig
@@ -135,7 +135,15 @@ class Preparer:
             stop=request.stops,
             echo=isinstance(request, CompletionRequest) and bool(request.echo),
             top_logprobs=_top_logprobs(request),
+            trace=self._trace(request),
         )
+
+    def _trace(self, request: Request) -> Literal["none", "bare", "text"]:
+        if not request.trimtab.trace:
+            return "none"
+        asked = self._config.trace_text
+        # Whoever may ask on a machine of their own may read the adapter's files as well.
+        return "text" if (self._config.keys is None if asked is None else asked) else "bare"
 
     def _max_tokens(self, request: Request, prompts: Sequence[Prompt]) -> int:
         longest = max(len(prompt.token_ids) for prompt in prompts)

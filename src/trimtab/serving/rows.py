@@ -11,8 +11,10 @@ from torch import Tensor
 from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import Live, LiveReading
 from trimtab.serving.choose import choose
+from trimtab.serving.trace import Speller, Tracer
 from trimtab.serving.work import Finish, Job, Likely, Piece
 from trimtab.steering.evidence import Mixture, last_text, readable, text_before
+from trimtab.steering.explain import Explanation
 from trimtab.steering.predictors import Rows
 from trimtab.text.stream import TextStream
 from trimtab.vocab import Vocabulary
@@ -24,7 +26,9 @@ _numbers = count()
 class Row:
     """One answer in the making."""
 
-    def __init__(self, job: Job, prompt: int, answer: int, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, job: Job, prompt: int, answer: int, vocabulary: Vocabulary, speller: Speller
+    ) -> None:
         """Begin the answer.
 
         Args:
@@ -32,6 +36,7 @@ class Row:
             prompt: Which of its prompts.
             answer: Which answer to it.
             vocabulary: The host's.
+            speller: Of the host's tokens.
         """
         options = job.options
         self.job = job
@@ -44,7 +49,11 @@ class Row:
         self.has_ended = False
         self._vocabulary = vocabulary
         self._stream = TextStream(options.stop)
+        self.tracer: Tracer | None = None
+        if options.trace != "none":
+            self.tracer = Tracer(speller, tells_text=options.trace == "text")
         self._held: list[tuple[int, Likely]] = []
+        self._held_trace: list[tuple[int, Explanation]] = []
         self._written_bytes = 0
         self._counts: Counter[int] = Counter()
         # Any seed is 64 bits; answers to one request must differ.
@@ -74,13 +83,16 @@ class Row:
         if options.top_logprobs is not None:
             told = likely(logprobs, token_id, options.top_logprobs)
             self._held.append((self._written_bytes, told))
+        if self.tracer:
+            why = self.tracer.explained(token_id, piece or b"", logprobs)
+            self._held_trace.append((self._written_bytes, why))
         self._written_bytes += len(piece or b"")
         text = self._stream.add(piece or b"")
         if self._stream.stopped:
             return self.end("stop", text)
         if self.new_tokens >= options.max_tokens:
             return self.end("length", text)
-        return Piece(self.choice, text, self._told() if text else ())
+        return self._piece(text) if text else Piece(self.choice, text)
 
     def end(self, why: Finish, text: str = "") -> Piece:
         """Give out what was held back."""
@@ -89,12 +101,20 @@ class Row:
         if self._stream.stopped:
             shown = len(self._stream.text.encode())
             self._held = [(begin, told) for begin, told in self._held if begin < shown]
-        return Piece(self.choice, text, self._told(), why)
+            self._held_trace = [(begin, one) for begin, one in self._held_trace if begin < shown]
+        return self._piece(text, why)
 
-    def _told(self) -> tuple[Likely, ...]:
+    def _piece(self, text: str, why: Finish | None = None) -> Piece:
+        """Text with all that was held back until it was certain."""
         told = tuple(one for _, one in self._held)
-        self._held = []
-        return told
+        trace = tuple(one for _, one in self._held_trace)
+        self._held, self._held_trace = [], []
+        return Piece(self.choice, text, told, why, trace)
+
+    def hear_as(self, other: "Row") -> None:
+        """Take over what was said of the next token of a row that has read the same."""
+        if self.tracer and other.tracer:
+            self.tracer.hear_as(other.tracer)
 
     def asks(self, mixture: Mixture, chat: ChatPrompt | None) -> "Question":
         """What an adapter is to be asked about the next token.
@@ -161,7 +181,13 @@ def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:
         contexts = tuple(question.context for question in each)
         asked.append(Rows(logits.float(), hidden, contexts, readings, strangers=True))
     weights = [row.weights for row in rows if row.weights is not None]
-    return first.several.logprobs(asked, torch.stack(weights, 1))
+    trust = torch.stack(weights, 1)
+    said = first.several.said(asked)
+    for place, row in enumerate(rows):
+        if row.tracer:
+            tells = row.tracer.tells_text
+            row.tracer.voices = first.several.voices(said, trust, place, tells_text=tells)
+    return first.several.mixed(said, trust)
 
 
 def _chats(rows: Sequence[Row], place: int) -> Iterator[tuple[Row, ChatPrompt | None]]:

@@ -154,6 +154,7 @@ async def _collect(job: Job, mailbox: Mailbox) -> _Collected:
             answer = collected.answers[event.choice]
             answer.text.append(event.text)
             answer.tokens += event.tokens
+            answer.trace += event.trace
             answer.finish = event.finish
         elif isinstance(event, Done):
             collected.done = event

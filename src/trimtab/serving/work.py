@@ -10,6 +10,7 @@ from trimtab.serving.choose import Choosing
 
 if TYPE_CHECKING:
     from trimtab.backends.chat import ChatPrompt
+    from trimtab.steering.explain import Explanation
     from trimtab.steering.several import Several
 
 Finish = Literal["stop", "length"]
@@ -39,12 +40,14 @@ class Piece:
         text: Text that is certain by now; it may be empty.
         tokens: Where they were asked for, the tokens of this piece.
         finish: Why the answer ends here; None if it goes on.
+        trace: Where they were asked for, explanations of the tokens of this piece.
     """
 
     choice: int
     text: str
     tokens: tuple[Likely, ...] = ()
     finish: Finish | None = None
+    trace: "tuple[Explanation, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class Options:
         stop: Strings that end an answer and are cut off.
         echo: Begin each answer with its prompt.
         top_logprobs: Likeliest tokens to tell beside each token; None tells no log-probabilities.
+        trace: What to tell of how each token came about; `text` is with what a memory found.
     """
 
     max_tokens: int
@@ -146,6 +150,7 @@ class Options:
     stop: tuple[str, ...] = ()
     echo: bool = False
     top_logprobs: int | None = None
+    trace: Literal["none", "bare", "text"] = "none"
 
 
 @final

@@ -10,8 +10,8 @@ from torch import Tensor
 from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
-from trimtab.steering.field import CHUNK_ROWS, Field
-from trimtab.steering.predictors import Rows, Steering, predicted
+from trimtab.steering.field import CHUNK_ROWS
+from trimtab.steering.predictors import Predicted, Rows, Steering, predicted
 from trimtab.steering.rows import prior_of
 from trimtab.unembedding import Unembedding
 
@@ -48,25 +48,27 @@ class Said:
     """What the predictors of a mixture say of some next tokens.
 
     Attributes:
-        field: The tokens that they tell apart.
-        stacked: Natural-log probabilities over the field, [predictors, rows, candidates + 1].
+        found: What each of them says, and what each memory found.
+        stacked: The members' natural-log probabilities over the field,
+            [predictors, rows, candidates + 1].
         own: As `Steering.own`.
     """
 
-    field: Field
+    found: Predicted
     stacked: Tensor
     own: Tensor | None = None
 
     def of_tokens(self, token_ids: Tensor) -> Tensor:
         """What each predictor gives to one token a row, shape [predictors, rows]."""
-        return self.field.of_tokens(self.stacked, token_ids)
+        return self.found.field.of_tokens(self.stacked, token_ids)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """The mixture over the vocabulary, [rows, vocab]; weights have shape [predictors, rows]."""
-        mixed = self.field.everywhere(mixture_logprobs(self.stacked, weights[..., None]))
+        field = self.found.field
+        mixed = field.everywhere(mixture_logprobs(self.stacked, weights[..., None]))
         if self.own is None:
             return mixed
-        return keep_own(mixed, self.field.everywhere(self.field.logprobs), self.own)
+        return keep_own(mixed, field.everywhere(field.logprobs), self.own)
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,9 @@ class Mixture:
 
     def said(self, rows: Rows) -> Said:
         """What each predictor says."""
-        field, dense = predicted(self.steering, rows)
-        return Said(field, torch.stack([dense[name] for name in self.members]), self.steering.own)
+        found = predicted(self.steering, rows)
+        stacked = torch.stack([found.logprobs[name] for name in self.members])
+        return Said(found, stacked, self.steering.own)
 
     def logprobs(self, rows: Rows, weights: Tensor) -> Tensor:
         """The steered distribution: the predictors' mixture.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from trimtab.backends.chat import ChatPrompt
 from trimtab.blend import evidence_weights
-from trimtab.steering.evidence import Mixture, ReadPrompt, evidence_positions
+from trimtab.steering.evidence import Mixture, ReadPrompt, Said, evidence_positions
+from trimtab.steering.explain import Voice
 from trimtab.steering.field import CHUNK_ROWS
 from trimtab.steering.predictors import Rows
 from trimtab.unembedding import Unembedding
@@ -75,12 +76,39 @@ class Several:
             rows: The same rows as each adapter's small models have read them.
             weights: Trust in each predictor at each row, shape [predictors, rows].
         """
-        shares = self._shares(weights)
+        return self.mixed(self.said(rows), weights)
+
+    def said(self, rows: Sequence[Rows]) -> tuple[Said, ...]:
+        """What each adapter's predictors say; arguments are those of `logprobs`."""
+        pairs = zip(self.mixtures, rows, strict=True)
+        return tuple(mixture.said(asked) for mixture, asked in pairs)
+
+    def mixed(self, said: Sequence[Said], weights: Tensor) -> Tensor:
+        """The mixture of what all have said, shape [rows, vocab]; weights as for `logprobs`."""
         parts = [
-            mixture.said(asked).mixed(share / share.sum(0)) + share.sum(0).log()[:, None]
-            for mixture, asked, share in zip(self.mixtures, rows, shares, strict=True)
+            one.mixed(share / share.sum(0)) + share.sum(0).log()[:, None]
+            for one, share in zip(said, self._shares(weights), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
+
+    def voices(
+        self, said: Sequence[Said], weights: Tensor, row: int, *, tells_text: bool
+    ) -> tuple[Voice, ...]:
+        """What each adapter had to say in one row, to explain the token there.
+
+        Args:
+            said: What all have said.
+            weights: As for `logprobs`.
+            row: Which row.
+            tells_text: Whether the memories' text may be told.
+        """
+        found = []
+        for mixture, one, share in zip(self.mixtures, said, self._shares(weights), strict=True):
+            by_name = dict(zip(mixture.members, share[:, row].tolist(), strict=True))
+            mounted = mixture.steering.memories.get("memory") if tells_text else None
+            memory = mounted.memory if mounted else None
+            found.append(Voice(mixture.steering.blend, by_name, one.found, row, memory))
+        return tuple(found)
 
     def prequential(
         self, unembedding: Unembedding, prompt: ReadPrompt
