@@ -132,7 +132,9 @@ class Gate:
                 message = await asyncio.wait_for(receive(), deadline_sec - time.monotonic())
             except TimeoutError:
                 headers = {"connection": "close"}
-                raise ApiError(408, "the request did not come to its end", headers=headers) from None
+                raise ApiError(
+                    408, "the request did not come to its end", headers=headers
+                ) from None
             seen += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if seen > self._body_bytes:

@@ -50,8 +50,6 @@ class Preparer:
             UnknownModel: Its model is not served.
             TrimtabError: It asks for what its adapters or the host do not have.
         """
-        if request.trimtab.trace:
-            raise ApiError(400, "trimtab.trace is not supported", param="trimtab.trace")
         several = self._several(request)
         if isinstance(request, CompletionRequest):
             prompts, steered = self._prompts(request), _plain(several)

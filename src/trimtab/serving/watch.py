@@ -69,9 +69,7 @@ class Watch:
             buckets=_SECONDS,
             registry=registry,
         )
-        self._read = Counter(
-            "trimtab_prompt_tokens", "Tokens read.", ["model"], registry=registry
-        )
+        self._read = Counter("trimtab_prompt_tokens", "Tokens read.", ["model"], registry=registry)
         self._written = Counter(
             "trimtab_completion_tokens", "Tokens written.", ["model"], registry=registry
         )
