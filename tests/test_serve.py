@@ -338,14 +338,14 @@ def test_who_hangs_up_frees_the_slot(server: Running, log: io.StringIO) -> None:
 
 def test_who_does_not_read_holds_up_nobody(server: Running, client: openai.OpenAI) -> None:
     engine = server.service.engine
-    body = {"model": "host", "prompt": "The m", "max_tokens": 1500, "stream": True, "n": 4}
+    body = {"model": "host", "prompt": "The m", "max_tokens": 300, "stream": True, "n": 4}
     body |= {"logit_bias": {"257": -100}, "logprobs": 20}
     with asking_raw(server, body) as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         wait_until(lambda: engine.running == 4)
         found = client.completions.create(model="host", prompt=PROMPT, **GREEDY)
         assert found.choices[0].text == run(None, PROMPT).texts[0]
-        # Some megabytes, of which nobody has read a byte.
+        # A megabyte is written, of which nobody has read a byte.
         wait_until(lambda: not engine.running)
 
 
@@ -498,13 +498,17 @@ def test_what_is_in_flight_ends_before_the_server_does(host: HFModel) -> None:
 def test_the_command_serves_until_it_is_asked_to_end(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "trimtab", "serve", "tiny:llama", "--port", "0"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
-        assert process.stderr
-        listening = json.loads(process.stderr.readline())
-        assert listening["event"] == "listening" and listening["models"] == ["tiny:llama"]
-        body = {"model": "tiny:llama", "prompt": "The", "max_tokens": 3}
-        found = httpx2.post(f"{listening['address']}/v1/completions", json=body, timeout=60)
-        assert found.json()["usage"]["prompt_tokens"] == 3
-        process.send_signal(signal.SIGTERM)
-        lines = [json.loads(line) for line in process.stderr]
-        assert [line["event"] for line in lines] == ["request", "stopped"]
-        assert process.wait() == 0
+        try:
+            assert process.stderr
+            listening = json.loads(process.stderr.readline())
+            assert listening["event"] == "listening" and listening["models"] == ["tiny:llama"]
+            body = {"model": "tiny:llama", "prompt": "The", "max_tokens": 3}
+            url = f"{listening['address']}/v1/completions"
+            found = httpx2.post(url, json=body, timeout=300)
+            assert found.json()["usage"]["prompt_tokens"] == 3
+            process.send_signal(signal.SIGTERM)
+            lines = [json.loads(line) for line in process.stderr]
+            assert [line["event"] for line in lines] == ["request", "stopped"]
+            assert process.wait() == 0
+        finally:
+            process.kill()

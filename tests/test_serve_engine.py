@@ -339,7 +339,7 @@ def test_several_adapters_are_one_mixture(host: HFModel, adapters: Adapters) -> 
         for mixture in several.mixtures
     ]
     tables = [
-        torch.stack([one.field.everywhere(member) for member in one.stacked]).double().exp()
+        torch.stack([one.found.field.everywhere(member) for member in one.stacked]).double().exp()
         for one in said
     ]
     torch.testing.assert_close(tables[0][0], tables[1][0], atol=1e-6, rtol=1e-4)

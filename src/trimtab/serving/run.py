@@ -23,6 +23,7 @@ from trimtab.serving.service import Service
 from trimtab.types import Progress, silent
 
 _START_SEC = 120.0
+_BACKLOG = 2048
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -173,6 +174,8 @@ def _listening(config: ServeConfig) -> Iterator[socket.socket]:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.address.strip("[]"), config.port))
+        # From now on nobody is turned away: who comes early waits.
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise InputError(
