@@ -113,11 +113,14 @@ def test_both_columns_stream_what_the_api_says(tab: Tab, server: Running) -> Non
     assert tab.text("plain") == api(server, "host")["text"]
     assert tab.text("steered") == steered["text"] != tab.text("plain")
     marks = tab.page.locator("#steered-text [role=option]")
-    names = [(name or "").split()[0] for name in [one.get_attribute("class") for one in marks.all()]]
+    names = [
+        (name or "").split()[0] for name in [one.get_attribute("class") for one in marks.all()]
+    ]
     assert names == [token["by"] for token in steered["trimtab"]["trace"]]
     for side in ("plain", "steered"):
         assert re.fullmatch(
-            rf"[\d.]+ tokens/s · {marks.count()} tokens", tab.page.locator(f"#{side}-rate").inner_text()
+            rf"[\d.]+ tokens/s · {marks.count()} tokens",
+            tab.page.locator(f"#{side}-rate").inner_text(),
         )
     # What the page shows and hides while it streams is told to those who cannot see it.
     assert tab.page.locator("#steered-text").get_attribute("aria-busy") == "false"

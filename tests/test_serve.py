@@ -3,23 +3,29 @@
 import asyncio
 import io
 import json
+import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from test_generate import HOST, PROMPTS, run
 from test_generate import adapter as adapter  # a fixture
+from test_imports import ENVIRONMENT
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.cli import main
 from trimtab.config import ServeConfig
 from trimtab.errors import InputError
+from trimtab.serving import gate
 from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.keys import add_key, read_keys
 from trimtab.serving.refusals import ApiError
@@ -244,7 +250,7 @@ BAD: list[tuple[str, bytes]] = [
 @pytest.mark.parametrize(("route", "body"), BAD)
 def test_what_is_wrong_is_told_in_openais_shape(server: Running, route: str, body: bytes) -> None:
     headers = {"content-type": "application/json"}
-    found = httpx.post(f"{server.base_url}/v1/{route}", content=body, headers=headers)
+    found = httpx2.post(f"{server.base_url}/v1/{route}", content=body, headers=headers)
     assert 400 <= found.status_code < 500, found.text
     error = found.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -264,58 +270,100 @@ def test_what_is_wrong_is_told_in_openais_shape(server: Running, route: str, bod
     ],
 )
 def test_wrong_paths_are_json_too(server: Running, method: str, path: str, status: int) -> None:
-    found = httpx.request(method, f"{server.base_url}{path}")
+    found = httpx2.request(method, f"{server.base_url}{path}")
     assert found.status_code == status and found.json()["error"]["message"]
 
 
 def test_other_content_types_ask_for_nothing(server: Running) -> None:
     body = json.dumps({"model": "host", "prompt": "a"})
     headers = {"content-type": "text/plain"}
-    found = httpx.post(f"{server.base_url}/v1/completions", content=body, headers=headers)
+    found = httpx2.post(f"{server.base_url}/v1/completions", content=body, headers=headers)
     assert found.status_code == 400
     other = {"host": "evil.example", "content-type": "application/json"}
-    found = httpx.post(f"{server.base_url}/v1/completions", content=body, headers=other)
+    found = httpx2.post(f"{server.base_url}/v1/completions", content=body, headers=other)
     assert found.status_code == 403
 
 
 def test_large_bodies_are_cut_off(server: Running) -> None:
     url = f"{server.base_url}/v1/completions"
-    assert httpx.post(url, content=b"x" * 20_001).status_code == 413
+    assert httpx2.post(url, content=b"x" * 20_001).status_code == 413
 
     def parts() -> Iterator[bytes]:
         for _ in range(30):
             yield b" " * 1000
 
-    found = httpx.post(url, content=parts(), headers={"content-type": "application/json"})
+    found = httpx2.post(url, content=parts(), headers={"content-type": "application/json"})
     assert found.status_code == 413 and found.json()["error"]["code"] == "request_too_large"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "BODY_SEC", 0.05)
+    address, port = server.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port))) as raw:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{"
+        raw.sendall(head)
+        raw.settimeout(300)
+        assert b" 408 " in raw.recv(1000)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_sec = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline_sec
+        time.sleep(0.005)
+
+
+@contextmanager
+def asking_raw(server: Running, body: dict[str, object]) -> Iterator[socket.socket]:
+    """A connection that has asked, and reads nothing."""
+    text = json.dumps(body).encode()
+    address, port = server.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port))) as raw:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(text)}"
+        raw.sendall(head.encode() + b"\r\ncontent-type: application/json\r\n\r\n" + text)
+        yield raw
 
 
 def test_who_hangs_up_frees_the_slot(server: Running, log: io.StringIO) -> None:
     engine = server.service.engine
     for stream in (True, False):
         body = {"model": "host", "prompt": "The m", "max_tokens": 1900, "stream": stream}
-        body |= {"logit_bias": {"257": -100}}
-        text = json.dumps(body).encode()
-        address, port = server.base_url.removeprefix("http://").split(":")
-        with socket.create_connection((address, int(port))) as raw:
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(text)}"
-            )
-            raw.sendall(head.encode() + b"\r\ncontent-type: application/json\r\n\r\n" + text)
-            while not engine.running:
-                time.sleep(0.005)
-        while engine.running:
-            time.sleep(0.005)
-    while log.getvalue().count('"status": 499') < 2:
-        time.sleep(0.005)
+        with asking_raw(server, body | {"logit_bias": {"257": -100}}):
+            wait_until(lambda: bool(engine.running))
+        wait_until(lambda: not engine.running)
+    wait_until(lambda: log.getvalue().count('"status": 499') >= 2)
+
+
+def test_who_does_not_read_holds_up_nobody(server: Running, client: openai.OpenAI) -> None:
+    engine = server.service.engine
+    body = {"model": "host", "prompt": "The m", "max_tokens": 1500, "stream": True, "n": 4}
+    body |= {"logit_bias": {"257": -100}, "logprobs": 20}
+    with asking_raw(server, body) as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        wait_until(lambda: engine.running == 4)
+        found = client.completions.create(model="host", prompt=PROMPT, **GREEDY)
+        assert found.choices[0].text == run(None, PROMPT).texts[0]
+        # Some megabytes, of which nobody has read a byte.
+        wait_until(lambda: not engine.running)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_time_is_limited(host: HFModel, stream: bool) -> None:
+    with running(served(time_limit_sec=1e-3), host=host) as server:
+        body = {"model": "host", "prompt": PROMPT, "stream": stream, "max_tokens": 1000}
+        found = httpx2.post(f"{server.base_url}/v1/completions", json=body)
+        assert found.status_code == 504 and found.json()["error"]["code"] == "timeout"
+        assert found.headers["x-should-retry"] == "false"
 
 
 def test_metrics_health_and_the_log(server: Running, log: io.StringIO, client: Any) -> None:
     secret = "The secret keel"
-    client.completions.create(model="host+sea", prompt=secret, **GREEDY)
-    assert httpx.get(f"{server.base_url}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{server.base_url}/ready").json() == {"ready": True}
-    text = httpx.get(f"{server.base_url}/metrics").text
+    client.completions.create(model="host+sea:0.25", prompt=secret, **GREEDY)
+    assert httpx2.get(f"{server.base_url}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"{server.base_url}/ready").json() == {"ready": True}
+    text = httpx2.get(f"{server.base_url}/metrics").text
     assert 'trimtab_requests_total{route="/v1/completions",status="200"}' in text
     assert 'trimtab_completion_tokens_total{model="host+sea"}' in text
     assert "trimtab_running 0.0" in text and "trimtab_first_text_seconds_bucket" in text
@@ -326,7 +374,7 @@ def test_metrics_health_and_the_log(server: Running, log: io.StringIO, client: A
 
 
 def test_the_document_of_the_interface(server: Running) -> None:
-    paths = httpx.get(f"{server.base_url}/openapi.json").json()["paths"]
+    paths = httpx2.get(f"{server.base_url}/openapi.json").json()["paths"]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions"} <= set(paths)
 
 
@@ -401,24 +449,24 @@ def test_adapters_come_and_go_without_dropping_requests(
         headers = {"authorization": f"Bearer {boss}"}
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="no").models.list()
-        assert httpx.get(f"{server.base_url}/metrics").status_code == 401
-        assert httpx.get(f"{server.base_url}/health").status_code == 200
+        assert httpx2.get(f"{server.base_url}/metrics").status_code == 401
+        assert httpx2.get(f"{server.base_url}/health").status_code == 200
         wanted = {"name": "sea", "path": str(adapter)}
         for wrong, status in ((None, 401), ({"authorization": f"Bearer {key}"}, 403)):
-            assert httpx.post(url, json=wanted, headers=wrong).status_code == status
+            assert httpx2.post(url, json=wanted, headers=wrong).status_code == status
         base_url = f"{server.base_url}/v1"
         with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0) as client:
             with pytest.raises(openai.NotFoundError):
                 client.completions.create(model="host+sea", prompt=PROMPT, **GREEDY)
-            found = httpx.post(url, json=wanted, headers=headers, timeout=60)
+            found = httpx2.post(url, json=wanted, headers=headers, timeout=60)
             assert found.json()["carriers"] == ["head", "memory"] and found.json()["contains_text"]
             asked: dict[str, Any] = {"model": "host+sea", "prompt": PROMPT, "temperature": 0}
             ban = {"257": -100}
             stream = client.completions.create(max_tokens=120, stream=True, logit_bias=ban, **asked)
             text = next(iter(stream)).choices[0].text
-            assert httpx.delete(f"{url}/sea", headers=headers).json()["deleted"]
-            assert httpx.get(url, headers=headers).json() == {"data": []}
-            assert httpx.delete(f"{url}/sea", headers=headers).status_code == 404
+            assert httpx2.delete(f"{url}/sea", headers=headers).json()["deleted"]
+            assert httpx2.get(url, headers=headers).json() == {"data": []}
+            assert httpx2.delete(f"{url}/sea", headers=headers).status_code == 404
             with pytest.raises(openai.NotFoundError):
                 client.completions.create(max_tokens=1, **asked)
             chunks = list(stream)
@@ -427,7 +475,7 @@ def test_adapters_come_and_go_without_dropping_requests(
             with pytest.raises(openai.RateLimitError) as error:
                 client.completions.create(max_tokens=1, **asked)
             assert int(error.value.response.headers["retry-after"]) >= 1
-        bad = httpx.post(url, json={"name": "x", "path": str(tmp_path)}, headers=headers)
+        bad = httpx2.post(url, json={"name": "x", "path": str(tmp_path)}, headers=headers)
         assert bad.status_code == 400 and bad.json()["error"]["message"]
 
 
@@ -440,8 +488,23 @@ def test_what_is_in_flight_ends_before_the_server_does(host: HFModel) -> None:
         )
         texts.append(next(iter(stream)).choices[0].text)
         server.service.is_closing = True
-        assert httpx.get(f"{server.base_url}/ready").status_code == 503
+        assert httpx2.get(f"{server.base_url}/ready").status_code == 503
         server.stop()
         texts += [chunk.choices[0].text for chunk in stream]
         client.close()
     assert len("".join(texts)) > 50
+
+
+def test_the_command_serves_until_it_is_asked_to_end(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "trimtab", "serve", "tiny:llama", "--port", "0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        assert process.stderr
+        listening = json.loads(process.stderr.readline())
+        assert listening["event"] == "listening" and listening["models"] == ["tiny:llama"]
+        body = {"model": "tiny:llama", "prompt": "The", "max_tokens": 3}
+        found = httpx2.post(f"{listening['address']}/v1/completions", json=body, timeout=60)
+        assert found.json()["usage"]["prompt_tokens"] == 3
+        process.send_signal(signal.SIGTERM)
+        lines = [json.loads(line) for line in process.stderr]
+        assert [line["event"] for line in lines] == ["request", "stopped"]
+        assert process.wait() == 0

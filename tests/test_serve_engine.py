@@ -3,7 +3,8 @@
 import queue
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ from trimtab.steering.several import Several
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2")
 GREEDY = Choosing(temperature=0.0)
+WAIT_SEC = 300.0
+"""Longer than anything takes: a test that waits for what does not come must end."""
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +73,20 @@ def engine(host: HFModel) -> Iterator[Engine]:
     engine.stop()
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_sec = time.monotonic() + WAIT_SEC
+    while not condition():
+        assert time.monotonic() < deadline_sec
+        time.sleep(0.005)
+
+
 class Asked:
     """A request and the events that came."""
 
-    def __init__(self, prompts: Sequence[Prompt], options: Options, limit_sec: float = 60.0):
+    def __init__(self, prompts: Sequence[Prompt], options: Options, limit_sec: float = WAIT_SEC):
         self.events: queue.Queue[Event] = queue.Queue()
         tell = self.events.put
         self.job = Job(prompts, options, steered=None, tell=tell, time_limit_sec=limit_sec)
-
-    def answers(self) -> list[str]:
-        texts = ["" for _ in range(self.job.open_rows or 99)]
-        while not isinstance(event := self.events.get(timeout=60), Done):
-            assert isinstance(event, Piece), event
-            texts[event.choice] += event.text
-        return texts
 
 
 def asking(host: HFModel, text: str, **options: object) -> Asked:
@@ -93,7 +96,7 @@ def asking(host: HFModel, text: str, **options: object) -> Asked:
 
 def collected(events: "queue.Queue[Event]", answers: int = 1) -> list[str]:
     texts = ["" for _ in range(answers)]
-    while not isinstance(event := events.get(timeout=60), Done):
+    while not isinstance(event := events.get(timeout=WAIT_SEC), Done):
         assert isinstance(event, Piece), event
         texts[event.choice] += event.text
     return texts
@@ -229,8 +232,7 @@ def test_who_does_not_wait_makes_room(host: HFModel, engine: Engine) -> None:
     long = [asking(host, "The m", max_tokens=1500) for _ in range(4)]
     for one in long:
         engine.submit(one.job)
-    while engine.running < 4:
-        time.sleep(0.005)
+    wait_until(lambda: engine.running == 4)
     behind = asking(host, "The rudder")
     engine.submit(behind.job)
     long[0].job.cancel()
@@ -238,8 +240,7 @@ def test_who_does_not_wait_makes_room(host: HFModel, engine: Engine) -> None:
     for one in long[1:]:
         assert not one.job.has_ended
         one.job.cancel()
-    while engine.running:
-        time.sleep(0.005)
+    wait_until(lambda: not engine.running)
 
 
 def test_a_full_queue_a_deadline_and_an_end(host: HFModel) -> None:
@@ -247,22 +248,20 @@ def test_a_full_queue_a_deadline_and_an_end(host: HFModel) -> None:
     engine.start()
     late = Asked([Prompt((5, 6))], Options(1500, choosing=GREEDY), limit_sec=0.2)
     engine.submit(late.job)
-    while not engine.running:
-        time.sleep(0.005)
+    wait_until(lambda: bool(engine.running))
     waiting = [asking(host, "The m", max_tokens=1500) for _ in range(2)]
     for one in waiting:
         engine.submit(one.job)
     with pytest.raises(Busy) as busy:
         engine.submit(asking(host, "The m").job)
     assert 1 <= busy.value.retry_after_sec <= 60
-    while isinstance(event := late.events.get(timeout=60), Piece):
+    while isinstance(event := late.events.get(timeout=WAIT_SEC), Piece):
         pass
     assert isinstance(event, Failed) and isinstance(event.error, TimeUp)
-    while engine.waiting == 2:
-        time.sleep(0.005)
+    wait_until(lambda: engine.waiting < 2)
     engine.stop()
     for one in waiting:
-        while isinstance(event := one.events.get(timeout=60), Piece):
+        while isinstance(event := one.events.get(timeout=WAIT_SEC), Piece):
             pass
         assert isinstance(event, Failed) and isinstance(event.error, Closing)
     with pytest.raises(Closing):
@@ -274,13 +273,9 @@ def test_one_request_that_fails_leaves_the_others_alone(host: HFModel, engine: E
     engine.submit(good.job)
     bad = Asked([Prompt((10**6,))], Options(5, choosing=GREEDY))
     engine.submit(bad.job)
-    event = bad.events.get(timeout=60)
+    event = bad.events.get(timeout=WAIT_SEC)
     assert isinstance(event, Failed) and isinstance(event.error, IndexError)
     assert collected(good.events) == list(run(None, "The rudder", max_new_tokens=30).texts)
-
-
-def probabilities(logits: torch.Tensor) -> torch.Tensor:
-    return logits.softmax(-1)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.7), (5, 1.0), (9, 0.35), (1, 0.2), (0, 1e-9)])
@@ -398,3 +393,12 @@ def test_an_adapter_needs_a_name_and_a_carrier_that_steers(
     adapters.unload("a")
     with pytest.raises(UnknownModel):
         adapters.unload("a")
+
+
+def test_threads_do_not_change_each_others_tokens(host: HFModel) -> None:
+    text = "a<eos>b" * 40
+    plain, marked = host.encode(text), host.encode(text, markup=True)
+    assert plain != marked
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: host.encode(text, markup=bool(n % 2)), range(400)))
+    assert found == [plain, marked] * 200

@@ -174,6 +174,12 @@ class Adapters:
             )
         return tuple(one for one in found.values() if one.strength)
 
+    def plain_name(self, model: str) -> str:
+        """The name of a model that is served, without strengths: of these there are few."""
+        parts = model.removeprefix(self.host_name).split("+")
+        names = sorted(part.partition(":")[0] for part in parts if part)
+        return "+".join([self.host_name, *names])
+
     def mixture(self, chosen: Sequence[Chosen]) -> Several:
         """What steers; the same object for requests that want the same, which are asked together.
 

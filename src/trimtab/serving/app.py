@@ -53,6 +53,7 @@ def make_app(service: Service) -> ASGIApp:
     app = FastAPI(title="trimtab", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _told)
     app.add_exception_handler(RequestValidationError, _told_invalid)
+    app.add_exception_handler(Exception, _told)
     _add_models(app, service)
     _add_health(app, service)
     _add_admin(app, service)

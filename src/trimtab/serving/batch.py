@@ -1,7 +1,7 @@
 """Rows of different lengths that share each forward pass of a host."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import final
 
 import torch
@@ -88,19 +88,12 @@ class Batch:
     def join(self, cache: DynamicCache, copies: int = 1) -> None:
         """Add rows that have all read the same, after those that are there."""
         length = cache.get_seq_length()
-        if not self.lengths:
-            self._cache = DynamicCache(
-                ddp_cache_data=[
-                    tuple(None if side is None else side.repeat(copies, 1, 1, 1) for side in sides)
-                    for sides in _layers(cache)
-                ]
-            )
-        else:
-            longest = max(length, *self.lengths)
-            for layer, (keys, values) in zip(self._cache.layers, _layers(cache), strict=True):
-                if keys is not None and values is not None:
-                    layer.keys = _joined(layer.keys, keys, longest, copies)
-                    layer.values = _joined(layer.values, values, longest, copies)
+        longest = max([length, *self.lengths])
+        ours = _layers(self._cache) if self.lengths else [None] * len(cache.layers)
+        self._cache = _cache_of(
+            None if new is None else _joined(old, new, longest, copies)
+            for old, new in zip(ours, _layers(cache), strict=True)
+        )
         self.lengths += [length] * copies
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -110,12 +103,15 @@ class Batch:
             self._cache = DynamicCache()
             return
         index, longest = torch.tensor(list(rows)), max(self.lengths)
-        for layer in self._cache.layers:
-            if getattr(layer, "keys", None) is not None:
-                here = index.to(layer.keys.device)
-                # Columns in which no row has a token are cut off.
-                layer.keys = layer.keys[here, :, -longest:].contiguous()
-                layer.values = layer.values[here, :, -longest:].contiguous()
+
+        def kept(side: Tensor) -> Tensor:
+            # Columns in which no row has a token are cut off.
+            return side[index.to(side.device), :, -longest:].contiguous()
+
+        self._cache = _cache_of(
+            None if layer is None else (kept(layer[0]), kept(layer[1]))
+            for layer in _layers(self._cache)
+        )
 
     def step(self, token_ids: Sequence[int]) -> Tensor:
         """Read one more token of each row; final hidden states, shape [rows, hidden]."""
@@ -139,14 +135,30 @@ class Batch:
         ).last_hidden_state
 
 
-def _layers(cache: DynamicCache) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Keys and values of each layer; None where a layer uses those of another."""
-    return [
-        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
-    ]
+_Layer = tuple[Tensor, Tensor] | None
+"""Keys and values, shape [rows, heads, tokens, size]; None where a layer uses those of another."""
 
 
-def _joined(ours: Tensor, theirs: Tensor, length: int, copies: int) -> Tensor:
+def _layers(cache: DynamicCache) -> list[_Layer]:
+    found: list[_Layer] = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        found.append(None if keys is None or values is None else (keys, values))
+    return found
+
+
+def _cache_of(layers: Iterable[_Layer]) -> DynamicCache:
+    return DynamicCache(ddp_cache_data=[layer or (None, None) for layer in layers])
+
+
+def _joined(ours: _Layer, theirs: tuple[Tensor, Tensor], length: int, copies: int) -> _Layer:
+    if ours is None:
+        return theirs[0].repeat(copies, 1, 1, 1), theirs[1].repeat(copies, 1, 1, 1)
+    return _stacked(ours[0], theirs[0], length, copies), _stacked(
+        ours[1], theirs[1], length, copies
+    )
+
+
+def _stacked(ours: Tensor, theirs: Tensor, length: int, copies: int) -> Tensor:
     theirs = theirs.to(ours.device).expand(copies, -1, -1, -1)
-    sides = [pad(side, (0, 0, length - side.shape[-2], 0)) for side in (ours, theirs)]
-    return torch.cat(sides)
+    return torch.cat([pad(side, (0, 0, length - side.shape[-2], 0)) for side in (ours, theirs)])

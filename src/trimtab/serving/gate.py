@@ -1,7 +1,9 @@
 """What every request passes first: who asks, how often, how much; and its line in the log."""
 
+import asyncio
 import ipaddress
 import secrets
+import time
 from collections.abc import Collection, Mapping
 from typing import final
 
@@ -20,6 +22,9 @@ OPEN_ROUTES = (
     *(f"/page/{name}" for name in PAGE_FILES),
 )
 """These say nothing of the models, and cost nothing."""
+
+BODY_SEC = 60.0
+"""Time for a request's body to come."""
 
 GONE = 499
 """Stands in the log for a client that did not wait."""
@@ -117,12 +122,21 @@ class Gate:
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self._body_bytes:
             raise self._too_large()
-        seen = 0
+        seen, is_whole, deadline_sec = 0, False, time.monotonic() + BODY_SEC
 
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline_sec - time.monotonic())
+            except TimeoutError:
+                headers = {"connection": "close"}
+                raise ApiError(
+                    408, "the request did not come to its end", headers=headers
+                ) from None
             seen += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if seen > self._body_bytes:
                 raise self._too_large()
             return message

@@ -70,9 +70,13 @@ class Preparer:
         given = request.prompt
         if isinstance(given, str):
             return [self._text(given)]
-        if given and all(isinstance(part, int) for part in given):
-            return [self._ids(given)]  # pyright: ignore[reportArgumentType]
-        return [self._text(one) if isinstance(one, str) else self._ids(one) for one in given]  # pyright: ignore[reportArgumentType]
+        texts = [part for part in given if isinstance(part, str)]
+        ids = [part for part in given if isinstance(part, int)]
+        several = [part for part in given if isinstance(part, list)]
+        if ids:
+            return [self._ids(ids)]
+        # A request holds prompts of one kind.
+        return [self._text(text) for text in texts] + [self._ids(one) for one in several]
 
     def _text(self, text: str) -> Prompt:
         _check_text(text, "prompt")
@@ -114,13 +118,12 @@ class Preparer:
                 param="n",
                 code="invalid_value",
             )
-        default = lambda value, other: other if value is None else value  # noqa: E731
         return Options(
             max_tokens=self._max_tokens(request, prompts),
             answers=answers,
             choosing=Choosing(
-                temperature=default(request.temperature, 1.0),
-                top_p=default(request.top_p, 1.0),
+                temperature=1.0 if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
                 top_k=request.top_k or 0,
                 logit_bias=self._bias(request),
                 presence_penalty=request.presence_penalty or 0.0,

@@ -1,5 +1,6 @@
 """A server that listens: in the foreground, or in a thread of its own."""
 
+import signal
 import socket
 import threading
 import time
@@ -21,7 +22,8 @@ from trimtab.serving.gate import is_loopback
 from trimtab.serving.service import Service
 from trimtab.types import Progress, silent
 
-_START_SEC = 30.0
+_START_SEC = 120.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @final
@@ -35,6 +37,19 @@ class _Uvicorn(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.is_closing = True
         super().handle_exit(sig, frame)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Both signals are how a server is meant to end: neither is raised again afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in _SIGNALS}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
 
 
 def check_listening(config: ServeConfig) -> None:

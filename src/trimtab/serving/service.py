@@ -81,7 +81,7 @@ class Service:
         job: Job = await loop.run_in_executor(
             self._preparing, self._preparer.job, request, mailbox.tell
         )
-        record.model = request.model
+        record.model = self.adapters.plain_name(request.model)
         record.fields |= {"stream": bool(request.stream), "prompt_tokens": job.prompt_tokens}
         if self.config.log_prompts:
             record.fields["request"] = request.model_dump(mode="json", exclude_unset=True)

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TextIO, final
@@ -51,38 +52,36 @@ class Watch:
         """
         self._log = log
         self._lock = threading.Lock()
-        self._registry = CollectorRegistry()
-        one = {"registry": self._registry}
+        self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "trimtab_requests", "Requests.", ["route", "status"], registry=self._registry
+            "trimtab_requests", "Requests.", ["route", "status"], registry=registry
         )
         self._seconds = Histogram(
             "trimtab_request_seconds",
             "Time of a request, to its last byte.",
             ["route"],
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=registry,
         )
         self._first = Histogram(
             "trimtab_first_text_seconds",
             "Time to the first text of an answer.",
             buckets=_SECONDS,
-            **one,
+            registry=registry,
         )
-        self._read = Counter("trimtab_prompt_tokens", "Tokens read.", ["model"], **one)
-        self._written = Counter("trimtab_completion_tokens", "Tokens written.", ["model"], **one)
-        gauges = {
-            "trimtab_queue": ("Requests that wait.", lambda: engine.waiting),
-            "trimtab_running": ("Answers in the making.", lambda: engine.running),
-            "trimtab_slots": ("Answers in the making at most.", lambda: engine.slots),
-            "trimtab_steps": ("Passes of the host so far.", lambda: engine.counts.steps),
-            "trimtab_step_rows": (
-                "Answers in all these passes.",
-                lambda: engine.counts.stepped_rows,
-            ),
+        self._read = Counter("trimtab_prompt_tokens", "Tokens read.", ["model"], registry=registry)
+        self._written = Counter(
+            "trimtab_completion_tokens", "Tokens written.", ["model"], registry=registry
+        )
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "queue": ("Requests that wait.", lambda: engine.waiting),
+            "running": ("Answers in the making.", lambda: engine.running),
+            "slots": ("Answers in the making at most.", lambda: engine.slots),
+            "steps": ("Passes of the host so far.", lambda: engine.counts.steps),
+            "step_rows": ("Answers in all these passes.", lambda: engine.counts.stepped_rows),
         }
         for name, (meaning, value) in gauges.items():
-            Gauge(name, meaning, **one).set_function(value)
+            Gauge(f"trimtab_{name}", meaning, registry=registry).set_function(value)
 
     def ended(self, record: Record, status: int) -> None:
         """Count a request and write its line.
