@@ -138,7 +138,7 @@ def test_a_slider_steers_again_and_the_host_is_left_alone(tab: Tab, server: Runn
     assert new[0]["trimtab"] == {"trace": True, "carriers": ["head", "memory"], "strength": 0}
     # At strength 0 an adapter says nothing.
     assert tab.text("steered") == tab.text("plain") == plain
-    assert tab.page.locator("#adapter-rows output").first.inner_text() == "0.00"
+    assert tab.page.locator("#adapter-rows .value").first.inner_text() == "0.00"
 
 
 def test_a_token_explains_itself_with_file_and_line(

@@ -10,7 +10,7 @@ from torch import Tensor
 from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
-from trimtab.steering.field import CHUNK_ROWS
+from trimtab.steering.field import CHUNK_ROWS, Field
 from trimtab.steering.predictors import Predicted, Rows, Steering, predicted
 from trimtab.steering.rows import prior_of
 from trimtab.unembedding import Unembedding
@@ -58,17 +58,21 @@ class Said:
     stacked: Tensor
     own: Tensor | None = None
 
+    @property
+    def field(self) -> Field:
+        """The tokens that they tell apart."""
+        return self.found.field
+
     def of_tokens(self, token_ids: Tensor) -> Tensor:
         """What each predictor gives to one token a row, shape [predictors, rows]."""
-        return self.found.field.of_tokens(self.stacked, token_ids)
+        return self.field.of_tokens(self.stacked, token_ids)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """The mixture over the vocabulary, [rows, vocab]; weights have shape [predictors, rows]."""
-        field = self.found.field
-        mixed = field.everywhere(mixture_logprobs(self.stacked, weights[..., None]))
+        mixed = self.field.everywhere(mixture_logprobs(self.stacked, weights[..., None]))
         if self.own is None:
             return mixed
-        return keep_own(mixed, field.everywhere(field.logprobs), self.own)
+        return keep_own(mixed, self.field.everywhere(self.field.logprobs), self.own)
 
 
 @dataclass(frozen=True)

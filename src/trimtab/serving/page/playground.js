@@ -178,7 +178,8 @@ function drawAdapters() {
       type: "range", min: 0, max: 2, step: 0.05, value: one.strength, disabled: !one.on,
     });
     slider.setAttribute("aria-label", `Strength of ${one.name}`);
-    const shown = document.createElement("output");
+    // The slider says its value itself.
+    const shown = Object.assign(document.createElement("span"), { className: "value", ariaHidden: "true" });
     shown.textContent = one.strength.toFixed(2);
     box.addEventListener("change", () => {
       one.on = slider.disabled = box.checked;
