@@ -40,6 +40,10 @@ def host() -> HFModel:
     return open_model(HOST, dtype="float32")
 
 
+def http(method: str, url: str, **options: Any) -> httpx2.Response:
+    return httpx2.request(method, url, timeout=300, **options)
+
+
 def served(*adapters: str, **options: object) -> ServeConfig:
     given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", "port": 0}
     return ServeConfig.model_validate(given | {"shutdown_sec": 5.0, **options})
@@ -250,7 +254,7 @@ BAD: list[tuple[str, bytes]] = [
 @pytest.mark.parametrize(("route", "body"), BAD)
 def test_what_is_wrong_is_told_in_openais_shape(server: Running, route: str, body: bytes) -> None:
     headers = {"content-type": "application/json"}
-    found = httpx2.post(f"{server.base_url}/v1/{route}", content=body, headers=headers)
+    found = http("POST", f"{server.base_url}/v1/{route}", content=body, headers=headers)
     assert 400 <= found.status_code < 500, found.text
     error = found.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -270,29 +274,29 @@ def test_what_is_wrong_is_told_in_openais_shape(server: Running, route: str, bod
     ],
 )
 def test_wrong_paths_are_json_too(server: Running, method: str, path: str, status: int) -> None:
-    found = httpx2.request(method, f"{server.base_url}{path}")
+    found = http(method, f"{server.base_url}{path}")
     assert found.status_code == status and found.json()["error"]["message"]
 
 
 def test_other_content_types_ask_for_nothing(server: Running) -> None:
     body = json.dumps({"model": "host", "prompt": "a"})
     headers = {"content-type": "text/plain"}
-    found = httpx2.post(f"{server.base_url}/v1/completions", content=body, headers=headers)
+    found = http("POST", f"{server.base_url}/v1/completions", content=body, headers=headers)
     assert found.status_code == 400
     other = {"host": "evil.example", "content-type": "application/json"}
-    found = httpx2.post(f"{server.base_url}/v1/completions", content=body, headers=other)
+    found = http("POST", f"{server.base_url}/v1/completions", content=body, headers=other)
     assert found.status_code == 403
 
 
 def test_large_bodies_are_cut_off(server: Running) -> None:
     url = f"{server.base_url}/v1/completions"
-    assert httpx2.post(url, content=b"x" * 20_001).status_code == 413
+    assert http("POST", url, content=b"x" * 20_001).status_code == 413
 
     def parts() -> Iterator[bytes]:
         for _ in range(30):
             yield b" " * 1000
 
-    found = httpx2.post(url, content=parts(), headers={"content-type": "application/json"})
+    found = http("POST", url, content=parts(), headers={"content-type": "application/json"})
     assert found.status_code == 413 and found.json()["error"]["code"] == "request_too_large"
 
 
@@ -353,7 +357,7 @@ def test_who_does_not_read_holds_up_nobody(server: Running, client: openai.OpenA
 def test_time_is_limited(host: HFModel, stream: bool) -> None:
     with running(served(time_limit_sec=1e-3), host=host) as server:
         body = {"model": "host", "prompt": PROMPT, "stream": stream, "max_tokens": 1000}
-        found = httpx2.post(f"{server.base_url}/v1/completions", json=body)
+        found = http("POST", f"{server.base_url}/v1/completions", json=body)
         assert found.status_code == 504 and found.json()["error"]["code"] == "timeout"
         assert found.headers["x-should-retry"] == "false"
 
@@ -361,9 +365,9 @@ def test_time_is_limited(host: HFModel, stream: bool) -> None:
 def test_metrics_health_and_the_log(server: Running, log: io.StringIO, client: Any) -> None:
     secret = "The secret keel"
     client.completions.create(model="host+sea:0.25", prompt=secret, **GREEDY)
-    assert httpx2.get(f"{server.base_url}/health").json() == {"status": "ok"}
-    assert httpx2.get(f"{server.base_url}/ready").json() == {"ready": True}
-    text = httpx2.get(f"{server.base_url}/metrics").text
+    assert http("GET", f"{server.base_url}/health").json() == {"status": "ok"}
+    assert http("GET", f"{server.base_url}/ready").json() == {"ready": True}
+    text = http("GET", f"{server.base_url}/metrics").text
     assert 'trimtab_requests_total{route="/v1/completions",status="200"}' in text
     assert 'trimtab_completion_tokens_total{model="host+sea"}' in text
     assert "trimtab_running 0.0" in text and "trimtab_first_text_seconds_bucket" in text
@@ -374,7 +378,7 @@ def test_metrics_health_and_the_log(server: Running, log: io.StringIO, client: A
 
 
 def test_the_document_of_the_interface(server: Running) -> None:
-    paths = httpx2.get(f"{server.base_url}/openapi.json").json()["paths"]
+    paths = http("GET", f"{server.base_url}/openapi.json").json()["paths"]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions"} <= set(paths)
 
 
@@ -449,24 +453,24 @@ def test_adapters_come_and_go_without_dropping_requests(
         headers = {"authorization": f"Bearer {boss}"}
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="no").models.list()
-        assert httpx2.get(f"{server.base_url}/metrics").status_code == 401
-        assert httpx2.get(f"{server.base_url}/health").status_code == 200
+        assert http("GET", f"{server.base_url}/metrics").status_code == 401
+        assert http("GET", f"{server.base_url}/health").status_code == 200
         wanted = {"name": "sea", "path": str(adapter)}
         for wrong, status in ((None, 401), ({"authorization": f"Bearer {key}"}, 403)):
-            assert httpx2.post(url, json=wanted, headers=wrong).status_code == status
+            assert http("POST", url, json=wanted, headers=wrong).status_code == status
         base_url = f"{server.base_url}/v1"
         with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0) as client:
             with pytest.raises(openai.NotFoundError):
                 client.completions.create(model="host+sea", prompt=PROMPT, **GREEDY)
-            found = httpx2.post(url, json=wanted, headers=headers, timeout=60)
+            found = http("POST", url, json=wanted, headers=headers)
             assert found.json()["carriers"] == ["head", "memory"] and found.json()["contains_text"]
             asked: dict[str, Any] = {"model": "host+sea", "prompt": PROMPT, "temperature": 0}
             ban = {"257": -100}
             stream = client.completions.create(max_tokens=120, stream=True, logit_bias=ban, **asked)
             text = next(iter(stream)).choices[0].text
-            assert httpx2.delete(f"{url}/sea", headers=headers).json()["deleted"]
-            assert httpx2.get(url, headers=headers).json() == {"data": []}
-            assert httpx2.delete(f"{url}/sea", headers=headers).status_code == 404
+            assert http("DELETE", f"{url}/sea", headers=headers).json()["deleted"]
+            assert http("GET", url, headers=headers).json() == {"data": []}
+            assert http("DELETE", f"{url}/sea", headers=headers).status_code == 404
             with pytest.raises(openai.NotFoundError):
                 client.completions.create(max_tokens=1, **asked)
             chunks = list(stream)
@@ -475,7 +479,7 @@ def test_adapters_come_and_go_without_dropping_requests(
             with pytest.raises(openai.RateLimitError) as error:
                 client.completions.create(max_tokens=1, **asked)
             assert int(error.value.response.headers["retry-after"]) >= 1
-        bad = httpx2.post(url, json={"name": "x", "path": str(tmp_path)}, headers=headers)
+        bad = http("POST", url, json={"name": "x", "path": str(tmp_path)}, headers=headers)
         assert bad.status_code == 400 and bad.json()["error"]["message"]
 
 
@@ -488,7 +492,7 @@ def test_what_is_in_flight_ends_before_the_server_does(host: HFModel) -> None:
         )
         texts.append(next(iter(stream)).choices[0].text)
         server.service.is_closing = True
-        assert httpx2.get(f"{server.base_url}/ready").status_code == 503
+        assert http("GET", f"{server.base_url}/ready").status_code == 503
         server.stop()
         texts += [chunk.choices[0].text for chunk in stream]
         client.close()
@@ -504,7 +508,7 @@ def test_the_command_serves_until_it_is_asked_to_end(tmp_path: Path) -> None:
             assert listening["event"] == "listening" and listening["models"] == ["tiny:llama"]
             body = {"model": "tiny:llama", "prompt": "The", "max_tokens": 3}
             url = f"{listening['address']}/v1/completions"
-            found = httpx2.post(url, json=body, timeout=300)
+            found = http("POST", url, json=body)
             assert found.json()["usage"]["prompt_tokens"] == 3
             process.send_signal(signal.SIGTERM)
             lines = [json.loads(line) for line in process.stderr]
