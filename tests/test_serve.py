@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trimtab.cli import main
 from trimtab.config import ServeConfig
 from trimtab.errors import InputError
 from trimtab.serving import gate
+from trimtab.serving.app import make_app
 from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.keys import add_key, read_keys
 from trimtab.serving.refusals import ApiError
@@ -342,20 +343,44 @@ def test_who_hangs_up_frees_the_slot(server: Running, log: io.StringIO) -> None:
 
 def test_who_does_not_read_holds_up_nobody(server: Running, client: openai.OpenAI) -> None:
     engine = server.service.engine
-    body = {"model": "host", "prompt": "The m", "max_tokens": 300, "stream": True, "n": 4}
-    body |= {"logit_bias": {"257": -100}, "logprobs": 20}
-    with asking_raw(server, body) as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        wait_until(lambda: engine.running == 4)
-        found = client.completions.create(model="host", prompt=PROMPT, **GREEDY)
+    body = {"model": "host", "prompt": "The m", "max_tokens": 60, "stream": True}
+    text = json.dumps(body | {"logit_bias": {"257": -100}}).encode()
+    incoming = [{"type": "http.request", "body": text, "more_body": False}]
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    scope |= {"query_string": b"", "http_version": "1.1", "root_path": "", "scheme": "http"}
+
+    async def ask_and_never_read() -> None:
+        stuck, never = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> Any:
+            if not incoming:
+                await never.wait()
+            return incoming.pop()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                stuck.set()
+                await never.wait()
+
+        task = asyncio.create_task(make_app(server.service)(scope, receive, send))
+        await stuck.wait()
+        asked = {"model": "host", "prompt": PROMPT, **GREEDY}
+        found = await asyncio.to_thread(lambda: client.completions.create(**asked))
         assert found.choices[0].text == run(None, PROMPT).texts[0]
-        # A megabyte is written, of which nobody has read a byte.
-        wait_until(lambda: not engine.running)
+        # All is written, and the slot is free.
+        await asyncio.to_thread(wait_until, lambda: not engine.running)
+        assert not task.done()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(ask_and_never_read())
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_time_is_limited(host: HFModel, stream: bool) -> None:
-    with running(served(time_limit_sec=1e-3), host=host) as server:
+    with running(served(time_limit_sec=1e-6), host=host) as server:
         body = {"model": "host", "prompt": PROMPT, "stream": stream, "max_tokens": 1000}
         found = http("POST", f"{server.base_url}/v1/completions", json=body)
         assert found.status_code == 504 and found.json()["error"]["code"] == "timeout"

@@ -295,8 +295,8 @@ def test_draws_follow_the_distribution_and_the_biases() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def shares(by: Choosing, counts: dict[int, int]) -> torch.Tensor:
-        drawn = [choose(logprobs, by, counts, generator) for _ in range(3000)]
-        return torch.bincount(torch.tensor(drawn), minlength=3) / 3000
+        drawn = [choose(logprobs, by, counts, generator) for _ in range(1200)]
+        return torch.bincount(torch.tensor(drawn), minlength=3) / 1200
 
     for by, counts, expected in (
         (Choosing(), {}, logprobs),
@@ -305,7 +305,7 @@ def test_draws_follow_the_distribution_and_the_biases() -> None:
         (Choosing(presence_penalty=1.0), {0: 3}, logprobs - torch.tensor([1.0, 0, 0])),
         (Choosing(frequency_penalty=0.5), {0: 3, 2: 1}, logprobs - torch.tensor([1.5, 0, 0.5])),
     ):
-        assert (shares(by, counts) - expected.softmax(-1)).abs().max() < 0.04
+        assert (shares(by, counts) - expected.softmax(-1)).abs().max() < 0.05
     assert choose(logprobs, Choosing(0.0, logit_bias={2: 5.0}), {}, generator) == 2
 
 
