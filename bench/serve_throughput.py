@@ -5,14 +5,15 @@
 Requests go over HTTP to a server of this process. Each asks for the same number of tokens, greedy,
 with the end token banned; prompts differ in length. Ways take turns in each repetition, so that
 what else the machine does meets them alike. Figures are tokens a second: the median over
-repetitions, and the lowest and highest one.
+repetitions, and the lowest and highest one; and the same by the processor time of server and
+client together, which other work on the machine touches less.
 """
 
 import argparse
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,15 @@ def ask(client: httpx2.Client, host: HFModel, prompt: str, tokens: int) -> str:
 
 
 def timed(server: Running, host: HFModel, at_once: int, requests: int, tokens: int):
-    """Seconds and texts of all requests, so many of them at once."""
+    """Seconds, processor seconds and texts of all requests, so many of them at once."""
     with (
         httpx2.Client(base_url=server.base_url, timeout=WAIT_SEC) as client,
         ThreadPoolExecutor(at_once) as pool,
     ):
-        start_sec = time.perf_counter()
+        start_sec, start_cpu_sec = time.perf_counter(), time.process_time()
         texts = list(pool.map(lambda one: ask(client, host, one, tokens), prompts(requests)))
-        return time.perf_counter() - start_sec, texts
+        cpu_sec = time.process_time() - start_cpu_sec
+        return time.perf_counter() - start_sec, cpu_sec, texts
 
 
 def summary(times_sec: Sequence[float], tokens: int) -> dict[str, Any]:
@@ -60,6 +62,13 @@ def summary(times_sec: Sequence[float], tokens: int) -> dict[str, Any]:
     rates = sorted(tokens / sec for sec in times_sec)
     found = {"median": statistics.median(rates), "lowest": rates[0], "highest": rates[-1]}
     return {"tokens_per_sec": found, "sec": list(times_sec)}
+
+
+def ratio(times_sec: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """How many times as fast the second way is, in each repetition."""
+    pairs = zip(*times_sec.values(), strict=True)
+    each = [alone_sec / together_sec for alone_sec, together_sec in pairs]
+    return {"median": statistics.median(each), "each": each}
 
 
 def main() -> None:
@@ -77,18 +86,18 @@ def main() -> None:
     host = open_model(given.host, dtype=given.dtype)
     ways = {"one by one": 1, f"{given.at_once} at once": given.at_once}
     times_sec: dict[str, list[float]] = {name: [] for name in ways}
+    cpu_times_sec: dict[str, list[float]] = {name: [] for name in ways}
     texts: list[list[str]] = []
     with running(config, host=host) as server:
         timed(server, host, given.at_once, given.at_once, 2)
         for _ in range(given.repetitions):
             for name, at_once in ways.items():
-                sec, said = timed(server, host, at_once, given.requests, given.tokens)
+                sec, cpu_sec, said = timed(server, host, at_once, given.requests, given.tokens)
                 times_sec[name].append(sec)
+                cpu_times_sec[name].append(cpu_sec)
                 texts.append(said)
                 print(f"{name}: {given.requests * given.tokens / sec:.1f} tokens/s", flush=True)
     total = given.requests * given.tokens
-    pairs = zip(*times_sec.values(), strict=True)
-    ratios = [alone_sec / together_sec for alone_sec, together_sec in pairs]
     write_json(
         given.out,
         {
@@ -97,7 +106,9 @@ def main() -> None:
             "requests": given.requests,
             "tokens_each": given.tokens,
             "ways": {name: summary(found, total) for name, found in times_sec.items()},
-            "ratio": {"median": statistics.median(ratios), "each": ratios},
+            "ways_by_cpu": {name: summary(found, total) for name, found in cpu_times_sec.items()},
+            "ratio": ratio(times_sec),
+            "ratio_by_cpu": ratio(cpu_times_sec),
             "texts_equal": all(one == texts[0] for one in texts),
             "threads": torch.get_num_threads(),
             "processor": platform.processor() or platform.machine(),
