@@ -18,6 +18,9 @@ let chosen = null; // the token that is explained: {side, place}
 const visible = (text) =>
   text.replace(/ /g, "␣").replace(/\t/g, "⇥").replace(/\n/g, "↵").replace(/\r/g, "␍") || "∅";
 
+/** A text's name where it is heard: white space alone has signs, which have names. */
+const spoken = (text) => text.trim() || visible(text);
+
 const percent = (share) =>
   share >= 0.9995 ? "100 %" : share >= 0.0005 ? `${(100 * share).toFixed(1)} %` : "< 0.1 %";
 
@@ -228,10 +231,11 @@ function complain(words) {
 function begin(side) {
   const text = byId(`${side}-text`);
   const prompt = byId("prompt").value;
-  const given = Object.assign(document.createElement("span"), { className: "given" });
+  const given = byId(`${side}-given`);
+  given.className = "given";
   given.textContent = (prompt.length > SHOWN_PROMPT ? "…" : "") + prompt.slice(-SHOWN_PROMPT);
-  text.replaceChildren(given);
-  text.tabIndex = 0;
+  text.replaceChildren();
+  while (text.nextSibling) text.nextSibling.remove();
   text.classList.add("writing-now");
   text.setAttribute("aria-busy", "true");
   told[side] = { tokens: [], first: null, last: null };
@@ -241,23 +245,25 @@ function begin(side) {
 
 function draw(side, token) {
   const text = byId(`${side}-text`);
-  const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+  const frame = text.parentElement;
+  const atEnd = frame.scrollHeight - frame.scrollTop - frame.clientHeight < 40;
   const span = document.createElement("span");
-  span.textContent = token.text;
-  span.className = `${token.by}${token.text.includes("\n") ? " nl" : ""}`;
+  span.className = token.by;
+  token.text.split("\n").forEach((line, number) => {
+    // A line break shows a sign that can be pointed at, and is not part of the text.
+    if (number) span.append(Object.assign(document.createElement("i"), { className: "nl" }), "\n");
+    span.append(line);
+  });
   span.style.setProperty("--a", Math.min(1, Math.sqrt(token.moved_nats / FULL_NATS)).toFixed(3));
   span.setAttribute("role", "option");
   span.setAttribute("aria-selected", "false");
-  span.setAttribute("aria-label", `${visible(token.text)}, ${token.by}, moved ${token.moved_nats.toFixed(2)} nats`);
+  span.setAttribute("aria-label", `${spoken(token.text)}, ${token.by}, moved ${token.moved_nats.toFixed(2)} nats`);
   span.tabIndex = -1;
   span.dataset.place = told[side].tokens.push(token) - 1;
   text.append(span);
-  if (told[side].tokens.length === 1) {
-    // The arrow keys go on from there: one stop for the Tab key, however long the text.
-    span.tabIndex = 0;
-    text.tabIndex = -1;
-  }
-  if (atEnd) text.scrollTop = text.scrollHeight;
+  // The arrow keys go on from there: one stop for the Tab key, however long the text.
+  if (told[side].tokens.length === 1) span.tabIndex = 0;
+  if (atEnd) frame.scrollTop = frame.scrollHeight;
 }
 
 function rate(side) {
@@ -277,7 +283,7 @@ function receive(side, choice) {
     told[side].last = now;
   }
   // What no token explains: a character that the end cuts.
-  if (rest) byId(`${side}-text`).append(rest);
+  if (rest) byId(`${side}-text`).after(rest);
   byId(`${side}-rate`).textContent = rate(side);
 }
 
@@ -362,7 +368,6 @@ function bars(list, pairs, token) {
     bar.append(document.createElement("i"));
     bar.firstChild.style.width = `${100 * share}%`;
     const number = Object.assign(document.createElement("span"), { className: "share", textContent: percent(share) });
-    if (isChosen) code.setAttribute("aria-label", `${visible(text)}, written`);
     row.append(code, bar, number);
     return row;
   });
@@ -373,7 +378,7 @@ function place(found) {
   const item = document.createElement("li");
   const where = Object.assign(document.createElement("div"), { className: "where" });
   const source = Object.assign(document.createElement("span"), { textContent: `${found.source}, line ${found.line}` });
-  const weight = Object.assign(document.createElement("span"), { textContent: `weight ${percent(found.weight)}` });
+  const weight = Object.assign(document.createElement("span"), { textContent: `weight ${Math.round(100 * found.weight)} %` });
   where.append(source, weight);
   const text = document.createElement("pre");
   const mark = document.createElement("mark");
@@ -385,10 +390,10 @@ function place(found) {
 }
 
 const CREDIT = {
-  host: "Decided by the host: most of this token’s probability is what the host alone gives it.",
-  head: "Decided by the head, a light layer that knows how the small model changed.",
-  memory: "Decided by the memory, which found similar places in the adapter’s text.",
-  expert: "Decided by the expert, the tuned small model that runs beside the host.",
+  host: "most of this token’s probability is what the host alone gives it.",
+  head: "a light layer that knows how the small model changed.",
+  memory: "which found similar places in the adapter’s text.",
+  expert: "the tuned small model that runs beside the host.",
 };
 
 function explain(side, number) {
@@ -401,8 +406,8 @@ function explain(side, number) {
   panel.className = token.by;
   const code = Object.assign(document.createElement("code"), { textContent: visible(token.text) });
   byId("inspector-title").replaceChildren("Token ", code);
-  const [credit, rest] = CREDIT[token.by].split(/(?<=Decided by the \w+)/);
-  const bold = Object.assign(document.createElement("b"), { textContent: credit });
+  const bold = Object.assign(document.createElement("b"), { textContent: `Decided by the ${token.by}` });
+  const rest = (token.by === "host" ? ": " : ", ") + CREDIT[token.by];
   const moved = ` The distribution moved ${howFar(token.moved_nats)}: ${token.moved_nats.toFixed(2)} nats.`;
   byId("verdict").replaceChildren(bold, rest, side === "steered" ? moved : "");
   bars(byId("before"), token.before, token);
@@ -445,14 +450,14 @@ function focusToken(side, number) {
 // ---- what the hands do ----
 
 function empty(side, words) {
-  const note = Object.assign(document.createElement("span"), { className: "empty", textContent: words });
-  byId(`${side}-text`).replaceChildren(note);
+  Object.assign(byId(`${side}-given`), { className: "empty", textContent: words });
 }
 
 async function welcome() {
   try {
     await loadModels();
     complain("");
+    byId("key-box").open = false;
     fromLink();
   } catch (error) {
     complain(error.message);
@@ -465,7 +470,7 @@ for (const side of SIDES) {
   const text = byId(`${side}-text`);
   text.addEventListener("keydown", (event) => walk(event, side));
   text.addEventListener("click", (event) => {
-    const number = event.target.dataset.place;
+    const number = event.target.closest("[role=option]")?.dataset.place;
     if (number === undefined) return;
     focusToken(side, Number(number));
     explain(side, Number(number));
