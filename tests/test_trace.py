@@ -29,7 +29,9 @@ def host() -> HFModel:
 def served(*adapters: str, **options: object) -> ServeConfig:
     given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", "port": 0}
     carriers = ("head", "memory", "expert")
-    return ServeConfig.model_validate(given | {"shutdown_sec": 5.0, "carriers": carriers, **options})
+    return ServeConfig.model_validate(
+        given | {"shutdown_sec": 5.0, "carriers": carriers, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,9 @@ def test_a_trace_explains_each_token_by_the_distributions_that_chose_it(
     prompt = [*host.context_ids(), *host.encode(PROMPT)]
     with torch.inference_mode():
         alone = host.logits(torch.tensor([[*prompt, *written]]))[0].float().softmax(-1)
-    for token, top, before in zip(trace, told["top_logprobs"], alone[len(prompt) - 1 :], strict=False):
+    for token, top, before in zip(
+        trace, told["top_logprobs"], alone[len(prompt) - 1 :], strict=False
+    ):
         # After: what the request's own log-probabilities say. Before: what the host alone says.
         after = sorted(map(math.exp, top.values()), reverse=True)
         assert shares(token["after"]) == pytest.approx(after[:5], rel=1e-3)
