@@ -5,6 +5,7 @@ const byId = (id) => document.getElementById(id);
 const SIDES = ["plain", "steered"];
 const CARRIERS = ["head", "memory", "expert"];
 const SHOWN_PROMPT = 240; // characters of the prompt that stand before the text
+const NEAR = 0.005; // neighbours of a smaller weight are not shown, but for the first
 const FULL_NATS = 3; // a move of so much has the strongest colour
 
 let adapters = []; // {name, carriers, on, strength}
@@ -374,7 +375,10 @@ function bars(list, pairs, token) {
   list.replaceChildren(...rows);
 }
 
-function place(found) {
+/** The text before a neighbour's place, from a whole line on where it was cut out of more. */
+const wholeLines = (text) => (text.length < 80 ? text : text.slice(text.slice(0, -1).indexOf("\n") + 1));
+
+function place(found, token) {
   const item = document.createElement("li");
   const where = Object.assign(document.createElement("div"), { className: "where" });
   const source = Object.assign(document.createElement("span"), { textContent: `${found.source}, line ${found.line}` });
@@ -382,9 +386,10 @@ function place(found) {
   where.append(source, weight);
   const text = document.createElement("pre");
   const mark = document.createElement("mark");
-  const end = /^\s*\S*/.exec(found.after)[0].length || 1;
+  const said = token.text && found.after.startsWith(token.text);
+  const end = said ? token.text.length : /^\s*\S*/.exec(found.after)[0].length || 1;
   mark.textContent = found.after.slice(0, end);
-  text.append(found.before, mark, found.after.slice(end));
+  text.append(wholeLines(found.before), mark, found.after.slice(end));
   item.append(where, text);
   return item;
 }
@@ -413,8 +418,9 @@ function explain(side, number) {
   bars(byId("before"), token.before, token);
   bars(byId("after"), token.after, token);
   byId("after").parentElement.hidden = side === "plain";
-  byId("neighbours-box").hidden = !token.neighbours.length;
-  byId("neighbours").replaceChildren(...token.neighbours.map(place));
+  const near = token.neighbours.filter((one, number) => !number || one.weight >= NEAR);
+  byId("neighbours-box").hidden = !near.length;
+  byId("neighbours").replaceChildren(...near.map((one) => place(one, token)));
   panel.hidden = false;
   say(`${visible(token.text)}: decided by the ${token.by}, moved ${token.moved_nats.toFixed(2)} nats.`);
 }
