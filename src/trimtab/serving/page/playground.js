@@ -5,6 +5,7 @@ const byId = (id) => document.getElementById(id);
 const SIDES = ["plain", "steered"];
 const CARRIERS = ["head", "memory", "expert"];
 const SHOWN_PROMPT = 240; // characters of the prompt that stand before the text
+const NEAR = 0.005; // neighbours of a smaller weight are not shown, but for the first
 const FULL_NATS = 3; // a move of so much has the strongest colour
 
 let adapters = []; // {name, carriers, on, strength}
@@ -17,6 +18,9 @@ let chosen = null; // the token that is explained: {side, place}
 
 const visible = (text) =>
   text.replace(/ /g, "␣").replace(/\t/g, "⇥").replace(/\n/g, "↵").replace(/\r/g, "␍") || "∅";
+
+/** A text's name where it is heard: white space alone has signs, which have names. */
+const spoken = (text) => text.trim() || visible(text);
 
 const percent = (share) =>
   share >= 0.9995 ? "100 %" : share >= 0.0005 ? `${(100 * share).toFixed(1)} %` : "< 0.1 %";
@@ -228,10 +232,11 @@ function complain(words) {
 function begin(side) {
   const text = byId(`${side}-text`);
   const prompt = byId("prompt").value;
-  const given = Object.assign(document.createElement("span"), { className: "given" });
+  const given = byId(`${side}-given`);
+  given.className = "given";
   given.textContent = (prompt.length > SHOWN_PROMPT ? "…" : "") + prompt.slice(-SHOWN_PROMPT);
-  text.replaceChildren(given);
-  text.tabIndex = 0;
+  text.replaceChildren();
+  while (text.nextSibling) text.nextSibling.remove();
   text.classList.add("writing-now");
   text.setAttribute("aria-busy", "true");
   told[side] = { tokens: [], first: null, last: null };
@@ -241,23 +246,25 @@ function begin(side) {
 
 function draw(side, token) {
   const text = byId(`${side}-text`);
-  const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+  const frame = text.parentElement;
+  const atEnd = frame.scrollHeight - frame.scrollTop - frame.clientHeight < 40;
   const span = document.createElement("span");
-  span.textContent = token.text;
-  span.className = `${token.by}${token.text.includes("\n") ? " nl" : ""}`;
+  span.className = token.by;
+  token.text.split("\n").forEach((line, number) => {
+    // A line break shows a sign that can be pointed at, and is not part of the text.
+    if (number) span.append(Object.assign(document.createElement("i"), { className: "nl" }), "\n");
+    span.append(line);
+  });
   span.style.setProperty("--a", Math.min(1, Math.sqrt(token.moved_nats / FULL_NATS)).toFixed(3));
   span.setAttribute("role", "option");
   span.setAttribute("aria-selected", "false");
-  span.setAttribute("aria-label", `${visible(token.text)}, ${token.by}, moved ${token.moved_nats.toFixed(2)} nats`);
+  span.setAttribute("aria-label", `${spoken(token.text)}, ${token.by}, moved ${token.moved_nats.toFixed(2)} nats`);
   span.tabIndex = -1;
   span.dataset.place = told[side].tokens.push(token) - 1;
   text.append(span);
-  if (told[side].tokens.length === 1) {
-    // The arrow keys go on from there: one stop for the Tab key, however long the text.
-    span.tabIndex = 0;
-    text.tabIndex = -1;
-  }
-  if (atEnd) text.scrollTop = text.scrollHeight;
+  // The arrow keys go on from there: one stop for the Tab key, however long the text.
+  if (told[side].tokens.length === 1) span.tabIndex = 0;
+  if (atEnd) frame.scrollTop = frame.scrollHeight;
 }
 
 function rate(side) {
@@ -277,7 +284,7 @@ function receive(side, choice) {
     told[side].last = now;
   }
   // What no token explains: a character that the end cuts.
-  if (rest) byId(`${side}-text`).append(rest);
+  if (rest) byId(`${side}-text`).after(rest);
   byId(`${side}-rate`).textContent = rate(side);
 }
 
@@ -362,33 +369,36 @@ function bars(list, pairs, token) {
     bar.append(document.createElement("i"));
     bar.firstChild.style.width = `${100 * share}%`;
     const number = Object.assign(document.createElement("span"), { className: "share", textContent: percent(share) });
-    if (isChosen) code.setAttribute("aria-label", `${visible(text)}, written`);
     row.append(code, bar, number);
     return row;
   });
   list.replaceChildren(...rows);
 }
 
-function place(found) {
+/** The text before a neighbour's place, from a whole line on where it was cut out of more. */
+const wholeLines = (text) => (text.length < 80 ? text : text.slice(text.slice(0, -1).indexOf("\n") + 1));
+
+function place(found, token) {
   const item = document.createElement("li");
   const where = Object.assign(document.createElement("div"), { className: "where" });
   const source = Object.assign(document.createElement("span"), { textContent: `${found.source}, line ${found.line}` });
-  const weight = Object.assign(document.createElement("span"), { textContent: `weight ${percent(found.weight)}` });
+  const weight = Object.assign(document.createElement("span"), { textContent: `weight ${Math.round(100 * found.weight)} %` });
   where.append(source, weight);
   const text = document.createElement("pre");
   const mark = document.createElement("mark");
-  const end = /^\s*\S*/.exec(found.after)[0].length || 1;
+  const said = token.text && found.after.startsWith(token.text);
+  const end = said ? token.text.length : /^\s*\S*/.exec(found.after)[0].length || 1;
   mark.textContent = found.after.slice(0, end);
-  text.append(found.before, mark, found.after.slice(end));
+  text.append(wholeLines(found.before), mark, found.after.slice(end));
   item.append(where, text);
   return item;
 }
 
 const CREDIT = {
-  host: "Decided by the host: most of this token’s probability is what the host alone gives it.",
-  head: "Decided by the head, a light layer that knows how the small model changed.",
-  memory: "Decided by the memory, which found similar places in the adapter’s text.",
-  expert: "Decided by the expert, the tuned small model that runs beside the host.",
+  host: "most of this token’s probability is what the host alone gives it.",
+  head: "a light layer that knows how the small model changed.",
+  memory: "which found similar places in the adapter’s text.",
+  expert: "the tuned small model that runs beside the host.",
 };
 
 function explain(side, number) {
@@ -401,15 +411,16 @@ function explain(side, number) {
   panel.className = token.by;
   const code = Object.assign(document.createElement("code"), { textContent: visible(token.text) });
   byId("inspector-title").replaceChildren("Token ", code);
-  const [credit, rest] = CREDIT[token.by].split(/(?<=Decided by the \w+)/);
-  const bold = Object.assign(document.createElement("b"), { textContent: credit });
+  const bold = Object.assign(document.createElement("b"), { textContent: `Decided by the ${token.by}` });
+  const rest = (token.by === "host" ? ": " : ", ") + CREDIT[token.by];
   const moved = ` The distribution moved ${howFar(token.moved_nats)}: ${token.moved_nats.toFixed(2)} nats.`;
   byId("verdict").replaceChildren(bold, rest, side === "steered" ? moved : "");
   bars(byId("before"), token.before, token);
   bars(byId("after"), token.after, token);
   byId("after").parentElement.hidden = side === "plain";
-  byId("neighbours-box").hidden = !token.neighbours.length;
-  byId("neighbours").replaceChildren(...token.neighbours.map(place));
+  const near = token.neighbours.filter((one, number) => !number || one.weight >= NEAR);
+  byId("neighbours-box").hidden = !near.length;
+  byId("neighbours").replaceChildren(...near.map((one) => place(one, token)));
   panel.hidden = false;
   say(`${visible(token.text)}: decided by the ${token.by}, moved ${token.moved_nats.toFixed(2)} nats.`);
 }
@@ -445,14 +456,14 @@ function focusToken(side, number) {
 // ---- what the hands do ----
 
 function empty(side, words) {
-  const note = Object.assign(document.createElement("span"), { className: "empty", textContent: words });
-  byId(`${side}-text`).replaceChildren(note);
+  Object.assign(byId(`${side}-given`), { className: "empty", textContent: words });
 }
 
 async function welcome() {
   try {
     await loadModels();
     complain("");
+    byId("key-box").open = false;
     fromLink();
   } catch (error) {
     complain(error.message);
@@ -465,7 +476,7 @@ for (const side of SIDES) {
   const text = byId(`${side}-text`);
   text.addEventListener("keydown", (event) => walk(event, side));
   text.addEventListener("click", (event) => {
-    const number = event.target.dataset.place;
+    const number = event.target.closest("[role=option]")?.dataset.place;
     if (number === undefined) return;
     focusToken(side, Number(number));
     explain(side, Number(number));
