@@ -14,11 +14,12 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 	$(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help python test test-llamacpp demo bench check format docs models clean
+.PHONY: help python test test-llamacpp test-browser demo bench check format docs models clean
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
 	@echo "make test-llamacpp  run exports in llama.cpp itself, from a wheel of 34 MB"
+	@echo "make test-browser   run the playground in Chromium, which must be on the path"
 	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"
 	@echo "             SMALL=MODEL HOST=\"MODEL ...\" takes others: hub names, folders, GGUF files"
 	@echo "make bench   the transfer suite, hours on two cores: BENCH=\"--pair ... --domain ...\""
@@ -33,6 +34,9 @@ test: $(VENV)/ready-test models
 
 test-llamacpp: $(VENV)/ready-llamacpp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py
+
+test-browser: $(VENV)/ready-browser
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_playground.py
 
 demo: $(VENV)/ready-demo
 	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m examples.demo $(DEMO_OPTIONS)

@@ -786,7 +786,8 @@ def rows_of(host: HFModel, live: Live, text: str) -> Rows:
 
 def everywhere(steering: Steering, rows: Rows) -> dict[str, Tensor]:
     """What each predictor says of every token, [rows, vocab]."""
-    field, dense = predicted(steering, rows)
+    found = predicted(steering, rows)
+    field, dense = found.field, found.logprobs
     return {name: field.everywhere(logprobs) for name, logprobs in dense.items()}
 
 

@@ -46,10 +46,11 @@ def test_the_package_is_light(tmp_path: Path) -> None:
 
 def test_help_list_show_and_cost_are_light(tmp_path: Path) -> None:
     write_adapter(payload(tmp_path / "zig.adapter"), full_manifest())
-    names = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost")
-    verbs = (*names, "show", "list")
+    names = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve")
+    verbs = (*names, "show", "list", "key")
     commands = [["--help"], ["--version"], ["list"], ["show", "zig.adapter"]]
     commands += [[verb, "--help"] for verb in verbs]
+    commands += [["key", "one", "--keys", "keys.json"]]
     commands += [["cost", "--host-params", "70e9", "--small-params", "7e9", "--tokens", "1e6"]]
     assert heavy_after(running(*commands), cwd=tmp_path) == []
 

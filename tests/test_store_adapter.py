@@ -1,5 +1,6 @@
 """An adapter's tensors on disk: what is read is what was written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from trimtab.anchors import Anchors
 from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.head import Head
 from trimtab.carriers.memory import Memory, lay_out
+from trimtab.carriers.sources import Sources
 from trimtab.errors import AdapterError
 from trimtab.store.adapter import (
     HEAD_FILE,
@@ -115,6 +117,7 @@ def memory_file(*, soft: bool) -> MemoryFile:
         torch.tensor([[0, 1], [3, 2], [1, 1]], dtype=torch.int32) if soft else None,
         torch.tensor([[0.5, 0.25], [0.75, 0.125], [1.0, 0.0]]) if soft else None,
         *((STRINGS,) if soft else ()),
+        sources=Sources(("boats/rudder.txt", "äöü.txt"), tuple(starts)) if soft else None,
     )
     return MemoryFile(memory, draw(7, 4, seed=14))
 
@@ -143,6 +146,14 @@ def test_a_memory_comes_back(tmp_path: Path, soft: bool) -> None:
             assert torch.equal(kept, value) and kept.dtype == value.dtype, name
         else:
             assert kept == value, name
+
+
+def test_sources_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    whole = memory_file(soft=True)
+    torn = replace(whole.memory, sources=Sources(("one", "two"), (16,)))
+    write_memory(tmp_path, MemoryFile(torn, whole.probe_features))
+    with pytest.raises(AdapterError, match="names 2 documents and says of 1"):
+        read_memory(tmp_path, manifest(soft=True))
 
 
 def test_equal_parts_are_equal_bytes(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 6
-ALLOWED_LARGER: dict[str, str] = {}
+ALLOWED_LARGER: dict[str, str] = {
+    "config": "one frozen class a verb and nothing else; the command line is generated from it",
+}
 """module:function (or module) -> the reason why it may exceed a budget."""
 
 # Each layer may import itself and the layers above it in this list, never one below.
@@ -35,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cost",
         "export",
         "serve",
+        "serving",
         "show",
     ),
     ("cli", "cli_errors", "progress", "server", "__main__", "__init__"),

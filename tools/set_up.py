@@ -19,6 +19,7 @@ EXTRAS = {
     "demo": ("", 185, "numpy, pyarrow, transformers, faiss and their like"),
     "test": ("test", 230, "numpy, pyarrow, transformers, faiss, onnx and their like, pytest"),
     "llamacpp": ("test,llamacpp", 265, "the same, with llama.cpp"),
+    "browser": ("test,browser", 280, "the same, with Playwright"),
     "check": ("dev", 305, "the same, with ruff, pyright and the Node.js that pyright needs"),
 }
 TORCH_MB = 190

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trimtab.config import GenerateConfig as GenerateConfig
     from trimtab.config import MountConfig as MountConfig
     from trimtab.config import RecordConfig as RecordConfig
+    from trimtab.config import ServeConfig as ServeConfig
     from trimtab.config import TuneConfig as TuneConfig
     from trimtab.cost import cost as cost
     from trimtab.errors import TrimtabError as TrimtabError
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
     from trimtab.mount import mount as mount
     from trimtab.progress import Display as Display
     from trimtab.record import record as record
+    from trimtab.serve import serve as serve
     from trimtab.show import show as show
     from trimtab.store.local import list_adapters as list_adapters
     from trimtab.tune import tune as tune
 
-_VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "show")
+_VERBS = (
+    *("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve"),
+    "show",
+)
 _MODULES = {
     **{verb: f"trimtab.{verb}" for verb in _VERBS},
     **{f"{verb.title()}Config": "trimtab.config" for verb in _VERBS[:-1]},

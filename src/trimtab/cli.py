@@ -46,6 +46,7 @@ _CONFIGS: dict[str, type[config.Config]] = {
     "generate": config.GenerateConfig,
     "evaluate": config.EvaluateConfig,
     "cost": config.CostConfig,
+    "serve": config.ServeConfig,
 }
 _ARGUMENTS = {
     "tune": ("data",),
@@ -56,6 +57,7 @@ _ARGUMENTS = {
     "generate": ("prompt",),
     "evaluate": ("adapter", "host"),
     "cost": (),
+    "serve": ("host",),
 }
 _WITH_JSON = ("cost",)
 """Verbs whose result can be printed as JSON."""
@@ -310,6 +312,26 @@ def _show(
     with reported():
         result = show_adapter(adapter)
         _write(f"{result.manifest.model_dump_json(indent=1) if as_json else result.summary()}\n")
+
+
+@app.command("key")
+def _key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
+    keys: Annotated[Path, typer.Option("--keys", help="File of API keys (needed).")],
+    admin: Annotated[
+        bool, typer.Option("--admin", help="It may load and unload adapters.")
+    ] = False,
+    requests_per_minute: Annotated[
+        int | None, typer.Option("--requests-per-minute", min=1, help="A limit of its own.")
+    ] = None,
+) -> None:
+    """Make an API key for `trimtab serve`: the file keeps its hash, and it is shown once."""
+    with reported():
+        # Imported here, not above: most commands need no keys.
+        from trimtab.serving.keys import add_key
+
+        made = add_key(keys, name, admin=admin, requests_per_minute=requests_per_minute)
+        _write(f"{made}\n")
 
 
 @app.command("list")

@@ -332,6 +332,64 @@ class EvaluateConfig(Config):
         return self
 
 
+class ServeConfig(Config):
+    """Serve a host and adapters to OpenAI's clients, over HTTP."""
+
+    host: str
+    """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    adapter: tuple[str, ...] = ()
+    """Adapter that requests may choose, as NAME=FOLDER."""
+    name: str | None = None
+    """What requests call the host (default: as it is given here)."""
+    carriers: tuple[CarrierName, ...] | None = None
+    """Carriers that steer (default: head and memory, as far as an adapter has them)."""
+    small: str | None = None
+    """Where the small model lies, for what runs it (default: where the adapter says)."""
+    host_keys: bool = False
+    """Let the host read the memory's text once and key it by its own states: no training, but a
+    pass over that text; better than keys that are read through the map."""
+    address: str = "127.0.0.1"
+    """Where to listen; any but a loopback address needs --keys."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Where to listen; 0 takes a free one."""
+    keys: Path | None = None
+    """File of API keys, which `trimtab key` writes (default: whoever reaches the port may ask)."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Requests of a key in a minute, unless the key has a limit of its own (default: any)."""
+    slots: int = Field(default=16, ge=1, le=1024)
+    """Answers in the making at once."""
+    queue: int = Field(default=64, ge=1, le=100_000)
+    """Requests that may wait for a slot; the next is told when to come back."""
+    context_tokens: int = Field(default=4096, ge=16)
+    """Longest prompt and answer together, and no longer than the host's positions."""
+    body_bytes: int = Field(default=1_000_000, ge=1024, le=100_000_000)
+    """Largest request."""
+    time_limit_sec: float = Field(default=300.0, gt=0, le=86_400)
+    """Longest time for a request, in the queue included."""
+    shutdown_sec: float = Field(default=30.0, ge=0, le=3600)
+    """Time for requests in flight to end after Ctrl-C or SIGTERM."""
+    trace_text: bool | None = None
+    """Tell requests with a trace what a memory found and where, which is training text (default:
+    only without --keys)."""
+    log_prompts: bool = False
+    """Write prompts and answers into the log too."""
+    device_map: str | None = None
+    """How accelerate spreads the host over devices, for example auto."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the models."""
+
+    @model_validator(mode="after")
+    def _adapters_have_names(self) -> "ServeConfig":
+        for given in self.adapter:
+            name, separator, folder = given.partition("=")
+            if not (name and separator and folder):
+                raise ValueError(f"an adapter is given as NAME=FOLDER, and {given!r} is not")
+        names = [given.partition("=")[0] for given in self.adapter]
+        if len(set(names)) < len(names):
+            raise ValueError("each adapter needs a name of its own")
+        return self
+
+
 class CostConfig(Config):
     """Estimate what each way to adapt a host costs: computation, memory, hours, money."""
 

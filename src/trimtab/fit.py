@@ -266,7 +266,8 @@ def _write_carriers(
 def _write_memory(work: _Work, folder: Path, progress: Progress) -> MemoryCarrier:
     base = work.base
     head = work.recording.expert_unembedding() or base.unembedding
-    memory = fit_memory(work.config, base, head, work.splits, progress)
+    names = [document.name for document in work.recording.documents("train")]
+    memory = fit_memory(work.config, base, head, work.splits, names, progress)
     states = work.splits["general"]["reference_hidden"].float()
     write_memory(folder, MemoryFile(memory, memory.features(states)))
     return MemoryCarrier(

@@ -12,7 +12,7 @@ from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.carriers.head import Head, MountedHead, seat_rows
-from trimtab.carriers.memory import Memory
+from trimtab.carriers.memory import Memory, sources_of
 from trimtab.carriers.recall import MountedMemory
 from trimtab.carriers.search import build_index
 from trimtab.config import CarrierName, MountConfig
@@ -149,6 +149,7 @@ def _seat_memory(parts: Seatable, seats: Seats) -> MountedMemory | None:
     if parts.memory is None:
         return None
     memory = parts.memory.memory
+    memory = replace(memory, sources=sources_of(memory))
     if seats.host_keys:
         return _seat_host_keys(memory, seats.host_keys)
     if seats.memory is None:

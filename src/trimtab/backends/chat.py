@@ -80,14 +80,40 @@ def chat_prompt(host: HFModel, message: str, small: HFModel | None = None) -> Ch
     Raises:
         ModelError: The host has no chat template, or a template refuses the message.
     """
-    ids, places = _located(message, lambda text: chat_ids(host, text))
+    return conversation_prompt(host, [{"role": "user", "content": message}], small)
+
+
+def conversation_prompt(
+    host: HFModel, messages: Sequence[Mapping[str, str]], small: HFModel | None = None
+) -> ChatPrompt:
+    """Render a conversation for a host and, where there is one, for the small model beside it.
+
+    The last message of the user is the one that counts as text; what was said before it is part of
+    the opening, as a template is.
+
+    Args:
+        host: Must have a chat template.
+        messages: Each with `role` and `content`, one of them at least the user's.
+        small: Reads the plain last message where it has no chat template.
+
+    Raises:
+        ModelError: The host has no chat template, or a template refuses the messages.
+    """
+    last = max(n for n, message in enumerate(messages) if message["role"] == "user")
+    message = messages[last]["content"]
+
+    def rendered(model: HFModel, content: str) -> list[int]:
+        said = [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
+        return prompt_ids(model, model.chat_text(said), markup=True)
+
+    ids, places = _located(message, lambda text: rendered(host, text))
     if host.is_encoder_decoder:
         places = range(0)
     if small is None:
         return ChatPrompt(tuple(ids), places)
     if not small.tokenizer.chat_template:
         return ChatPrompt(tuple(ids), places, None, tuple(prompt_ids(small, message)))
-    small_ids, shown = _located(message, lambda text: chat_ids(small, text))
+    small_ids, shown = _located(message, lambda text: rendered(small, text))
     return ChatPrompt(tuple(ids), places, tuple(small_ids[: shown.start]), tuple(small_ids))
 
 

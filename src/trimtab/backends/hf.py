@@ -16,7 +16,12 @@ from transformers.utils import logging as transformers_logging
 from trimtab.align.strings import Strings
 from trimtab.backends.heads import check_unembedding, read_unembedding
 from trimtab.backends.seq2seq import max_source_tokens, source_ids, target_start
-from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary
+from trimtab.backends.tokenizers import (
+    ENCODING,
+    encode_following,
+    encode_plain,
+    read_vocabulary,
+)
 from trimtab.errors import InputError, ModelError
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
@@ -110,7 +115,8 @@ class HFModel:
             Token ids, which may be none.
         """
         if markup:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            with ENCODING:
+                ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return list(ids)
         return encode_plain(self.tokenizer, text, prefix_space=self.vocabulary.prefix_space)
 

@@ -137,6 +137,10 @@ class Live:
         """What both models keep of a row of a generation."""
         return self._rows.setdefault(row, PairCaches())
 
+    def forget(self, row: int) -> None:
+        """Let go of what both models keep of a row that has ended."""
+        self._rows.pop(row, None)
+
     def score(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, token_ids: Tensor
     ) -> PairProbs:

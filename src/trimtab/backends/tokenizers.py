@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import ModelError
 from trimtab.vocab import Vocabulary
+
+ENCODING = threading.RLock()
+"""Held while a tokenizer encodes: whether it reads special tokens in a text is a setting of the
+tokenizer, which each call changes, and another thread must not change it in between."""
 
 _PROBE = "The rudder, turned by 37 degrees"
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -108,15 +113,16 @@ def encode_following(
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Seven times as fast as the call below, which leaves these settings behind as well.
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return backend.encode(text, add_special_tokens=False).ids
-    # What a model writes is a target: Marian's tokenizer has another vocabulary for its sources.
-    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
-    return list(tokenizer(text_target=text, verbose=False, **options)["input_ids"])
+    with ENCODING:
+        if backend is not None:
+            # Seven times as fast as the call below, which leaves these settings behind as well.
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = True
+            return backend.encode(text, add_special_tokens=False).ids
+        # A model writes a target: Marian's tokenizer has another vocabulary for its sources.
+        options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
+        return list(tokenizer(text_target=text, verbose=False, **options)["input_ids"])
 
 
 def _checked(

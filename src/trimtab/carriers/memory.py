@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.carriers.sources import Sources
+
 CONTEXT_BYTES = 16
 """Bytes before an entry that are compared with the bytes before a question."""
 
@@ -33,6 +35,7 @@ class Memory:
             None where entries answer only by what followed.
         soft_probs: Their probabilities, shape [entries, kept].
         soft_strings: Bytes of the tokens; empty for one that stands for no text.
+        sources: The documents by name; None in a memory that does not name them.
     """
 
     keys: Tensor
@@ -46,6 +49,7 @@ class Memory:
     soft_ids: Tensor | None = None
     soft_probs: Tensor | None = None
     soft_strings: tuple[bytes, ...] = ()
+    sources: Sources | None = None
 
     def __len__(self) -> int:
         """Number of entries."""
@@ -104,6 +108,15 @@ def documents_of(text: Tensor) -> tuple[list[bytes], list[int]]:
             starts.append(place)
         place += len(part) + len(gap)
     return documents, starts
+
+
+def sources_of(memory: Memory) -> Sources:
+    """The documents of a memory; by number where it does not name them."""
+    if memory.sources:
+        return memory.sources
+    starts = documents_of(memory.text)[1]
+    names = (f"document {number}" for number in range(1, len(starts) + 1))
+    return Sources(tuple(names), tuple(starts))
 
 
 def contexts_before(text: Tensor, positions: Tensor) -> Tensor:

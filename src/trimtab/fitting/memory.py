@@ -1,6 +1,6 @@
 """Make a memory from a recording, and learn when it may speak."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from trimtab.carriers.gate import fit_gate
 from trimtab.carriers.memory import Memory, contexts_before, lay_out, whitening
 from trimtab.carriers.recall import MountedMemory
 from trimtab.carriers.search import build_index
+from trimtab.carriers.sources import Sources, travelling_names
 from trimtab.config import FitConfig
 from trimtab.errors import InputError, RecordingError
 from trimtab.fitting.recorded import Columns, byte_ends, document_bytes
@@ -35,6 +36,7 @@ def fit_memory(
     base: HFModel,
     expert_head: Unembedding,
     splits: dict[str, Columns],
+    names: Sequence[str],
     progress: Progress,
 ) -> Memory:
     """Remember the training text under the reference's states.
@@ -44,6 +46,7 @@ def fit_memory(
         base: The reference.
         expert_head: From the expert's states to its logits.
         splits: train, held_out and general of a recording.
+        names: Of the training documents, by `document_index`.
         progress: Shows the look-ups that the gate is learnt from.
 
     Raises:
@@ -68,12 +71,19 @@ def fit_memory(
         mean,
         text,
         positions[answered],
+        sources=Sources(_names(names, train), tuple(starts)),
     )
     if config.values == "soft":
         memory = _soft(memory, base, expert_head, {k: v[answered] for k, v in train.items()})
     following = train["next_ids"][answered].long()
     gate, own_gate, bytes_gate = _gates(base, memory, following, splits, progress)
     return replace(memory, gate=gate, own_gate=own_gate, bytes_gate=bytes_gate)
+
+
+def _names(names: Sequence[str], train: Columns) -> tuple[str, ...]:
+    """Of the documents that were recorded, in the order in which they lie in the text."""
+    recorded = torch.unique_consecutive(train["document_index"]).tolist()
+    return travelling_names([names[document] for document in recorded])
 
 
 @torch.no_grad()

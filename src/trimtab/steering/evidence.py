@@ -1,7 +1,7 @@
 """What a prompt says about the predictors: how far each is trusted in the text after it."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.live import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.steering.field import Field, logits_in_chunks
-from trimtab.steering.predictors import Rows, Steering, predicted
+from trimtab.steering.predictors import Predicted, Rows, Steering, predicted
 from trimtab.steering.rows import prior_of
 from trimtab.unembedding import Unembedding
 
@@ -41,6 +41,38 @@ class ReadPrompt:
     def text(self) -> range:
         """Tokens that are the user's: in a chat the message alone."""
         return self.chat.message if self.chat else range(len(self.token_ids))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the predictors of a mixture say of some next tokens.
+
+    Attributes:
+        found: What each of them says, and what each memory found.
+        stacked: The members' natural-log probabilities over the field,
+            [predictors, rows, candidates + 1].
+        own: As `Steering.own`.
+    """
+
+    found: Predicted
+    stacked: Tensor
+    own: Tensor | None = None
+
+    @property
+    def field(self) -> Field:
+        """The tokens that they tell apart."""
+        return self.found.field
+
+    def of_tokens(self, token_ids: Tensor) -> Tensor:
+        """What each predictor gives to one token a row, shape [predictors, rows]."""
+        return self.field.of_tokens(self.stacked, token_ids)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """The mixture over the vocabulary, [rows, vocab]; weights have shape [predictors, rows]."""
+        mixed = self.field.everywhere(mixture_logprobs(self.stacked, weights[..., None]))
+        if self.own is None:
+            return mixed
+        return keep_own(mixed, self.field.everywhere(self.field.logprobs), self.own)
 
 
 @dataclass(frozen=True)
@@ -77,23 +109,45 @@ class Mixture:
         Returns:
             Weights that sum to one, shape [predictors]; the prior without evidence.
         """
-        asked = _asked(prompt)
+        asked = evidence_positions(prompt)
         if not asked:
             return self.prior
+        scores = [
+            said.of_tokens(prompt.token_ids[[p + 1 for p in positions]].cpu())
+            for positions, said in self.read(unembedding, prompt, asked)
+        ]
+        share = self.steering.blend.share
+        return evidence_weights(torch.cat(scores, 1), self.prior, share=share)[:, -1].float()
+
+    def read(
+        self, unembedding: Unembedding, prompt: ReadPrompt, asked: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], Said]]:
+        """What the predictors say of the tokens after some positions of a prompt.
+
+        Args:
+            unembedding: The host's.
+            prompt: What the host has read.
+            asked: Positions whose states the prompt has, ascending.
+
+        Yields:
+            Some positions at a time, and what is said of the token after each.
+        """
         start = prompt.text.start
         contexts = [text_before(prompt.token_bytes[start : p + 1]) for p in asked]
         reading = self._read(prompt, asked, contexts)
-        positions, scores = torch.tensor(asked), []
         first = len(prompt.token_ids) - len(prompt.hidden)
-        hidden = prompt.hidden[(positions - first).to(prompt.hidden.device)]
-        targets = prompt.token_ids[positions + 1].cpu()
+        places = torch.tensor(asked) - first
+        hidden = prompt.hidden[places.to(prompt.hidden.device)]
         for part, logits in logits_in_chunks(unembedding, hidden):
             some = slice(part.start, part.stop)
             questions = ((reading, part),) if reading else ()
-            field, stacked = self._said(Rows(logits, hidden[some], contexts[some], questions))
-            scores.append(field.of_tokens(stacked, targets[some]))
-        share = self.steering.blend.share
-        return evidence_weights(torch.cat(scores, 1), self.prior, share=share)[:, -1].float()
+            yield asked[some], self.said(Rows(logits, hidden[some], contexts[some], questions))
+
+    def said(self, rows: Rows) -> Said:
+        """What each predictor says."""
+        found = predicted(self.steering, rows)
+        stacked = torch.stack([found.logprobs[name] for name in self.members])
+        return Said(found, stacked, self.steering.own)
 
     def logprobs(self, rows: Rows, weights: Tensor) -> Tensor:
         """The steered distribution: the predictors' mixture.
@@ -106,15 +160,7 @@ class Mixture:
             Natural-log probabilities, shape [rows, vocab]; tokens that the host's logits forbid
             (-inf) stay forbidden.
         """
-        field, stacked = self._said(rows)
-        mixed = field.everywhere(mixture_logprobs(stacked, weights[..., None]))
-        if self.steering.own is None:
-            return mixed
-        return keep_own(mixed, field.everywhere(field.logprobs), self.steering.own)
-
-    def _said(self, rows: Rows) -> tuple[Field, Tensor]:
-        field, dense = predicted(self.steering, rows)
-        return field, torch.stack([dense[name] for name in self.members])
+        return self.said(rows).mixed(weights)
 
     def _read(
         self, prompt: ReadPrompt, asked: Sequence[int], contexts: Sequence[bytes]
@@ -149,7 +195,7 @@ def keep_own(logprobs: Tensor, host_logprobs: Tensor, own: Tensor) -> Tensor:
     return torch.where(own, host_logprobs, scaled)
 
 
-def _asked(prompt: ReadPrompt) -> list[int]:
+def evidence_positions(prompt: ReadPrompt) -> list[int]:
     """Positions of which the next token is evidence."""
     first = len(prompt.token_ids) - len(prompt.hidden)
     return [

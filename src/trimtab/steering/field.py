@@ -70,14 +70,16 @@ class Field:
     tail_entropy_nats: Tensor
 
     @staticmethod
-    def of(logits: Tensor, wanted: Tensor) -> "Field":
+    def of(logits: Tensor, wanted: Tensor, *, strangers: bool = False) -> "Field":
         """Choose the candidates: the likely tokens of any row, and those that are wanted.
 
         Args:
             logits: Shape [rows, vocab], on any device.
             wanted: Token ids, shape [wanted].
+            strangers: The rows are of different texts, and lend each other no words: each has as
+                many candidates of its own as if it were asked alone.
         """
-        each = max(CANDIDATES // len(logits), ROW_CANDIDATES)
+        each = CANDIDATES if strangers else max(CANDIDATES // len(logits), ROW_CANDIDATES)
         top = logits.topk(min(each, logits.shape[1]), -1)
         is_near = top.values > top.values[:, :1] - CANDIDATE_NATS
         likely = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)

@@ -40,12 +40,14 @@ class Rows:
             answer.
         questions: How the expert has read the contexts: readings with the questions asked of each,
             one after another one a row; empty without an expert.
+        strangers: As for `Field.of`.
     """
 
     logits: Tensor
     hidden: Tensor
     contexts: Sequence[bytes]
     questions: Sequence[tuple[LiveReading, range]] = ()
+    strangers: bool = False
 
 
 @final
@@ -89,29 +91,41 @@ class Steering:
         return frozenset(name for names in self.families.values() for name in names)
 
 
-def predicted(steering: Steering, rows: Rows) -> tuple[Field, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Predicted:
+    """What each predictor says of some next tokens.
+
+    Attributes:
+        field: The tokens that they tell apart.
+        logprobs: By predictor natural-log probabilities over the field, each of shape
+            [rows, candidates + 1], summing to one.
+        answers: What each memory found; `BESIDE` where the reference's own state asked.
+    """
+
+    field: Field
+    logprobs: Mapping[str, Tensor]
+    answers: Mapping[str, Answer]
+
+
+def predicted(steering: Steering, rows: Rows) -> Predicted:
     """What each predictor says of the next tokens.
 
     Args:
         steering: What may steer.
         rows: What is asked.
-
-    Returns:
-        The field, and by predictor natural-log probabilities over it, each of shape
-        [rows, candidates + 1], summing to one.
     """
     answers = _answers(steering, rows)
     wanted = [answer.values[answer.values >= 0] for answer in answers.values()]
     if steering.live:
         wanted += [steering.live.expected(*question) for question in rows.questions]
     wanted.append(torch.zeros(0, dtype=torch.long))
-    field = Field.of(rows.logits, torch.cat(wanted).unique())
+    field = Field.of(rows.logits, torch.cat(wanted).unique(), strangers=rows.strangers)
     dense = {"host": field.logprobs} | _alone(steering, field, rows.hidden)
     if steering.live and rows.questions:
         dense |= _live(steering, steering.live, field, rows)
     for name, answer in answers.items():
         dense |= _remembered(steering, field, dense, name, answer)
-    return field, dense
+    return Predicted(field, dense, answers)
 
 
 def _answers(steering: Steering, rows: Rows) -> dict[str, Answer]:

@@ -102,7 +102,7 @@ def steered(
         if not strength:
             yield opened.model
             return
-        mixture = _mixture(opened, mounted, carriers, strength, live)
+        mixture = mixture_of(opened, mounted, carriers, strength, live)
         beside = mixture.steering.live
         small = beside.pair.reference if beside else None
         chats = [chat_prompt(opened, message, small) for message in messages]
@@ -129,13 +129,14 @@ def open_live(
     return Live(pair, host, draft_tokens=draft_tokens)
 
 
-def _mixture(
+def mixture_of(
     host: HFModel,
     mounted: Mounted,
     carriers: Sequence[CarrierName],
     strength: float,
     live: Live | None,
 ) -> Mixture:
+    """The predictors of a mounted adapter; arguments and errors are those of `steered`."""
     heads = {"head": mounted.head} if mounted.head and "head" in carriers else {}
     memories = {"memory": mounted.memory} if mounted.memory and "memory" in carriers else {}
     for carrier in (*heads.values(), *memories.values()):

@@ -75,6 +75,25 @@ def blend_on(blend: Blend, *, reads_source: bool) -> Blend:
     return blend.model_copy(update={"host_prior": max(blend.host_prior, SOURCE_HOST_PRIOR)})
 
 
+def base_of(name: str, blend: Blend) -> tuple[str, CarrierName] | None:
+    """The predictor that one was made from, and the carrier that made it; None for the host.
+
+    Args:
+        name: Of a predictor that may steer a generation.
+        blend: The adapter's.
+    """
+    if name == "host":
+        return None
+    if name == "head":
+        return "host", "head"
+    if name in blend.live:
+        return "host", "expert"
+    for base in ("host", "head", *blend.live_with_memory):
+        if name in with_memory(base, blend):
+            return base, "memory"
+    raise ValueError(f"{name} is no predictor of a generation")
+
+
 def row_of(carriers: Collection[CarrierName]) -> str:
     """The row in which some carriers, at least one, steer together."""
     light = "+".join(name for name in ("head", "memory") if name in carriers)

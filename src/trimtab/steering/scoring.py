@@ -133,7 +133,8 @@ class _Scorer:
 
     def score(self, rows: Rows, targets: Tensor) -> None:
         """Score the next tokens, shape [rows]."""
-        field, dense = predicted(self._steering, rows)
+        found = predicted(self._steering, rows)
+        field, dense = found.field, found.logprobs
         for row, names in self._steering.families.items():
             members = present(row, names, dense)
             if members:

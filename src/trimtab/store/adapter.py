@@ -13,6 +13,7 @@ from trimtab.anchors import Anchors
 from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.head import Head
 from trimtab.carriers.memory import Memory
+from trimtab.carriers.sources import Sources
 from trimtab.errors import AdapterError
 from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.files import writing_atomically
@@ -174,6 +175,13 @@ def write_memory(folder: Path, file: MemoryFile) -> None:
             "soft_string_bytes": string_bytes,
             "soft_string_ends": string_ends,
         }
+    if memory.sources:
+        source_bytes, source_ends = pack_strings([name.encode() for name in memory.sources.names])
+        tensors |= {
+            "source_bytes": source_bytes,
+            "source_ends": source_ends,
+            "source_starts": torch.tensor(memory.sources.starts, dtype=torch.int64),
+        }
     _save(folder / MEMORY_FILE, tensors)
 
 
@@ -205,8 +213,20 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
         found["soft_ids"] if soft else None,
         found["soft_probs"].float() if soft else None,
         unpack_strings(found["soft_string_bytes"], found["soft_string_ends"]) if soft else (),
+        _read_sources(found) if "source_starts" in found else None,
     )
     return MemoryFile(memory, found["probe_features"].float())
+
+
+def _read_sources(found: Mapping[str, Tensor]) -> Sources:
+    names = unpack_strings(found["source_bytes"], found["source_ends"])
+    starts = tuple(found["source_starts"].tolist())
+    if len(names) != len(starts) or list(starts) != sorted(starts) or not starts:
+        raise AdapterError(
+            f"the memory names {len(names)} documents and says of {len(starts)} where they begin",
+            hint="fetch the adapter again, or run `trimtab fit` again",
+        )
+    return Sources(tuple(name.decode("utf-8", "replace") for name in names), starts)
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

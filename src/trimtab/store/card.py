@@ -20,7 +20,7 @@ READ_BACK: dict[CarrierName, str] = {
     "memory": (
         "**Contains training text.** Each entry holds what followed at one place of the training"
         " text. Who has the files can read these pieces, and can join many of them to longer"
-        " passages. Share it only where you would share the text itself."
+        " passages; the documents are named. Share it only where you would share the text itself."
     ),
     "expert": (
         "Weights of a fine-tuned small model; it stores no text as such. Like any fine-tuned"

@@ -1,0 +1,190 @@
+"""The HTTP side of a server: routes, and errors in OpenAI's shape."""
+
+import asyncio
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, Response
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from trimtab.serving.adapters import Loaded
+from trimtab.serving.gate import PAGE_FILES, Gate
+from trimtab.serving.protocol import ChatRequest, CompletionRequest
+from trimtab.serving.refusals import invalid, json_response, refusal
+from trimtab.serving.service import Service
+from trimtab.serving.watch import CONTENT_TYPE
+from trimtab.serving.work import UnknownModel
+
+PAGE = Path(__file__).parent / "page"
+"""The playground."""
+
+# Nothing from elsewhere, no script in the page itself, and no frame around it.
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+class LoadRequest(BaseModel):
+    """POST /admin/adapters."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    path: str
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The application, behind its gate.
+
+    Args:
+        service: What answers.
+    """
+    app = FastAPI(title="trimtab", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_exception_handler(HTTPException, _told)
+    app.add_exception_handler(RequestValidationError, _told_invalid)
+    app.add_exception_handler(Exception, _told)
+    _add_models(app, service)
+    _add_health(app, service)
+    _add_admin(app, service)
+    _add_page(app)
+    return Gate(
+        app,
+        doorkeeper=service.doorkeeper,
+        watch=service.watch,
+        body_bytes=service.config.body_bytes,
+        routes=[path for path in _paths(app) if "{" not in path],
+    )
+
+
+def _paths(app: FastAPI) -> list[str]:
+    return [path for route in app.routes if (path := getattr(route, "path", None))]
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    del request
+    return refusal(error).response()
+
+
+async def _told_invalid(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, RequestValidationError)
+    return invalid(error.errors()).response()
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    began = int(time.time())
+
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": began, "owned_by": "trimtab"}
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        host_name, data = service.adapters.host_name, [described(service.adapters.host_name)]
+        for one in service.adapters.loaded:
+            # What the playground offers to choose from.
+            ours = {"adapter": one.name, "carriers": list(one.carriers)}
+            data.append({**described(f"{host_name}+{one.name}"), "trimtab": ours})
+        return json_response({"object": "list", "data": data})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        try:
+            service.adapters.chosen(name, None, None)
+        except Exception as error:
+            raise refusal(error) from error
+        return json_response(described(name))
+
+    @app.post("/v1/completions")
+    async def completions(http: Request, body: CompletionRequest) -> Response:
+        return await _answered(service, http, body)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request, body: ChatRequest) -> Response:
+        return await _answered(service, http, body)
+
+
+async def _answered(
+    service: Service, http: Request, body: CompletionRequest | ChatRequest
+) -> Response:
+    try:
+        return await service.answer(http, body)
+    except Exception as error:
+        told = refusal(error)
+        if told.status_code >= 500:
+            http.state.record.fields["error"] = f"{type(error).__name__}: {error}"
+        raise told from error
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        is_well = service.engine.is_alive
+        return json_response({"status": "ok" if is_well else "dead"}, 200 if is_well else 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        is_ready = service.engine.is_alive and not service.is_closing
+        return json_response({"ready": is_ready}, 200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.watch.metrics(), headers={"content-type": CONTENT_TYPE})
+
+
+def _add_admin(app: FastAPI, service: Service) -> None:
+    adapters = service.adapters
+
+    @app.get("/admin/adapters")
+    async def loaded() -> Response:
+        return json_response({"data": [_shown(one) for one in adapters.loaded]})
+
+    @app.post("/admin/adapters")
+    async def load(body: LoadRequest) -> Response:
+        try:
+            # Not in the engine's thread: answers in the making go on meanwhile.
+            found = await asyncio.to_thread(adapters.load, body.name, Path(body.path))
+        except Exception as error:
+            raise refusal(error) from error
+        service.watch.say("adapter loaded", name=found.name)
+        return json_response(_shown(found))
+
+    @app.delete("/admin/adapters/{name}")
+    async def unload(name: str) -> Response:
+        try:
+            adapters.unload(name)
+        except UnknownModel as error:
+            raise refusal(error) from error
+        service.watch.say("adapter unloaded", name=name)
+        return json_response({"name": name, "deleted": True})
+
+
+def _shown(loaded: Loaded) -> dict[str, Any]:
+    manifest = loaded.mounted.manifest
+    return {
+        "name": loaded.name,
+        "adapter": manifest.name,
+        "carriers": list(loaded.carriers),
+        "contains_text": "memory" in loaded.carriers,
+        "warnings": list(loaded.mounted.warnings),
+    }
+
+
+async def _page_file(name: str) -> Response:
+    return FileResponse(PAGE / name, headers=_PAGE_HEADERS)
+
+
+def _add_page(app: FastAPI) -> None:
+    app.get("/", include_in_schema=False)(partial(_page_file, "index.html"))
+    for name in sorted(PAGE_FILES):
+        app.get(f"/page/{name}", include_in_schema=False)(partial(_page_file, name))

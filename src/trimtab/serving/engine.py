@@ -1,0 +1,317 @@
+"""One thread that owns the host and answers all requests together."""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trimtab.backends.hf import HFModel
+from trimtab.errors import ModelError
+from trimtab.serving.batch import Batch, check_host
+from trimtab.serving.echo import echoed
+from trimtab.serving.rows import Row, steer
+from trimtab.serving.trace import Speller
+from trimtab.serving.work import Busy, Closing, Done, Failed, Job, Piece, TimeUp
+from trimtab.steering.evidence import ReadPrompt
+
+PREFILL_TOKENS = 256
+"""Tokens of a new prompt that are read between two steps of the answers in the making."""
+
+_IDLE_SEC = 1.0
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far, for whoever watches it.
+
+    Attributes:
+        steps: Passes of the host in which answers grew.
+        stepped_rows: Answers in all of these.
+        read_tokens: Of prompts.
+        mean_job_sec: Recent time of a request, an exponential mean; 0 before the first.
+    """
+
+    steps: int = 0
+    stepped_rows: int = 0
+    read_tokens: int = 0
+    mean_job_sec: float = 0.0
+
+
+@dataclass
+class _Reading:
+    """A prompt that is being read, chunk by chunk."""
+
+    job: Job
+    prompt: int
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    hidden: list[Tensor] = field(default_factory=list)
+    done: int = 0
+
+
+@final
+class Engine:
+    """Continuous batching: rows join when their prompt is read, and leave when they are done.
+
+    A prompt is read alone, a chunk between two steps. Then its rows take part in every pass of the
+    host, whatever the lengths and adapters of the others; those that the same adapters steer are
+    asked together. Requests wait in turn; one of many prompts goes back to the end of the queue
+    after each of them, so that it does not hold up those behind it.
+    """
+
+    def __init__(self, host: HFModel, *, slots: int, queue: int) -> None:
+        """Prepare an engine that does not run yet.
+
+        Args:
+            host: The host, which no other thread may run from now on but to seat an adapter.
+            slots: Answers in the making at once.
+            queue: Requests that may wait.
+
+        Raises:
+            ModelError: The host's rows cannot be batched.
+        """
+        check_host(host)
+        self.host = host
+        self.slots = slots
+        self.counts = Counts()
+        self._queue = queue
+        self._batch = Batch(host)
+        self._speller = Speller(host)
+        self._rows: list[Row] = []
+        self._waiting: deque[Job] = deque()
+        self._reading: _Reading | None = None
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers in the making."""
+        return len(self._rows)
+
+    @property
+    def is_alive(self) -> bool:
+        """The thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End what is in the making, with an error for those who wait, and the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def submit(self, job: Job) -> None:
+        """Put a request into the queue, from any thread.
+
+        Raises:
+            Busy: The queue is full.
+            Closing: The engine has been stopped.
+        """
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                raise Closing
+            if len(self._waiting) >= self._queue:
+                mean_sec = self.counts.mean_job_sec * len(self._waiting) / self.slots
+                raise Busy(min(max(1, math.ceil(mean_sec)), 60))
+            self._waiting.append(job)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait_for_work():
+                self._drop_ended()
+                self._guarded(self._read_on, self._jobs_reading)
+                self._guarded(self._step, self._jobs_running)
+        for job in self._jobs():
+            self._fail(job, Closing())
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._closing or self._waiting or self._reading or self._rows):
+                self._wake.wait(_IDLE_SEC)
+            return not self._closing
+
+    def _guarded(self, do: Callable[[], None], jobs: Callable[[], Sequence[Job]]) -> None:
+        """Whatever goes wrong ends the requests concerned, and never the engine."""
+        try:
+            do()
+        except Exception as error:
+            for job in jobs():
+                self._fail(job, error)
+
+    def _jobs_reading(self) -> list[Job]:
+        return [self._reading.job] if self._reading else []
+
+    def _jobs_running(self) -> list[Job]:
+        return list({id(row.job): row.job for row in self._rows}.values())
+
+    def _jobs(self) -> list[Job]:
+        with self._wake:
+            return [*self._waiting, *self._jobs_reading(), *self._jobs_running()]
+
+    def _drop_ended(self) -> None:
+        now_sec = time.monotonic()
+        for job in self._jobs():
+            if job.cancelled:
+                self._let_go(job)
+            elif now_sec > job.deadline_sec:
+                self._fail(job, TimeUp())
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.tell(Failed(error))
+        self._let_go(job)
+
+    def _let_go(self, job: Job) -> None:
+        with self._wake:
+            self._waiting = deque(other for other in self._waiting if other is not job)
+        if self._reading and self._reading.job is job:
+            self._reading = None
+        for row in self._rows:
+            row.has_ended = row.has_ended or row.job is job
+        self._keep(row for row in self._rows if row.job is not job)
+
+    def _keep(self, rows: Iterable[Row]) -> None:
+        kept = set(map(id, rows))
+        places = [place for place, row in enumerate(self._rows) if id(row) in kept]
+        if len(places) == len(self._rows):
+            return
+        for row in self._rows:
+            if id(row) not in kept:
+                row.forget()
+        self._rows = [self._rows[place] for place in places]
+        self._batch.keep(places)
+
+    def _next_prompt(self) -> _Reading | None:
+        with self._wake:
+            if not self._waiting:
+                return None
+            job = self._waiting[0]
+            if len(self._rows) + job.options.answers > self.slots:
+                return None
+            self._waiting.popleft()
+            prompt, job.next_prompt = job.next_prompt, job.next_prompt + 1
+            if job.next_prompt < len(job.prompts):
+                self._waiting.append(job)
+        return _Reading(job, prompt)
+
+    def _read_on(self) -> None:
+        self._reading = reading = self._reading or self._next_prompt()
+        if reading is None:
+            return
+        ids = reading.job.prompts[reading.prompt].token_ids
+        chunk = ids[reading.done : reading.done + PREFILL_TOKENS]
+        hidden = self._batch.read(reading.cache, chunk)
+        reading.done += len(chunk)
+        self.counts.read_tokens += len(chunk)
+        keeps_all = reading.job.steered is not None or reading.job.options.echo
+        reading.hidden.append(hidden if keeps_all else hidden[-1:])
+        if reading.done == len(ids):
+            self._begin_answers(reading)
+            self._reading = None
+
+    def _begin_answers(self, reading: _Reading) -> None:
+        job, hidden = reading.job, torch.cat(reading.hidden)
+        options, vocabulary = job.options, self.host.vocabulary
+        prompt_number, speller = reading.prompt, self._speller
+        rows = [Row(job, prompt_number, n, vocabulary, speller) for n in range(options.answers)]
+        prompt = ReadPrompt(rows[0].tokens, tuple(rows[0].pieces), hidden)
+        if job.steered:
+            several, chats = job.steered.several, job.steered.chats
+            weights = several.weigh(self.host.unembedding, prompt, chats)
+            for row in rows:
+                row.weights = weights
+        if options.echo:
+            shown = echoed(self.host, job, job.prompts[reading.prompt], prompt)
+            for row in rows:
+                job.tell(Piece(row.choice, *shown))
+        if not options.max_tokens:
+            for row in rows:
+                self._say(row, row.end("length"))
+            return
+        logprobs = self._steered(rows[:1], hidden[-1:])
+        self._batch.join(reading.cache, len(rows))
+        self._rows += rows
+        for row in rows[1:]:
+            row.hear_as(rows[0])
+        self._write(rows, logprobs.expand(len(rows), -1))
+
+    def _step(self) -> None:
+        if not self._rows:
+            return
+        hidden = self._batch.step([row.token_ids[-1] for row in self._rows])
+        self.counts.steps += 1
+        self.counts.stepped_rows += len(self._rows)
+        self._write(list(self._rows), self._steered(self._rows, hidden))
+
+    def _steered(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        """The distribution of each row's next token, [rows, vocab]; a row may end here."""
+        logits = self.host.unembedding.logits(hidden.to(self.host.unembedding.weight.device))
+        logprobs = logits.float().log_softmax(-1)
+        groups: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            if row.tracer:
+                row.tracer.hear(logprobs[place].clone())
+            if row.job.steered:
+                groups.setdefault(id(row.job.steered.several), []).append(place)
+        for places in groups.values():
+            asked = [rows[place] for place in places]
+            try:
+                logprobs[places] = steer(asked, logits[places], hidden[places])
+            except Exception:
+                # One of them cannot be steered on; the others are none the worse for it.
+                for place in places:
+                    one = self._steered_alone(rows[place], logits[[place]], hidden[[place]])
+                    logprobs[place] = logprobs[place] if one is None else one[0]
+        return logprobs
+
+    def _steered_alone(self, row: Row, logits: Tensor, hidden: Tensor) -> Tensor | None:
+        if row.has_ended:
+            return None
+        try:
+            return steer([row], logits, hidden)
+        except Exception as error:
+            if not row.new_tokens:
+                raise
+            if isinstance(error, ModelError):
+                # It has grown longer than its small models can read.
+                self._say(row, row.end("length"))
+            else:
+                self._fail(row.job, error)
+            return None
+
+    def _write(self, rows: Sequence[Row], logprobs: Tensor) -> None:
+        for row, distribution in zip(rows, logprobs, strict=True):
+            if not row.has_ended:
+                self._say(row, row.write(distribution, self.host.end_ids))
+        self._keep(row for row in self._rows if not row.has_ended)
+
+    def _say(self, row: Row, piece: Piece) -> None:
+        job = row.job
+        if piece.text and job.first_text_sec is None:
+            job.first_text_sec = time.monotonic()
+        if piece.text or piece.tokens or piece.trace or piece.finish:
+            job.tell(piece)
+        if piece.finish is None:
+            return
+        job.open_rows -= 1
+        if job.open_rows == 0:
+            job.tell(Done(job.prompt_tokens, job.completion_tokens))
+            took_sec, mean_sec = time.monotonic() - job.began_sec, self.counts.mean_job_sec
+            self.counts.mean_job_sec = 0.8 * mean_sec + 0.2 * took_sec if mean_sec else took_sec

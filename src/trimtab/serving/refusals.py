@@ -1,0 +1,109 @@
+"""What a client is told when something is wrong: OpenAI's shape of an error, and a status."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from trimtab.errors import TrimtabError
+from trimtab.serving.work import Busy, Closing, TimeUp, UnknownModel
+
+# Clients that repeat what took too long make it worse.
+_DO_NOT_RETRY = {"x-should-retry": "false"}
+
+
+@final
+class ApiError(HTTPException):
+    """A request that is refused."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Say what is wrong.
+
+        Args:
+            status: HTTP status, at least 400.
+            message: What was found and what to do.
+            code: A word for programs.
+            param: The field of the request.
+            headers: Of the response.
+        """
+        super().__init__(status, message, dict(headers or {}))
+        self.code = code
+        self.param = param
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The error as OpenAI's clients read it."""
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        error = {
+            "message": str(self.detail),
+            "type": kinds.get(self.status_code, kind),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+    def response(self) -> Response:
+        """The error over HTTP."""
+        return json_response(self.content, self.status_code, self.headers)
+
+
+def json_response(
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """JSON in ASCII: a text may hold half a character, which UTF-8 has no bytes for."""
+    return Response(as_json(content), status, dict(headers or {}), "application/json")
+
+
+def as_json(content: object) -> str:
+    """One line of strict JSON."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
+
+
+def refusal(error: BaseException) -> ApiError:
+    """What a client is told about an exception; what is not its fault is not explained."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, TrimtabError):
+        return ApiError(400, f"{error.message} ({error.hint})")
+    if isinstance(error, UnknownModel):
+        return ApiError(404, str(error), code="model_not_found", param="model")
+    if isinstance(error, Busy):
+        headers = {"retry-after": str(error.retry_after_sec)}
+        return ApiError(
+            429, "the queue is full; try again later", code="queue_full", headers=headers
+        )
+    if isinstance(error, Closing):
+        return ApiError(503, "the server is shutting down", code="shutting_down")
+    if isinstance(error, TimeUp):
+        message = "the request took longer than this server allows"
+        return ApiError(504, message, code="timeout", headers=_DO_NOT_RETRY)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return ApiError(500, "something went wrong in the server; its log says what")
+
+
+def invalid(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What is wrong with a request's body, of which the first problem is told."""
+    first = problems[0]
+    places = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(places)
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        message = f"{param} is not supported"
+    elif first["type"] == "missing":
+        message = f"{param or 'a JSON body'} is needed"
+    else:
+        message = f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
+    return ApiError(400, message[:500], param=param[:200] or None, code="invalid_value")

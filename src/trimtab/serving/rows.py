@@ -1,0 +1,209 @@
+"""One answer in the making: its tokens, its text, and how its adapters are asked."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import final
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.chat import ChatPrompt
+from trimtab.backends.live import Live, LiveReading
+from trimtab.serving.choose import choose
+from trimtab.serving.trace import Speller, Tracer
+from trimtab.serving.work import Finish, Job, Likely, Piece
+from trimtab.steering.evidence import Mixture, last_text, readable, text_before
+from trimtab.steering.explain import Explanation
+from trimtab.steering.predictors import Rows
+from trimtab.text.stream import TextStream
+from trimtab.vocab import Vocabulary
+
+_numbers = count()
+
+
+@final
+class Row:
+    """One answer in the making."""
+
+    def __init__(
+        self, job: Job, prompt: int, answer: int, vocabulary: Vocabulary, speller: Speller
+    ) -> None:
+        """Begin the answer.
+
+        Args:
+            job: The request.
+            prompt: Which of its prompts.
+            answer: Which answer to it.
+            vocabulary: The host's.
+            speller: Of the host's tokens.
+        """
+        options = job.options
+        self.job = job
+        self.choice = prompt * options.answers + answer
+        self.number = next(_numbers)
+        self.token_ids = list(job.prompts[prompt].token_ids)
+        self.prompt_tokens = len(self.token_ids)
+        self.pieces = [vocabulary.token_bytes[i] for i in self.token_ids]
+        self.weights: Tensor | None = None
+        self.has_ended = False
+        self._vocabulary = vocabulary
+        self._stream = TextStream(options.stop)
+        self.tracer: Tracer | None = None
+        if options.trace != "none":
+            self.tracer = Tracer(speller, tells_text=options.trace == "text")
+        self._held: list[tuple[int, Likely]] = []
+        self._held_trace: list[tuple[int, Explanation]] = []
+        self._written_bytes = 0
+        self._counts: Counter[int] = Counter()
+        # Any seed is 64 bits; answers to one request must differ.
+        self._generator = torch.Generator().manual_seed((options.seed + self.choice) % 2**63)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.token_ids) - self.prompt_tokens
+
+    def write(self, logprobs: Tensor, end_ids: frozenset[int]) -> Piece:
+        """Choose the next token and say what is new.
+
+        Args:
+            logprobs: The steered distribution, shape [vocab].
+            end_ids: Tokens that end an answer.
+        """
+        options = self.job.options
+        token_id = choose(logprobs, options.choosing, self._counts, self._generator)
+        if token_id in end_ids:
+            return self.end("stop")
+        self._counts[token_id] += 1
+        piece = self._vocabulary.token_bytes[token_id]
+        self.token_ids.append(token_id)
+        self.pieces.append(piece)
+        self.job.completion_tokens += 1
+        if options.top_logprobs is not None:
+            told = likely(logprobs, token_id, options.top_logprobs)
+            self._held.append((self._written_bytes, told))
+        if self.tracer:
+            why = self.tracer.explained(token_id, piece or b"", logprobs)
+            self._held_trace.append((self._written_bytes, why))
+        self._written_bytes += len(piece or b"")
+        text = self._stream.add(piece or b"")
+        if self._stream.stopped:
+            return self.end("stop", text)
+        if self.new_tokens >= options.max_tokens:
+            return self.end("length", text)
+        return self._piece(text) if text else Piece(self.choice, text)
+
+    def end(self, why: Finish, text: str = "") -> Piece:
+        """Give out what was held back."""
+        self.has_ended = True
+        text += self._stream.finish()
+        if self._stream.stopped:
+            shown = len(self._stream.text.encode())
+            self._held = [(begin, told) for begin, told in self._held if begin < shown]
+            self._held_trace = [(begin, one) for begin, one in self._held_trace if begin < shown]
+        return self._piece(text, why)
+
+    def _piece(self, text: str, why: Finish | None = None) -> Piece:
+        """Text with all that was held back until it was certain."""
+        told = tuple(one for _, one in self._held)
+        trace = tuple(one for _, one in self._held_trace)
+        self._held, self._held_trace = [], []
+        return Piece(self.choice, text, told, why, trace)
+
+    def hear_as(self, other: "Row") -> None:
+        """Take over what was said of the next token of a row that has read the same."""
+        if self.tracer and other.tracer:
+            self.tracer.hear_as(other.tracer)
+
+    def asks(self, mixture: Mixture, chat: ChatPrompt | None) -> "Question":
+        """What an adapter is to be asked about the next token.
+
+        Args:
+            mixture: The adapter's.
+            chat: How its small model reads the prompt, where it is a chat.
+        """
+        start = self.prompt_tokens if chat else 0
+        answer = text_before(self.pieces[start:])
+        said = text_before(self.pieces[chat.message.start : chat.message.stop]) if chat else b""
+        live = mixture.steering.live
+        reading = self._read(live, answer, start, chat) if live else None
+        return Question(said + answer, reading)
+
+    def _read(self, live: Live, text: bytes, start: int, chat: ChatPrompt | None) -> LiveReading:
+        pairs = zip(self.token_ids[start:], self.pieces[start:], strict=True)
+        ids = [token_id for token_id, piece in pairs if piece]
+        # Where a prompt ends says nothing about how the host would read what follows it.
+        last = last_text(self.tokens, self.pieces, len(self.token_ids)) if self.new_tokens else None
+        small = chat.small_ids if chat else None
+        return live.read(
+            [readable(text)], host_ids=[ids], host_lasts=[last], start=small, row=self.number
+        )
+
+    @property
+    def tokens(self) -> Tensor:
+        """Prompt and answer, shape [seq]."""
+        return torch.tensor(self.token_ids)
+
+    def forget(self) -> None:
+        """Let go of what small models keep of this answer."""
+        if self.job.steered is None:
+            return
+        for mixture in self.job.steered.several.mixtures:
+            if mixture.steering.live:
+                mixture.steering.live.forget(self.number)
+
+
+@final
+class Question:
+    """The text before a next token, and how the expert has read it."""
+
+    def __init__(self, context: bytes, reading: LiveReading | None) -> None:
+        """Keep both."""
+        self.context = context
+        self.reading = reading
+
+
+def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:
+    """The steered distribution of rows that the same mixtures steer, shape [rows, vocab].
+
+    Args:
+        rows: Their requests have equal `Steered.several`.
+        logits: The host's own, shape [rows, vocab].
+        hidden: The states that gave them, shape [rows, hidden].
+    """
+    first = rows[0].job.steered
+    assert first is not None
+    asked = []
+    for place, mixture in enumerate(first.several.mixtures):
+        each = [row.asks(mixture, chat) for row, chat in _chats(rows, place)]
+        readings = tuple((q.reading, range(1)) for q in each if q.reading is not None)
+        contexts = tuple(question.context for question in each)
+        asked.append(Rows(logits.float(), hidden, contexts, readings, strangers=True))
+    weights = [row.weights for row in rows if row.weights is not None]
+    trust = torch.stack(weights, 1)
+    said = first.several.said(asked)
+    for place, row in enumerate(rows):
+        if row.tracer:
+            tells = row.tracer.tells_text
+            row.tracer.voices = first.several.voices(said, trust, place, tells_text=tells)
+    return first.several.mixed(said, trust)
+
+
+def _chats(rows: Sequence[Row], place: int) -> Iterator[tuple[Row, ChatPrompt | None]]:
+    for row in rows:
+        assert row.job.steered is not None
+        yield row, row.job.steered.chats[place]
+
+
+def likely(logprobs: Tensor, token_id: int, top: int) -> Likely:
+    """A token, how likely it was, and what was likeliest.
+
+    Args:
+        logprobs: The distribution, shape [vocab].
+        token_id: The token.
+        top: How many of the likeliest.
+    """
+    found = logprobs.topk(min(top, len(logprobs))) if top else None
+    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True) if found else ()
+    return Likely(token_id, float(logprobs[token_id]), tuple(pairs))

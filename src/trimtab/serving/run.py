@@ -1,0 +1,191 @@
+"""A server that listens: in the foreground, or in a thread of its own."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO, final
+
+import uvicorn
+
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.config import ServeConfig
+from trimtab.errors import InputError
+from trimtab.serving.app import make_app
+from trimtab.serving.gate import is_loopback
+from trimtab.serving.service import Service
+from trimtab.types import Progress, silent
+
+_START_SEC = 120.0
+_BACKLOG = 2048
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@final
+class _Uvicorn(uvicorn.Server):
+    """Says at once that it is not ready any more when it is asked to end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.is_closing = True
+        super().handle_exit(sig, frame)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Both signals are how a server is meant to end: neither is raised again afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in _SIGNALS}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+
+def check_listening(config: ServeConfig) -> None:
+    """Refuse to be reachable by others without keys, before anything large is opened.
+
+    Raises:
+        InputError: The address is no loopback address, and there is no file of keys.
+    """
+    if config.keys is None and not is_loopback(config.address):
+        raise InputError(
+            f"{config.address} can be reached from other machines, and no API keys are given",
+            hint="give --keys FILE (`trimtab key NAME --keys FILE` makes it), or listen on"
+            " 127.0.0.1",
+        )
+
+
+@contextmanager
+def opened(
+    config: ServeConfig,
+    *,
+    host: HFModel | None = None,
+    log: TextIO | None = None,
+    progress: Progress = silent,
+) -> Iterator[Service]:
+    """Open the host, mount the adapters, and run the engine inside the context.
+
+    Args:
+        config: The server's.
+        host: The host that the configuration names, if it is open already.
+        log: Where lines of JSON go; None for nowhere.
+        progress: Shows the opening and the mounting.
+
+    Raises:
+        TrimtabError: Something cannot be opened or does not fit.
+    """
+    check_listening(config)
+    host = host or open_model(
+        config.host, dtype=config.dtype, device_map=config.device_map, progress=progress
+    )
+    service = Service(config, host, log)
+    try:
+        for given in config.adapter:
+            name, _, folder = given.partition("=")
+            service.adapters.load(name, Path(folder), progress=progress)
+        service.engine.start()
+        yield service
+    finally:
+        service.close()
+
+
+def run(config: ServeConfig, service: Service) -> None:
+    """Listen until Ctrl-C or SIGTERM; requests in flight then have time to end.
+
+    Raises:
+        InputError: The address or the port cannot be used.
+    """
+    with _listening(config) as listener:
+        address = f"http://{_shown(listener)}"
+        names = service.adapters.model_names()
+        service.watch.say("listening", address=address, models=names)
+        _server(config, service).run(sockets=[listener])
+    service.watch.say("stopped")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server in a thread of its own.
+
+    Attributes:
+        base_url: Where it listens, without a slash at the end.
+        service: What answers.
+        stop: Begins to end it, as SIGTERM does, and returns at once.
+    """
+
+    base_url: str
+    service: Service
+    stop: Callable[[], None]
+
+
+@contextmanager
+def running(
+    config: ServeConfig, *, host: HFModel | None = None, log: TextIO | None = None
+) -> Iterator[Running]:
+    """Serve inside the context, for tests and notebooks; arguments are those of `opened`."""
+    with opened(config, host=host, log=log) as service, _listening(config) as listener:
+        server = _server(config, service)
+        options: dict[str, Any] = {"sockets": [listener]}
+        thread = threading.Thread(target=server.run, kwargs=options, name="trimtab-http")
+        thread.start()
+
+        def stop() -> None:
+            service.is_closing = server.should_exit = True
+
+        try:
+            deadline_sec = time.monotonic() + _START_SEC
+            while not server.started and time.monotonic() < deadline_sec and thread.is_alive():
+                time.sleep(0.01)
+            yield Running(f"http://{_shown(listener)}", service, stop)
+        finally:
+            stop()
+            thread.join()
+
+
+def _server(config: ServeConfig, service: Service) -> uvicorn.Server:
+    settings = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(config.shutdown_sec)),
+    )
+    return _Uvicorn(settings, service)
+
+
+@contextmanager
+def _listening(config: ServeConfig) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in config.address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.address.strip("[]"), config.port))
+        # From now on nobody is turned away: who comes early waits.
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise InputError(
+            f"cannot listen on {config.address} port {config.port}: {error.strerror or error}",
+            hint="give another --address or --port; --port 0 takes a free one",
+        ) from error
+    with listener:
+        yield listener
+
+
+def _shown(listener: socket.socket) -> str:
+    address, port = listener.getsockname()[:2]
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -1,0 +1,159 @@
+"""Several adapters on one host: their predictors weighed together, the bare host among them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.chat import ChatPrompt
+from trimtab.blend import evidence_weights
+from trimtab.steering.evidence import Mixture, ReadPrompt, Said, evidence_positions
+from trimtab.steering.explain import Voice
+from trimtab.steering.field import CHUNK_ROWS
+from trimtab.steering.predictors import Rows
+from trimtab.unembedding import Unembedding
+
+
+@dataclass(frozen=True)
+class Several:
+    """One mixture over the predictors of several adapters.
+
+    A mixture of predictors does not care where they come from: the host counts once, the others of
+    all adapters stand side by side, and the evidence weighs them as it does those of one. So the
+    bound holds too: on any text they cost at most -ln of the host's prior more than the host.
+
+    Attributes:
+        mixtures: One an adapter, at least one; each has the bare host as its first member.
+    """
+
+    mixtures: tuple[Mixture, ...]
+
+    @property
+    def prior(self) -> Tensor:
+        """Trust before any evidence: [host, others of the first, others of the second, ...].
+
+        The host has as much as the most cautious adapter leaves it; the adapters share the rest
+        evenly, and so do the predictors of each.
+        """
+        priors = [mixture.prior for mixture in self.mixtures]
+        host = torch.stack([prior[0] for prior in priors]).max()
+        each = [prior[1:] / prior[1:].sum() for prior in priors]
+        others = torch.cat(each) * (1.0 - host) / len(priors)
+        return torch.cat([host[None], others])
+
+    @property
+    def share(self) -> float:
+        """How readily the best predictor may change, as the most ready adapter has it."""
+        return max(mixture.steering.blend.share for mixture in self.mixtures)
+
+    def weigh(
+        self, unembedding: Unembedding, prompt: ReadPrompt, chats: Sequence[ChatPrompt | None]
+    ) -> Tensor:
+        """How far a prompt speaks for each predictor, shape [predictors]; see `Mixture.weigh`.
+
+        Args:
+            unembedding: The host's.
+            prompt: What the host has read.
+            chats: How each adapter's small model reads it, where it is a chat.
+        """
+        if len(self.mixtures) == 1:
+            return self.mixtures[0].weigh(unembedding, replace(prompt, chat=chats[0]))
+        asked = evidence_positions(replace(prompt, chat=chats[0]))
+        scores = []
+        for mixture, chat in zip(self.mixtures, chats, strict=True):
+            each = mixture.read(unembedding, replace(prompt, chat=chat), asked)
+            scores.append([said.of_tokens(_after(prompt, places)) for places, said in each])
+        if not asked:
+            return self.prior
+        joined = self._joined([torch.cat(parts, 1) for parts in scores])
+        return evidence_weights(joined, self.prior, share=self.share)[:, -1].float()
+
+    def logprobs(self, rows: Sequence[Rows], weights: Tensor) -> Tensor:
+        """The steered distribution, shape [rows, vocab].
+
+        Args:
+            rows: The same rows as each adapter's small models have read them.
+            weights: Trust in each predictor at each row, shape [predictors, rows].
+        """
+        return self.mixed(self.said(rows), weights)
+
+    def said(self, rows: Sequence[Rows]) -> tuple[Said, ...]:
+        """What each adapter's predictors say; arguments are those of `logprobs`."""
+        pairs = zip(self.mixtures, rows, strict=True)
+        return tuple(mixture.said(asked) for mixture, asked in pairs)
+
+    def mixed(self, said: Sequence[Said], weights: Tensor) -> Tensor:
+        """The mixture of what all have said, shape [rows, vocab]; weights as for `logprobs`."""
+        parts = [
+            one.mixed(share / share.sum(0)) + share.sum(0).log()[:, None]
+            for one, share in zip(said, self._shares(weights), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
+
+    def voices(
+        self, said: Sequence[Said], weights: Tensor, row: int, *, tells_text: bool
+    ) -> tuple[Voice, ...]:
+        """What each adapter had to say in one row, to explain the token there.
+
+        Args:
+            said: What all have said.
+            weights: As for `logprobs`.
+            row: Which row.
+            tells_text: Whether the memories' text may be told.
+        """
+        found = []
+        for mixture, one, share in zip(self.mixtures, said, self._shares(weights), strict=True):
+            by_name = dict(zip(mixture.members, share[:, row].tolist(), strict=True))
+            mounted = mixture.steering.memories.get("memory") if tells_text else None
+            memory = mounted.memory if mounted else None
+            found.append(Voice(mixture.steering.blend, by_name, one.found, row, memory))
+        return tuple(found)
+
+    def prequential(
+        self, unembedding: Unembedding, prompt: ReadPrompt
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """The steered distribution of each of a prompt's tokens, given those before it.
+
+        The predictors are weighed anew after every token, as `evaluate` does it.
+
+        Args:
+            unembedding: The host's.
+            prompt: What the host has read, with the states of all its tokens; no chat.
+
+        Yields:
+            Some positions at a time, and log-probabilities of the token after each,
+            shape [positions, vocab].
+        """
+        start: Tensor = self.prior
+        positions = list(range(len(prompt.token_ids) - 1))
+        reads = [mixture.read(unembedding, prompt, positions) for mixture in self.mixtures]
+        for _ in range(0, len(positions), CHUNK_ROWS):
+            found = [next(read) for read in reads]
+            places = found[0][0]
+            scores = self._joined([said.of_tokens(_after(prompt, places)) for _, said in found])
+            is_text = [bool(prompt.token_bytes[place + 1]) for place in places]
+            # A token that is no text is no evidence.
+            scores = torch.where(torch.tensor(is_text), scores, 0.0)
+            columns = evidence_weights(scores, self.prior, share=self.share, start=start)
+            start, weights = columns[:, -1], columns[:, :-1].float()
+            parts = [
+                said.mixed(share / share.sum(0)) + share.sum(0).log()[:, None]
+                for (_, said), share in zip(found, self._shares(weights), strict=True)
+            ]
+            yield places, torch.stack(parts).logsumexp(0)
+
+    def _shares(self, weights: Tensor) -> list[Tensor]:
+        """The weights of each mixture's members: the host's is divided among the mixtures."""
+        sizes = [len(mixture.members) - 1 for mixture in self.mixtures]
+        host = weights[:1] / len(sizes)
+        return [torch.cat([host, others]) for others in weights[1:].split(sizes)]
+
+    def _joined(self, scores: Sequence[Tensor]) -> Tensor:
+        """What all predictors gave to tokens, [predictors, tokens], the host once."""
+        return torch.cat([scores[0][:1], *(score[1:] for score in scores)])
+
+
+def _after(prompt: ReadPrompt, places: Sequence[int]) -> Tensor:
+    """The tokens after some positions."""
+    return prompt.token_ids[[place + 1 for place in places]].cpu()

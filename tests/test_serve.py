@@ -1,0 +1,543 @@
+"""The server over HTTP, asked by OpenAI's own client and by clients that mean no good."""
+
+import asyncio
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from test_generate import HOST, PROMPTS, run
+from test_generate import adapter as adapter  # a fixture
+from test_imports import ENVIRONMENT
+
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.cli import main
+from trimtab.config import ServeConfig
+from trimtab.errors import InputError
+from trimtab.serving import gate
+from trimtab.serving.app import make_app
+from trimtab.serving.doorkeeper import Doorkeeper
+from trimtab.serving.keys import add_key, read_keys
+from trimtab.serving.refusals import ApiError
+from trimtab.serving.run import Running, check_listening, running
+
+PROMPT = PROMPTS[0]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def host() -> HFModel:
+    return open_model(HOST, dtype="float32")
+
+
+def http(method: str, url: str, **options: Any) -> httpx2.Response:
+    return httpx2.request(method, url, timeout=300, **options)
+
+
+def served(*adapters: str, **options: object) -> ServeConfig:
+    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", "port": 0}
+    return ServeConfig.model_validate(given | {"shutdown_sec": 5.0, **options})
+
+
+@pytest.fixture(scope="module")
+def log() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def server(host: HFModel, adapter: Path, log: io.StringIO) -> Iterator[Running]:
+    config = served(f"sea={adapter}", f"ship={adapter}", body_bytes=20_000, slots=8)
+    with running(config, host=host, log=log) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_models_are_the_host_with_and_without_adapters(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["host", "host+sea", "host+ship"]
+    assert client.models.retrieve("host+sea").owned_by == "trimtab"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize("model", ["host", "host+sea"])
+def test_a_completion_is_what_generate_says(
+    client: openai.OpenAI, adapter: Path, model: str
+) -> None:
+    alone = run(adapter if "+" in model else None, PROMPT)
+    found = client.completions.create(model=model, prompt=PROMPT, **GREEDY)
+    assert found.choices[0].text == alone.texts[0]
+    assert found.choices[0].finish_reason in ("length", "stop")
+    assert found.usage and found.usage.completion_tokens == alone.tokens[0]
+    assert found.usage.total_tokens == found.usage.prompt_tokens + alone.tokens[0]
+
+
+def test_prompts_of_every_kind(client: openai.OpenAI, host: HFModel) -> None:
+    ids = host.context_ids() + host.encode(PROMPT)
+    alone = run(None, PROMPT).texts[0]
+    for prompt, answers in ((PROMPT, 1), (ids, 1), ([PROMPT, "The m"], 2), ([ids, ids], 2)):
+        found = client.completions.create(model="host", prompt=prompt, n=2, **GREEDY)
+        assert [choice.index for choice in found.choices] == list(range(2 * answers))
+        assert found.choices[0].text == found.choices[1].text == alone
+
+
+def test_strength_and_carriers_are_a_requests_own(client: openai.OpenAI, adapter: Path) -> None:
+    def said(model: str, **options: object) -> str:
+        extra = {"trimtab": options} if options else None
+        found = client.completions.create(model=model, prompt=PROMPT, extra_body=extra, **GREEDY)
+        return found.choices[0].text
+
+    plain = said("host")
+    assert said("host+sea:0") == plain == said("host+sea", strength=0)
+    assert said("host+sea:0.5") == run(adapter, PROMPT, strength=0.5).texts[0]
+    assert (
+        said("host+sea", strength=0.5, carriers=["head"])
+        == (run(adapter, PROMPT, strength=0.5, carriers=("head",)).texts[0])
+    )
+    assert said("host+sea:0.7+ship:0.3") != plain
+    with pytest.raises(openai.BadRequestError, match="was asked for"):
+        said("host+sea", carriers=["expert"])
+    with pytest.raises(openai.BadRequestError, match="strength"):
+        said("host+sea:7")
+
+
+@pytest.mark.parametrize("model", ["host", "host+sea"])
+def test_streams_say_the_same_as_whole_answers(client: openai.OpenAI, model: str) -> None:
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 3, "max_tokens": 20, "n": 2}
+    options |= {"model": model, "stop": ["zq"], "logprobs": 2}
+    whole = client.completions.create(prompt=PROMPT, **options)
+    usage = {"include_usage": True}
+    texts, tokens, finish = ["", ""], [[], []], ["", ""]
+    chunks = list(
+        client.completions.create(prompt=PROMPT, stream=True, stream_options=usage, **options)
+    )
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+        finish[choice.index] = choice.finish_reason or finish[choice.index]
+    assert texts == [choice.text for choice in whole.choices]
+    assert finish == [choice.finish_reason for choice in whole.choices]
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices if choice.logprobs]
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+
+
+def test_chats_whole_and_streamed(client: openai.OpenAI, adapter: Path) -> None:
+    messages: Any = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
+    asked: dict[str, Any] = {"model": "host+sea", "messages": messages, "temperature": 0}
+    asked |= {"max_completion_tokens": 8, "logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(**asked)
+    said = whole.choices[0].message
+    assert said.role == "assistant"
+    assert said.content == run(adapter, PROMPT, chat=True).texts[0]
+    told = whole.choices[0].logprobs
+    assert told and told.content and len(told.content) == 8
+    for token in told.content:
+        assert token.top_logprobs[0].logprob == max(t.logprob for t in token.top_logprobs)
+        assert token.logprob == token.top_logprobs[0].logprob <= 0 and token.bytes
+    chunks = list(client.chat.completions.create(stream=True, **asked))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == said.content
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    longer = [{"role": "system", "content": "Sail."}, *messages]
+    longer += [{"role": "assistant", "content": "Aye."}, {"role": "user", "content": "Where?"}]
+    assert client.chat.completions.create(**(asked | {"messages": longer})).choices[0].message
+
+
+@pytest.mark.parametrize("model", ["host", "host+sea"])
+def test_an_echo_tells_how_likely_the_prompt_was(
+    client: openai.OpenAI, host: HFModel, model: str
+) -> None:
+    asked: dict[str, Any] = {"model": model, "echo": True, "logprobs": 1, "temperature": 0}
+    found = client.completions.create(prompt=PROMPT, max_tokens=2, **asked).choices[0]
+    told = found.logprobs
+    assert found.text.startswith(PROMPT) and told and told.tokens and told.token_logprobs
+    shown = len(host.encode(PROMPT))
+    assert "".join(told.tokens[:shown]) == PROMPT and len(told.tokens) == shown + 2
+    assert told.text_offset and told.text_offset[shown] == len(PROMPT)
+    assert all(p is None or p <= 0 for p in told.token_logprobs)
+    alone = client.completions.create(prompt=PROMPT, max_tokens=0, **asked).choices[0]
+    assert alone.text == PROMPT and alone.finish_reason == "length"
+    assert alone.logprobs and alone.logprobs.token_logprobs == told.token_logprobs[:shown]
+
+
+def test_a_bias_bans_and_forces_tokens(client: openai.OpenAI, host: HFModel) -> None:
+    (token,) = host.encode("q")
+    asked: dict[str, Any] = {"model": "host+sea", "prompt": PROMPT, **GREEDY}
+    found = client.completions.create(logit_bias={str(token): 100}, **asked)
+    assert found.choices[0].text == "q" * 8
+
+
+def test_asynchronous_clients_share_passes(server: Running, adapter: Path) -> None:
+    async def all_at_once() -> list[str]:
+        base_url = f"{server.base_url}/v1"
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="x", max_retries=0) as client:
+
+            async def one(number: int) -> str:
+                model = "host+sea" if number % 2 else "host"
+                if number % 3:
+                    asked = client.completions.create(model=model, prompt=PROMPT, **GREEDY)
+                    return (await asked).choices[0].text
+                stream = await client.completions.create(
+                    model=model, prompt=PROMPT, stream=True, **GREEDY
+                )
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*(one(number) for number in range(12)))
+
+    texts = asyncio.run(all_at_once())
+    expected = run(None, PROMPT).texts[0], run(adapter, PROMPT).texts[0]
+    assert texts == [expected[number % 2] for number in range(12)]
+
+
+BAD: list[tuple[str, bytes]] = [
+    ("completions", b""),
+    ("completions", b"{"),
+    ("completions", b"[]"),
+    ("completions", b'"text"'),
+    ("completions", b"\xff\xfe"),
+    ("completions", b"[" * 5000),
+    ("completions", b'{"model": "host"}'),
+    ("completions", b'{"model": "host", "prompt": ""}'),
+    ("completions", b'{"model": "host", "prompt": []}'),
+    ("completions", b'{"model": "host", "prompt": [[]]}'),
+    ("completions", b'{"model": "host", "prompt": ["a", 5]}'),
+    ("completions", b'{"model": "host", "prompt": [999999]}'),
+    ("completions", b'{"model": "host", "prompt": [-1]}'),
+    ("completions", b'{"model": "host", "prompt": "\\ud800"}'),
+    ("completions", b'{"model": "\\ud800", "prompt": "a"}'),
+    ("completions", b'{"model": 5, "prompt": "a"}'),
+    ("completions", b'{"model": "host", "prompt": "a", "n": 99}'),
+    ("completions", b'{"model": "host", "prompt": "a", "n": true}'),
+    ("completions", b'{"model": "host", "prompt": "a", "temperature": NaN}'),
+    ("completions", b'{"model": "host", "prompt": "a", "temperature": 1e999}'),
+    ("completions", b'{"model": "host", "prompt": "a", "top_p": 0}'),
+    ("completions", b'{"model": "host", "prompt": "a", "max_tokens": -1}'),
+    ("completions", b'{"model": "host", "prompt": "a", "max_tokens": 0}'),
+    ("completions", b'{"model": "host", "prompt": "a", "stop": ""}'),
+    ("completions", b'{"model": "host", "prompt": "a", "stop": [""]}'),
+    ("completions", b'{"model": "host", "prompt": "a", "stop": ["\\ud800"], "colour": 1}'),
+    ("completions", b'{"model": "host", "prompt": "a", "logit_bias": {"x": 1}}'),
+    ("completions", b'{"model": "host", "prompt": "a", "logit_bias": {"999999": 1}}'),
+    ("completions", b'{"model": "host", "prompt": "a", "logit_bias": {"1": NaN}}'),
+    ("completions", b'{"model": "host", "prompt": "a", "logprobs": 21}'),
+    ("completions", b'{"model": "host", "prompt": "a", "best_of": 4}'),
+    ("completions", b'{"model": "host", "prompt": "a", "suffix": "b"}'),
+    ("completions", b'{"model": "host", "prompt": "a", "seed": 9223372036854775808}'),
+    ("completions", b'{"model": "host", "prompt": "a", "trimtab": {"carriers": ["hat"]}}'),
+    ("completions", b'{"model": "host", "prompt": "a", "trimtab": {"strength": 3}}'),
+    ("completions", b'{"model": "host", "prompt": "' + b"word " * 3000 + b'"}'),
+    ("chat/completions", b'{"model": "host", "messages": []}'),
+    ("chat/completions", b'{"model": "host", "messages": [{"role": "cook", "content": "a"}]}'),
+    ("chat/completions", b'{"model": "host", "messages": [{"role": "system", "content": "a"}]}'),
+    ("chat/completions", b'{"model": "host", "messages": [{"role": "user", "content": 5}]}'),
+    ("chat/completions", b'{"model": "host", "messages": [{"role": "user"}]}'),
+    ("chat/completions", b'{"model": "host", "messages": "a", "tools": [{}]}'),
+]
+
+
+@pytest.mark.parametrize(("route", "body"), BAD)
+def test_what_is_wrong_is_told_in_openais_shape(server: Running, route: str, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    found = http("POST", f"{server.base_url}/v1/{route}", content=body, headers=headers)
+    assert 400 <= found.status_code < 500, found.text
+    error = found.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and error["message"]
+    assert "Traceback" not in found.text and "trimtab/" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/none", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/admin/adapters", 403),
+        ("POST", "/admin/adapters", 403),
+        ("GET", "/%ff%00", 404),
+    ],
+)
+def test_wrong_paths_are_json_too(server: Running, method: str, path: str, status: int) -> None:
+    found = http(method, f"{server.base_url}{path}")
+    assert found.status_code == status and found.json()["error"]["message"]
+
+
+def test_other_content_types_ask_for_nothing(server: Running) -> None:
+    body = json.dumps({"model": "host", "prompt": "a"})
+    headers = {"content-type": "text/plain"}
+    found = http("POST", f"{server.base_url}/v1/completions", content=body, headers=headers)
+    assert found.status_code == 400
+    other = {"host": "evil.example", "content-type": "application/json"}
+    found = http("POST", f"{server.base_url}/v1/completions", content=body, headers=other)
+    assert found.status_code == 403
+
+
+def test_large_bodies_are_cut_off(server: Running) -> None:
+    url = f"{server.base_url}/v1/completions"
+    assert http("POST", url, content=b"x" * 20_001).status_code == 413
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(30):
+            yield b" " * 1000
+
+    found = http("POST", url, content=parts(), headers={"content-type": "application/json"})
+    assert found.status_code == 413 and found.json()["error"]["code"] == "request_too_large"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "BODY_SEC", 0.05)
+    address, port = server.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port))) as raw:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{"
+        raw.sendall(head)
+        raw.settimeout(300)
+        assert b" 408 " in raw.recv(1000)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_sec = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline_sec
+        time.sleep(0.005)
+
+
+@contextmanager
+def asking_raw(server: Running, body: dict[str, object]) -> Iterator[socket.socket]:
+    """A connection that has asked, and reads nothing."""
+    text = json.dumps(body).encode()
+    address, port = server.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port))) as raw:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(text)}"
+        raw.sendall(head.encode() + b"\r\ncontent-type: application/json\r\n\r\n" + text)
+        yield raw
+
+
+def test_who_hangs_up_frees_the_slot(server: Running, log: io.StringIO) -> None:
+    engine = server.service.engine
+    for stream in (True, False):
+        body = {"model": "host", "prompt": "The m", "max_tokens": 1900, "stream": stream}
+        with asking_raw(server, body | {"logit_bias": {"257": -100}}):
+            wait_until(lambda: bool(engine.running))
+        wait_until(lambda: not engine.running)
+    wait_until(lambda: log.getvalue().count('"status": 499') >= 2)
+
+
+def test_who_does_not_read_holds_up_nobody(server: Running, client: openai.OpenAI) -> None:
+    engine = server.service.engine
+    body = {"model": "host", "prompt": "The m", "max_tokens": 60, "stream": True}
+    text = json.dumps(body | {"logit_bias": {"257": -100}}).encode()
+    incoming = [{"type": "http.request", "body": text, "more_body": False}]
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    scope |= {"query_string": b"", "http_version": "1.1", "root_path": "", "scheme": "http"}
+
+    async def ask_and_never_read() -> None:
+        stuck, never = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> Any:
+            if not incoming:
+                await never.wait()
+            return incoming.pop()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                stuck.set()
+                await never.wait()
+
+        task = asyncio.create_task(make_app(server.service)(scope, receive, send))
+        await stuck.wait()
+        asked = {"model": "host", "prompt": PROMPT, **GREEDY}
+        found = await asyncio.to_thread(lambda: client.completions.create(**asked))
+        assert found.choices[0].text == run(None, PROMPT).texts[0]
+        # All is written, and the slot is free.
+        await asyncio.to_thread(wait_until, lambda: not engine.running)
+        assert not task.done()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(ask_and_never_read())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_time_is_limited(host: HFModel, stream: bool) -> None:
+    with running(served(time_limit_sec=1e-6), host=host) as server:
+        body = {"model": "host", "prompt": PROMPT, "stream": stream, "max_tokens": 1000}
+        found = http("POST", f"{server.base_url}/v1/completions", json=body)
+        assert found.status_code == 504 and found.json()["error"]["code"] == "timeout"
+        assert found.headers["x-should-retry"] == "false"
+
+
+def test_metrics_health_and_the_log(server: Running, log: io.StringIO, client: Any) -> None:
+    secret = "The secret keel"
+    client.completions.create(model="host+sea:0.25", prompt=secret, **GREEDY)
+    assert http("GET", f"{server.base_url}/health").json() == {"status": "ok"}
+    assert http("GET", f"{server.base_url}/ready").json() == {"ready": True}
+    text = http("GET", f"{server.base_url}/metrics").text
+    assert 'trimtab_requests_total{route="/v1/completions",status="200"}' in text
+    assert 'trimtab_completion_tokens_total{model="host+sea"}' in text
+    assert "trimtab_running 0.0" in text and "trimtab_first_text_seconds_bucket" in text
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    asked = [line for line in lines if line.get("model") == "host+sea"]
+    assert asked[-1]["completion_tokens"] > 0 and asked[-1]["status"] == 200
+    assert secret not in log.getvalue()
+
+
+def test_the_document_of_the_interface(server: Running) -> None:
+    paths = http("GET", f"{server.base_url}/openapi.json").json()["paths"]
+    assert {"/v1/models", "/v1/completions", "/v1/chat/completions"} <= set(paths)
+
+
+# Keys, limits and the adapters at run time.
+
+
+def test_keys_are_kept_as_hashes_and_can_be_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    one, two = add_key(path, "one"), add_key(path, "two", admin=True)
+    assert one not in path.read_text() and two not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(InputError, match="already"):
+        add_key(path, "one")
+    door = Doorkeeper(path, None)
+    entry = door.admit(f"Bearer {one}")
+    assert entry and entry.name == "one"
+    for wrong in (None, "", "Bearer", f"Basic {one}", f"Bearer {one}x", f"Bearer {two[:-1]}"):
+        with pytest.raises(ApiError) as error:
+            door.admit(wrong)
+        assert error.value.status_code == 401
+    with pytest.raises(ApiError) as error:
+        door.admit(f"Bearer {one}", admin=True)
+    assert error.value.status_code == 403 and door.admit(f"Bearer {two}", admin=True)
+    content = json.loads(path.read_text())
+    content["keys"] = [key for key in content["keys"] if key["name"] == "two"]
+    path.write_text(json.dumps(content) + " ")
+    with pytest.raises(ApiError):
+        door.admit(f"Bearer {one}")
+    assert door.admit(f"Bearer {two}") == read_keys(path)[0]
+    path.write_text("{")
+    with pytest.raises(ApiError):
+        door.admit(f"Bearer {two}")
+    with pytest.raises(InputError):
+        Doorkeeper(path, None)
+
+
+def test_a_limit_fills_evenly(tmp_path: Path) -> None:
+    path, now_sec = tmp_path / "keys.json", [0.0]
+    add_key(path, "slow", requests_per_minute=2)
+    door = Doorkeeper(path, 600, clock=lambda: now_sec[0])
+    (entry,) = read_keys(path)
+    door.count(entry)
+    door.count(entry)
+    with pytest.raises(ApiError) as error:
+        door.count(entry)
+    assert error.value.status_code == 429
+    wait_sec = int((error.value.headers or {})["retry-after"])
+    assert 30 <= wait_sec <= 31
+    now_sec[0] += wait_sec
+    door.count(entry)
+
+
+def test_others_are_not_let_in_without_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    for address in ("127.0.0.1", "::1", "localhost", "127.9.9.9"):
+        check_listening(served(address=address))
+    for address in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
+        with pytest.raises(InputError, match="no API keys"):
+            check_listening(served(address=address))
+    with pytest.raises(SystemExit) as end:
+        main(["serve", HOST, "--address", "0.0.0.0"])
+    assert end.value.code == 2 and "trimtab key NAME" in capsys.readouterr().err
+
+
+def test_adapters_come_and_go_without_dropping_requests(
+    host: HFModel, adapter: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.json"
+    key, boss = add_key(path, "user"), add_key(path, "boss", admin=True)
+    config = served(keys=path, requests_per_minute=3)
+    with running(config, host=host) as server:
+        url = f"{server.base_url}/admin/adapters"
+        headers = {"authorization": f"Bearer {boss}"}
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="no").models.list()
+        assert http("GET", f"{server.base_url}/metrics").status_code == 401
+        assert http("GET", f"{server.base_url}/health").status_code == 200
+        wanted = {"name": "sea", "path": str(adapter)}
+        for wrong, status in ((None, 401), ({"authorization": f"Bearer {key}"}, 403)):
+            assert http("POST", url, json=wanted, headers=wrong).status_code == status
+        base_url = f"{server.base_url}/v1"
+        with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0) as client:
+            with pytest.raises(openai.NotFoundError):
+                client.completions.create(model="host+sea", prompt=PROMPT, **GREEDY)
+            found = http("POST", url, json=wanted, headers=headers)
+            assert found.json()["carriers"] == ["head", "memory"] and found.json()["contains_text"]
+            asked: dict[str, Any] = {"model": "host+sea", "prompt": PROMPT, "temperature": 0}
+            ban = {"257": -100}
+            stream = client.completions.create(max_tokens=120, stream=True, logit_bias=ban, **asked)
+            text = next(iter(stream)).choices[0].text
+            assert http("DELETE", f"{url}/sea", headers=headers).json()["deleted"]
+            assert http("GET", url, headers=headers).json() == {"data": []}
+            assert http("DELETE", f"{url}/sea", headers=headers).status_code == 404
+            with pytest.raises(openai.NotFoundError):
+                client.completions.create(max_tokens=1, **asked)
+            chunks = list(stream)
+            text += "".join(chunk.choices[0].text for chunk in chunks)
+            assert chunks[-1].choices[0].finish_reason == "length" and len(text) > 100
+            with pytest.raises(openai.RateLimitError) as error:
+                client.completions.create(max_tokens=1, **asked)
+            assert int(error.value.response.headers["retry-after"]) >= 1
+        bad = http("POST", url, json={"name": "x", "path": str(tmp_path)}, headers=headers)
+        assert bad.status_code == 400 and bad.json()["error"]["message"]
+
+
+def test_what_is_in_flight_ends_before_the_server_does(host: HFModel) -> None:
+    texts: list[str] = []
+    with running(served(), host=host) as server:
+        client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="x", max_retries=0)
+        stream = client.completions.create(
+            model="host", prompt=PROMPT, stream=True, max_tokens=100, logit_bias={"257": -100}
+        )
+        texts.append(next(iter(stream)).choices[0].text)
+        server.service.is_closing = True
+        assert http("GET", f"{server.base_url}/ready").status_code == 503
+        server.stop()
+        texts += [chunk.choices[0].text for chunk in stream]
+        client.close()
+    assert len("".join(texts)) > 50
+
+
+def test_the_command_serves_until_it_is_asked_to_end(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "trimtab", "serve", "tiny:llama", "--port", "0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        try:
+            assert process.stderr
+            listening = json.loads(process.stderr.readline())
+            assert listening["event"] == "listening" and listening["models"] == ["tiny:llama"]
+            body = {"model": "tiny:llama", "prompt": "The", "max_tokens": 3}
+            url = f"{listening['address']}/v1/completions"
+            found = http("POST", url, json=body)
+            assert found.json()["usage"]["prompt_tokens"] == 3
+            process.send_signal(signal.SIGTERM)
+            lines = [json.loads(line) for line in process.stderr]
+            assert [line["event"] for line in lines] == ["request", "stopped"]
+            assert process.wait() == 0
+        finally:
+            process.kill()

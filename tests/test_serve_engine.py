@@ -1,0 +1,404 @@
+"""Continuous batching: every answer equals the same request alone, whatever the company."""
+
+import queue
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from test_generate import HOST, PROMPTS, domain_text, run
+from test_generate import adapter as adapter  # a fixture
+from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
+
+from trimtab.backends.chat import prompt_ids
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.config import ServeConfig
+from trimtab.errors import AdapterError, InputError, ModelError
+from trimtab.serving.adapters import Adapters
+from trimtab.serving.batch import Batch, check_host
+from trimtab.serving.choose import Choosing, choose, keep_likely
+from trimtab.serving.engine import PREFILL_TOKENS, Engine
+from trimtab.serving.prepare import Preparer
+from trimtab.serving.protocol import ChatRequest, CompletionRequest
+from trimtab.serving.work import (
+    Busy,
+    Closing,
+    Done,
+    Event,
+    Failed,
+    Job,
+    Options,
+    Piece,
+    Prompt,
+    TimeUp,
+    UnknownModel,
+)
+from trimtab.steering.evidence import ReadPrompt
+from trimtab.steering.scoring import score_document
+from trimtab.steering.several import Several
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2")
+GREEDY = Choosing(temperature=0.0)
+WAIT_SEC = 300.0
+"""Longer than anything takes: a test that waits for what does not come must end."""
+
+
+@pytest.fixture(scope="module")
+def host() -> HFModel:
+    return open_model(HOST, dtype="float32")
+
+
+def served(*adapters: str, **options: object) -> ServeConfig:
+    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", **options}
+    return ServeConfig.model_validate(given)
+
+
+@pytest.fixture(scope="module")
+def adapters(host: HFModel, adapter: Path) -> Adapters:
+    found = Adapters(served(carriers=("head", "memory", "expert")), host)
+    for name in ("sea", "ship"):
+        found.load(name, adapter)
+    return found
+
+
+@pytest.fixture
+def engine(host: HFModel) -> Iterator[Engine]:
+    engine = Engine(host, slots=4, queue=16)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_sec = time.monotonic() + WAIT_SEC
+    while not condition():
+        assert time.monotonic() < deadline_sec
+        time.sleep(0.005)
+
+
+class Asked:
+    """A request and the events that came."""
+
+    def __init__(self, prompts: Sequence[Prompt], options: Options, limit_sec: float = WAIT_SEC):
+        self.events: queue.Queue[Event] = queue.Queue()
+        tell = self.events.put
+        self.job = Job(prompts, options, steered=None, tell=tell, time_limit_sec=limit_sec)
+
+
+def asking(host: HFModel, text: str, **options: object) -> Asked:
+    options = {"max_tokens": 8, "choosing": GREEDY, **options}
+    return Asked([Prompt(tuple(prompt_ids(host, text)))], Options(**options))  # pyright: ignore
+
+
+def collected(events: "queue.Queue[Event]", answers: int = 1) -> list[str]:
+    texts = ["" for _ in range(answers)]
+    while not isinstance(event := events.get(timeout=WAIT_SEC), Done):
+        assert isinstance(event, Piece), event
+        texts[event.choice] += event.text
+    return texts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_any_length_and_age_read_as_if_alone(family: str) -> None:
+    host = open_model(f"tiny:{family}?hidden=32", dtype="float32")
+    if family in ("gemma2", "gemma3"):
+        ids = torch.arange(200)[None]
+        wide = host.hidden(ids)
+        host.model.config.sliding_window = 40  # pyright: ignore[reportAttributeAccessIssue]
+        assert (host.hidden(ids) - wide).abs().max() > 1e-3
+    chosen = random.Random(1)
+    texts: list[list[int]] = []
+    batch = Batch(host)
+    # By turns rows join, grow and leave; some are longer than the window.
+    for turn in range(40):
+        with torch.inference_mode():
+            if turn % 5 == 0:
+                ids = [chosen.randrange(256) for _ in range(chosen.choice((1, 7, 90, 300)))]
+                cache = DynamicCache()
+                for begin in range(0, len(ids), 128):
+                    hidden = batch.read(cache, ids[begin : begin + 128])
+                alone = host.hidden(torch.tensor([ids]))[0, -1]
+                torch.testing.assert_close(hidden[-1], alone, atol=2e-5, rtol=1e-4)
+                batch.join(cache, 2)
+                texts += [list(ids), list(ids)]
+            if turn % 7 == 6 and len(texts) > 2:
+                kept = sorted(chosen.sample(range(len(texts)), len(texts) // 2))
+                batch.keep(kept)
+                texts = [texts[place] for place in kept]
+            new = [chosen.randrange(256) for _ in texts]
+            texts = [[*ids, token] for ids, token in zip(texts, new, strict=True)]
+            for ids, state in zip(texts, batch.step(new), strict=True):
+                alone = host.hidden(torch.tensor([ids]))[0, -1]
+                torch.testing.assert_close(state, alone, atol=2e-5, rtol=1e-4)
+    assert batch.lengths == [len(ids) for ids in texts]
+
+
+def test_an_encoder_decoder_cannot_be_batched() -> None:
+    with pytest.raises(ModelError, match="is an encoder-decoder"):
+        check_host(open_model("tiny:t5", dtype="float32"))
+
+
+def jobs(adapters: Adapters, bodies: Sequence[dict[str, object]]) -> list[tuple[Job, queue.Queue]]:
+    preparer, found = Preparer(served(), adapters), []
+    for body in bodies:
+        kind = ChatRequest if "messages" in body else CompletionRequest
+        events: queue.Queue[Event] = queue.Queue()
+        given = {"temperature": 0, "max_tokens": 12, **body}
+        found.append((preparer.job(kind.model_validate(given), events.put), events))
+    return found
+
+
+def test_answers_of_all_adapters_together_equal_generate_alone(
+    host: HFModel, adapters: Adapters, adapter: Path, engine: Engine
+) -> None:
+    asked = []
+    for number, prompt in enumerate((*PROMPTS, domain_text(9), "T", "The keel turns the mast")):
+        for model, carriers in (("host", None), ("host+sea:0.8", ["head", "memory"])):
+            asked.append({"model": model, "prompt": prompt, "trimtab": {"carriers": carriers}})
+            asked[-1]["max_tokens"] = 6 + number
+        if number < 3:
+            expert = {"carriers": ["expert"]}
+            asked.append({"model": "host+sea", "prompt": prompt, "trimtab": expert})
+    random.Random(3).shuffle(asked)
+    running = jobs(adapters, asked)
+    for job, _ in running:
+        engine.submit(job)
+    for body, (_, events) in zip(asked, running, strict=True):
+        wanted = {"max_new_tokens": body.get("max_tokens", 12), "carriers": None}
+        if "+" in str(body["model"]):
+            wanted["carriers"] = body["trimtab"]["carriers"]  # pyright: ignore
+            wanted["strength"] = 0.8 if "0.8" in str(body["model"]) else 1.0
+        steering = adapter if wanted["carriers"] else None
+        alone = run(steering, str(body["prompt"]), **wanted).texts
+        assert tuple(collected(events)) == alone, body
+    assert engine.counts.stepped_rows > 2 * engine.counts.steps
+
+
+def test_a_chat_equals_generate(adapters: Adapters, adapter: Path, engine: Engine) -> None:
+    message = "The rudder turns the hull and the"
+    for carriers in (["head", "memory"], ["expert"]):
+        chat = [{"role": "user", "content": message}]
+        body = {"model": "host+sea", "messages": chat, "trimtab": {"carriers": carriers}}
+        ((job, events),) = jobs(adapters, [body])
+        engine.submit(job)
+        alone = run(adapter, message, carriers=carriers, chat=True, max_new_tokens=12)
+        assert tuple(collected(events)) == alone.texts
+
+
+def test_a_long_prompt_is_read_in_chunks(host: HFModel, engine: Engine) -> None:
+    text = domain_text(4)[:900]
+    long, short = asking(host, text), asking(host, "The m", max_tokens=30)
+    assert len(long.job.prompts[0].token_ids) > PREFILL_TOKENS
+    for one in (long, short):
+        engine.submit(one.job)
+    assert collected(long.events) == list(run(None, text).texts)
+    assert collected(short.events) == list(run(None, "The m", max_new_tokens=30).texts)
+
+
+def test_stop_strings_seeds_and_several_answers(host: HFModel, engine: Engine) -> None:
+    (plain,) = run(None, "The rudder", max_new_tokens=12).texts
+    stopped = asking(host, "The rudder", max_tokens=12, stop=(plain[3:5],))
+    engine.submit(stopped.job)
+    assert collected(stopped.events) == [plain[: plain.index(plain[3:5])]]
+    texts = []
+    for seed in (5, 5, 6):
+        options = {"choosing": Choosing(1.5), "seed": seed, "answers": 3}
+        one = asking(host, "The rudder", **options)
+        engine.submit(one.job)
+        texts.append(collected(one.events, 3))
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 3
+
+
+def test_many_prompts_do_not_hold_up_those_behind(host: HFModel, engine: Engine) -> None:
+    many = Asked([Prompt(tuple(prompt_ids(host, "The m")))] * 12, Options(20, choosing=GREEDY))
+    one = asking(host, "The m", max_tokens=20)
+    ended: list[str] = []
+    for name, asked in (("many", many), ("one", one)):
+        asked.job._tell = lambda event, name=name, plain=asked.job._tell: (
+            ended.append(name) if isinstance(event, Done) else None,
+            plain(event),
+        )
+        engine.submit(asked.job)
+    assert len(set(collected(many.events, 12))) == 1
+    collected(one.events)
+    assert ended == ["one", "many"]
+
+
+def test_who_does_not_wait_makes_room(host: HFModel, engine: Engine) -> None:
+    long = [asking(host, "The m", max_tokens=1500) for _ in range(4)]
+    for one in long:
+        engine.submit(one.job)
+    wait_until(lambda: engine.running == 4)
+    behind = asking(host, "The rudder")
+    engine.submit(behind.job)
+    long[0].job.cancel()
+    assert collected(behind.events) == list(run(None, "The rudder").texts)
+    for one in long[1:]:
+        assert not one.job.has_ended
+        one.job.cancel()
+    wait_until(lambda: not engine.running)
+
+
+def test_a_full_queue_a_deadline_and_an_end(host: HFModel) -> None:
+    engine = Engine(host, slots=1, queue=2)
+    engine.start()
+    late = Asked([Prompt((5, 6))], Options(1500, choosing=GREEDY), limit_sec=0.2)
+    engine.submit(late.job)
+    wait_until(lambda: bool(engine.running))
+    waiting = [asking(host, "The m", max_tokens=1500) for _ in range(2)]
+    for one in waiting:
+        engine.submit(one.job)
+    with pytest.raises(Busy) as busy:
+        engine.submit(asking(host, "The m").job)
+    assert 1 <= busy.value.retry_after_sec <= 60
+    while isinstance(event := late.events.get(timeout=WAIT_SEC), Piece):
+        pass
+    assert isinstance(event, Failed) and isinstance(event.error, TimeUp)
+    wait_until(lambda: engine.waiting < 2)
+    engine.stop()
+    for one in waiting:
+        while isinstance(event := one.events.get(timeout=WAIT_SEC), Piece):
+            pass
+        assert isinstance(event, Failed) and isinstance(event.error, Closing)
+    with pytest.raises(Closing):
+        engine.submit(asking(host, "The m").job)
+
+
+def test_one_request_that_fails_leaves_the_others_alone(host: HFModel, engine: Engine) -> None:
+    good = asking(host, "The rudder", max_tokens=30)
+    engine.submit(good.job)
+    bad = Asked([Prompt((10**6,))], Options(5, choosing=GREEDY))
+    engine.submit(bad.job)
+    event = bad.events.get(timeout=WAIT_SEC)
+    assert isinstance(event, Failed) and isinstance(event.error, IndexError)
+    assert collected(good.events) == list(run(None, "The rudder", max_new_tokens=30).texts)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.7), (5, 1.0), (9, 0.35), (1, 0.2), (0, 1e-9)])
+def test_the_likely_tokens_are_those_of_transformers(top_k: int, top_p: float) -> None:
+    scores = 2 * torch.randn(50, generator=torch.Generator().manual_seed(2))
+    expected = scores[None]
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(ids, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(ids, expected)
+    torch.testing.assert_close(keep_likely(scores, top_k, top_p), expected[0])
+
+
+def test_draws_follow_the_distribution_and_the_biases() -> None:
+    logprobs = torch.tensor([0.5, 0.3, 0.2]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(by: Choosing, counts: dict[int, int]) -> torch.Tensor:
+        drawn = [choose(logprobs, by, counts, generator) for _ in range(1200)]
+        return torch.bincount(torch.tensor(drawn), minlength=3) / 1200
+
+    for by, counts, expected in (
+        (Choosing(), {}, logprobs),
+        (Choosing(temperature=0.5), {}, 2 * logprobs),
+        (Choosing(logit_bias={1: -100.0, 2: 1.0}), {}, logprobs + torch.tensor([0, -100, 1.0])),
+        (Choosing(presence_penalty=1.0), {0: 3}, logprobs - torch.tensor([1.0, 0, 0])),
+        (Choosing(frequency_penalty=0.5), {0: 3, 2: 1}, logprobs - torch.tensor([1.5, 0, 0.5])),
+    ):
+        assert (shares(by, counts) - expected.softmax(-1)).abs().max() < 0.05
+    assert choose(logprobs, Choosing(0.0, logit_bias={2: 5.0}), {}, generator) == 2
+
+
+def read_prompt(host: HFModel, text: str) -> ReadPrompt:
+    ids = torch.tensor(host.context_ids() + host.encode(text))
+    pieces = tuple(host.vocabulary.token_bytes[i] for i in ids.tolist())
+    return ReadPrompt(ids, pieces, host.hidden(ids[None])[0])
+
+
+def test_a_prompt_is_scored_as_evaluate_scores_it(host: HFModel, adapters: Adapters) -> None:
+    text = domain_text(7)[:400]
+    several = adapters.mixture(adapters.chosen("host+sea", ["head", "memory"], None))
+    read = read_prompt(host, text)
+    told = [logprobs for _, logprobs in several.prequential(host.unembedding, read)]
+    ours = torch.cat(told).gather(1, read.token_ids[1:, None])[:, 0]
+    steering = several.mixtures[0].steering
+    scored = score_document(host, text, steering, window_tokens=512, stride_tokens=512)
+    expected = scored.rows["head+memory"].logprobs.float()
+    torch.testing.assert_close(ours[-len(expected) :], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_several_adapters_are_one_mixture(host: HFModel, adapters: Adapters) -> None:
+    read = read_prompt(host, PROMPTS[0])
+    asked = adapters.chosen("host+sea:0.7+ship:1.6", ["head", "memory"], None)
+    several = adapters.mixture(asked)
+    both = list(several.prequential(host.unembedding, read))
+    (places, dense), last = both[0], len(read.token_ids) - 1
+    # The reference: every predictor over the whole vocabulary, in two tables side by side.
+    said = [
+        next(iter(mixture.read(host.unembedding, read, list(range(last)))))[1]
+        for mixture in several.mixtures
+    ]
+    tables = [
+        torch.stack([one.found.field.everywhere(member) for member in one.stacked]).double().exp()
+        for one in said
+    ]
+    torch.testing.assert_close(tables[0][0], tables[1][0], atol=1e-6, rtol=1e-4)
+    table = torch.cat([tables[0], tables[1][1:]])
+    prior = several.prior.double()
+    assert prior.sum() == pytest.approx(1.0) and prior[0] == said_prior(several)
+    weights = prior
+    for place in places:
+        expected = (weights[:, None] * table[:, place]).sum(0)
+        torch.testing.assert_close(dense[place].double().exp(), expected, atol=1e-6, rtol=1e-3)
+        weights = weights * table[:, place, read.token_ids[place + 1]]
+        weights = (1 - several.share) * weights / weights.sum() + several.share * prior
+    weighed = several.weigh(host.unembedding, read, (None, None))
+    torch.testing.assert_close(weighed.double(), weights, atol=1e-5, rtol=1e-3)
+
+
+def said_prior(several: Several) -> float:
+    return max(mixture.steering.blend.host_prior for mixture in several.mixtures)
+
+
+def test_what_the_name_of_a_model_means(adapters: Adapters) -> None:
+    def strengths(model: str, strength: float | None = None) -> dict[str, float]:
+        return {one.adapter.name: one.strength for one in adapters.chosen(model, None, strength)}
+
+    assert strengths("host") == {} == strengths("host+sea:0")
+    assert strengths("host+sea") == {"sea": 1.0}
+    assert strengths("host+ship:0.3+sea", 0.5) == {"ship": 0.3, "sea": 0.5}
+    for wrong in ("", "hos", "hosts", "host+", "host+no", "host+sea+", "+sea", "host:1", "sea"):
+        with pytest.raises(UnknownModel):
+            strengths(wrong)
+    for wrong in ("host+sea:", "host+sea:x", "host+sea:nan", "host+sea:-1", "host+sea:3"):
+        with pytest.raises(InputError, match="strength"):
+            strengths(wrong)
+    with pytest.raises(InputError, match="twice"):
+        strengths("host+sea+sea:0.5")
+    with pytest.raises(InputError, match="nothing was asked for"):
+        adapters.chosen("host+sea", [], None)
+    one, same = (adapters.mixture(adapters.chosen("host+sea:0.5", None, None)) for _ in range(2))
+    assert one is same
+
+
+def test_an_adapter_needs_a_name_and_a_carrier_that_steers(
+    host: HFModel, adapter: Path, tmp_path: Path
+) -> None:
+    adapters = Adapters(served(), host)
+    with pytest.raises(InputError, match="cannot be the name"):
+        adapters.load("a+b", adapter)
+    with pytest.raises(AdapterError):
+        adapters.load("a", tmp_path)
+    assert adapters.load("a", adapter).carriers == ("head", "memory")
+    adapters.unload("a")
+    with pytest.raises(UnknownModel):
+        adapters.unload("a")
+
+
+def test_threads_do_not_change_each_others_tokens(host: HFModel) -> None:
+    text = "a<eos>b" * 40
+    plain, marked = host.encode(text), host.encode(text, markup=True)
+    assert plain != marked
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: host.encode(text, markup=bool(n % 2)), range(400)))
+    assert found == [plain, marked] * 200
