@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -73,6 +73,7 @@ def test_distance_by_hand_and_where_a_token_became_impossible() -> None:
     assert moved_nats(even, torch.tensor([1.0, 0.0]).log()) == pytest.approx(math.log(2))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=9), st.integers(0, 9))
 def test_distance_is_never_negative(logits: list[float], seed: int) -> None:
     host = torch.tensor(logits).log_softmax(-1)
@@ -109,6 +110,7 @@ def test_parts_by_hand() -> None:
     assert found == pytest.approx({"host": 0.1, "head": 0.0, "memory": 0.0, "expert": 0.0})
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000))
 def test_parts_sum_to_the_tokens_probability(seed: int) -> None:
     names = dict.fromkeys((*families(BLEND)["all"], "head", "mean"))

@@ -83,7 +83,7 @@ def fit_memory(
 def _names(names: Sequence[str], train: Columns) -> tuple[str, ...]:
     """Of the documents that were recorded, in the order in which they lie in the text."""
     recorded = torch.unique_consecutive(train["document_index"]).tolist()
-    return travelling_names([names[document] for document in recorded])
+    return travelling_names([names[int(document)] for document in recorded])
 
 
 @torch.no_grad()

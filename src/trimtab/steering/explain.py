@@ -135,7 +135,9 @@ def _parts_of(name: str, probs: Mapping[str, float], blend: Blend) -> dict[Decid
         return {"host": probs[name]}
     base, carrier = made
     kept = min(probs[name], probs[base]) / max(probs[base], 1e-300)
-    found = {decider: kept * part for decider, part in _parts_of(base, probs, blend).items()}
+    found: dict[Decider, float] = {
+        decider: kept * part for decider, part in _parts_of(base, probs, blend).items()
+    }
     found[carrier] = found.get(carrier, 0.0) + max(0.0, probs[name] - probs[base])
     return found
 
