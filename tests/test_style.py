@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("soft_targets", "steering", "tuning"),
     ("fitting",),
     ("exporting", "report"),
+    ("lmeval",),
     (
         "tune",
         "record",

@@ -297,8 +297,8 @@ class EvaluateConfig(Config):
     """Adapter folder."""
     host: str
     """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
-    data: tuple[str, ...] = Field(min_length=1)
-    """Held-out domain text."""
+    data: tuple[str, ...] = ()
+    """Held-out domain text; it may be left out where there are tasks."""
     general: tuple[str, ...] = ()
     """General text, each file or glob one kind (KIND=GLOB)."""
     out: Path
@@ -312,7 +312,14 @@ class EvaluateConfig(Config):
     stride_tokens: int = Field(default=256, ge=8)
     """New tokens in each window."""
     rows: tuple[RowName, ...] = ()
-    """Rows to measure (default: those of the report that the adapter allows)."""
+    """Rows to measure (default: those of the report that the adapter allows; of tasks the host,
+    and head and memory together)."""
+    tasks: tuple[Path, ...] = ()
+    """Task files of lm-evaluation-harness: YAML files, with local data, that every row answers."""
+    task_limit: int | None = Field(default=None, ge=1)
+    """Ask at most this many questions of each task."""
+    task_batch: int = Field(default=8, ge=1)
+    """Questions that the host reads at once."""
     small: str | None = None
     """Where the small model lies, for what runs it (default: where the adapter says)."""
     host_keys: bool = False
@@ -329,6 +336,12 @@ class EvaluateConfig(Config):
     def _stride_fits(self) -> "EvaluateConfig":
         if self.stride_tokens > self.window_tokens:
             raise ValueError("stride_tokens must be at most window_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_measured(self) -> "EvaluateConfig":
+        if not self.data and not self.tasks:
+            raise ValueError("there is nothing to measure: give --data, or --tasks")
         return self
 
 
