@@ -50,6 +50,7 @@ class Forced(LogitsProcessor):
         self._left = list(answer)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        del input_ids
         only = torch.full_like(scores, -torch.inf)
         token_id = self._left.pop(0)
         only[:, token_id] = scores[:, token_id]
@@ -157,9 +158,7 @@ def of_harness(host: HFModel, task: Path) -> tuple[dict[str, float], list[list[f
         )
     assert found
     (name,) = found["results"]
-    resps = [
-        [one[0] for one in sample["filtered_resps"]] for sample in found["samples"][name]
-    ]
+    resps = [[one[0] for one in sample["filtered_resps"]] for sample in found["samples"][name]]
     return found["results"][name], resps
 
 

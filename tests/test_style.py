@@ -11,7 +11,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 6
-ALLOWED_LARGER: dict[str, str] = {}
+ALLOWED_LARGER: dict[str, str] = {
+    "config": "the settings of all verbs, one class each, from which the command line is generated",
+}
 """module:function (or module) -> the reason why it may exceed a budget."""
 
 # Each layer may import itself and the layers above it in this list, never one below.
@@ -33,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "evaluate",
         "evaluator",
         "compare",
+        "comparing",
         "cost",
         "export",
         "serve",

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trimtab.backends.open import open_model as open_model
+    from trimtab.compare import compare as compare
+    from trimtab.config import CompareConfig as CompareConfig
     from trimtab.config import CostConfig as CostConfig
     from trimtab.config import EvaluateConfig as EvaluateConfig
     from trimtab.config import ExportConfig as ExportConfig
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
     from trimtab.store.local import list_adapters as list_adapters
     from trimtab.tune import tune as tune
 
-_VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "show")
+_VERBS = (
+    *("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "compare"),
+    "show",
+)
 _MODULES = {
     **{verb: f"trimtab.{verb}" for verb in _VERBS},
     **{f"{verb.title()}Config": "trimtab.config" for verb in _VERBS[:-1]},

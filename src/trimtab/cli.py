@@ -46,6 +46,7 @@ _CONFIGS: dict[str, type[config.Config]] = {
     "generate": config.GenerateConfig,
     "evaluate": config.EvaluateConfig,
     "cost": config.CostConfig,
+    "compare": config.CompareConfig,
 }
 _ARGUMENTS = {
     "tune": ("data",),
@@ -56,6 +57,7 @@ _ARGUMENTS = {
     "generate": ("prompt",),
     "evaluate": ("adapter", "host"),
     "cost": (),
+    "compare": ("data",),
 }
 _WITH_JSON = ("cost",)
 """Verbs whose result can be printed as JSON."""

@@ -120,7 +120,9 @@ def write_split(split: Split, folder: Path) -> None:
     save_documents(folder / "general.jsonl", split.general_train)
 
 
-def excerpts(documents: Sequence[Document], tokens_of: Callable[[str], list[int]], limit: int) -> list[int]:
+def excerpts(
+    documents: Sequence[Document], tokens_of: Callable[[str], list[int]], limit: int
+) -> list[int]:
     """The beginnings of documents, each with an equal share of so many tokens.
 
     Args:

@@ -78,7 +78,7 @@ class SteeredLM(HFLM):
         self, requests: list[Encoded], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if self._mixture is None:
-            return super()._loglikelihood_tokens(requests, True, override_bs)
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         # Answers of one context are read together, and the context's evidence is weighed once.
         cut = [self._cut(context, answer) for _, context, answer in requests]
         order = sorted(range(len(cut)), key=lambda number: cut[number])

@@ -131,9 +131,7 @@ def paired(
 ) -> Estimate:
     """Mean difference ours - theirs over the same items, its error by bootstrap over them."""
     differences = np.array(ours, float) - np.array(theirs, float)
-    draws = np.random.default_rng(seed).integers(
-        0, len(differences), (resamples, len(differences))
-    )
+    draws = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
     return Estimate(float(differences.mean()), float(differences[draws].mean(1).std()))
 
 

@@ -57,7 +57,7 @@ def score_answers(
     )
     weights = mixture.weigh(host.unembedding, prompt)[:, None]
     return [
-        _scored(host, mixture, weights, _Text(host, [*context_ids, *answer], len(context_ids)), row)
+        _scored(mixture, weights, _Text(host, [*context_ids, *answer], len(context_ids)), row)
         for answer, row in zip(answers, states, strict=True)
     ]
 
@@ -143,9 +143,7 @@ class _Text:
         )
 
 
-def _scored(
-    host: HFModel, mixture: Mixture, weights: Tensor, text: _Text, states: Tensor
-) -> AnswerScore:
+def _scored(mixture: Mixture, weights: Tensor, text: _Text, states: Tensor) -> AnswerScore:
     places = range(text.prompt_tokens, len(text.token_ids))
     rows = text.rows(mixture, states, places)
     logprobs, likeliest = [], []
