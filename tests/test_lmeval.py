@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,8 @@ from test_generate import HOST, WORDS, adapter, domain_text, host, live, mounted
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from bench.lmeval_tasks import write_task
+from bench.transfer.choices import Choice
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.cli import main
@@ -97,7 +98,7 @@ def test_a_text_is_scored_as_evaluate_scores_it(
     assert float(after.sum()) == pytest.approx(1)
 
 
-def questions(count: int) -> list[dict[str, Any]]:
+def questions(count: int) -> list[Choice]:
     """Real questions with four answers, of MMLU's development set: lm-eval carries them."""
     import lm_eval
 
@@ -108,30 +109,15 @@ def questions(count: int) -> list[dict[str, Any]]:
             parts = re.split(r"\s*\(([ABCD])\) ", " ".join(sample["question"].split()))
             right = re.search(r"answer is \(([ABCD])\)", sample["target"])
             if parts[1::2] == list("ABCD") and right:
-                gold = "ABCD".index(right[1])
-                found.append({"question": parts[0], "choices": parts[2::2], "gold": gold})
+                before = f"Question: {parts[0]}\nAnswer:"
+                found.append(Choice(before, tuple(parts[2::2]), "", "ABCD".index(right[1])))
     assert len(found) > 200
     return found[:: len(found) // count][:count]
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    lines = (json.dumps(question) for question in questions(12))
-    (folder / "questions.jsonl").write_text("\n".join(lines))
-    settings = {
-        "task": "mmlu-dev",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-    (folder / "mmlu.yaml").write_text(yaml.safe_dump(settings))
-    return folder / "mmlu.yaml"
+    return write_task("mmlu-dev", questions(12), tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,12 @@ def classify(bench: Bench) -> tuple[tuple[int, ...], Step, Use, int]:
     with watched() as watch:
         folds = min(5, *(labels.count(label) for label in set(labels)))
         chosen = LogisticRegressionCV(
-            Cs=5, cv=folds, max_iter=2_000, l1_ratios=(0.0,), use_legacy_attributes=False
+            Cs=5,
+            cv=folds,
+            max_iter=2_000,
+            l1_ratios=(0.0,),
+            scoring="accuracy",
+            use_legacy_attributes=False,
         )
         fitted = make_pipeline(StandardScaler(), chosen)
         fitted.fit(embeddings(model, examples).numpy(), labels)

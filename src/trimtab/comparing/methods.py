@@ -120,8 +120,10 @@ def _expert(bench: Bench) -> Iterator[Made]:
 
 def _steered(row: str) -> Callable[[Bench], Iterator[Made]]:
     def make(bench: Bench) -> Iterator[Made]:
-        steps = (*_small_steps(bench), bench.record_step(), bench.fit_step(ADAPTER))
-        steps += (bench.mount_step(ADAPTER),)
+        steps = (*_small_steps(bench), bench.record_step())
+        made = (bench.fit_step(ADAPTER), bench.mount_step(ADAPTER))
+        # The expert alone needs neither head nor memory, nor a seat on the host.
+        steps += made if row != "live" else ()
         mounted = bench.mounted(ADAPTER)
         parts = ("head", "memory", "live") if row == "all" else tuple(row.split("+"))
         heads = {"head": mounted.head} if "head" in parts and mounted.head else {}

@@ -64,7 +64,9 @@ def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) 
         )
     else:
         parts.append(f"Choose {best.name}: it takes {_time(best)} before use.")
-    parts += [_against_lora(rows, by, task, seed), _general(cheap), _not_run(rows)]
+    parts += [_use(cheap, bare), _against_lora(rows, by, task, seed)]
+    parts += [_against_regression(rows, by, task, seed), _general(cheap)]
+    parts.append(_not_run(rows))
     return " ".join(part for part in parts if part)
 
 
@@ -106,6 +108,28 @@ def _against_lora(rows: Sequence[MethodFigures], by: str, task: Task | None, see
         f" Trimtab’s ways, {row.name} ({spoken(by, row)}, {_time(row)}), is {how} it{share};"
         f" {_reach(row)}"
     )
+
+
+def _against_regression(
+    rows: Sequence[MethodFigures], by: str, task: Task | None, seed: int
+) -> str:
+    simple = next((row for row in rows if row.name == "embeddings" and row.task), None)
+    ours = [row for row in ranked(rows, by) if row.name in TRIMTAB]
+    if simple is None or not ours:
+        return ""
+    ahead = share_ahead(simple, ours[0], by, task, seed=seed)
+    how = "wins" if ahead >= SURE else "loses" if ahead <= 1 - SURE else "is even"
+    return (
+        f"The simple baseline, {METHOD_WORDS['embeddings']} ({spoken(by, simple)}), {how} against"
+        f" {ours[0].name} ({spoken(by, ours[0])})."
+    )
+
+
+def _use(row: MethodFigures, bare: MethodFigures) -> str:
+    if row is bare or row.result.use is None or bare.result.use is None:
+        return ""
+    times = row.result.use.sec_per_token / bare.result.use.sec_per_token
+    return f"A token then takes {times:.2g} times as long as with the host as it is."
 
 
 def _reach(row: MethodFigures) -> str:

@@ -77,8 +77,9 @@ class SteeredLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Encoded], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        del disable_tqdm
         if self._mixture is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return super()._loglikelihood_tokens(requests, True, override_bs)
         # Answers of one context are read together, and the context's evidence is weighed once.
         cut = [self._cut(context, answer) for _, context, answer in requests]
         order = sorted(range(len(cut)), key=lambda number: cut[number])

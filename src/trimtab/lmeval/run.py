@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval import evaluator as harness
@@ -145,12 +148,16 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     os.environ["DISABLE_MULTIPROC"] = "1"
     harness_utils.env = _sandbox(plain.filters)
+    # lm-eval seeds every generator of the process.
+    drawn, drawn_numpy = random.getstate(), np.random.get_state()
     try:
-        with warnings.catch_warnings():
+        with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         harness_utils.env = plain
+        random.setstate(drawn)
+        np.random.set_state(drawn_numpy)
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
