@@ -197,7 +197,7 @@ def _full_estimate(bench: Bench) -> Step:
 
 
 def _qlora_estimate(bench: Bench) -> Step:
-    slower = read_sheet().factor("qlora_slowdown").range.middle
+    slower = read_sheet().factor("qlora_slowdown").middle
     lora = _lora_estimate(bench, bench.host_shape, "tune qlora")
     return lora.model_copy(update={"sec": lora.sec * slower})
 

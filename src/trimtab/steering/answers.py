@@ -34,6 +34,7 @@ class AnswerScore:
     is_greedy: bool
 
 
+@torch.no_grad()
 def score_answers(
     host: HFModel, mixture: Mixture, context_ids: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> list[AnswerScore]:
@@ -62,6 +63,7 @@ def score_answers(
     ]
 
 
+@torch.no_grad()
 def score_text(
     host: HFModel,
     mixture: Mixture,
