@@ -211,11 +211,7 @@ def test_the_share_ahead_is_that_of_resampled_documents() -> None:
     assert share_ahead(rows[0], rows[0], "bits per byte", None) == 0.5
 
 
-@given(
-    st.lists(
-        st.tuples(st.floats(1, 9), st.floats(0.1, 9)), min_size=1, max_size=6, unique=True
-    )
-)
+@given(st.lists(st.tuples(st.floats(1, 9), st.floats(0.1, 9)), min_size=1, max_size=6, unique=True))
 @settings(max_examples=20, deadline=None)
 def test_the_front_is_what_nothing_dominates(points: list[tuple[float, float]]) -> None:
     others = (result(f"m{n}", [nats, nats], sec) for n, (nats, sec) in enumerate(points))
@@ -223,9 +219,7 @@ def test_the_front_is_what_nothing_dominates(points: list[tuple[float, float]]) 
     found = pareto(rows, "bits per byte", lambda row: row.result.sec)
     places = {row.name: (row.domain.mean, row.result.sec) for row in rows if row.domain}
     for name, (bits, sec) in places.items():
-        beaten = any(
-            b <= bits and s <= sec and (b, s) != (bits, sec) for b, s in places.values()
-        )
+        beaten = any(b <= bits and s <= sec and (b, s) != (bits, sec) for b, s in places.values())
         twin = any(places[other] == (bits, sec) for other in found - {name})
         assert (name in found) == (not beaten) or twin
 

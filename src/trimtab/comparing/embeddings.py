@@ -1,6 +1,7 @@
 """The simple baseline of a classification: logistic regression on the small model's states."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -44,15 +45,10 @@ def classify(bench: Bench) -> tuple[tuple[int, ...], Step, Use, int]:
     model = open_model(bench.config.small, dtype=bench.config.dtype, progress=bench.progress)
     with watched() as watch:
         folds = min(5, *(labels.count(label) for label in set(labels)))
-        chosen = LogisticRegressionCV(
-            Cs=5,
-            cv=folds,
-            max_iter=2_000,
-            l1_ratios=(0.0,),
-            scoring="accuracy",
-            use_legacy_attributes=False,
-        )
-        fitted = make_pipeline(StandardScaler(), chosen)
+        # Each is said, since scikit-learn is about to change what it takes for none.
+        settings: dict[str, Any] = {"Cs": 5, "cv": folds, "max_iter": 2_000}
+        settings |= {"l1_ratios": (0.0,), "scoring": "accuracy", "use_legacy_attributes": False}
+        fitted = make_pipeline(StandardScaler(), LogisticRegressionCV(**settings))
         fitted.fit(embeddings(model, examples).numpy(), labels)
     tokens = sum(len(model.encode(question.prompt)) for question in examples)
     step = watch.step("fit embeddings", reading_flops(bench.small_shape, tokens, MOST_TOKENS))

@@ -16,8 +16,10 @@ from trimtab.comparing.budget import NotRun
 from trimtab.comparing.scoring import Subject, with_preamble
 from trimtab.comparing.split import excerpts
 from trimtab.comparing.values import Step
+from trimtab.config import CarrierName
 from trimtab.costing.sheet import read_sheet
 from trimtab.steering.predictors import Steering
+from trimtab.steering.processor import DEFAULT_CARRIERS
 
 NOTHING, AGAIN, MOUNT = "nothing", "train again", "mount"
 
@@ -129,7 +131,8 @@ def _steered(row: str) -> Callable[[Bench], Iterator[Made]]:
         heads = {"head": mounted.head} if "head" in parts and mounted.head else {}
         memories = {"memory": mounted.memory} if "memory" in parts and mounted.memory else {}
         live = Live(bench.pair("expert"), bench.host) if "live" in parts else None
-        carriers = [*heads, *memories, *(["expert"] if live else [])]
+        carriers: list[CarrierName] = [name for name in DEFAULT_CARRIERS if name in parts]
+        carriers += ["expert"] if live else []
         files = (mounted.manifest.bytes_of(name) for name in carriers)
         steering = Steering((row,), heads, memories, live=live, blend=mounted.manifest.blend)
         note = "; ".join(mounted.warnings)

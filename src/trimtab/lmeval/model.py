@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, final
 
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab.backends.hf import HFModel
@@ -15,6 +15,9 @@ from trimtab.steering.answers import score_answers, score_text
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.processor import steered_by
 from trimtab.types import Progress, silent
+
+HFLM: Any = huggingface.HFLM
+"""lm-eval's registration hides the class from type checkers."""
 
 Encoded = tuple[Any, list[int], list[int]]
 """A question as lm-eval hands it over: its text, its context's tokens, its answer's tokens."""
