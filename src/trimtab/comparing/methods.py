@@ -135,7 +135,7 @@ def _steered(row: str) -> Callable[[Bench], Iterator[Made]]:
         carriers += ["expert"] if live else []
         files = (mounted.manifest.bytes_of(name) for name in carriers)
         steering = Steering((row,), heads, memories, live=live, blend=mounted.manifest.blend)
-        note = "; ".join(mounted.warnings)
+        note = "; ".join(mounted.warnings) if heads or memories else ""
         yield Made(Subject(bench.host, steering), steps, sum(files), note)
 
     return make

@@ -101,7 +101,9 @@ def _against_lora(rows: Sequence[MethodFigures], by: str, task: Task | None, see
         )
     ahead = share_ahead(row, lora, by, task, seed=seed)
     how = "better than" if ahead >= SURE else "worse than" if ahead <= 1 - SURE else "even with"
-    reached = share_of_gain(row, lora, next(r for r in rows if r.name == BASELINE))
+    bare = next(row for row in rows if row.name == BASELINE)
+    gains = by == "bits per byte" and share_ahead(lora, bare, by, task, seed=seed) >= SURE
+    reached = share_of_gain(row, lora, bare) if gains else None
     share = f", {100 * reached:.0f} % of its gain on text" if reached is not None else ""
     return (
         f"Against LoRA on the host ({spoken(by, lora)}, {_time(lora)} for each host) the best of"
