@@ -122,7 +122,7 @@ def _expert(bench: Bench) -> Iterator[Made]:
 
 def _steered(row: str) -> Callable[[Bench], Iterator[Made]]:
     def make(bench: Bench) -> Iterator[Made]:
-        steps = (*_small_steps(bench), bench.record_step())
+        steps = (*_small_steps(bench), _recorded(bench))
         made = (bench.fit_step(ADAPTER), bench.mount_step(ADAPTER))
         # The expert alone needs neither head nor memory, nor a seat on the host.
         steps += made if row != "live" else ()
@@ -141,9 +141,15 @@ def _steered(row: str) -> Callable[[Bench], Iterator[Made]]:
     return make
 
 
+def _recorded(bench: Bench) -> Step:
+    if not (bench.folder / "steps" / "record.json").is_file():
+        bench.budget.ask_for("recording", _adapter_estimate(bench)[-1].sec)
+    return bench.record_step()
+
+
 def _label_head(bench: Bench) -> Iterator[Made]:
     _small_steps(bench)
-    bench.record_step()
+    _recorded(bench)
     step = bench.fit_step(LABEL_ADAPTER, labels=True)
     mounted = bench.mounted(LABEL_ADAPTER)
     assert mounted.head is not None
@@ -239,15 +245,16 @@ METHODS: Mapping[str, Method] = {
     "context": Method(_context, _none, NOTHING),
     "expert": Method(_expert, _small_estimate, "has no host"),
     "trimtab": Method(_steered("head+memory"), _adapter_estimate, MOUNT),
-    "live": Method(_steered("live"), _adapter_estimate, NOTHING),
-    "all": Method(_steered("all"), _adapter_estimate, MOUNT),
-    "label-head": Method(_label_head, _label_estimate, "fit again"),
     "lora": Method(
         _tuned_host("lora"),
         lambda bench: (_lora_estimate(bench, bench.host_shape, "tune lora"),),
         AGAIN,
     ),
+    "live": Method(_steered("live"), _adapter_estimate, NOTHING),
+    "all": Method(_steered("all"), _adapter_estimate, MOUNT),
+    "label-head": Method(_label_head, _label_estimate, "fit again"),
     "qlora": Method(_qlora, lambda bench: (_qlora_estimate(bench),), AGAIN),
     "full": Method(_tuned_host("full"), lambda bench: (_full_estimate(bench),), AGAIN),
 }
-"""By name, in the order in which they are run: what is cheap comes first."""
+"""By name, in the order in which they are run: the bare host, what needs no training, the small
+model, and LoRA on the host before what is slow to score, for it is what all are held against."""
