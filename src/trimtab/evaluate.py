@@ -1,6 +1,7 @@
 """Measure what an adapter changes on a host: on domain text, on general text, with controls."""
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -143,6 +144,9 @@ def _ask(evaluator: Evaluator, tasks: Sequence[LocalTask], progress: Progress) -
     config = evaluator.config
     rows = evaluator.rows if config.rows else _task_rows(config)
     key = json.dumps([str(part) for part in evaluator.models_key])
+    if not evaluator.keeps:
+        # A host that was changed in memory has no name: what it answered is asked again.
+        key = secrets.token_hex(16)
     asked = asked_of(tasks, rows, config.out, config.task_limit, config.seed, key)
     made = models(evaluator.host, evaluator.steering, evaluator.pair, config.task_batch)
     report = run_tasks(asked, made, progress)

@@ -132,7 +132,8 @@ def _steered(row: str) -> Callable[[Bench], Iterator[Made]]:
         memories = {"memory": mounted.memory} if "memory" in parts and mounted.memory else {}
         live = Live(bench.pair("expert"), bench.host) if "live" in parts else None
         carriers: list[CarrierName] = [name for name in DEFAULT_CARRIERS if name in parts]
-        carriers += ["expert"] if live else []
+        if live:
+            carriers.append("expert")
         files = (mounted.manifest.bytes_of(name) for name in carriers)
         steering = Steering((row,), heads, memories, live=live, blend=mounted.manifest.blend)
         note = "; ".join(mounted.warnings) if heads or memories else ""
