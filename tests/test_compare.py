@@ -20,6 +20,7 @@ from trimtab.comparing.figures import MethodFigures, figures_of, pareto, ranked,
 from trimtab.comparing.questions import Question, Task, metric, read_questions
 from trimtab.comparing.run import ORDER
 from trimtab.comparing.sizes import shape_of
+from trimtab.comparing.table import terminal_table
 from trimtab.comparing.values import MethodResult, Step, TextScore
 from trimtab.comparing.words import verdict
 from trimtab.config import CompareConfig, EvaluateConfig
@@ -260,6 +261,10 @@ def test_the_verdict_follows_from_the_figures() -> None:
     assert "Choose lora" in verdict(far, None) and "is worse than it" in verdict(far, None)
     nothing = rows_of(result("zero-shot", base), result("lora", [v + 1 for v in base], 600.0))
     assert verdict(nothing, None).startswith("Nothing that was measured is better")
+    shown = terminal_table(nothing, 1.5).splitlines()
+    # Each method has a line in the table of quality and one in that of cost, none of them cut.
+    assert sum(line.split()[:1] == ["zero-shot"] for line in shown) == 2
+    assert max(map(len, shown)) <= 120 and "…" not in "".join(shown)
     assert [row.name for row in ranked(nothing, "bits per byte")] == ["zero-shot", "lora"]
     unmeasured = MethodResult(method="full", key="", status="estimated", reason="time")
     assert verdict(rows_of(result("zero-shot", base), unmeasured), None).endswith(": full.")

@@ -14,7 +14,8 @@ from trimtab.report.words import data_size, duration, signed
 ESTIMATED = "~"
 """Before a figure that follows from measured throughput instead of a clock."""
 
-_WIDTH = 180
+_WIDTH = 120
+_FIRST_COST = "training FLOPs"
 
 
 def headings(rows: Sequence[MethodFigures], price: float | None) -> list[str]:
@@ -23,7 +24,7 @@ def headings(rows: Sequence[MethodFigures], price: float | None) -> list[str]:
     cost = "$ 1M tokens" if price else "sec 1M tokens"
     return [
         *("method", "domain bits/byte", "against host", *tasks, "general against host"),
-        *("training FLOPs", "device-seconds", "peak memory", "artefact", cost, "another host"),
+        *(_FIRST_COST, "device-seconds", "peak memory", "artefact", cost, "another host"),
     ]
 
 
@@ -94,17 +95,23 @@ def notes(rows: Sequence[MethodFigures]) -> list[str]:
 
 
 def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
-    """The table for a terminal, with its notes."""
+    """Two tables for a terminal, what methods are worth and what they cost, with notes."""
     names, lines = body(rows, price)
+    first_cost = next((n for n, name in enumerate(names) if name == _FIRST_COST), len(names))
+    worth, costs = range(1, first_cost), range(first_cost, len(names))
+    parts = (_drawn(names, lines, [0, *chosen]) for chosen in (worth, costs) if chosen)
+    return "\n\n".join([*parts, "\n".join(f"  {note}" for note in notes(rows))])
+
+
+def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]], chosen: Sequence[int]) -> str:
     drawn = Table(box=box.SIMPLE_HEAD)
-    for number, name in enumerate(names):
-        drawn.add_column(name, justify="right" if number else "left", no_wrap=bool(number))
+    for number in chosen:
+        drawn.add_column(names[number], justify="right" if number else "left", no_wrap=True)
     for line in lines:
-        drawn.add_row(*line)
+        drawn.add_row(*(line[number] for number in chosen))
     out = io.StringIO()
     Console(file=out, width=_WIDTH, color_system=None, force_terminal=False).print(drawn)
-    shown = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
-    return "\n".join([*shown, *(f"  {note}" for note in notes(rows))])
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
 
 
 def markdown(rows: Sequence[MethodFigures], title: str, verdict: str, price: float | None) -> str:
