@@ -47,7 +47,7 @@ def test_the_package_is_light(tmp_path: Path) -> None:
 def test_help_list_show_and_cost_are_light(tmp_path: Path) -> None:
     write_adapter(payload(tmp_path / "zig.adapter"), full_manifest())
     names = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve")
-    verbs = (*names, "show", "list", "key")
+    verbs = (*names, "compare", "show", "list", "key")
     commands = [["--help"], ["--version"], ["list"], ["show", "zig.adapter"]]
     commands += [[verb, "--help"] for verb in verbs]
     commands += [["key", "one", "--keys", "keys.json"]]

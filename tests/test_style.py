@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("soft_targets", "steering", "tuning"),
     ("fitting",),
     ("exporting", "report"),
+    ("lmeval",),
     (
         "tune",
         "record",
@@ -34,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "evaluate",
         "evaluator",
         "compare",
+        "comparing",
         "cost",
         "export",
         "serve",

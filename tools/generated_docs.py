@@ -20,7 +20,10 @@ from trimtab.report.values import ordered
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "demo.json"
-VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve")
+VERBS = (
+    *("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve"),
+    "compare",
+)
 NO_TRANSFER = "No run has been recorded yet: `make bench` measures these figures."
 NO_RESULT = "No run has been recorded yet: `make demo` measures these figures on your machine."
 

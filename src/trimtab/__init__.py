@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trimtab.backends.open import open_model as open_model
+    from trimtab.compare import compare as compare
+    from trimtab.config import CompareConfig as CompareConfig
     from trimtab.config import CostConfig as CostConfig
     from trimtab.config import EvaluateConfig as EvaluateConfig
     from trimtab.config import ExportConfig as ExportConfig
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 _VERBS = (
     *("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve"),
+    "compare",
     "show",
 )
 _MODULES = {

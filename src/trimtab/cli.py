@@ -47,6 +47,7 @@ _CONFIGS: dict[str, type[config.Config]] = {
     "evaluate": config.EvaluateConfig,
     "cost": config.CostConfig,
     "serve": config.ServeConfig,
+    "compare": config.CompareConfig,
 }
 _ARGUMENTS = {
     "tune": ("data",),
@@ -58,6 +59,7 @@ _ARGUMENTS = {
     "evaluate": ("adapter", "host"),
     "cost": (),
     "serve": ("host",),
+    "compare": ("data",),
 }
 _WITH_JSON = ("cost",)
 """Verbs whose result can be printed as JSON."""

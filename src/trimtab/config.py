@@ -15,6 +15,20 @@ has yet shown on which machines and pairs a draft pays."""
 Dtype = Literal["auto", "float32", "bfloat16"]
 CarrierName = Literal["head", "memory", "expert"]
 ExportKind = Literal["peft", "gguf", "merged", "onnx"]
+MethodName = Literal[
+    "zero-shot",
+    "few-shot",
+    "context",
+    "expert",
+    "trimtab",
+    "live",
+    "all",
+    "label-head",
+    "embeddings",
+    "lora",
+    "qlora",
+    "full",
+]
 RowName = Literal[
     "host",
     "reference",
@@ -297,8 +311,8 @@ class EvaluateConfig(Config):
     """Adapter folder."""
     host: str
     """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
-    data: tuple[str, ...] = Field(min_length=1)
-    """Held-out domain text."""
+    data: tuple[str, ...] = ()
+    """Held-out domain text; it may be left out where there are tasks."""
     general: tuple[str, ...] = ()
     """General text, each file or glob one kind (KIND=GLOB)."""
     out: Path
@@ -312,7 +326,14 @@ class EvaluateConfig(Config):
     stride_tokens: int = Field(default=256, ge=8)
     """New tokens in each window."""
     rows: tuple[RowName, ...] = ()
-    """Rows to measure (default: those of the report that the adapter allows)."""
+    """Rows to measure (default: those of the report that the adapter allows; of tasks the host,
+    and head and memory together)."""
+    tasks: tuple[Path, ...] = ()
+    """Task files of lm-evaluation-harness: YAML files, with local data, that every row answers."""
+    task_limit: int | None = Field(default=None, ge=1)
+    """Ask at most this many questions of each task."""
+    task_batch: int = Field(default=8, ge=1)
+    """Questions that the host reads at once."""
     small: str | None = None
     """Where the small model lies, for what runs it (default: where the adapter says)."""
     host_keys: bool = False
@@ -329,6 +350,12 @@ class EvaluateConfig(Config):
     def _stride_fits(self) -> "EvaluateConfig":
         if self.stride_tokens > self.window_tokens:
             raise ValueError("stride_tokens must be at most window_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_measured(self) -> "EvaluateConfig":
+        if not self.data and not self.tasks:
+            raise ValueError("there is nothing to measure: give --data, or --tasks")
         return self
 
 
@@ -433,3 +460,59 @@ class CostConfig(Config):
         if self.utilisation_low > self.utilisation_high:
             raise ValueError("utilisation_low must be at most utilisation_high")
         return self
+
+
+class CompareConfig(Config):
+    """Compare ways to adapt a host on your own data: quality, cost, time, flexibility."""
+
+    data: tuple[str, ...] = Field(min_length=1)
+    """Text or source files, folders, globs, .jsonl or .parquet files: your domain."""
+    small: str
+    """Small model: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    host: str
+    """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    out: Path
+    """Folder of the comparison; an interrupted one goes on there, method by method."""
+    methods: tuple[MethodName, ...] = ()
+    """Methods to compare (default: all)."""
+    budget: str = "20min"
+    """Time for the whole comparison; what does not fit is estimated and marked so."""
+    memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Memory that a method may take (default: what is free)."""
+    task: Path | None = None
+    """Your own questions, a JSONL file of `prompt`, `answer` and perhaps `choices`: one half is
+    learnt from, of the other --task-questions are asked."""
+    task_questions: int = Field(default=100, ge=2)
+    """Questions that are asked at most."""
+    general: tuple[str, ...] = ()
+    """General text, each file or glob one kind (KIND=GLOB; default: the shipped probe text)."""
+    test: tuple[str, ...] = ()
+    """Test text (default: documents drawn from the data)."""
+    test_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the documents that are drawn as test text."""
+    test_tokens: int = Field(default=8192, ge=64)
+    """Score at most this many host tokens of test text, and half as many of general text."""
+    document_tokens: int = Field(default=1024, ge=32)
+    """Score at most the first so many host tokens of each document."""
+    window_tokens: int = Field(default=512, ge=16)
+    """Window of the measurement."""
+    examples: int = Field(default=4, ge=1)
+    """Solved questions in a few-shot prompt."""
+    few_shot_tokens: int = Field(default=256, ge=8)
+    """Host tokens of training text in a few-shot prompt, where text is measured."""
+    context_tokens: int = Field(default=1024, ge=16)
+    """Host tokens of training text in the context, as far as the host's window has room."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training text, of every method that trains."""
+    train_tokens: int | None = Field(default=None, ge=256)
+    """Train on at most this many tokens an epoch (default: all)."""
+    train_window_tokens: int = Field(default=256, ge=MIN_WINDOW_TOKENS)
+    """Length of a training window."""
+    rank: int = Field(default=16, ge=1, le=512)
+    """LoRA rank, of the small model and of the host alike."""
+    price: float | None = Field(default=None, gt=0, le=1e4, allow_inf_nan=False)
+    """US dollars for an hour of this machine; costs are then shown in money too."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the models."""
+    seed: int = 0
+    """Seed of the split, of all training and of the bootstrap."""

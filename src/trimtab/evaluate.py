@@ -1,26 +1,37 @@
 """Measure what an adapter changes on a host: on domain text, on general text, with controls."""
 
+import json
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.config import EvaluateConfig, MountConfig
+from trimtab.config import CarrierName, EvaluateConfig, MountConfig
 from trimtab.errors import InputError
 from trimtab.evaluator import Evaluator
+from trimtab.lmeval.tasks import LocalTask, read_task
 from trimtab.metrics import DocumentScore, Estimate, bootstrap, paired_difference, pool_kinds
 from trimtab.report import ROWS, HostResult, Report, TokenChange, table, write_report
 from trimtab.steering.kept import Kept
 from trimtab.steering.mounted import Mounted
+from trimtab.steering.processor import DEFAULT_CARRIERS
 from trimtab.steering.rows import row_of
 from trimtab.steering.scoring import RowScore, ScoredDocument
-from trimtab.store.files import refuse_others
+from trimtab.store.files import refuse_others, write_json
 from trimtab.store.manifest import read_manifest
 from trimtab.text.corpus import read_documents
 from trimtab.types import Document, Progress, silent
 
+if TYPE_CHECKING:
+    from trimtab.lmeval.rows import Models
+    from trimtab.lmeval.run import Asked
+    from trimtab.lmeval.values import TaskReport
+
+TASKS_NAME = "tasks.json"
 MIN_DOCUMENT_BYTES = 64
 """Shorter documents, and shorter ends of what may be scored, are passed over."""
 
@@ -35,15 +46,22 @@ class Evaluation:
         report: The figures.
         folder: Where report and scores lie.
         scored: Each document's scores by kind of text; the domain's kind is "".
+        tasks: Figures of tasks, where there were any.
     """
 
     report: Report
     folder: Path
     scored: Mapping[str, Sequence[Kept]] = field(default_factory=dict, repr=False)
+    tasks: "TaskReport | None" = None
 
     def summary(self) -> str:
-        """The table, and where the report lies."""
-        return f"{table(self.report)}\nreport: {self.folder / 'report.html'}"
+        """The tables, and where the figures lie."""
+        lines = []
+        if self.report.hosts:
+            lines += [table(self.report), f"report: {self.folder / 'report.html'}"]
+        if self.tasks is not None:
+            lines += [self.tasks.table(), f"tasks: {self.folder / TASKS_NAME}"]
+        return "\n".join(lines)
 
 
 def evaluate(
@@ -71,10 +89,10 @@ def evaluate(
         ModelError: A model cannot be opened.
     """
     started = time.perf_counter()
-    # All others are compared with the host.
-    rows = tuple(dict.fromkeys(("host", *config.rows))) if config.rows else _usual_rows(config)
+    rows = _rows(config)
     _check_out(config.out)
-    texts = _texts(config)
+    tasks = [read_task(path) for path in config.tasks]
+    texts = _texts(config) if config.data else {}
     cache = host is None or is_named
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
     texts = _cut_texts(texts, config, host)
@@ -86,7 +104,22 @@ def evaluate(
         cache=cache,
     )
     evaluator = Evaluator.prepare(config, settings, host, rows, progress)
-    scored: dict[str, list[Kept]] = {}
+    if texts:
+        found = _score_texts(evaluator, texts, started, progress)
+    else:
+        found = Evaluation(Report(_domain(config), (), {}, {}), config.out)
+    if not tasks:
+        return found
+    return replace(found, tasks=_ask(evaluator, tasks, progress))
+
+
+def _score_texts(
+    evaluator: Evaluator,
+    texts: Mapping[str, Sequence[Document]],
+    started: float,
+    progress: Progress,
+) -> Evaluation:
+    config, scored = evaluator.config, dict[str, list[Kept]]()
     total = sum(len(document.text.encode()) for found in texts.values() for document in found)
     with progress("scoring (bytes)", total) as advance:
         for kind, documents in texts.items():
@@ -95,14 +128,43 @@ def evaluate(
                 scored[kind].append(evaluator.score(document))
                 _check_rows(config.rows, scored[""][0])
                 advance(len(document.text.encode()))
-    scores = {kind: _by_row(kept, rows) for kind, kept in scored.items()}
+    scores = {kind: _by_row(kept, evaluator.rows) for kind, kept in scored.items()}
     first = (texts[""][0].name, scored[""][0].on_host)
-    report = _report(config, evaluator.mounted, scores, first, host)
+    report = _report(config, evaluator.mounted, scores, first, evaluator.host)
     tokens = sum(len(kept.on_host.token_ids) for kept in scored[""])
     report = replace(report, hosts=(replace(report.hosts[0], test_tokens=tokens),))
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
     return Evaluation(report, config.out, scored)
+
+
+def _ask(evaluator: Evaluator, tasks: Sequence[LocalTask], progress: Progress) -> "TaskReport":
+    """Ask the rows tasks, and write their figures."""
+    asked_of, models, run_tasks = _harness()
+    config = evaluator.config
+    rows = evaluator.rows if config.rows else _task_rows(config)
+    key = json.dumps([str(part) for part in evaluator.models_key])
+    if not evaluator.keeps:
+        # A host that was changed in memory has no name: what it answered is asked again.
+        key = secrets.token_hex(16)
+    asked = asked_of(tasks, rows, config.out, config.task_limit, config.seed, key)
+    made = models(evaluator.host, evaluator.steering, evaluator.pair, config.task_batch)
+    report = run_tasks(asked, made, progress)
+    write_json(config.out / TASKS_NAME, report.as_json())
+    return report
+
+
+def _harness() -> tuple["type[Asked]", "type[Models]", "Callable[..., TaskReport]"]:
+    """What needs lm-evaluation-harness, which is an extra."""
+    try:
+        from trimtab.lmeval.rows import Models
+        from trimtab.lmeval.run import Asked, run_tasks
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--tasks needs lm-evaluation-harness, and {error.name} is not installed",
+            hint="pip install 'trimtab[lmeval]'",
+        ) from error
+    return Asked, Models, run_tasks
 
 
 def _check_out(out: Path) -> None:
@@ -111,16 +173,34 @@ def _check_out(out: Path) -> None:
         raise InputError(
             f"--out {out} is a file, and a report is a folder", hint="choose a new folder"
         )
-    ours = ("report.json", "scores")
+    ours = ("report.json", "scores", TASKS_NAME, "tasks")
     others = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if not any((out / name).exists() for name in ours):
         refuse_others(out, others, "report")
+
+
+def _domain(config: EvaluateConfig) -> str:
+    return config.domain or _name_of(config.data[0] if config.data else str(config.adapter))
 
 
 def _name_of(pattern: str) -> str:
     """The last part of a path or pattern that is a name."""
     parts = (Path(part).stem for part in reversed(Path(pattern).resolve().parts))
     return next((part for part in parts if part and not set(part) & set("*?[/")), "domain")
+
+
+def _rows(config: EvaluateConfig) -> tuple[str, ...]:
+    """Those that are asked for, or the usual ones; all others are compared with the host."""
+    if config.rows:
+        return tuple(dict.fromkeys(("host", *config.rows)))
+    return _usual_rows(config) if config.data else _task_rows(config)
+
+
+def _task_rows(config: EvaluateConfig) -> tuple[str, ...]:
+    """The host, and what needs no small model beside it, if the adapter carries that."""
+    carriers = read_manifest(config.adapter, verify=False).carriers
+    light: list[CarrierName] = [name for name in DEFAULT_CARRIERS if name in carriers]
+    return ("host", row_of(light or ["expert"]))
 
 
 def _usual_rows(config: EvaluateConfig) -> tuple[str, ...]:
@@ -245,7 +325,7 @@ def _report(
     )
     sizes = {c: mounted.manifest.bytes_of(c) for c in mounted.manifest.carriers}
     return Report(
-        domain=config.domain or _name_of(config.data[0]),
+        domain=_domain(config),
         hosts=(result,),
         wall_sec={},
         adapter_bytes=sizes,

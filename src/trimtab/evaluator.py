@@ -116,14 +116,19 @@ class Evaluator:
 
     def _key(self, document: Document) -> str:
         """Names a document's scores by all that decides them."""
+        config, asked = self.config, self.models_key
+        how = (sorted(self.rows), config.window_tokens, config.stride_tokens, config.seed)
+        text = (document.text,) if document.source is None else (document.text, document.source)
+        return hashlib.sha256(json.dumps([*asked, *how, *text]).encode()).hexdigest()[:32]
+
+    @property
+    def models_key(self) -> tuple[object, ...]:
+        """Names the adapter, the host, and the arithmetic of both."""
         config, host = self.config, self.host
         files = {path: entry.sha256 for path, entry in self.mounted.manifest.files.items()}
         manifest = self.mounted.manifest.model_dump(mode="json", include={"blend", "carriers"})
         read_by = (str(host.source), str(host.fingerprint), str(host.model.dtype), config.dtype)
-        asked = (VERSION, files, manifest, config.host_keys, *read_by)
-        how = (sorted(self.rows), config.window_tokens, config.stride_tokens, config.seed)
-        text = (document.text,) if document.source is None else (document.text, document.source)
-        return hashlib.sha256(json.dumps([*asked, *how, *text]).encode()).hexdigest()[:32]
+        return (VERSION, files, manifest, config.host_keys, *read_by)
 
     def _alone(self, document: Document, own: OwnReading | None) -> Mapping[str, DocumentScore]:
         """Reference and expert alone, on their own tokens of the same text; of no source."""

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib import rc_context
@@ -262,3 +263,57 @@ def _svg(figure: Figure, name: str) -> str:
     for colour, variable in _VARIABLES.items():
         body = body.replace(colour, f"var({variable})")
     return f'<svg aria-hidden="true" focusable="false" {box[0]}>{body.strip()}'
+
+
+@dataclass(frozen=True)
+class Point:
+    """A named point.
+
+    Attributes:
+        name: What it is.
+        x: Its place to the right; a logarithmic axis shows 0 at its left end.
+        y: Its height, with the error that its bar shows.
+        is_filled: Whether it is one of those that matter most.
+    """
+
+    name: str
+    x: float
+    y: Estimate
+    is_filled: bool
+
+
+def scatter_svg(
+    points: Sequence[Point], axes_names: tuple[str, str], name: str, *, log_x: bool
+) -> str:
+    """Draw named points with error bars; a line joins the filled ones where the x axis is a cost.
+
+    Args:
+        points: At least one.
+        axes_names: Words of the x axis and of the y axis.
+        name: Prefix of the ids in the picture; unique within a page.
+        log_x: Whether the x axis is logarithmic.
+    """
+    least = min((point.x for point in points if point.x > 0), default=1.0)
+    with rc_context(_SETTINGS):
+        figure, axes = _canvas(300, left=58, right=92)
+        for point in points:
+            x = max(point.x, least / 10) if log_x else point.x
+            axes.errorbar(
+                x, point.y.mean, yerr=point.y.stderr, fmt="o", markersize=6, capsize=2.5,
+                color=_STEERED, ecolor=_MUTED, elinewidth=1,
+                markerfacecolor=_STEERED if point.is_filled else "none",
+            )  # fmt: skip
+            words = {"textcoords": "offset points", "fontsize": 10.5, "parse_math": False}
+            axes.annotate(_plain(point.name), (x, point.y.mean), (7, 4), **words)
+        if log_x:
+            axes.set_xscale("log")
+            front = sorted((p for p in points if p.is_filled), key=lambda p: p.x)
+            xs = [max(point.x, least / 10) for point in front]
+            axes.plot(xs, [p.y.mean for p in front], color=_RULE, linewidth=1, zorder=0)
+        else:
+            axes.axhline(0, color=_RULE, linewidth=0.8, zorder=0)
+            axes.axvline(0, color=_RULE, linewidth=0.8, zorder=0)
+        axes.set_xlabel(_plain(axes_names[0]))
+        axes.set_ylabel(_plain(axes_names[1]))
+        axes.margins(x=0.1, y=0.15)
+        return _svg(figure, name)

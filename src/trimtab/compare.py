@@ -1,0 +1,212 @@
+"""Compare ways to adapt a host on the user's own data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.comparing.bench import Bench
+from trimtab.comparing.budget import Budget, seconds_of
+from trimtab.comparing.figures import (
+    MethodFigures,
+    figures_of,
+    pareto,
+    quality,
+    ranked,
+    share_ahead,
+)
+from trimtab.comparing.measure import memory_bytes
+from trimtab.comparing.page import page
+from trimtab.comparing.run import FOLDER, ORDER, in_order, run_method
+from trimtab.comparing.sizes import shape_of
+from trimtab.comparing.split import Split, split_data, write_split
+from trimtab.comparing.table import markdown, terminal_table, usd_per_million
+from trimtab.comparing.values import SCHEMA
+from trimtab.comparing.words import verdict
+from trimtab.config import CompareConfig
+from trimtab.errors import InputError, ModelError
+from trimtab.metrics import Estimate
+from trimtab.store.files import lock, package_versions, refuse_others, write_atomic, write_json
+from trimtab.types import Document, Progress, silent
+
+REPORT_NAME = "comparison.json"
+MIN_DOCUMENT_BYTES = 64
+"""Shorter documents, and shorter ends of what may be scored, are passed over."""
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """What was found.
+
+    Attributes:
+        folder: Folder of the comparison.
+        rows: Every method.
+        verdict: What to choose, in words.
+        better: Methods next to each other in rank, with the share of resamples for the first.
+        price: US dollars for an hour of this machine, or None.
+    """
+
+    folder: Path
+    rows: tuple[MethodFigures, ...]
+    verdict: str
+    better: tuple[tuple[str, str, float], ...]
+    price: float | None
+
+    def summary(self) -> str:
+        """The verdict, the table, and where the report lies."""
+        table = terminal_table(self.rows, self.price)
+        return f"{self.verdict}\n\n{table}\nreport: {self.folder / 'comparison.html'}"
+
+
+def compare(config: CompareConfig, *, progress: Progress = silent) -> CompareResult:
+    """Run every method on one split of the data, within a budget of time and memory.
+
+    Results are kept method by method: an interrupted comparison goes on where it was, and with a
+    larger budget what was estimated before is run.
+
+    Args:
+        config: Data, models, methods, budget.
+        progress: Shows the work.
+
+    Returns:
+        Figures of every method, with a verdict in words; the folder holds the same as JSON, HTML
+        and Markdown.
+
+    Raises:
+        InputError: The data cannot be used, or the folder holds other things.
+        ModelError: A model cannot be opened, or the host is an encoder-decoder.
+    """
+    budget = _budget(config)
+    with lock(config.out):
+        _check_out(config.out)
+        split = split_data(config)
+        write_split(split, config.out / "data")
+        bench = _bench(config, split, budget, progress)
+        asked = in_order(config.methods or ORDER)
+        if split.task is None and not config.methods:
+            asked.remove("embeddings")
+        with progress("comparing (methods)", len(asked)) as advance:
+            results = []
+            for name in asked:
+                results.append(run_method(bench, name))
+                advance(1)
+        rows = tuple(figures_of(results, split.task, seed=config.seed))
+        by = quality(rows)
+        order = ranked(rows, by)
+        better = tuple(
+            (a.name, b.name, share_ahead(a, b, by, split.task, seed=config.seed))
+            for a, b in pairwise(order)
+        )
+        said = verdict(rows, split.task, seed=config.seed)
+        found = CompareResult(config.out, rows, said, better, config.price)
+        _write(found, bench)
+    return found
+
+
+def _budget(config: CompareConfig) -> Budget:
+    free = memory_bytes() if config.memory_gb is None else config.memory_gb * 1e9
+    try:
+        return Budget(seconds_of(config.budget), free)
+    except ValueError as error:
+        raise InputError(f"--budget {config.budget}: {error}", hint="for example 20min") from error
+
+
+def _check_out(out: Path) -> None:
+    ours = {REPORT_NAME, "data", FOLDER, "steps"}
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if not ours & set(others):
+        refuse_others(out, others, "comparison")
+
+
+def _bench(config: CompareConfig, split: Split, budget: Budget, progress: Progress) -> Bench:
+    small = shape_of(open_model(config.small, dtype=config.dtype, progress=progress))
+    host = open_model(config.host, dtype=config.dtype, progress=progress)
+    if host.is_encoder_decoder:
+        raise ModelError(
+            f"{config.host} reads a source and writes a target; hosts that continue text are"
+            " compared",
+            hint="choose a causal model as host",
+        )
+    texts = {"": split.test, **split.general}
+    half = config.test_tokens // 2 // max(len(split.general), 1)
+    limits = {kind: half if kind else config.test_tokens for kind in texts}
+    cut = {kind: _cut(found, limits[kind], config, host) for kind, found in texts.items()}
+    return Bench(config, split, cut, host, shape_of(host), small, budget, progress)
+
+
+def _cut(
+    documents: Sequence[Document], limit: int, config: CompareConfig, host: HFModel
+) -> list[Document]:
+    """The beginnings of documents that are scored: the same text for every model."""
+    kept = []
+    for document in documents:
+        ids = host.encode(document.text)[: min(config.document_tokens, limit)]
+        raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
+        raw = raw[int(host.vocabulary.prefix_space) :]
+        if len(raw) >= MIN_DOCUMENT_BYTES:
+            limit -= len(ids)
+            kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
+    if not kept:
+        raise InputError(
+            f"no test document of {MIN_DOCUMENT_BYTES} bytes fits into --test-tokens",
+            hint="give longer text, or raise --test-tokens",
+        )
+    return kept
+
+
+def _write(found: CompareResult, bench: Bench) -> None:
+    config, rows = bench.config, found.rows
+    title = f"Ways to adapt {config.host} to {Path(config.data[0]).name}"
+    content = {
+        "schema": SCHEMA,
+        "config": config.model_dump(mode="json"),
+        "packages": package_versions(),
+        "data": {
+            "sha256": bench.split.sha256,
+            "train_documents": len(bench.split.train),
+            "test_documents": {kind or "domain": len(d) for kind, d in bench.texts.items()},
+            "questions": len(bench.split.task.questions) if bench.split.task else 0,
+        },
+        "verdict": found.verdict,
+        "ranked_by": quality(rows),
+        "better": [list(pair) for pair in found.better],
+        "pareto": sorted(pareto(rows, quality(rows), lambda row: row.result.sec)),
+        "methods": {row.name: _as_json(row, config.price) for row in rows},
+    }
+    write_json(config.out / REPORT_NAME, content)
+    text = markdown(rows, title, found.verdict, config.price)
+    write_atomic(config.out / "comparison.md", text.encode())
+    html = page(rows, title, found.verdict, found.better, config.price)
+    write_atomic(config.out / "comparison.html", html.encode())
+
+
+def _as_json(row: MethodFigures, price: float | None) -> Mapping[str, Any]:
+    result = row.result
+    return {
+        "status": result.status,
+        "reason": result.reason,
+        "note": result.note,
+        "domain_bits_per_byte": _pair(row.domain),
+        "domain_change": _pair(row.domain_change),
+        "general_bits_per_byte": _pair(row.general),
+        "general_change": _pair(row.general_change),
+        "task": {name: _pair(value) for name, value in row.task.items()},
+        "task_change": {name: _pair(value) for name, value in row.task_change.items()},
+        "training_flops": result.flops,
+        "device_sec": result.sec,
+        "device_sec_estimated": result.is_sec_estimated,
+        "steps": [step.model_dump(mode="json") for step in result.steps],
+        "peak_bytes": result.peak_bytes,
+        "artefact_bytes": result.artefact_bytes,
+        "use": result.use.model_dump(mode="json") if result.use else None,
+        "usd_per_million_tokens": usd_per_million(row, price),
+        "further_hosts": result.further_hosts,
+        "file": f"{FOLDER}/{row.name}.json",
+    }
+
+
+def _pair(value: Estimate | None) -> dict[str, float] | None:
+    return None if value is None else {"mean": value.mean, "stderr": value.stderr}

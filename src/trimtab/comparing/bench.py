@@ -1,0 +1,246 @@
+"""The workbench of a comparison: data, models and steps that methods share, each done once."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from trimtab.backends.hf import HFModel
+from trimtab.backends.pair import Pair, open_pair
+from trimtab.comparing import sizes
+from trimtab.comparing.budget import Budget
+from trimtab.comparing.measure import watched
+from trimtab.comparing.split import TEST_NAME, TRAIN_NAME, Split, key_of
+from trimtab.comparing.values import Step
+from trimtab.config import CompareConfig, FitConfig, MountConfig, RecordConfig, TuneConfig
+from trimtab.costing import flops
+from trimtab.costing.sheet import Shape
+from trimtab.fit import fit
+from trimtab.mount import mount
+from trimtab.record import record
+from trimtab.steering.mounted import Mounted
+from trimtab.store.expert import read_expert
+from trimtab.store.files import read_json, write_json
+from trimtab.text.corpus import scored_windows, sha256_of_documents
+from trimtab.tune import tune
+from trimtab.types import Document, Progress
+
+ADAPTER, LABEL_ADAPTER = "domain.adapter", "label-head.adapter"
+
+_FREE = {"out", "budget", "memory_gb", "methods", "price"}
+"""Settings that change no result."""
+
+_MEASURED = {
+    *("test_tokens", "document_tokens", "window_tokens", "task_questions"),
+    *("examples", "few_shot_tokens", "context_tokens"),
+}
+"""Settings that change what is measured and not what is learnt."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all methods work on.
+
+    Attributes:
+        config: What is compared, and how.
+        split: The data.
+        texts: Test text under the empty kind, and general text by kind, cut for the host.
+        host: The host.
+        host_shape: Its sizes.
+        small_shape: Sizes of the small model.
+        budget: Time and memory.
+        progress: Shows the work.
+    """
+
+    config: CompareConfig
+    split: Split
+    texts: Mapping[str, Sequence[Document]]
+    host: HFModel
+    host_shape: Shape
+    small_shape: Shape
+    budget: Budget
+    progress: Progress
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the comparison."""
+        return self.config.out
+
+    @property
+    def test_tokens(self) -> int:
+        """Host tokens of all text that is scored."""
+        texts = (d.text for documents in self.texts.values() for d in documents)
+        return sum(len(self.host.encode(text)) for text in texts)
+
+    @property
+    def read_tokens(self) -> int:
+        """Host tokens that scoring reads: those of all windows, context included."""
+        window, found = self.config.window_tokens, 0
+        for documents in self.texts.values():
+            for document in documents:
+                length = len(self.host.encode(document.text))
+                windows = scored_windows(length, window, max(window // 2, 1))
+                found += sum(one.end - one.start for one in windows)
+        return found
+
+    @property
+    def train_tokens(self) -> float:
+        """Tokens of the training text that a training goes through, predicted by its bytes."""
+        size = sum(len(document.text.encode()) for document in self.split.train)
+        test = sum(len(d.text.encode()) for found in self.texts.values() for d in found)
+        # Tune holds out a tenth of the documents.
+        tokens = 0.9 * size * self.test_tokens / max(test, 1)
+        return min(tokens, self.config.train_tokens or tokens) * self.config.epochs
+
+    def step(self, name: str, work: Callable[[], float], *, serves_all_hosts: bool = False) -> Step:
+        """Do a piece of work unless it is done, and say what it took.
+
+        What an interrupted attempt took counts too.
+
+        Args:
+            name: Of the step; one of the folder `steps`.
+            work: Does it, and says how many operations it was.
+            serves_all_hosts: Whether it is done once, whatever the number of hosts.
+        """
+        path = self.folder / "steps" / f"{name}.json"
+        key = key_of(self._learnt_key, name)
+        kept = read_json(path, "step") if path.is_file() else {}
+        kept = kept if kept.get("key") == key else {}
+        if "step" in kept:
+            return Step.model_validate(kept["step"])
+        before, started = float(kept.get("sec", 0.0)), time.perf_counter()
+        try:
+            with watched() as watch:
+                needed = work()
+        except BaseException:
+            write_json(path, {"key": key, "sec": before + time.perf_counter() - started})
+            raise
+        watch.sec += before
+        done = watch.step(name, needed, serves_all_hosts=serves_all_hosts)
+        write_json(path, {"key": key, "step": done.model_dump(mode="json")})
+        return done
+
+    @property
+    def key(self) -> str:
+        """Names data, models and settings; not the budget, nor which methods are asked for."""
+        settings = self.config.model_dump(mode="json", exclude=_FREE)
+        return key_of(settings, self.split.sha256, self.host.source, self.host.fingerprint)
+
+    @property
+    def _learnt_key(self) -> str:
+        """Names what methods learn from, and how; not what they are measured on."""
+        settings = self.config.model_dump(mode="json", exclude=_FREE | _MEASURED)
+        texts = (self.split.train, self.split.test, self.split.general_train)
+        named = [sha256_of_documents(documents) for documents in texts]
+        return key_of(settings, named, self.host.source, self.host.fingerprint)
+
+    # Every step below is one of Trimtab's verbs in a folder of its own, which goes on where it was.
+
+    def tuned(self, model: str, name: str, method: str = "lora") -> Path:
+        """Tune a model on the training text."""
+        config = TuneConfig.model_validate(
+            {
+                "model": model,
+                "data": (str(self.folder / "data" / TRAIN_NAME),),
+                "out": self.folder / name,
+                "method": method,
+                "rank": self.config.rank,
+                "epochs": self.config.epochs,
+                "max_tokens": self.config.train_tokens,
+                "window_tokens": self.config.train_window_tokens,
+                "against": (str(self.folder / "data" / TEST_NAME),),
+                "dtype": self.config.dtype,
+                "seed": self.config.seed,
+            }
+        )
+        tune(config, progress=self.progress)
+        return config.out
+
+    def tune_step(self, model: str, name: str, shape: Shape, method: str = "lora") -> Step:
+        """Tuning as a step, whose operations follow from the tokens that it trained on."""
+
+        def work() -> float:
+            folder = self.tuned(model, name, method)
+            tokens, window = read_expert(folder).train_tokens, self.config.train_window_tokens
+            if method == "full":
+                return sizes.full_flops(shape, tokens, window)
+            return sizes.lora_flops(shape, tokens, window, self.config.rank)
+
+        step = self.step(f"tune {name}", work, serves_all_hosts=model == self.config.small)
+        self.budget.training = self.budget.training or step.flops / max(step.sec, 1e-9)
+        return step
+
+    def record_step(self) -> Step:
+        """Record expert and reference over the training text and general text."""
+
+        def work() -> float:
+            config = RecordConfig(
+                expert=self.folder / "expert",
+                out=self.folder / "recording",
+                general=(str(self.folder / "data" / "general.jsonl"),),
+                dtype=self.config.dtype,
+                seed=self.config.seed,
+            )
+            done = record(config, progress=self.progress)
+            return 2 * done.tokens * flops.hidden_flops(self.small_shape, 256)
+
+        return self.step("record", work, serves_all_hosts=True)
+
+    def fit_step(self, name: str, *, labels: bool = False) -> Step:
+        """Fit the adapter, or the control: a head on the host that follows the text's tokens."""
+        settings: dict[str, object] = {
+            "recording": self.folder / "recording",
+            "out": self.folder / name,
+            "dtype": self.config.dtype,
+            "seed": self.config.seed,
+        }
+        if labels:
+            settings |= {"carriers": ("head",), "host": self.config.host, "targets": "labels"}
+        config = FitConfig.model_validate(settings)
+
+        def work() -> float:
+            fit(config, progress=self.progress)
+            shape = self.host_shape if labels else self.small_shape
+            active = min(config.active_tokens, shape.vocab)
+            positions = self.train_tokens / self.config.epochs
+            head = flops.HeadFit(positions, shape.hidden, active, config.rank, config.epochs)
+            needed = flops.head_fit_flops(head)
+            return needed + (positions * flops.hidden_flops(shape, 256) if labels else 0.0)
+
+        return self.step(f"fit {name}", work, serves_all_hosts=not labels)
+
+    def hidden_and_logits(self, token_ids: Sequence[int]) -> None:
+        """Let the host read some tokens, as scoring does."""
+        with torch.inference_mode():
+            states = self.host.hidden(torch.tensor([list(token_ids)], device=self.host.device))
+            self.host.unembedding.logits(states[0])
+
+    def mounted(self, name: str) -> Mounted:
+        """Seat an adapter on the host."""
+        config = MountConfig(
+            adapter=self.folder / name, host=self.config.host, dtype=self.config.dtype
+        )
+        return mount(config, host=self.host, progress=self.progress)
+
+    def mount_step(self, name: str) -> Step:
+        """Mounting as a step."""
+
+        def work() -> float:
+            self.mounted(name)
+            tokens = sum(len(self.host.encode(d.text)) for d in self.split.general_train)
+            return tokens * flops.hidden_flops(self.host_shape, 256)
+
+        return self.step(f"mount {name}", work)
+
+    @contextmanager
+    def tuned_model(self, name: str) -> Iterator[HFModel]:
+        """A tuned model, opened from its folder."""
+        with self.pair(name).as_expert() as model:
+            yield replace(model, ref=f"{model.ref} ({name})")
+
+    def pair(self, name: str) -> Pair:
+        """A tuned model and the one that it was before."""
+        return open_pair(self.folder / name, dtype=self.config.dtype, progress=self.progress)

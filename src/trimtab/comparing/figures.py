@@ -1,0 +1,183 @@
+"""Figures of all methods with their errors, and which of them is better than which. Pure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimtab.comparing.questions import METRICS, Task, metric
+from trimtab.comparing.values import MethodResult, TextScore
+from trimtab.metrics import (
+    DocumentScore,
+    Estimate,
+    bits_per_byte,
+    bootstrap,
+    paired_difference,
+    pool_kinds,
+)
+
+BASELINE = "zero-shot"
+RESAMPLES = 1_000
+SURE = 0.95
+"""Share of resamples in which one method must be ahead to be called better."""
+
+
+@dataclass(frozen=True)
+class MethodFigures:
+    """A method in numbers.
+
+    Attributes:
+        result: What was measured.
+        domain: Domain text, bits per byte; None where it was not measured.
+        domain_change: Paired difference from the bare host.
+        general: General text, pooled over its kinds.
+        general_change: Paired difference from the bare host.
+        task: Metrics of the task by name, each in [0, 1].
+        task_change: Paired differences from the bare host.
+    """
+
+    result: MethodResult
+    domain: Estimate | None
+    domain_change: Estimate | None
+    general: Estimate | None
+    general_change: Estimate | None
+    task: Mapping[str, Estimate]
+    task_change: Mapping[str, Estimate]
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.result.method
+
+
+def figures_of(
+    results: Sequence[MethodResult], task: Task | None, *, seed: int
+) -> list[MethodFigures]:
+    """Put figures and errors to results.
+
+    Errors are bootstrapped over documents and over questions; differences from the bare host
+    resample both sides together.
+
+    Args:
+        results: All methods, the baseline among them.
+        task: The questions that were asked, if any.
+        seed: Of the bootstrap.
+    """
+    bare = next(result for result in results if result.method == BASELINE)
+    return [_figures(result, bare, task, seed) for result in results]
+
+
+def _figures(
+    result: MethodResult, bare: MethodResult, task: Task | None, seed: int
+) -> MethodFigures:
+    ours, theirs = _scores(result.domain), _scores(bare.domain)
+    changed = bool(ours) and result is not bare
+    kinds = {kind: (_scores(s), _scores(bare.general[kind])) for kind, s in result.general.items()}
+    estimates = [bootstrap(found, seed=seed) for found, _ in kinds.values()]
+    changes = [paired_difference(*pair, seed=seed) for pair in kinds.values()]
+    values, differences = _task_figures(result, bare, task, seed)
+    return MethodFigures(
+        result,
+        bootstrap(ours, seed=seed) if ours else None,
+        paired_difference(ours, theirs, seed=seed) if changed else None,
+        pool_kinds(estimates) if estimates else None,
+        pool_kinds(changes) if changes and changed else None,
+        values,
+        differences if result is not bare else {},
+    )
+
+
+def _task_figures(
+    result: MethodResult, bare: MethodResult, task: Task | None, seed: int
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    if task is None or not result.answers:
+        return {}, {}
+    drawn, whole = _draws(len(task.questions), seed), np.arange(len(task.questions))[None]
+    values, differences = {}, {}
+    for name in METRICS[task.kind]:
+        ours, theirs = (metric(name, task, side.answers, drawn) for side in (result, bare))
+        found, before = (
+            float(metric(name, task, side.answers, whole)[0]) for side in (result, bare)
+        )
+        values[name] = Estimate(found, float(ours.std()))
+        differences[name] = Estimate(found - before, float((ours - theirs).std()))
+    return values, differences
+
+
+def _scores(texts: Sequence[TextScore]) -> list[DocumentScore]:
+    return [DocumentScore(text.nats, text.bytes) for text in texts]
+
+
+def _draws(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+
+
+def quality(rows: Sequence[MethodFigures]) -> str:
+    """What methods are ranked by: the task's first metric where there is one, else the text."""
+    return next((name for row in rows for name in row.task), "bits per byte")
+
+
+def quality_of(row: MethodFigures, by: str) -> Estimate | None:
+    """A method's quality; None where it was not measured."""
+    return row.domain if by == "bits per byte" else row.task.get(by)
+
+
+def advantage(by: str) -> float:
+    """1 where more is better, -1 where less is."""
+    return -1.0 if by == "bits per byte" else 1.0
+
+
+def ranked(rows: Sequence[MethodFigures], by: str) -> list[MethodFigures]:
+    """Measured methods, the best first."""
+    found = [(row, value) for row in rows if (value := quality_of(row, by)) is not None]
+    found.sort(key=lambda pair: -advantage(by) * pair[1].mean)
+    return [row for row, _ in found]
+
+
+def share_ahead(
+    ours: MethodFigures, theirs: MethodFigures, by: str, task: Task | None, *, seed: int = 0
+) -> float:
+    """Share of paired resamples in which the first method is ahead of the second.
+
+    Documents, or questions, are resampled for both together; a tie counts a half. 0.5 says that
+    nothing is known, 1 that no resample speaks against it.
+    """
+    if by == "bits per byte":
+        pairs = (ours.result.domain, theirs.result.domain)
+        drawn = _draws(len(pairs[0]), seed)
+        first, second = (_resampled_bits(texts, drawn) for texts in pairs)
+    else:
+        assert task is not None
+        drawn = _draws(len(task.questions), seed)
+        first, second = (metric(by, task, row.result.answers, drawn) for row in (ours, theirs))
+    ahead = advantage(by) * (first - second)
+    return float((ahead > 0).mean() + 0.5 * (ahead == 0).mean())
+
+
+def _resampled_bits(texts: Sequence[TextScore], drawn: np.ndarray) -> np.ndarray:
+    nats, size = (np.array([getattr(t, name) for t in texts], float) for name in ("nats", "bytes"))
+    return nats[drawn].sum(1) / size[drawn].sum(1)
+
+
+def pareto(
+    rows: Sequence[MethodFigures], by: str, cost: Callable[[MethodFigures], float]
+) -> set[str]:
+    """Methods that no other beats in quality at no greater cost."""
+    front, best = set(), -np.inf
+    measured = ranked(rows, by)
+    for row in sorted(measured, key=lambda row: (cost(row), measured.index(row))):
+        value = quality_of(row, by)
+        assert value is not None
+        if advantage(by) * value.mean > best:
+            front.add(row.name)
+            best = advantage(by) * value.mean
+    return front
+
+
+def share_of_gain(row: MethodFigures, rival: MethodFigures, bare: MethodFigures) -> float | None:
+    """How much of the rival's gain on domain text a method reaches; None without such a gain."""
+    sides = [_scores(side.result.domain) for side in (row, rival, bare)]
+    if not all(sides):
+        return None
+    ours, theirs, before = map(bits_per_byte, sides)
+    return (before - ours) / (before - theirs) if before > theirs else None

@@ -1,0 +1,121 @@
+"""A comparison as one HTML file that loads nothing from anywhere. Pure but for its style sheet."""
+
+from collections.abc import Sequence
+from importlib import resources
+
+from trimtab.comparing.figures import MethodFigures, advantage, pareto, quality, quality_of
+from trimtab.comparing.table import body, notes
+from trimtab.comparing.words import METHOD_WORDS
+from trimtab.report.html import scroll_html, sentence_html, text_html
+from trimtab.report.plots import Point, scatter_svg
+
+
+def page(
+    rows: Sequence[MethodFigures],
+    title: str,
+    verdict: str,
+    better: Sequence[tuple[str, str, float]],
+    price: float | None,
+) -> str:
+    """Render a comparison, light and dark, for screens of any width.
+
+    Args:
+        rows: All methods.
+        title: Its heading.
+        verdict: What it says in words.
+        better: Pairs of methods, the first ahead of the second in this share of resamples.
+        price: US dollars for an hour of the machine, or None.
+    """
+    css = (resources.files("trimtab") / "data" / "report.css").read_text(encoding="utf-8")
+    sections = [
+        _table_section(rows, price),
+        _cost_section(rows),
+        _loss_section(rows),
+        _better_section(better),
+    ]
+    return "\n".join(
+        (
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{text_html(title)}</title>",
+            f"<style>\n{css}</style></head>",
+            f"<body><main><h1>{text_html(title)}</h1>",
+            f'<p class="lead">{sentence_html(verdict)}</p>',
+            *(section for section in sections if section),
+            "<footer>Written by Trimtab. The same figures for programs: comparison.json; every"
+            " document’s and question’s figures: the folder methods.</footer>",
+            "</main></body></html>\n",
+        )
+    )
+
+
+def _table_section(rows: Sequence[MethodFigures], price: float | None) -> str:
+    names, lines = body(rows, price)
+    head = "".join(f'<th scope="col">{text_html(name)}</th>' for name in names)
+    parts = []
+    for line in lines:
+        words = METHOD_WORDS.get(line[0], "")
+        first = f'<th scope="row">{text_html(line[0])}<small>{text_html(words)}</small></th>'
+        rest = "".join(f"<td>{sentence_html(cell)}</td>" for cell in line[1:])
+        parts.append(f"<tr>{first}{rest}</tr>")
+    table = (
+        f'<table class="figures"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(parts)}</tbody></table>"
+    )
+    said = "".join(f"<li>{text_html(note)}</li>" for note in notes(rows))
+    return (
+        f"<section><h2>All methods</h2>{scroll_html(table, 'All methods')}"
+        f'<ul class="note">{said}</ul></section>'
+    )
+
+
+def _cost_section(rows: Sequence[MethodFigures]) -> str:
+    by = quality(rows)
+    front = pareto(rows, by, lambda row: row.result.sec)
+    points = [
+        Point(row.name, row.result.sec, value, row.name in front)
+        for row in rows
+        if (value := quality_of(row, by)) is not None
+    ]
+    words = "Higher is better." if advantage(by) > 0 else "Lower is better."
+    alt = f"{by} against device-seconds before use; the figures stand in the table above."
+    drawn = scatter_svg(points, ("device-seconds before use", by), "cost", log_x=True)
+    return (
+        "<section><h2>Quality against cost</h2><figure class='plot'>"
+        f'<div role="img" aria-label="{text_html(alt)}">{drawn}</div>'
+        f"<figcaption>{words} Filled points are the Pareto front: no other method is better at no"
+        " greater cost. Bars: one standard error.</figcaption></figure></section>"
+    )
+
+
+def _loss_section(rows: Sequence[MethodFigures]) -> str:
+    points = [
+        Point(row.name, row.general_change.mean, row.domain_change, True)
+        for row in rows
+        if row.domain_change is not None and row.general_change is not None
+    ]
+    if not points:
+        return ""
+    names = ("general text, change in bits per byte", "domain text, change")
+    alt = "Change on domain text against change on general text, both from the bare host."
+    return (
+        "<section><h2>Gain against general loss</h2><figure class='plot'>"
+        f'<div role="img" aria-label="{alt}">{scatter_svg(points, names, "loss", log_x=False)}'
+        "</div><figcaption>Both from the bare host, which is at 0, 0. Further down is better on"
+        " the domain; further right is worse on general text.</figcaption></figure></section>"
+    )
+
+
+def _better_section(better: Sequence[tuple[str, str, float]]) -> str:
+    if not better:
+        return ""
+    lines = "".join(
+        f"<li>{text_html(first)} ahead of {text_html(second)}: {100 * share:.0f} %</li>"
+        for first, second, share in better
+    )
+    return (
+        "<section><h2>Which is better than which</h2><p>Share of paired resamples in which a"
+        f" method is ahead of the next one in rank.</p><ul>{lines}</ul></section>"
+    )

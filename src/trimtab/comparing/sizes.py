@@ -1,0 +1,67 @@
+"""What training and reading take of a model that is at hand: operations and memory."""
+
+from typing import Any
+
+from trimtab.backends.hf import HFModel
+from trimtab.costing import flops
+from trimtab.costing.memory import activation_bytes
+from trimtab.costing.sheet import Shape
+
+_FLOAT32 = 4
+_ADAM = 4
+"""Copies of a trained weight in float32: itself, its gradient, two moments."""
+
+
+def shape_of(model: HFModel) -> Shape:
+    """Sizes of an open model, as the cost model counts them."""
+    config: Any = model.model.config.get_text_config(decoder=True)
+    rows, hidden = model.unembedding.weight.shape
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    embedding: Any = model.model.get_input_embeddings()
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    return Shape(
+        name=model.ref,
+        params=float(sum(weight.numel() for weight in model.model.parameters())),
+        layers=config.num_hidden_layers,
+        hidden=hidden,
+        attention=heads * width,
+        key_value=keys * width,
+        feed_forward=inner or 4 * hidden,
+        vocab=rows,
+        tied=embedding.weight is model.unembedding.weight,
+        address="",
+    )
+
+
+def reading_flops(shape: Shape, tokens: float, window_tokens: int) -> float:
+    """Operations of reading so many tokens in windows, with the logits of each."""
+    return tokens * flops.forward_flops(shape, window_tokens / 2)
+
+
+def lora_flops(shape: Shape, tokens: float, window_tokens: int, rank: int) -> float:
+    """Operations of training with LoRA on so many tokens."""
+    return tokens * flops.lora_training_flops(shape, window_tokens / 2, rank)
+
+
+def full_flops(shape: Shape, tokens: float, window_tokens: int) -> float:
+    """Operations of training all weights on so many tokens."""
+    return tokens * flops.full_training_flops(shape, window_tokens / 2)
+
+
+def lora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
+    """Memory of `tune` with LoRA: float32 weights, the LoRA's training, a window's activations."""
+    trained = flops.lora_params(shape, rank)
+    return _FLOAT32 * (shape.params + (_ADAM + 1) * trained) + _activations(shape, window_tokens)
+
+
+def full_bytes(shape: Shape, window_tokens: int) -> float:
+    """Memory of `tune` with all weights: five copies in float32, with the best so far."""
+    return _FLOAT32 * (_ADAM + 1) * shape.params + _activations(shape, window_tokens)
+
+
+def _activations(shape: Shape, window_tokens: int) -> float:
+    # No checkpoints between layers, and float32: each layer is whole, at twice 16 bits.
+    one_layer = 2.0 * 34.0 * window_tokens * shape.hidden
+    return activation_bytes(shape, window_tokens) + shape.layers * one_layer

@@ -1,0 +1,144 @@
+"""One split of the user's data, the same for every method, kept in the comparison's folder."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.comparing.questions import Question, Task, read_questions
+from trimtab.config import CompareConfig
+from trimtab.errors import InputError
+from trimtab.store.files import sha256_file
+from trimtab.text.corpus import (
+    drop_near_duplicates,
+    save_documents,
+    sha256_of_documents,
+    split_held_out,
+)
+from trimtab.text.documents import read_documents
+from trimtab.text.probe import probe_documents
+from trimtab.types import Document
+
+TRAIN_NAME, TEST_NAME = "train.jsonl", "test.jsonl"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The data of a comparison.
+
+    Attributes:
+        train: Domain text to learn from.
+        test: Domain text that methods are measured on.
+        general: General text to measure, by kind.
+        general_train: General text that the adapter is told to leave alone; no test text.
+        examples: Questions to learn from; empty without a task.
+        task: Questions to be answered; None without a task.
+        sha256: Fingerprint of all of it.
+    """
+
+    train: tuple[Document, ...]
+    test: tuple[Document, ...]
+    general: dict[str, tuple[Document, ...]]
+    general_train: tuple[Document, ...]
+    examples: tuple[Question, ...]
+    task: Task | None
+    sha256: str
+
+
+def split_data(config: CompareConfig) -> Split:
+    """Read and split text and questions.
+
+    Test documents are drawn by name and seed, unless --test names them; training documents that
+    nearly repeat one are removed. Solved training questions are training text too, so that every
+    method that learns has seen them.
+
+    Raises:
+        InputError: A text or a question cannot be read, or nothing is left to learn from.
+    """
+    documents = read_documents(config.data)
+    if config.test:
+        train, test = documents, read_documents(config.test)
+    else:
+        train, test = split_held_out(documents, config.test_share, config.seed)
+    train = list(drop_near_duplicates(train, test).kept)
+    if not train:
+        raise InputError(
+            "every training document nearly repeats a test document",
+            hint="give other text in --test, or more text",
+        )
+    examples, task = _questions(config)
+    train += [
+        Document(f"{config.task}#{n}", f"{q.prompt}{q.answer}\n") for n, q in enumerate(examples)
+    ]
+    general, general_train = _general(config)
+    parts = [train, test, general_train, *general.values()]
+    digest = hashlib.sha256("".join(map(sha256_of_documents, parts)).encode())
+    if config.task is not None:
+        digest.update(f"{sha256_file(config.task)} {config.task_questions}".encode())
+    kinds = {kind: tuple(found) for kind, found in general.items()}
+    return Split(
+        tuple(train), tuple(test), kinds, tuple(general_train), examples, task, digest.hexdigest()
+    )
+
+
+def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None]:
+    if config.task is None:
+        return (), None
+    task = read_questions(config.task)
+    named = [Document(str(number), "-") for number in range(len(task.questions))]
+    if len(named) < 4:
+        raise InputError(
+            f"{config.task} has {len(named)} questions, expected at least 4",
+            hint="give more questions: some are learnt from, the others are asked",
+        )
+    learnt, asked = split_held_out(named, 0.5, config.seed)
+    pick = task.questions
+    chosen = tuple(pick[int(document.name)] for document in asked[: config.task_questions])
+    return tuple(pick[int(document.name)] for document in learnt), Task(task.kind, chosen)
+
+
+def _general(config: CompareConfig) -> tuple[dict[str, list[Document]], list[Document]]:
+    """General text by kind, of which half is measured and half may be learnt from."""
+    texts: dict[str, list[Document]] = {}
+    for asked in config.general:
+        kind, _, pattern = asked.rpartition("=")
+        texts.setdefault(kind or Path(pattern).stem, []).extend(read_documents([pattern]))
+    texts = texts or {"probe": probe_documents()}
+    measured: dict[str, list[Document]] = {}
+    learnt: list[Document] = []
+    for kind, documents in texts.items():
+        mine, measured[kind] = split_held_out(documents, 0.5, config.seed)
+        learnt += mine
+    return measured, learnt
+
+
+def write_split(split: Split, folder: Path) -> None:
+    """Write the texts that methods learn from, and those that they are measured on."""
+    save_documents(folder / TRAIN_NAME, split.train)
+    save_documents(folder / TEST_NAME, split.test)
+    save_documents(folder / "general.jsonl", split.general_train)
+
+
+def excerpts(
+    documents: Sequence[Document], tokens_of: Callable[[str], list[int]], limit: int
+) -> list[int]:
+    """The beginnings of documents, each with an equal share of so many tokens.
+
+    Args:
+        documents: Training text.
+        tokens_of: A host's tokens of a text.
+        limit: Tokens in all.
+    """
+    found: list[int] = []
+    for number, document in enumerate(documents):
+        share = max(1, (limit - len(found)) // (len(documents) - number))
+        found += tokens_of(document.text)[:share]
+        if len(found) >= limit:
+            break
+    return found[:limit]
+
+
+def key_of(*parts: object) -> str:
+    """Name a result by all that decides it."""
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:32]

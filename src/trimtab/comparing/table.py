@@ -1,0 +1,124 @@
+"""The figures of a comparison as a table: for a terminal, for Markdown, and for a page. Pure."""
+
+import io
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from trimtab.comparing.figures import MethodFigures
+from trimtab.metrics import Estimate
+from trimtab.report.words import data_size, duration, signed
+
+ESTIMATED = "~"
+"""Before a figure that follows from measured throughput instead of a clock."""
+
+_WIDTH = 120
+_FIRST_COST = "training FLOPs"
+
+
+def headings(rows: Sequence[MethodFigures], price: float | None) -> list[str]:
+    """Names of the columns; those of a task stand where there is one."""
+    tasks = dict.fromkeys(name for row in rows for name in row.task)
+    cost = "$ 1M tokens" if price else "sec 1M tokens"
+    return [
+        *("method", "domain bits/byte", "against host", *tasks, "general against host"),
+        *(_FIRST_COST, "device-seconds", "peak memory", "artefact", cost, "another host"),
+    ]
+
+
+def cells(row: MethodFigures, tasks: Sequence[str], price: float | None) -> list[str]:
+    """What the table shows of a method; "" where nothing was measured."""
+    result = row.result
+    mark = ESTIMATED if result.is_sec_estimated else ""
+    memory = result.peak_bytes
+    return [
+        row.name,
+        _figure(row.domain),
+        _percent(row.domain_change, row.domain),
+        *(_share(row.task.get(name)) for name in tasks),
+        _percent(row.general_change, row.general),
+        f"{mark}{result.flops:.1e}" if result.steps else "0",
+        f"{mark}{duration(result.sec)}" if result.steps else "0",
+        data_size(memory) if memory else "",
+        data_size(result.artefact_bytes) if result.artefact_bytes is not None else "",
+        _use(row, price),
+        result.further_hosts,
+    ]
+
+
+def usd_per_million(row: MethodFigures, price: float | None) -> float | None:
+    """Price of a million generated tokens on this machine, prompts included."""
+    if row.result.use is None or price is None:
+        return None
+    return row.result.use.sec_per_token * 1e6 / 3600 * price
+
+
+def _use(row: MethodFigures, price: float | None) -> str:
+    if row.result.use is None:
+        return ""
+    usd = usd_per_million(row, price)
+    return f"{row.result.use.sec_per_token * 1e6:.2g}" if usd is None else f"{usd:.2f}"
+
+
+def _figure(value: Estimate | None) -> str:
+    return "" if value is None else f"{value.mean:.3f} ± {value.stderr:.3f}"
+
+
+def _share(value: Estimate | None) -> str:
+    return "" if value is None else f"{100 * value.mean:.1f} ± {100 * value.stderr:.1f} %"
+
+
+def _percent(change: Estimate | None, value: Estimate | None) -> str:
+    if change is None or value is None or value.mean - change.mean <= 0:
+        return ""
+    scale = 100 / (value.mean - change.mean)
+    return f"{signed(change.mean * scale, 1)} ± {change.stderr * scale:.1f} %"
+
+
+def body(rows: Sequence[MethodFigures], price: float | None) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells, without the columns that nobody fills."""
+    tasks = list(dict.fromkeys(name for row in rows for name in row.task))
+    names, lines = headings(rows, price), [cells(row, tasks, price) for row in rows]
+    kept = [n for n in range(len(names)) if any(line[n] for line in lines)]
+    return [names[n] for n in kept], [[line[n] for n in kept] for line in lines]
+
+
+def notes(rows: Sequence[MethodFigures]) -> list[str]:
+    """Why methods were not run, how the others were, and what the mark means."""
+    found = [f"{row.name}: {row.result.reason}" for row in rows if row.result.reason]
+    found += [f"{row.name}: {row.result.note}" for row in rows if row.result.note]
+    if any(row.result.is_sec_estimated for row in rows):
+        found.insert(0, f"{ESTIMATED} estimated from the throughput that was measured here")
+    return found
+
+
+def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
+    """Two tables for a terminal, what methods are worth and what they cost, with notes."""
+    names, lines = body(rows, price)
+    first_cost = next((n for n, name in enumerate(names) if name == _FIRST_COST), len(names))
+    worth, costs = range(1, first_cost), range(first_cost, len(names))
+    parts = (_drawn(names, lines, [0, *chosen]) for chosen in (worth, costs) if chosen)
+    return "\n\n".join([*parts, "\n".join(f"  {note}" for note in notes(rows))])
+
+
+def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]], chosen: Sequence[int]) -> str:
+    drawn = Table(box=box.SIMPLE_HEAD)
+    for number in chosen:
+        drawn.add_column(names[number], justify="right" if number else "left", no_wrap=True)
+    for line in lines:
+        drawn.add_row(*(line[number] for number in chosen))
+    out = io.StringIO()
+    Console(file=out, width=_WIDTH, color_system=None, force_terminal=False).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
+
+
+def markdown(rows: Sequence[MethodFigures], title: str, verdict: str, price: float | None) -> str:
+    """The comparison for a paper or a README."""
+    names, lines = body(rows, price)
+    table = [names, ["---", *["---:"] * (len(names) - 1)], *lines]
+    text = [f"# {title}", "", verdict, ""]
+    text += ["| " + " | ".join(line) + " |" for line in table]
+    text += ["", *(f"* {note}" for note in notes(rows))]
+    return "\n".join(text) + "\n"

@@ -1,0 +1,120 @@
+"""What a comparison finds out about each method; the words of comparison.json."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA = 1
+"""Version of comparison.json and of the files in `methods`."""
+
+Status = Literal["measured", "estimated"]
+
+
+class Part(BaseModel):
+    """Base of all parts: frozen, no unknown keys, no number that is not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextScore(Part):
+    """What a method pays for one document.
+
+    Attributes:
+        nats: Negative log-likelihood, in nats.
+        bytes: Bytes of the scored tokens.
+    """
+
+    nats: float
+    bytes: int
+
+
+class Step(Part):
+    """A piece of work that a method takes before it can be used.
+
+    Attributes:
+        name: What it is.
+        flops: Floating-point operations, as `trimtab.costing` counts them.
+        sec: Seconds of this machine by the clock.
+        peak_bytes: Greatest memory of the process during it; None where it was not run.
+        is_estimated: Whether the seconds follow from measured throughput and were not taken.
+        serves_all_hosts: Whether it is done once, whatever the number of hosts.
+    """
+
+    name: str
+    flops: float
+    sec: float
+    peak_bytes: int | None = None
+    is_estimated: bool = False
+    serves_all_hosts: bool = False
+
+
+class Use(Part):
+    """What using a method costs.
+
+    Attributes:
+        sec_per_token: Seconds of this machine for a generated token, prompt included.
+        prompt_tokens: Tokens of the prompt that was timed, with what the method adds to it.
+        answer_tokens: Tokens that were generated.
+        peak_bytes: Greatest memory of the process meanwhile.
+    """
+
+    sec_per_token: float
+    prompt_tokens: int
+    answer_tokens: int
+    peak_bytes: int
+
+
+class MethodResult(Part):
+    """Everything about one method.
+
+    Attributes:
+        method: Its name.
+        key: Names all that decides the result; a kept result with another key is not used.
+        status: Whether it was run, or its cost was estimated only.
+        reason: Why it was not run; "" where it was.
+        domain: Domain text, by document; empty where it was not run.
+        general: General text, by kind and document.
+        answers: What it answered to each question of the task: index of the chosen answer, or
+            the text that it wrote; empty without a task.
+        steps: What it takes before use.
+        use: What using it costs; None where it was not run.
+        artefact_bytes: Size of what has to be kept to use it.
+        further_hosts: What another host takes: nothing, a mount, or the training again.
+        note: What is to be known of how it was run.
+    """
+
+    method: str
+    key: str
+    status: Status
+    reason: str = ""
+    domain: tuple[TextScore, ...] = ()
+    general: dict[str, tuple[TextScore, ...]] = {}
+    answers: tuple[int | str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    use: Use | None = None
+    artefact_bytes: int | None = None
+    further_hosts: str = ""
+    note: str = ""
+
+    @property
+    def flops(self) -> float:
+        """Operations before use."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def sec(self) -> float:
+        """Seconds before use, of one device."""
+        return sum(step.sec for step in self.steps)
+
+    @property
+    def is_sec_estimated(self) -> bool:
+        """Whether a part of the seconds was not taken by the clock."""
+        return any(step.is_estimated for step in self.steps)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Greatest memory of making and using it; None where nothing was run."""
+        found = [step.peak_bytes for step in self.steps if step.peak_bytes is not None]
+        if self.status == "estimated":
+            return None
+        return max([*found, *([self.use.peak_bytes] if self.use else [])], default=None)

@@ -1,0 +1,162 @@
+"""A comparison in plain words, every word of them from its figures. Pure."""
+
+from collections.abc import Sequence
+
+from trimtab.comparing.figures import (
+    BASELINE,
+    SURE,
+    MethodFigures,
+    quality,
+    quality_of,
+    ranked,
+    share_ahead,
+    share_of_gain,
+)
+from trimtab.comparing.questions import Task
+from trimtab.report.words import duration, signed
+
+METHOD_WORDS = {
+    "zero-shot": "the host as it is",
+    "few-shot": "the host with a few examples in its prompt",
+    "context": "the host with domain text in its context",
+    "expert": "the tuned small model instead of the host",
+    "trimtab": "Trimtab: head and memory on the host, no second model",
+    "live": "Trimtab: the tuned small model beside the host",
+    "all": "Trimtab: head, memory and the tuned small model",
+    "label-head": "a head on the host, fitted to labels",
+    "embeddings": "logistic regression on the small model’s embeddings",
+    "lora": "LoRA on the host",
+    "qlora": "QLoRA on the host",
+    "full": "all weights of the host trained",
+}
+TRIMTAB = ("trimtab", "live", "all")
+_REACH = ("mount", "nothing")
+
+
+def spoken(by: str, row: MethodFigures) -> str:
+    """A method's quality with its error: "1.213 ± 0.010 bits per byte"."""
+    value = quality_of(row, by)
+    if value is None:
+        return ""
+    if by == "bits per byte":
+        return f"{value.mean:.3f} ± {value.stderr:.3f} bits per byte"
+    return f"{by} {100 * value.mean:.1f} ± {100 * value.stderr:.1f} %"
+
+
+def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) -> str:
+    """What to choose for this data and why.
+
+    The best method is named; then the one that takes the least time before use among those that
+    are not surely worse (paired bootstrap, SURE); what they cost and what they do to general
+    text; how Trimtab stands to training the host; and what was not measured.
+    """
+    by = quality(rows)
+    order = ranked(rows, by)
+    best, bare = order[0], next(row for row in rows if row.name == BASELINE)
+    even = [row for row in order if share_ahead(best, row, by, task, seed=seed) < SURE]
+    cheap = min(even, key=lambda row: row.result.sec)
+    parts = [_best(best, bare, by, task, seed)]
+    if cheap is not best:
+        parts.append(
+            f"But {METHOD_WORDS[cheap.name]} ({cheap.name}, {spoken(by, cheap)}) is not surely"
+            f" worse, and takes {_time(cheap)} before use instead of {_time(best)}: choose"
+            f" {cheap.name}."
+        )
+    else:
+        parts.append(f"Choose {best.name}: it takes {_time(best)} before use.")
+    parts += [_use(cheap, bare), _against_lora(rows, by, task, seed)]
+    parts += [_against_regression(rows, by, task, seed), _general(cheap)]
+    parts.append(_not_run(rows))
+    return " ".join(part for part in parts if part)
+
+
+def _best(best: MethodFigures, bare: MethodFigures, by: str, task: Task | None, seed: int) -> str:
+    named = f"{METHOD_WORDS[best.name]} ({best.name}, {spoken(by, best)})"
+    if best is bare:
+        return f"Nothing that was measured is better than {named}."
+    share = share_ahead(best, bare, by, task, seed=seed)
+    sure = "surely" if share >= SURE else "but not surely"
+    return (
+        f"Best on this data is {named}, {sure} better than the host as it is ({spoken(by, bare)};"
+        f" ahead in {100 * share:.0f} % of resamples)."
+    )
+
+
+def _time(row: MethodFigures) -> str:
+    return "no time" if not row.result.steps else duration(row.result.sec)
+
+
+def _against_lora(rows: Sequence[MethodFigures], by: str, task: Task | None, seed: int) -> str:
+    lora = next((row for row in rows if row.name == "lora"), None)
+    ours = [row for row in ranked(rows, by) if row.name in TRIMTAB]
+    if lora is None or not ours:
+        return ""
+    row = ours[0]
+    if quality_of(lora, by) is None:
+        if not lora.result.sec:
+            return ""
+        return (
+            f"LoRA on the host was not run; it would take about {duration(lora.result.sec)}"
+            f" for each host, where {row.name} took {_time(row)}."
+        )
+    ahead = share_ahead(row, lora, by, task, seed=seed)
+    how = "better than" if ahead >= SURE else "worse than" if ahead <= 1 - SURE else "even with"
+    bare = next(row for row in rows if row.name == BASELINE)
+    gains = by == "bits per byte" and share_ahead(lora, bare, by, task, seed=seed) >= SURE
+    reached = share_of_gain(row, lora, bare) if gains else None
+    share = f", {100 * reached:.0f} % of its gain on text" if reached is not None else ""
+    return (
+        f"Against LoRA on the host ({spoken(by, lora)}, {_time(lora)} for each host) the best of"
+        f" Trimtab’s ways, {row.name} ({spoken(by, row)}, {_time(row)}), is {how} it{share};"
+        f" {_reach(row)}"
+    )
+
+
+def _against_regression(
+    rows: Sequence[MethodFigures], by: str, task: Task | None, seed: int
+) -> str:
+    simple = next((row for row in rows if row.name == "embeddings" and row.task), None)
+    ours = [row for row in ranked(rows, by) if row.name in TRIMTAB]
+    if simple is None or not ours:
+        return ""
+    ahead = share_ahead(simple, ours[0], by, task, seed=seed)
+    how = "wins" if ahead >= SURE else "loses" if ahead <= 1 - SURE else "is even"
+    return (
+        f"The simple baseline, {METHOD_WORDS['embeddings']} ({spoken(by, simple)}), {how} against"
+        f" {ours[0].name} ({spoken(by, ours[0])})."
+    )
+
+
+def _use(row: MethodFigures, bare: MethodFigures) -> str:
+    if row is bare or row.result.use is None or bare.result.use is None:
+        return ""
+    times = row.result.use.sec_per_token / bare.result.use.sec_per_token
+    return f"A token then takes {times:.2g} times as long as with the host as it is."
+
+
+def _reach(row: MethodFigures) -> str:
+    steps = row.result.steps
+    again = [step for step in steps if not step.serves_all_hosts]
+    took = duration(sum(step.sec for step in again)) if again else "no time"
+    return f"a further host takes it {took}."
+
+
+def _general(row: MethodFigures) -> str:
+    change = row.general_change
+    if change is None or row.general is None:
+        return ""
+    percent = 100 / (row.general.mean - change.mean)
+    word = "pays more" if change.mean > 2 * change.stderr else "pays less"
+    if abs(change.mean) <= 2 * change.stderr:
+        word = "is unchanged within two standard errors"
+    return (
+        f"On general text {row.name} {word} ({signed(change.mean * percent, 1)} ±"
+        f" {change.stderr * percent:.1f} % bits per byte)."
+    )
+
+
+def _not_run(rows: Sequence[MethodFigures]) -> str:
+    names = [row.name for row in rows if row.result.status == "estimated"]
+    if not names:
+        return ""
+    return f"Not measured, their cost estimated at most: {', '.join(names)}."

@@ -1,0 +1,1 @@
+"""Steered hosts in EleutherAI's lm-evaluation-harness (`pip install 'trimtab[lmeval]'`)."""

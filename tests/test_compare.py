@@ -1,0 +1,339 @@
+"""The comparison of methods, end to end on tiny models, and its figures against slow references."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from trimtab.backends.open import open_model
+from trimtab.cli import main
+from trimtab.compare import CompareResult, compare
+from trimtab.comparing.budget import Budget, NotRun, seconds_of
+from trimtab.comparing.figures import MethodFigures, figures_of, pareto, ranked, share_ahead
+from trimtab.comparing.questions import Question, Task, metric, read_questions
+from trimtab.comparing.run import ORDER
+from trimtab.comparing.sizes import shape_of
+from trimtab.comparing.table import terminal_table
+from trimtab.comparing.values import MethodResult, Step, TextScore
+from trimtab.comparing.words import verdict
+from trimtab.config import CompareConfig, EvaluateConfig
+from trimtab.costing.flops import lora_params, lora_training_flops
+from trimtab.errors import InputError
+from trimtab.evaluate import evaluate
+
+SMALL, HOST = "tiny:llama?hidden=32", "tiny:qwen3?vocab=bpe&hidden=32"
+WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
+CLASSES = {"hull": "keel rudder tiller", "rig": "mast sail rope", "port": "buoy harbour tide"}
+
+
+def domain_text(seed: int) -> str:
+    draw = random.Random(seed)
+    return "".join(f"The {draw.choice(WORDS)} turns the {draw.choice(WORDS)}.\n" for _ in range(12))
+
+
+def write_data(folder: Path) -> CompareConfig:
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(domain_text(number))
+    for name in ("one", "two", "three", "four"):
+        (folder / f"{name}.md").write_text(f"Plain prose {name}, of nothing in particular. " * 5)
+    draw = random.Random(0)
+    lines = []
+    for label, words in CLASSES.items():
+        for _ in range(8):
+            prompt = f"{draw.choice(words.split())} and {draw.choice(words.split())}:"
+            lines.append(json.dumps({"prompt": prompt, "answer": f" {label}"}))
+    (folder / "task.jsonl").write_text("\n".join(lines))
+    return CompareConfig.model_validate(
+        {
+            "data": (str(folder / "*.txt"),),
+            "small": SMALL,
+            "host": HOST,
+            "out": folder / "out",
+            "task": folder / "task.jsonl",
+            "general": (f"prose={folder}/*.md",),
+            "test_tokens": 400,
+            "window_tokens": 96,
+            "context_tokens": 48,
+            "few_shot_tokens": 24,
+            "examples": 2,
+            "train_window_tokens": 64,
+            "budget": "1h",
+            "dtype": "float32",
+            "price": 3.6,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompareConfig, CompareResult]:
+    folder = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMTAB_HOME", str(folder / "home"))
+        config = write_data(folder)
+        return config, compare(config)
+
+
+def test_every_method_is_measured_or_says_why_not(
+    run: tuple[CompareConfig, CompareResult],
+) -> None:
+    config, found = run
+    rows = {row.name: row for row in found.rows}
+    assert list(rows) == list(ORDER)
+    report = json.loads((config.out / "comparison.json").read_text())
+    for name, row in rows.items():
+        told = report["methods"][name]
+        kept = json.loads((config.out / told["file"]).read_text())
+        assert kept["status"] == told["status"] == row.result.status
+        if name == "qlora":
+            assert "4-bit" in row.result.reason and row.result.is_sec_estimated
+            assert row.domain is None and row.result.flops > 0
+            continue
+        assert row.result.status == "measured", row.result.reason
+        assert row.result.use and told["usd_per_million_tokens"] > 0
+        assert set(row.task) == {"accuracy", "macro-F1"} and row.result.peak_bytes
+        assert (row.domain is None) == (name == "embeddings")
+        if row.domain is not None and name != "zero-shot":
+            assert row.domain_change and row.general_change and row.domain_change.stderr > 0
+    assert rows["trimtab"].result.artefact_bytes and rows["lora"].result.artefact_bytes
+    assert [step.name for step in rows["trimtab"].result.steps][-1] == "mount domain.adapter"
+    assert min(rows[name].result.flops for name in ("lora", "expert", "full", "trimtab")) > 0
+    # The tuned small model's first step is one step, whose time all that use it share.
+    assert rows["live"].result.steps[0] == rows["expert"].result.steps[0]
+    assert report["verdict"] == found.verdict and "qlora" in found.verdict
+    page = (config.out / "comparison.html").read_text()
+    assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
+    for row in found.rows:
+        assert row.name in (config.out / "comparison.md").read_text()
+        assert row.name in found.summary()
+
+
+def test_text_is_scored_as_evaluate_scores_it(
+    run: tuple[CompareConfig, CompareResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = run
+    monkeypatch.setenv("TRIMTAB_HOME", str(config.out.parent / "home"))
+    evaluated = evaluate(
+        EvaluateConfig(
+            adapter=config.out / "domain.adapter",
+            host=HOST,
+            data=(str(config.out / "data" / "test.jsonl"),),
+            rows=("host", "head+memory"),
+            out=tmp_path / "report",
+            max_tokens=config.test_tokens,
+            window_tokens=config.window_tokens,
+            stride_tokens=config.window_tokens // 2,
+            dtype="float32",
+        )
+    )
+    domain = evaluated.report.hosts[0].domain
+    rows = {row.name: row for row in found.rows}
+    for name, row in {"zero-shot": "host", "trimtab": "head+memory"}.items():
+        ours = rows[name].domain
+        assert ours and ours.mean == pytest.approx(domain[row].mean, rel=1e-6)
+        assert ours.stderr == pytest.approx(domain[row].stderr, rel=1e-5)
+
+
+def test_a_comparison_goes_on_where_it_was(
+    run: tuple[CompareConfig, CompareResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = run
+    monkeypatch.setenv("TRIMTAB_HOME", str(config.out.parent / "home"))
+    kept = {path: path.read_bytes() for path in (config.out / "methods").iterdir()}
+    # What is measured is kept, whatever the budget; only what was estimated is thought of anew.
+    again = compare(config.model_copy(update={"budget": "1s", "memory_gb": 1e-3}))
+    assert [row.domain for row in again.rows] == [row.domain for row in found.rows]
+    for path, content in kept.items():
+        assert path.stem == "qlora" or path.read_bytes() == content
+
+
+def test_what_does_not_fit_is_estimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    config = write_data(tmp_path)
+    methods = ("expert", "lora", "full")
+    words = ["compare", *config.data, "--small", SMALL, "--host", HOST, "--out"]
+    words += [str(config.out), "--methods", ",".join(methods), "--budget", "0.01s"]
+    words += ["--test-tokens", "100", "--memory-gb", "0.001"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    report = json.loads((config.out / "comparison.json").read_text())["methods"]
+    assert report["zero-shot"]["status"] == "measured"
+    for name in methods:
+        told = report[name]
+        assert told["status"] == "estimated" and told["device_sec_estimated"]
+        assert told["device_sec"] > 0 and told["domain_bits_per_byte"] is None
+        assert ("GB" if name != "expert" else "budget") in told["reason"]
+    assert "~ estimated" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--budget soon"):
+        compare(config.model_copy(update={"budget": "soon"}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="other things"):
+        compare(config.model_copy(update={"out": tmp_path / "other"}))
+
+
+# The figures
+
+
+def result(name: str, nats: list[float], sec: float = 0.0, **more: object) -> MethodResult:
+    steps = (Step(name="work", flops=1.0, sec=sec),) if sec else ()
+    texts = tuple(TextScore(nats=value, bytes=100) for value in nats)
+    values = {"method": name, "key": "", "status": "measured", "domain": texts, "steps": steps}
+    return MethodResult.model_validate({**values, "general": {"prose": texts[::-1]}, **more})
+
+
+def rows_of(*results: MethodResult) -> list[MethodFigures]:
+    return figures_of(results, None, seed=0)
+
+
+def test_the_share_ahead_is_that_of_resampled_documents() -> None:
+    draw = random.Random(1)
+    base = [draw.uniform(50, 90) for _ in range(7)]
+    rows = rows_of(
+        result("zero-shot", base), result("lora", [v + draw.uniform(-9, 6) for v in base])
+    )
+    drawn = np.random.default_rng(0).integers(0, 7, (1_000, 7))
+    ahead = 0.0
+    for sample in drawn:
+        bare, lora = (sum(row.result.domain[i].nats for i in sample) for row in rows)
+        ahead += 1.0 if lora < bare else 0.5 if lora == bare else 0.0
+    share = share_ahead(rows[1], rows[0], "bits per byte", None)
+    assert share == pytest.approx(ahead / 1_000)
+    assert share + share_ahead(rows[0], rows[1], "bits per byte", None) == pytest.approx(1)
+    assert share_ahead(rows[0], rows[0], "bits per byte", None) == 0.5
+
+
+@given(st.lists(st.tuples(st.floats(1, 9), st.floats(0.1, 9)), min_size=1, max_size=6, unique=True))
+@settings(max_examples=20, deadline=None)
+def test_the_front_is_what_nothing_dominates(points: list[tuple[float, float]]) -> None:
+    others = (result(f"m{n}", [nats, nats], sec) for n, (nats, sec) in enumerate(points))
+    rows = rows_of(result("zero-shot", [10.0, 10.0]), *others)
+    found = pareto(rows, "bits per byte", lambda row: row.result.sec)
+    places = {row.name: (row.domain.mean, row.result.sec) for row in rows if row.domain}
+    for name, (bits, sec) in places.items():
+        beaten = any(b <= bits and s <= sec and (b, s) != (bits, sec) for b, s in places.values())
+        twin = any(places[other] == (bits, sec) for other in found - {name})
+        assert (name in found) == (not beaten) or twin
+
+
+def test_macro_f1_and_accuracy_are_scikit_learns() -> None:
+    f1_score = pytest.importorskip("sklearn.metrics").f1_score
+    draw, classes = random.Random(3), ("a", "b", "c")
+    questions = tuple(Question("?", draw.choice(classes), classes) for _ in range(40))
+    answers = [draw.randrange(3) for _ in questions]
+    task, drawn = Task("classes", questions), np.random.default_rng(0).integers(0, 40, (20, 40))
+    ours = metric("macro-F1", task, answers, drawn)
+    right = np.array([question.right for question in questions])
+    for sample, value in zip(drawn, ours, strict=True):
+        labels = np.unique(right[sample])
+        theirs = f1_score(
+            right[sample], np.array(answers)[sample], labels=labels, average="macro",
+            zero_division=0.0,
+        )  # fmt: skip
+        assert value == pytest.approx(theirs)
+    accuracy = metric("accuracy", task, answers, np.arange(40)[None])[0]
+    assert accuracy == np.mean(right == np.array(answers))
+
+
+def test_the_verdict_follows_from_the_figures() -> None:
+    base = [80.0, 82.0, 79.0, 85.0, 81.0]
+    better = [value - 8 for value in base]
+    close = [value - 8 + 0.2 * (-1) ** n for n, value in enumerate(base)]
+    rows = rows_of(
+        result("zero-shot", base), result("trimtab", close, 10.0), result("lora", better, 600.0)
+    )
+    said = verdict(rows, None)
+    assert said.startswith("Best on this data is LoRA on the host") and "surely better" in said
+    assert "choose trimtab" in said and "10 s before use instead of 10 min" in said
+    assert "is even with it" in said
+    far = rows_of(
+        result("zero-shot", base), result("trimtab", base, 10.0), result("lora", better, 600.0)
+    )
+    assert "Choose lora" in verdict(far, None) and "is worse than it" in verdict(far, None)
+    nothing = rows_of(result("zero-shot", base), result("lora", [v + 1 for v in base], 600.0))
+    assert verdict(nothing, None).startswith("Nothing that was measured is better")
+    shown = terminal_table(nothing, 1.5).splitlines()
+    # Each method has a line in the table of quality and one in that of cost, none of them cut.
+    assert sum(line.split()[:1] == ["zero-shot"] for line in shown) == 2
+    assert max(map(len, shown)) <= 120 and "…" not in "".join(shown)
+    assert [row.name for row in ranked(nothing, "bits per byte")] == ["zero-shot", "lora"]
+    unmeasured = MethodResult(method="full", key="", status="estimated", reason="time")
+    assert verdict(rows_of(result("zero-shot", base), unmeasured), None).endswith(": full.")
+
+
+def test_durations_and_budgets() -> None:
+    assert [seconds_of(t) for t in ("90s", "20min", "1.5h", "1 d")] == [90, 1200, 5400, 86400]
+    for wrong in ("20", "0min", "-1h", "an hour"):
+        with pytest.raises(ValueError, match="for example 20min"):
+            seconds_of(wrong)
+    now = itertools.count(0, 10)
+    budget = Budget(100, 5e9, reading=2.0, clock=lambda: float(next(now)))
+    assert budget.training_sec(8) == 4 and budget.left_sec == 90
+    budget.ask_for("little", 60)
+    with pytest.raises(NotRun, match="much would take about 90 s, and 60 s"):
+        budget.ask_for("much", 90)
+    with pytest.raises(NotRun, match=r"6\.0 GB of memory, and 5\.0 GB"):
+        budget.ask_for_memory("it", 6e9)
+    told = replace(budget, total_sec=1000).guard("it")
+    told(0.5)
+    with pytest.raises(NotRun, match="the rest of it"):
+        told(0.01)
+
+
+def test_questions_are_read_and_wrong_lines_named(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+
+    def read(*lines: object) -> Task:
+        path.write_text("\n".join(json.dumps(line) for line in lines))
+        return read_questions(path)
+
+    a, b = {"prompt": "1+1=", "answer": "2"}, {"prompt": "2+1=", "answer": "3"}
+    assert read(a, b).kind == "text"
+    named = read(a, b, a, b)
+    assert named.kind == "classes" and named.questions[1].choices == ("2", "3")
+    assert named.questions[1].right == 1
+    assert read(a | {"choices": ["1", "2"]}).kind == "choice"
+    for wrong, message in (
+        ([a, {"prompt": "x"}], "line 2 of .* is no question"),
+        ([a | {"choices": ["1", "3"]}], "one of its choices"),
+        ([a | {"choices": ["2", "2"]}], "all different"),
+        ([a, b | {"choices": ["3", "4"]}], "some have none"),
+        ([7], "is no question"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(*wrong)
+
+
+@pytest.mark.parametrize("ref", [SMALL, HOST, "tiny:gemma2", "tiny:gpt2"])
+def test_sizes_of_a_model_are_its_own(ref: str) -> None:
+    model = open_model(ref, dtype="float32")
+    shape = shape_of(model)
+    assert shape.params == sum(weight.numel() for weight in model.model.parameters())
+    assert (shape.vocab, shape.hidden) == tuple(model.unembedding.weight.shape)
+    assert 3 * 2 * shape.matmul_params > lora_training_flops(shape, 0, 1)
+    if "gpt2" not in ref:
+        # GPT-2's layers are fused and not gated, which the cost model does not know.
+        layers = [m for m in model.model.base_model.modules() if isinstance(m, nn.Linear)]
+        assert lora_params(shape, 1) == sum(m.in_features + m.out_features for m in layers)
+
+
+def test_the_verdict_says_if_the_simple_baseline_wins() -> None:
+    task = Task("classes", tuple(Question("?", "ab"[n % 2], ("a", "b")) for n in range(20)))
+    right, guess = tuple(n % 2 for n in range(20)), (0,) * 20
+    results = [
+        result("zero-shot", [80.0, 81.0], answers=guess),
+        result("trimtab", [70.0, 71.0], 10.0, answers=guess),
+        result("embeddings", [], 1.0, answers=right, general={}),
+    ]
+    said = verdict(figures_of(results, task, seed=0), task)
+    assert "wins against trimtab (accuracy 50.0 ± " in said
+    assert said.startswith("Best on this data is logistic regression")
