@@ -16,12 +16,12 @@ ALLOWED_LARGER: dict[str, str] = {}
 
 # Each layer may import itself and the layers above it in this list, never one below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "types", "vocab", "unembedding"),
+    ("errors", "config", "config_base", "config_hosted", "types", "vocab", "unembedding"),
     ("acceptance", "align", "anchors", "blend", "costing", "encoding", "losses", "metrics"),
     ("carriers", "store", "text"),
     ("backends",),
     ("soft_targets", "steering", "tuning"),
-    ("fitting",),
+    ("fitting", "hosted"),
     ("exporting", "report"),
     (
         "tune",
@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "compare",
         "cost",
         "export",
+        "probe",
         "serve",
         "show",
     ),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trimtab.config import FitConfig as FitConfig
     from trimtab.config import GenerateConfig as GenerateConfig
     from trimtab.config import MountConfig as MountConfig
+    from trimtab.config import ProbeConfig as ProbeConfig
     from trimtab.config import RecordConfig as RecordConfig
     from trimtab.config import TuneConfig as TuneConfig
     from trimtab.cost import cost as cost
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     from trimtab.generate import generate as generate
     from trimtab.generate import steered as steered
     from trimtab.mount import mount as mount
+    from trimtab.probe import probe as probe
     from trimtab.progress import Display as Display
     from trimtab.record import record as record
     from trimtab.show import show as show
     from trimtab.store.local import list_adapters as list_adapters
     from trimtab.tune import tune as tune
 
-_VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "show")
+_VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "probe", "show")
 _MODULES = {
     **{verb: f"trimtab.{verb}" for verb in _VERBS},
     **{f"{verb.title()}Config": "trimtab.config" for verb in _VERBS[:-1]},
