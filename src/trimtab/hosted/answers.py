@@ -10,6 +10,11 @@ from trimtab.hosted.ledger import Usage
 _NO_TEXT = re.compile(r"<\|[^|]*\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]")
 """How the common families spell tokens that stand for no text."""
 
+_END = re.compile(
+    r"</s>|<eos>|<end_of_turn>|<\|(?:endoftext|end_of_text|im_end|eot_id|eom_id|end|return|eot)\|>"
+)
+"""And those among them that end a text or a turn."""
+
 _ESCAPED = re.compile(r"\\x([0-9a-fA-F]{2})")
 _BYTES = "bytes:"
 _REPLACED = "�"
@@ -88,6 +93,11 @@ class Answers:
 def is_no_text(name: str) -> bool:
     """Whether a token's name is that of one that stands for no text."""
     return _NO_TEXT.fullmatch(name) is not None
+
+
+def is_end(name: str) -> bool:
+    """Whether a token's name is that of one that ends a text."""
+    return _END.fullmatch(name) is not None
 
 
 def read_answers(raw: Mapping[str, Any], *, logprobs: bool) -> Answers:

@@ -20,12 +20,14 @@ class Option:
     """A token that may come next.
 
     Attributes:
-        text: Its bytes; None for one that stands for no text, which ends the continuation.
+        text: Its bytes; None for one that stands for no text.
         token_id: Of the host, where its tokens are known.
+        ends: It ends the continuation.
     """
 
     text: bytes | None
     token_id: int | None
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,9 @@ class Blender:
         """
         said, options = self._said(self._read([before], row=0), 0, top)
         mixed = mixture_logprobs(said, self._weights[:, None])[:-1]
-        ends_inside = [o.text is not None and not is_whole(o.text) for o in options]
         if not self._by_ids:
-            mixed = mixed.masked_fill(torch.tensor(ends_inside, dtype=torch.bool), -torch.inf)
+            sent = [o.ends or (o.text is not None and is_whole(o.text)) for o in options]
+            mixed = mixed.masked_fill(~torch.tensor(sent, dtype=torch.bool), -torch.inf)
         return Options(options, mixed)
 
     def _score(self, reading: LiveReading, number: int, place: Place) -> Tensor:
@@ -153,9 +155,14 @@ class Blender:
             wanted = torch.arange(len(texts))
         shown = Shown.of([row], wanted)
         found = truncated(steering, live, reading, question, shown)
-        known = self._tokens is not None
-        options = tuple(Option(texts[i], i if known else None) for i in shown.token_ids.tolist())
+        options = tuple(self._option(texts[i], i) for i in shown.token_ids.tolist())
         return torch.stack([found[name][0] for name in self._mixture.members]), options
+
+    def _option(self, text: bytes | None, token_id: int) -> Option:
+        if self._tokens is None:
+            # What stands for no text cannot be sent, whatever it is.
+            return Option(text, None, text is None)
+        return Option(text, token_id, token_id in self._tokens.end_ids)
 
     def _ids(self, tokens: Sequence[Token]) -> list[int] | None:
         """The host's token ids, if all are known."""

@@ -16,7 +16,7 @@ from trimtab.backends.open import open_tokenizer
 from trimtab.backends.tiny import TINY_SCHEME
 from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary, special_ids
 from trimtab.errors import MissingDependencyError, ModelError
-from trimtab.hosted.answers import Token
+from trimtab.hosted.answers import Token, is_end
 from trimtab.types import Progress, silent
 from trimtab.vocab import Vocabulary
 
@@ -43,6 +43,12 @@ class KnownTokens:
     def context_ids(self) -> list[int]:
         """Ids that the host reads before a text."""
         return [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a text: the tokenizer's own, and those of the names that are known to."""
+        named = {i for name, i in self.ids_by_name.items() if is_end(name)}
+        return frozenset(named | {i for i in (self.vocabulary.eos_id,) if i is not None})
 
     def following(self, text: str) -> list[int]:
         """Token ids of a text that follows other tokens."""

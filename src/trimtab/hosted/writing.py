@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from trimtab.hosted.answers import Place
+from trimtab.hosted.answers import Place, Token
 from trimtab.hosted.blending import Before, Blender, Option
 from trimtab.hosted.host import HostedModel
 from trimtab.hosted.requests import Prefix, Wanted
@@ -133,15 +133,20 @@ class Writer:
         for place in places:
             options = self._blender.options(self._before(), place.top)
             option = options.each[self._sampling.choose(options.logprobs)]
-            if not option.text:
+            if option.ends:
                 self._is_ended = True
                 return False
             self._written.append(option)
             advance(1)
-            yield self._stream.add(option.text)
-            if self._is_done() or option.text != place.chosen.text:
+            yield self._stream.add(option.text or b"")
+            if self._is_done() or not self._is_same(option, place.chosen):
                 return False
         return True
+
+    def _is_same(self, option: Option, token: Token) -> bool:
+        if option.text is None and self._host.tokens is not None:
+            return self._host.tokens.id_of(token) == option.token_id
+        return option.text == token.text
 
     def _ask(self) -> tuple[Sequence[Place], bool]:
         """Places from the next token on, and whether the host has ended its text after them."""
@@ -203,6 +208,7 @@ class Writer:
             return Before(context, start=self._task.small_ids)
         texts = self._host.tokens.vocabulary.token_bytes
         ids = [] if self._task.chat else [i for i in self._task.prompt_ids if texts[i]]
-        ids += [o.token_id for o in self._written if o.token_id is not None]
-        last = self._written[-1].token_id if self._written else None
+        ids += [o.token_id for o in self._written if o.text and o.token_id is not None]
+        last = self._written[-1] if self._written else None
+        last = last.token_id if last and last.text else None
         return Before(context, ids, last, self._task.small_ids)
