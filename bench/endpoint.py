@@ -1,10 +1,10 @@
-"""How much of an expert's gain a host keeps that shows its likeliest tokens only.
+r"""How much of an expert's gain a host keeps that shows its likeliest tokens only.
 
     python -m bench.endpoint --adapter FOLDER --host MODEL --small MODEL --zig FOLDER \\
         --leave-out FOLDER ... --out RESULT.json
 
-The host runs here, and of its distribution at each place only the likeliest tokens are passed on, as
-an API would pass them. Its own bits per byte are those of its full distribution. A token that is
+The host runs here, and of its distribution at each place only the likeliest tokens are passed on,
+as an API would pass them. Its own bits per byte are those of its full distribution. A token that is
 neither shown nor expected shares the tail alike with all other tokens of the vocabulary. Text: the
 middles of Zig files that lie in none of the folders to leave out (give the demo's training and test
 files), and of modules of Python's library.
@@ -146,7 +146,9 @@ def score(
     logprobs = host_logprobs(host, ids, first)
     for top in TOPS:
         scores = [
-            place_scores(steering, live, reading, number, logprobs[number], (top, ids[first + number]))
+            place_scores(
+                steering, live, reading, number, logprobs[number], (top, ids[first + number])
+            )
             for number in range(len(ids) - first)
         ]
         ways[f"top {top}"], ways[f"host, top {top}"] = mixed(steering, torch.stack(scores, 1))
@@ -162,7 +164,9 @@ def host_logprobs(host: HFModel, ids: Sequence[int], first: int) -> list[Tensor]
     with torch.inference_mode():
         states = host.hidden(torch.tensor([[*context, *ids]]))[0]
         states = states[len(context) + first - 1 : len(context) + len(ids) - 1]
-        parts = [host.unembedding.logits(p).float().log_softmax(-1) for p in states.split(CHUNK_ROWS)]
+        parts = [
+            host.unembedding.logits(p).float().log_softmax(-1) for p in states.split(CHUNK_ROWS)
+        ]
     return list(torch.cat(parts))
 
 

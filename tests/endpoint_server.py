@@ -179,7 +179,9 @@ def _completions(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
         parts = {
             "tokens": column,
             "token_logprobs": [float(logprobs[i - 1, tokens[i]]) if i else None for i in told],
-            "top_logprobs": [dict(_likeliest(shown, logprobs[i - 1], top)) if i else None for i in told],
+            "top_logprobs": [
+                dict(_likeliest(shown, logprobs[i - 1], top)) if i else None for i in told
+            ],
         }
         choices.append(
             {
@@ -216,7 +218,10 @@ def _chat(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
         choices.append(
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text_of(shown.model, tokens[len(ids) :])},
+                "message": {
+                    "role": "assistant",
+                    "content": text_of(shown.model, tokens[len(ids) :]),
+                },
                 "logprobs": {"content": content} if top else None,
                 "finish_reason": "stop" if ended else "length",
             }

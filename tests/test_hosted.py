@@ -124,9 +124,10 @@ def test_drafts_take_fewer_calls_for_the_same_text(adapter: Path, endpoint: Endp
 def test_stop_strings_and_sampling(adapter: Path, endpoint: Endpoint) -> None:
     plain = asked(endpoint, adapter, api_tokenizer=HOST).texts[0]
     stop = plain[3:5]
-    assert asked(endpoint, adapter, api_tokenizer=HOST, stop=(stop,)).texts[0] == plain[
-        : plain.index(stop)
-    ]
+    assert (
+        asked(endpoint, adapter, api_tokenizer=HOST, stop=(stop,)).texts[0]
+        == plain[: plain.index(stop)]
+    )
     sampled = {"temperature": 1.0, "top_p": 0.95, "top_k": 10, "api_tokenizer": HOST}
     ones = [asked(endpoint, adapter, seed=seed, **sampled).texts[0] for seed in (1, 1, 2, 3)]
     assert ones[0] == ones[1]
@@ -175,7 +176,9 @@ def candidates(endpoint: Endpoint, count: int) -> list[str]:
     body = next(body for _, _, body in endpoint.seen if body["max_tokens"] == 12)
     ids = prompt_ids(endpoint.model, body["prompt"])
     places = range(count) if endpoint.several else [0] * count
-    return [text_of(endpoint.model, continued(endpoint, ids, body, n)[0][len(ids) :]) for n in places]
+    return [
+        text_of(endpoint.model, continued(endpoint, ids, body, n)[0][len(ids) :]) for n in places
+    ]
 
 
 def slow_score(pair: Pair, prompt: str, text: str) -> float:
@@ -243,7 +246,12 @@ def test_an_interrupted_job_goes_on_and_pays_nothing_twice(
 
 
 def test_the_budget_ends_a_run_and_a_larger_one_goes_on(adapter: Path, endpoint: Endpoint) -> None:
-    options = {"api_tokenizer": HOST, "max_new_tokens": 8, "api_price_in": 1.0, "api_price_out": 2.0}
+    options = {
+        "api_tokenizer": HOST,
+        "max_new_tokens": 8,
+        "api_price_in": 1.0,
+        "api_price_out": 2.0,
+    }
     whole = asked(endpoint, adapter, api_cache=False, **options)
     endpoint.served.clear()
     cut = asked(endpoint, adapter, api_budget_tokens=120, **options)
@@ -310,9 +318,7 @@ def test_a_services_own_key_goes_to_that_service_alone(
     assert not any("authorization" in map(str.lower, headers) for _, headers, _ in endpoint.seen)
 
 
-def test_hosts_probe(
-    endpoint: Endpoint, host: HFModel, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hosts_probe(endpoint: Endpoint, host: HFModel, capsys: pytest.CaptureFixture[str]) -> None:
     endpoint.chat, endpoint.top = True, 20
     with pytest.raises(SystemExit) as end:
         main(["hosts", "probe", endpoint.url, "--api-tokenizer", HOST])

@@ -36,7 +36,18 @@ if TYPE_CHECKING:
     from trimtab.store.local import list_adapters as list_adapters
     from trimtab.tune import tune as tune
 
-_VERBS = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "probe", "show")
+_VERBS = (
+    "tune",
+    "record",
+    "fit",
+    "mount",
+    "export",
+    "generate",
+    "evaluate",
+    "cost",
+    "probe",
+    "show",
+)
 _MODULES = {
     **{verb: f"trimtab.{verb}" for verb in _VERBS},
     **{f"{verb.title()}Config": "trimtab.config" for verb in _VERBS[:-1]},

@@ -188,7 +188,9 @@ def _readable(error: ValidationError, verb: str) -> InputError:
         if problem["type"] == "missing":
             lines.append(f"{where} is needed")
         elif problem["type"] == "extra_forbidden":
-            lines.append(f"--config gives {field!r}, which `trimtab {_words_of(verb)}` does not have")
+            lines.append(
+                f"--config gives {field!r}, which `trimtab {_words_of(verb)}` does not have"
+            )
         else:
             message = problem["msg"].removeprefix("Value error, ")
             found = f" (found {reprlib.repr(problem['input'])})" if field else ""

@@ -44,9 +44,7 @@ class PairProbs(NamedTuple):
 class Live:
     """An expert and its reference, asked about a host's next tokens from the same bytes."""
 
-    def __init__(
-        self, pair: Pair, host: GivesStrings, *, draft_tokens: int = DRAFT_TOKENS
-    ) -> None:
+    def __init__(self, pair: Pair, host: GivesStrings, *, draft_tokens: int = DRAFT_TOKENS) -> None:
         """Align the pair's tokenizer with the host's.
 
         Args:

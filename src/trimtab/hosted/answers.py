@@ -7,7 +7,9 @@ from typing import Any
 
 from trimtab.hosted.ledger import Usage
 
-_NO_TEXT = re.compile(r"<\|[^|]*\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]")
+_NO_TEXT = re.compile(
+    r"<\|[^|]*\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]"
+)
 """How the common families spell tokens that stand for no text."""
 
 _END = re.compile(
@@ -149,7 +151,9 @@ def _places(raw: Mapping[str, Any] | None) -> tuple[Place, ...]:
     if not raw:
         return ()
     if raw.get("content") is not None:
-        return tuple(_place(_token(one), map(_token, one["top_logprobs"])) for one in raw["content"])
+        return tuple(
+            _place(_token(one), map(_token, one["top_logprobs"])) for one in raw["content"]
+        )
     columns = zip(raw["tokens"], raw["token_logprobs"], raw["top_logprobs"], strict=True)
     return tuple(
         # The first token of a text has nothing before it that could say how likely it is.

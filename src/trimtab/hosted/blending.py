@@ -109,9 +109,7 @@ class Blender:
             for i in asked
         ]
         reading = self._read(befores)
-        scores = [
-            self._score(reading, number, places[i]) for number, i in enumerate(asked)
-        ]
+        scores = [self._score(reading, number, places[i]) for number, i in enumerate(asked)]
         share = self._mixture.steering.blend.share
         weights = evidence_weights(torch.stack(scores, 1), self._mixture.prior, share=share)
         self._weights = weights[:, -1].float()
@@ -136,7 +134,9 @@ class Blender:
         top = place.top if place.chosen.name in names else (*place.top, place.chosen)
         said, options = self._said(reading, number, top)
         texts = [option.text for option in options]
-        return said[:, texts.index(place.chosen.text)]
+        # A token that the named tokenizer does not have is one of the tail.
+        found = place.chosen.text in texts
+        return said[:, texts.index(place.chosen.text) if found else -1]
 
     def _said(
         self, reading: LiveReading, number: int, top: Sequence[Token]

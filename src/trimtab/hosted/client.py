@@ -42,6 +42,7 @@ SLEEP: Callable[[float], None] = time.sleep
 """How a client waits, unless told otherwise."""
 
 MAX_ANSWER_BYTES = 1 << 28
+_IMPOSSIBLE = -1e4
 _SHOWN_CHARACTERS = 300
 _PASSING = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
 _VERSION = 1
@@ -257,7 +258,7 @@ class Client:
         if status != 200:
             raise self._refusal(status, headers, content)
         try:
-            raw = json.loads(content)
+            raw = json.loads(content, parse_constant=_finite)
         except ValueError:
             raise _PassingError(f"an answer of {len(content)} bytes that is no JSON") from None
         if not isinstance(raw, dict):
@@ -365,6 +366,11 @@ def _remedy(status: int, address: Address) -> str:
     if status in (402, 429):
         return "add credit, or wait; the same command goes on with the answers that have come"
     return "see `trimtab hosts probe` for what this API understands"
+
+
+def _finite(name: str) -> float | None:
+    """Stands for a number that JSON does not have: the impossible's log-probability, or none."""
+    return _IMPOSSIBLE if name == "-Infinity" else None
 
 
 def _retry_after_sec(value: str | None) -> float | None:

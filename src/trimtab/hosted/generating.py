@@ -21,8 +21,8 @@ from trimtab.hosted.estimating import Plan, planned_alone, planned_candidates, p
 from trimtab.hosted.host import HostedModel
 from trimtab.hosted.ledger import Ledger, Price
 from trimtab.hosted.probing import capabilities_of
-from trimtab.hosted.reranking import rank
 from trimtab.hosted.requests import Prefix, Wanted
+from trimtab.hosted.reranking import rank
 from trimtab.hosted.tokens import ToldTokens, open_known
 from trimtab.hosted.writing import Sampling, Task, Writer
 from trimtab.steering.beside import open_beside
@@ -229,7 +229,7 @@ class _Run:
 
     def _blender(self) -> Blender:
         assert self._pair is not None and self._manifest is not None
-        tokens = self._host.tokens
+        tokens, by_ids = self._host.tokens, self._host.takes_tokens and not self._config.chat
         live = Live(
             self._pair,
             tokens or ToldTokens.of((), ()),
@@ -238,7 +238,7 @@ class _Run:
         steering = Steering(
             ("live",), live=live, blend=self._manifest.blend, strength=self._config.strength
         )
-        return Blender(Mixture(steering), live, tokens, by_ids=self._host.takes_tokens)
+        return Blender(Mixture(steering), live, tokens, by_ids=by_ids)
 
     def _among_candidates(self, level: Level, number: int, task: Task, advance: Advance) -> _Done:
         """The host's own continuation, or the one of several that the small models choose."""
@@ -356,7 +356,7 @@ def _task(config: GenerateConfig, prompt: str, host: HostedModel, pair: Pair | N
     if config.chat and pair is not None:
         small_ids = tuple(_small_ids(pair.reference, prompt))
     ids: tuple[int, ...] = ()
-    if host.takes_tokens and host.tokens is not None and not config.chat:
+    if host.tokens is not None and not config.chat:
         ids = (*host.tokens.context_ids(), *host.tokens.encode(prompt))
     return Task(prompt, config.chat, config.max_new_tokens, small_ids, ids)
 

@@ -111,9 +111,11 @@ class _Prober:
         )
         bias = self._bias(CHAT, chat(self._model, prefix, Wanted(1, top), by), places)
         update: dict[str, Any] = {"prefill": self._prefill(by, top, places)}
+        # What is used in both ways must be understood in both.
+        by_n = several is not None and len(several.choices) == 2
+        update["several"] = by_n and (by.several or not by.completions)
         if not by.completions:
-            update |= {"several": several is not None and len(several.choices) == 2}
-            update |= {"logit_bias": bias}
+            update["logit_bias"] = bias
         return by.model_copy(update=update)
 
     def _highest(

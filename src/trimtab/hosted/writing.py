@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trimtab.errors import ModelError
 from trimtab.hosted.answers import Place, Token
 from trimtab.hosted.blending import Before, Blender, Option
 from trimtab.hosted.host import HostedModel
@@ -20,6 +21,9 @@ from trimtab.hosted.requests import Prefix, Wanted
 from trimtab.steering.drafting import Written, text_ahead
 from trimtab.text.stream import TextStream
 from trimtab.types import Advance
+
+_CHARACTER_TOKENS = 4
+"""Tokens in which any character is whole: none has more bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Task:
         chat: It is a message.
         max_new_tokens: Longest continuation.
         small_ids: In a chat, what the small models read before the answer.
-        prompt_ids: What the host reads before the continuation, where its tokens are known.
+        prompt_ids: What the host reads before the continuation, where its tokens are known and it
+            is no chat.
     """
 
     prompt: str
@@ -111,9 +116,8 @@ class Writer:
         Raises:
             ModelError: The API refuses, or the text is too long for the small models.
         """
-        if not self._task.chat:
-            self._weigh_prompt()
-        while not self._is_done():
+        self._weigh_prompt()
+        while not self._is_done() and not self.is_cut_short:
             places, ended = self._ask()
             if not places:
                 return
@@ -126,12 +130,16 @@ class Writer:
         full = self.tokens >= self._task.max_new_tokens
         return self._is_ended or full or self._stream.stopped
 
-    def _follow(
-        self, places: Sequence[Place], advance: Advance
-    ) -> Generator[str, None, bool]:
+    def _follow(self, places: Sequence[Place], advance: Advance) -> Generator[str, None, bool]:
         """Choose at each place as long as the host's text is the chosen one; whether it all is."""
         for place in places:
             options = self._blender.options(self._before(), place.top)
+            if options.logprobs.isneginf().all():
+                raise ModelError(
+                    f"after {self._tail()!r} only parts of characters are shown, which cannot be"
+                    " sent back as text",
+                    hint="name the host's tokenizer with --api-tokenizer, so that tokens are sent",
+                )
             option = options.each[self._sampling.choose(options.logprobs)]
             if option.ends:
                 self._is_ended = True
@@ -152,12 +160,22 @@ class Writer:
         """Places from the next token on, and whether the host has ended its text after them."""
         room = self._task.max_new_tokens - self.tokens - 1
         top = self._host.by.top(chat=self._task.chat)
-        if room and self._host.by.echo and not self._task.chat:
+        ahead = min(room, self._blender.live.draft_tokens)
+        if ahead and self._echoes:
             places = self._ask_about_draft(room, top)
-            if places:
+            if places or self.is_cut_short:
                 return places, False
-        ahead = 0 if self._host.by.echo else min(room, self._blender.live.draft_tokens)
-        return self._send(self._prefix(), Wanted(1 + ahead, top))
+        found = self._send(self._prefix(), Wanted(1 if self._echoes else 1 + ahead, top))
+        if not any((*found, self.is_cut_short)):
+            # llama.cpp shows nothing of a token until the characters that it begins are whole.
+            found = self._send(self._prefix(), Wanted(_CHARACTER_TOKENS, top))
+        if not any((*found, self.is_cut_short)):
+            raise ModelError(
+                f"{self._host.client.address.url} shows no token after {self._tail()!r}",
+                hint="it may end inside a character there, which this API does not show; use"
+                " --api-level text",
+            )
+        return found
 
     def _ask_about_draft(self, room: int, top: int) -> Sequence[Place]:
         """What the host says of the expert's draft; nothing where it cuts the text otherwise."""
@@ -182,12 +200,19 @@ class Writer:
         return answer.places, answer.ended
 
     def _weigh_prompt(self) -> None:
-        if not self._host.by.echo:
+        if not self._echoes:
             return
         top = self._host.by.top(chat=False)
         places, _ = self._send(self._prefix(), Wanted(1, top, echo=True))
         # The last one is no part of the prompt.
         self._blender.weigh(places[:-1])
+
+    @property
+    def _echoes(self) -> bool:
+        return self._host.by.echo and not self._task.chat
+
+    def _tail(self) -> str:
+        return self._before().context[-20:].decode("utf-8", "replace")
 
     def _prompt_bytes(self) -> bytes:
         return self._task.prompt.encode()
@@ -207,7 +232,7 @@ class Writer:
         if self._host.tokens is None:
             return Before(context, start=self._task.small_ids)
         texts = self._host.tokens.vocabulary.token_bytes
-        ids = [] if self._task.chat else [i for i in self._task.prompt_ids if texts[i]]
+        ids = [i for i in self._task.prompt_ids if texts[i]]
         ids += [o.token_id for o in self._written if o.text and o.token_id is not None]
         last = self._written[-1] if self._written else None
         last = last.token_id if last and last.text else None
