@@ -53,18 +53,16 @@ class HostedOptions(Config):
 
     @field_validator("api_url")
     @classmethod
-    def _is_plain_address(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("expected an address that begins with http:// or https://")
-        return url.rstrip("/")
+    def _without_last_slash(cls, url: str | None) -> str | None:
+        return url and url.rstrip("/")
 
     @model_validator(mode="before")
     @classmethod
     def _holds_no_secret(cls, values: object) -> object:
         # Before the field is looked at: an error of the field itself would repeat its value.
         url = values.get("api_url") if isinstance(values, dict) else None
+        if isinstance(url, str) and not url.startswith(("http://", "https://")):
+            raise ValueError("api_url: expected an address that begins with http:// or https://")
         if isinstance(url, str) and any(sign in url for sign in "@?#"):
             raise ValueError(
                 "api_url: the address holds a user name, a query or a fragment, which may be a"
