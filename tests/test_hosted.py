@@ -46,7 +46,7 @@ def asked(endpoint: Endpoint, adapter: Path | None, **options: Any) -> GenerateR
         "api_url": endpoint.url,
         "adapter": adapter,
         "prompt": PROMPTS[:1],
-        "max_new_tokens": 12,
+        "max_new_tokens": 8,
         "dtype": "float32",
     }
     return generate(GenerateConfig.model_validate(config | options))
@@ -58,7 +58,7 @@ def local(adapter: Path, host: HFModel, **options: Any) -> GenerateResult:
         "adapter": adapter,
         "carriers": ("expert",),
         "prompt": PROMPTS[:1],
-        "max_new_tokens": 12,
+        "max_new_tokens": 8,
         "dtype": "float32",
     }
     return generate(GenerateConfig.model_validate(config | options), host=host)
@@ -83,7 +83,7 @@ def test_told_tokens_and_text_prompts_are_nearly_the_local_host(
 ) -> None:
     # Bytes are their own strings, so that nothing is lost where the tokenizer is not known.
     found = asked(endpoint, adapter, api_top_logprobs=WHOLE)
-    assert found.tokens == (12,)
+    assert found.tokens == (8,)
     known = asked(endpoint, adapter, api_top_logprobs=WHOLE, api_tokenizer=HOST)
     assert found.texts[0][:4] == known.texts[0][:4]
 
@@ -96,7 +96,7 @@ def test_strength_zero_and_no_adapter_are_the_host(
         found = asked(endpoint, **{"adapter": adapter, **options})
         assert found.texts == bare
         assert found.level == "the host alone, unsteered"
-    assert sum(body["max_tokens"] == 12 for _, _, body in endpoint.seen) == 1
+    assert sum(body["max_tokens"] == 8 for _, _, body in endpoint.seen) == 1
 
 
 @pytest.mark.parametrize("top", [5, 20])
@@ -104,9 +104,9 @@ def test_a_few_logprobs_steer_as_well(
     adapter: Path, host: HFModel, endpoint: Endpoint, top: int
 ) -> None:
     endpoint.top = top
-    found = asked(endpoint, adapter, api_tokenizer=HOST, strength=2.0, max_new_tokens=16)
+    found = asked(endpoint, adapter, api_tokenizer=HOST, strength=2.0, max_new_tokens=8)
     assert found.level == f"top {top} logprobs, blended with expert and reference"
-    assert found.texts != local(adapter, host, strength=0, max_new_tokens=16).texts
+    assert found.texts != local(adapter, host, strength=0, max_new_tokens=8).texts
 
 
 def test_drafts_take_fewer_calls_for_the_same_text(adapter: Path, endpoint: Endpoint) -> None:
@@ -115,7 +115,7 @@ def test_drafts_take_fewer_calls_for_the_same_text(adapter: Path, endpoint: Endp
     for draft_tokens in (0, 4):
         endpoint.served.clear()
         options = {"draft_tokens": draft_tokens, "api_cache": False, "api_tokenizer": HOST}
-        texts.append(asked(endpoint, adapter, max_new_tokens=16, **options).texts)
+        texts.append(asked(endpoint, adapter, max_new_tokens=8, **options).texts)
         calls.append(len(endpoint.served))
     assert texts[0] == texts[1]
     assert calls[1] < calls[0]
@@ -140,7 +140,7 @@ def test_a_chat_that_goes_on_from_a_beginning_is_blended(
     endpoint.completions, endpoint.chat = False, True
     found = asked(endpoint, adapter, chat=True, api_tokenizer=HOST, api_top_logprobs=20)
     assert found.level.startswith("top 20")
-    assert found.tokens == (12,)
+    assert found.tokens == (8,)
     with pytest.raises(ModelError, match="answers messages only"):
         asked(endpoint, adapter)
 
@@ -161,7 +161,7 @@ def test_without_logprobs_the_small_models_choose(
 ) -> None:
     endpoint.top, endpoint.several = 0, several
     found = asked(endpoint, adapter, api_candidates=6)
-    sent = [body for _, _, body in endpoint.seen if body["max_tokens"] == 12]
+    sent = [body for _, _, body in endpoint.seen if body["max_tokens"] == 8]
     assert sum(body.get("n", 1) for body in sent) == 6
     pair = open_beside(read_manifest(adapter), adapter, dtype="float32")
     texts = candidates(endpoint, 6)
@@ -173,7 +173,7 @@ def test_without_logprobs_the_small_models_choose(
 
 def candidates(endpoint: Endpoint, count: int) -> list[str]:
     """What the endpoint has answered: it draws the same for the same place among candidates."""
-    body = next(body for _, _, body in endpoint.seen if body["max_tokens"] == 12)
+    body = next(body for _, _, body in endpoint.seen if body["max_tokens"] == 8)
     ids = prompt_ids(endpoint.model, body["prompt"])
     places = range(count) if endpoint.several else [0] * count
     return [
@@ -207,7 +207,7 @@ def test_a_long_job_survives_all_faults_and_counts_each_token_once(
     adapter: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trimtab.hosted.client.FIRST_WAIT_SEC", 0.01)
-    options = {"api_tokenizer": HOST, "prompt": PROMPTS, "max_new_tokens": 10}
+    options = {"api_tokenizer": HOST, "prompt": PROMPTS, "max_new_tokens": 6}
     smooth = asked(endpoint, adapter, api_cache=False, **options)
     counted = len(endpoint.seen)
     waits: list[float] = []
@@ -228,7 +228,7 @@ def test_a_long_job_survives_all_faults_and_counts_each_token_once(
 def test_an_interrupted_job_goes_on_and_pays_nothing_twice(
     adapter: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"api_tokenizer": HOST, "prompt": PROMPTS, "max_new_tokens": 8}
+    options = {"api_tokenizer": HOST, "prompt": PROMPTS, "max_new_tokens": 6}
     smooth = asked(endpoint, adapter, api_cache=False, **options)
     alone = len(endpoint.served)
     endpoint.served.clear()

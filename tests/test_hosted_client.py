@@ -198,12 +198,12 @@ def test_a_broken_key_is_refused_without_being_shown(
     assert key not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["http://u:secret@h/v1", "https://h/v1?key=secret", "secret"])
+@pytest.mark.parametrize("url", ["http://u:hunter2@h/v1", "https://h/v1?key=hunter2", "hunter2"])
 def test_an_address_with_a_secret_is_refused_without_being_shown(url: str) -> None:
     with pytest.raises(ValueError, match="api_url") as error:
         GenerateConfig.model_validate({"host": "openai:m", "prompt": ("a",), "api_url": url})
     shown = [problem["msg"] for problem in error.value.errors()]  # type: ignore[attr-defined]
-    assert not any("secret" in text for text in shown)
+    assert not any("hunter2" in text for text in shown)
 
 
 def test_tokens_by_their_names() -> None:
@@ -241,13 +241,10 @@ def test_both_forms_of_logprobs_are_one() -> None:
     for logprobs in (legacy, {"content": told}):
         raw = {"choices": [{"text": "a €", "finish_reason": "stop", "logprobs": logprobs}]}
         answers.append(read_answers(raw, logprobs=True).choices[0])
+    shown = [[], [" €".encode(), b"\xe2"], [None]]
     for one in answers:
         assert [place.chosen.text for place in one.places] == [b"a", " €".encode(), None]
-        assert [[t.text for t in p.top] for p in one.places] == [
-            [],
-            [" €".encode(), b"\xe2"],
-            [None],
-        ]
+        assert [[token.text for token in place.top] for place in one.places] == shown
         assert one.ended
 
 
