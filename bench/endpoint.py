@@ -93,14 +93,15 @@ def main() -> None:
         "zig": zig_documents(given.zig, given.leave_out, given.documents),
         "python": python_documents(given.documents // 2),
     }
-    found: dict[str, Sums] = {}
-    for kind, documents in texts.items():
-        sums = found[kind] = Sums()
-        with display.progress(f"scoring {kind} (documents)", len(documents)) as advance:
+    found = {kind: Sums() for kind in texts}
+    total = sum(map(len, texts.values()))
+    with display.progress("scoring (documents)", total) as advance:
+        for kind, documents in texts.items():
             for document in documents:
-                score(host, steering, live, document, given.document_tokens, sums)
+                score(host, steering, live, document, given.document_tokens, found[kind])
+                # Whatever ends the run, what was scored counts.
+                write_json(given.out, result(given, texts, found))
                 advance(1)
-    write_json(given.out, result(given, texts, found))
     print(given.out.read_text())
 
 
@@ -207,16 +208,18 @@ def result(
     """What is recorded."""
     kinds = {}
     for kind, sums in found.items():
+        if not sums.sizes:
+            continue
         bits = sums.bits_per_byte()
         against = {way: 100 * (value / bits["host"] - 1) for way, value in bits.items()}
         kinds[kind] = {
-            "documents": [document.name for document in texts[kind]],
+            "documents": [document.name for document in texts[kind][: len(sums.sizes)]],
             "tokens": sums.tokens,
             "bytes": sum(sums.sizes),
             "bits_per_byte": {way: round(value, 4) for way, value in bits.items()},
             "against_host_percent": {way: round(value, 2) for way, value in against.items()},
         }
-        if kind == "zig":
+        if kind == "zig" and len(sums.sizes) > 1:
             shares = {f"top {top}": sums.kept(f"top {top}") for top in TOPS}
             kinds[kind]["kept_of_full_gain_percent"] = {
                 way: {"mean": round(100 * share, 1), "stderr": round(100 * error, 1)}
