@@ -31,6 +31,7 @@ class Endpoint:
         chat: It answers messages.
         prefill: A chat goes on from the beginning of an answer.
         several: `n` is understood.
+        readable: It writes whole characters only, as a trained model nearly always does.
         key: What it asks for; none lets everybody in.
         faults: What goes wrong, one a POST, in order; None for nothing.
         served: Tokens of each answer that was sent whole.
@@ -46,6 +47,7 @@ class Endpoint:
     chat: bool = False
     prefill: bool = True
     several: bool = True
+    readable: bool = False
     key: str = ""
     faults: list[str | None] = field(default_factory=list)
     served: list[Usage] = field(default_factory=list)
@@ -201,7 +203,7 @@ def _chat(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
     if begun and not shown.prefill:
         messages.append({"role": "assistant", "content": begun})
         begun = ""
-    text = shown.model.chattext_of(messages)
+    text = shown.model.chat_text(messages)
     ids = prompt_ids(shown.model, text, markup=True) + shown.model.encode_following(begun)
     choices = []
     for index in range(body.get("n", 1)):
@@ -230,7 +232,7 @@ def _chat(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
-    ids = prompt_ids(shown.model, shown.model.chattext_of(body["messages"]), markup=True)
+    ids = prompt_ids(shown.model, shown.model.chat_text(body["messages"]), markup=True)
     tokens, _, ended = continued(shown, ids, body, len(shown.seen))
     new = tokens[len(ids) :]
     usage = {"prompt_tokens": len(ids), "completion_tokens": len(new)}
@@ -260,7 +262,7 @@ def continued(
     bias = {int(token): value for token, value in (body.get("logit_bias") or {}).items()}
     tokens = list(ids)
     for _ in range(longest):
-        logits = shown.model.logits(torch.tensor([tokens]))[0, -1].float()
+        logits = _logits(shown, tokens)[-1]
         for token, value in bias.items():
             logits[token] += value
         temperature = body.get("temperature", 1.0)
@@ -272,8 +274,18 @@ def continued(
         tokens.append(token)
         if token in shown.model.end_ids:
             break
-    logprobs = shown.model.logits(torch.tensor([tokens]))[0].float().log_softmax(-1)
+    logprobs = _logits(shown, tokens).log_softmax(-1)
     return tokens, logprobs, tokens[-1] in shown.model.end_ids
+
+
+def _logits(shown: Endpoint, tokens: Sequence[int]) -> torch.Tensor:
+    logits = shown.model.logits(torch.tensor([list(tokens)]))[0].float()
+    if shown.readable:
+        texts = shown.model.vocabulary.token_bytes
+        hidden = [text is None or not text.decode("latin1").isprintable() for text in texts]
+        hidden = [h or not (text or b"").isascii() for h, text in zip(hidden, texts, strict=True)]
+        logits[:, torch.tensor(hidden)] -= 100.0
+    return logits
 
 
 def _spelled(model: HFModel, token_id: int) -> str:

@@ -96,7 +96,7 @@ def test_strength_zero_and_no_adapter_are_the_host(
         found = asked(endpoint, **{"adapter": adapter, **options})
         assert found.texts == bare
         assert found.level == "the host alone, unsteered"
-    assert sum(body["max_tokens"] == 8 for _, _, body in endpoint.seen) == 1
+    assert sum(body.get("max_tokens") == 8 for _, _, body in endpoint.seen) == 1
 
 
 @pytest.mark.parametrize("top", [5, 20])
@@ -137,7 +137,7 @@ def test_stop_strings_and_sampling(adapter: Path, endpoint: Endpoint) -> None:
 def test_a_chat_that_goes_on_from_a_beginning_is_blended(
     adapter: Path, host: HFModel, endpoint: Endpoint
 ) -> None:
-    endpoint.completions, endpoint.chat = False, True
+    endpoint.completions, endpoint.chat, endpoint.readable = False, True, True
     found = asked(endpoint, adapter, chat=True, api_tokenizer=HOST, api_top_logprobs=20)
     assert found.level.startswith("top 20")
     assert found.tokens == (8,)
@@ -161,7 +161,7 @@ def test_without_logprobs_the_small_models_choose(
 ) -> None:
     endpoint.top, endpoint.several = 0, several
     found = asked(endpoint, adapter, api_candidates=6)
-    sent = [body for _, _, body in endpoint.seen if body["max_tokens"] == 8]
+    sent = [body for _, _, body in endpoint.seen if body.get("max_tokens") == 8]
     assert sum(body.get("n", 1) for body in sent) == 6
     pair = open_beside(read_manifest(adapter), adapter, dtype="float32")
     texts = candidates(endpoint, 6)
@@ -173,7 +173,7 @@ def test_without_logprobs_the_small_models_choose(
 
 def candidates(endpoint: Endpoint, count: int) -> list[str]:
     """What the endpoint has answered: it draws the same for the same place among candidates."""
-    body = next(body for _, _, body in endpoint.seen if body["max_tokens"] == 8)
+    body = next(body for _, _, body in endpoint.seen if body.get("max_tokens") == 8)
     ids = prompt_ids(endpoint.model, body["prompt"])
     places = range(count) if endpoint.several else [0] * count
     return [
@@ -254,8 +254,8 @@ def test_the_budget_ends_a_run_and_a_larger_one_goes_on(adapter: Path, endpoint:
     }
     whole = asked(endpoint, adapter, api_cache=False, **options)
     endpoint.served.clear()
-    cut = asked(endpoint, adapter, api_budget_tokens=120, **options)
-    assert endpoint.usage.tokens <= 120
+    cut = asked(endpoint, adapter, api_budget_tokens=60, **options)
+    assert endpoint.usage.tokens <= 60
     assert "stopped by the budget" in cut.notes[-1]
     assert whole.texts[0].startswith(cut.texts[0]) and cut.texts != whole.texts
     assert asked(endpoint, adapter, **options).texts == whole.texts
@@ -319,7 +319,7 @@ def test_a_services_own_key_goes_to_that_service_alone(
 
 
 def test_hosts_probe(endpoint: Endpoint, host: HFModel, capsys: pytest.CaptureFixture[str]) -> None:
-    endpoint.chat, endpoint.top = True, 20
+    endpoint.chat, endpoint.top, endpoint.readable = True, 20, True
     with pytest.raises(SystemExit) as end:
         main(["hosts", "probe", endpoint.url, "--api-tokenizer", HOST])
     assert end.value.code == 0

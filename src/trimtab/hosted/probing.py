@@ -14,7 +14,7 @@ from trimtab.hosted.capabilities import (
 from trimtab.hosted.client import Client
 from trimtab.hosted.requests import CHAT, COMPLETIONS, MESSAGES, Prefix, Wanted, chat, completion
 from trimtab.hosted.requests import messages as message_request
-from trimtab.hosted.tokens import KnownTokens
+from trimtab.hosted.tokens import KnownTokens, is_whole
 
 TOPS = (20, 5, 1)
 """Numbers of likeliest tokens that services allow."""
@@ -149,16 +149,16 @@ class _Prober:
 
     def _prefill(self, by: Capabilities, top: int, places: Sequence[Place]) -> str:
         """Whether an answer goes on from its own beginning as it went on by itself."""
-        if not top or len(places) < _AHEAD:
+        sizes = (n for n in range(len(places) - 1, 0, -1) if is_whole(text_of(places[:n])))
+        size = next(sizes, 0)
+        if not top or not size:
             return "none"
-        begun = text_of(places[: _AHEAD - 1]).decode("utf-8", "ignore")
-        if begun.encode() != text_of(places[: _AHEAD - 1]):
-            return "none"
+        begun = text_of(places[:size]).decode()
         for kind in ("plain", "flagged"):
             trial = by.model_copy(update={"prefill": kind})
             body = chat(self._model, Prefix(begun, _MESSAGE), Wanted(1, top), trial)
             found = self._try(CHAT, body, _with_logprobs)
-            if found and _same(found.choices[0].places[:1], places[_AHEAD - 1 : _AHEAD]):
+            if found and _same(found.choices[0].places[:1], places[size : size + 1]):
                 return kind
         return "none"
 
