@@ -2,12 +2,14 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from trimtab.config_base import Config
 
 API_SCHEMES = ("openai:", "anthropic:")
 """What the name of a host behind an API begins with; the service's own name of a model follows."""
+
+_WEB = ("http://", "https://")
 
 ApiLevel = Literal["auto", "top-k", "text"]
 
@@ -20,6 +22,9 @@ def is_hosted(host: str) -> bool:
 class HostedOptions(Config):
     """What a verb asks of a model behind an API."""
 
+    # An address that is refused may hold a secret.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     api_url: str | None = None
     """Address of an API up to its version, such as http://127.0.0.1:8080/v1, for a host
     openai:MODEL or anthropic:MODEL (default: the service's own). The key is read from the
@@ -28,7 +33,9 @@ class HostedOptions(Config):
     api_tokenizer: str | None = None
     """The API's tokenizer: tiktoken:NAME, folder with a tokenizer.json, GGUF file, or tiny:NAME
     (default: told from the strings that the API returns)."""
-    api_level: ApiLevel = "auto"
+    api_level: _WEB = ("http://", "https://")
+
+ApiLevel = "auto"
     """top-k: blend with the returned logprobs; text: choose among candidates; auto: the best that
     the API allows."""
     api_top_logprobs: int = Field(default=20, ge=1, le=1_000_000)
@@ -60,12 +67,14 @@ class HostedOptions(Config):
     @classmethod
     def _holds_no_secret(cls, values: object) -> object:
         # Before the field is looked at: an error of the field itself would repeat its value.
-        url = values.get("api_url") if isinstance(values, dict) else None
-        if isinstance(url, str) and not url.startswith(("http://", "https://")):
+        given = values if isinstance(values, dict) else {}
+        url, host = given.get("api_url"), given.get("host")
+        if isinstance(url, str) and not url.startswith(_WEB):
             raise ValueError("api_url: expected an address that begins with http:// or https://")
-        if isinstance(url, str) and any(sign in url for sign in "@?#"):
+        addresses = [a for a in (url, host) if isinstance(a, str) and a.startswith(_WEB)]
+        if any(sign in address for address in addresses for sign in "@?#"):
             raise ValueError(
-                "api_url: the address holds a user name, a query or a fragment, which may be a"
+                "the address of the API holds a user name, a query or a fragment, which may be a"
                 " secret; give the address alone, and the key in TRIMTAB_API_KEY"
             )
         return values
