@@ -33,9 +33,7 @@ class HostedOptions(Config):
     api_tokenizer: str | None = None
     """The API's tokenizer: tiktoken:NAME, folder with a tokenizer.json, GGUF file, or tiny:NAME
     (default: told from the strings that the API returns)."""
-    api_level: _WEB = ("http://", "https://")
-
-ApiLevel = "auto"
+    api_level: ApiLevel = "auto"
     """top-k: blend with the returned logprobs; text: choose among candidates; auto: the best that
     the API allows."""
     api_top_logprobs: int = Field(default=20, ge=1, le=1_000_000)
