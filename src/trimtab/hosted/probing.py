@@ -149,7 +149,9 @@ class _Prober:
 
     def _prefill(self, by: Capabilities, top: int, places: Sequence[Place]) -> str:
         """Whether an answer goes on from its own beginning as it went on by itself."""
-        sizes = (n for n in range(len(places) - 1, 0, -1) if is_whole(text_of(places[:n])))
+        # As short as can be: the more tokens, the more ways to cut their text again.
+        texts = [text_of(places[:size]) for size in range(len(places))]
+        sizes = (n for n, text in enumerate(texts) if text.strip() and is_whole(text))
         size = next(sizes, 0)
         if not top or not size:
             return "none"
