@@ -72,14 +72,12 @@ class ToldTokens:
 
     Attributes:
         vocabulary: The strings shown, and what else may follow.
+        strings: The same. Without a tokenizer, the longest token that begins a text is taken for
+            its choice.
     """
 
     vocabulary: Vocabulary
-
-    @cached_property
-    def strings(self) -> Strings:
-        """Without a tokenizer, the longest token that begins a text is taken for its choice."""
-        return Strings(self.vocabulary)
+    strings: Strings
 
     @staticmethod
     def of(shown: Iterable[Token], expected: Iterable[bytes]) -> "ToldTokens":
@@ -95,7 +93,8 @@ class ToldTokens:
         names = [token.name for token in tokens if token.text is None]
         begins = tuple(texts)
         others = [text for text in dict.fromkeys(expected) if not text.startswith(begins)]
-        return ToldTokens(Vocabulary((*texts, *others, *(None for _ in dict.fromkeys(names)))))
+        vocabulary = Vocabulary((*texts, *others, *(None for _ in dict.fromkeys(names))))
+        return ToldTokens(vocabulary, Strings(vocabulary))
 
     def ids_of(self, shown: Sequence[Token]) -> list[int]:
         """The id of each shown token."""
