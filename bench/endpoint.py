@@ -111,6 +111,7 @@ def zig_documents(folder: Path, left_out: Sequence[Path], count: int) -> list[Do
     choice = corpus.Choice(test_files=10**6)
     whole = corpus.choose(folder, choice)["test"]
     free = [Document(name, text) for name, text in whole.items() if name not in used]
+    free = free[: 4 * count]
     against = [Document(name, path.read_text()) for name, path in used.items()]
     unlike = drop_near_duplicates(free, against).kept
     pieces = [Document(one.name, corpus.middle(one.text, 3_000)) for one in unlike]
