@@ -27,7 +27,6 @@ from trimtab.backends.open import open_model
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.progress import Display
 from trimtab.steering.beside import open_beside
-from trimtab.steering.field import CHUNK_ROWS
 from trimtab.steering.predictors import Steering
 from trimtab.steering.rows import prior_of
 from trimtab.steering.scoring import score_document
@@ -38,6 +37,9 @@ from trimtab.text.duplicates import drop_near_duplicates
 from trimtab.types import Document
 
 TOPS = (20, 5)
+PLACES_AT_ONCE = 64
+"""Whose full distributions the host computes together."""
+
 GENERAL_MODULES = ("mailbox", "gettext", "imaplib", "sched", "shlex", "plistlib", "netrc", "cmd")
 """Modules of Python's library that neither the demo nor the probe text uses."""
 
@@ -167,7 +169,7 @@ def host_logprobs(host: HFModel, ids: Sequence[int], first: int) -> list[Tensor]
         states = host.hidden(torch.tensor([[*context, *ids]]))[0]
         states = states[len(context) + first - 1 : len(context) + len(ids) - 1]
         parts = [
-            host.unembedding.logits(p).float().log_softmax(-1) for p in states.split(CHUNK_ROWS)
+            host.unembedding.logits(p).float().log_softmax(-1) for p in states.split(PLACES_AT_ONCE)
         ]
     return list(torch.cat(parts))
 
