@@ -15,7 +15,7 @@ from test_imports import ENVIRONMENT
 from test_manifest import full_manifest, payload
 
 from trimtab import config
-from trimtab.cli import _CONFIGS, _configured, _stream, main
+from trimtab.cli import _CONFIGS, _configured, _stream, _words_of, main
 from trimtab.cli_errors import reported
 from trimtab.errors import InputError
 from trimtab.progress import Display
@@ -36,7 +36,7 @@ def test_help_names_every_field(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert run(verb, "--help") == 0
+    assert run(*_words_of(verb).split(), "--help") == 0
     shown = capsys.readouterr().out
     for name, field in _CONFIGS[verb].model_fields.items():
         assert name.upper() in shown or f"--{name.replace('_', '-')}" in shown
@@ -191,7 +191,8 @@ def test_show_and_list(
 def test_one_continuation_is_streamed_and_several_are_kept_apart(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def continuing(settings, *, progress, on_text) -> None:
+    def continuing(settings, *, progress, on_text, on_note) -> None:
+        on_note("beside the text")
         with progress("generating", 4) as advance:
             for index, text in [(0, "a"), (1, "x"), (0, "b"), (1, "y")]:
                 if index < len(settings.prompt):
@@ -200,7 +201,7 @@ def test_one_continuation_is_streamed_and_several_are_kept_apart(
 
     one = config.GenerateConfig(host="h", prompt=("p",))
     _stream(continuing, one, Display())
-    assert capsys.readouterr().out == "ab\n"
+    assert capsys.readouterr() == ("ab\n", "beside the text\n")
     _stream(continuing, one.model_copy(update={"prompt": ("p", "q")}), Display())
     assert capsys.readouterr().out == "== 1 of 2\nab\n== 2 of 2\nxy\n"
 

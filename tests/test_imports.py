@@ -49,7 +49,7 @@ def test_help_list_show_and_cost_are_light(tmp_path: Path) -> None:
     names = ("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve")
     verbs = (*names, "compare", "show", "list", "key")
     commands = [["--help"], ["--version"], ["list"], ["show", "zig.adapter"]]
-    commands += [[verb, "--help"] for verb in verbs]
+    commands += [[verb, "--help"] for verb in verbs] + [["hosts", "probe", "--help"]]
     commands += [["key", "one", "--keys", "keys.json"]]
     commands += [["cost", "--host-params", "70e9", "--small-params", "7e9", "--tokens", "1e6"]]
     assert heavy_after(running(*commands), cwd=tmp_path) == []

@@ -1,6 +1,7 @@
-"""Exports in llama.cpp itself (`make test-llamacpp`): its own logits against ours."""
+"""Exports in llama.cpp itself, and its server as a host behind an API (`make test-llamacpp`)."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,13 @@ from test_export import adapter as adapter  # a fixture
 from test_export import exported, tiny_file
 from torch import Tensor
 
+from trimtab.backends.open import open_model
+from trimtab.config_hosted import HostedOptions
 from trimtab.exporting.llamacpp import HOST_NAME, read_lora
+from trimtab.hosted.answers import read_answers
+from trimtab.hosted.generating import opened
+from trimtab.hosted.requests import COMPLETIONS, Prefix, Wanted, completion
+from trimtab.hosted.tokens import shown_ids
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="`make test-llamacpp` installs it")
 
@@ -65,3 +72,38 @@ def test_llama_cpp_follows_the_head(
         # llama.cpp computes the body itself in another way: 2e-4 of the logits' size, measured.
         assert (theirs - ours).abs().max() < ARITHMETIC * logits.abs().max()
     assert (followed - bare).abs().max() > 0.5
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A tiny Llama as a GGUF file, and the address of llama.cpp's own server with it."""
+    path = tiny_file(tmp_path / "tiny.gguf", 0)
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.port = str(path), 0
+    settings.n_ctx, settings.warmup = 1024, False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(settings)
+    yield path, f"{server.listening_address}/v1"
+
+
+def test_llama_cpps_server_shows_what_the_model_says(
+    served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    path, url = served
+    options = HostedOptions(api_url=url, api_tokenizer=str(path), api_top_logprobs=20)
+    model = open_model(str(path), dtype="float32")
+    ids = model.encode("The rudder turns the ship")
+    logprobs = model.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    (forced,) = model.encode(_READABLE.decode())
+    with opened("openai:tiny", options) as host:
+        assert host.by.completions and host.by.chat and host.tokens is not None
+        body = completion("tiny", Prefix("", None, ids), Wanted(1, 20))
+        body["logit_bias"] = [[forced, 100.0]]
+        answers = host.client.ask(COMPLETIONS, body, lambda raw: read_answers(raw, logprobs=True))
+        top = answers.choices[0].places[0].top
+        found = shown_ids(top, [host.tokens.id_of(token) for token in top])
+    assert len(found) >= 3
+    for token_id, logprob in found.items():
+        assert logprob == pytest.approx(float(logprobs[token_id]), abs=5e-3)

@@ -18,12 +18,12 @@ ALLOWED_LARGER: dict[str, str] = {
 
 # Each layer may import itself and the layers above it in this list, never one below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "types", "vocab", "unembedding"),
+    ("errors", "config", "config_base", "config_hosted", "types", "vocab", "unembedding"),
     ("acceptance", "align", "anchors", "blend", "costing", "encoding", "losses", "metrics"),
     ("carriers", "store", "text"),
     ("backends",),
     ("soft_targets", "steering", "tuning"),
-    ("fitting",),
+    ("fitting", "hosted"),
     ("exporting", "report"),
     ("lmeval",),
     (
@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "comparing",
         "cost",
         "export",
+        "probe",
         "serve",
         "serving",
         "show",

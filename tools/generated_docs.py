@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -24,6 +25,8 @@ VERBS = (
     *("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve"),
     "compare",
 )
+PAGES = {"probe": "hosts"}
+"""Pages of verbs that are called otherwise."""
 NO_TRANSFER = "No run has been recorded yet: `make bench` measures these figures."
 NO_RESULT = "No run has been recorded yet: `make demo` measures these figures on your machine."
 
@@ -43,7 +46,11 @@ def main() -> None:
 
 def rendered() -> dict[Path, str]:
     """Content of each page as it should be."""
-    blocks = {ROOT / "docs" / f"{verb}.md": {"options": options_table(verb)} for verb in VERBS}
+    verbs = (*VERBS, *PAGES)
+    blocks = {
+        ROOT / "docs" / f"{PAGES.get(verb, verb)}.md": {"options": options_table(verb)}
+        for verb in verbs
+    }
     report = read_report(RESULT) if RESULT.is_file() else None
     blocks[ROOT / "README.md"] = {"figures": figures(report)}
     recorded = ROOT / transfer.RESULTS
@@ -77,8 +84,9 @@ def with_block(text: str, name: str, content: str) -> str:
 
 def options_table(verb: str) -> str:
     """Table of a verb's arguments and options: command line, Python field, default, meaning."""
-    command = typer.main.get_command(cli.app)
-    names = {p.name: p.param_type_name for p in command.commands[verb].params}  # pyright: ignore
+    group: Any = typer.main.get_command(cli.app)
+    command = group.commands.get(verb) or group.commands["hosts"].commands[verb]
+    names = {p.name: p.param_type_name for p in command.params}
     fields = getattr(config, f"{verb.title()}Config").model_fields
     lines = ["| command line | Python | default | meaning |", "|---|---|---|---|"]
     for name, field in sorted(fields.items(), key=lambda pair: names[pair[0]] != "argument"):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trimtab.config import FitConfig as FitConfig
     from trimtab.config import GenerateConfig as GenerateConfig
     from trimtab.config import MountConfig as MountConfig
+    from trimtab.config import ProbeConfig as ProbeConfig
     from trimtab.config import RecordConfig as RecordConfig
     from trimtab.config import ServeConfig as ServeConfig
     from trimtab.config import TuneConfig as TuneConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from trimtab.generate import generate as generate
     from trimtab.generate import steered as steered
     from trimtab.mount import mount as mount
+    from trimtab.probe import probe as probe
     from trimtab.progress import Display as Display
     from trimtab.record import record as record
     from trimtab.serve import serve as serve
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 _VERBS = (
     *("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve"),
-    "compare",
+    *("compare", "probe"),
     "show",
 )
 _MODULES = {

@@ -48,6 +48,7 @@ _CONFIGS: dict[str, type[config.Config]] = {
     "cost": config.CostConfig,
     "serve": config.ServeConfig,
     "compare": config.CompareConfig,
+    "probe": config.ProbeConfig,
 }
 _ARGUMENTS = {
     "tune": ("data",),
@@ -60,7 +61,10 @@ _ARGUMENTS = {
     "cost": (),
     "serve": ("host",),
     "compare": ("data",),
+    "probe": ("host",),
 }
+_ABOUT_HOSTS = ("probe",)
+"""Verbs of the group `hosts`."""
 _WITH_JSON = ("cost",)
 """Verbs whose result can be printed as JSON."""
 _CONFIG_FILE = "config"
@@ -133,7 +137,10 @@ def _stream(
         if len(texts) == 1:
             _write(text)
 
-    function(settings, progress=display.progress, on_text=on_text)
+    def on_note(note: str) -> None:
+        typer.echo(note, err=True)
+
+    function(settings, progress=display.progress, on_text=on_text, on_note=on_note)
     if len(texts) == 1:
         _write("" if texts[0].endswith("\n") else "\n")
         return
@@ -185,12 +192,18 @@ def _readable(error: ValidationError, verb: str) -> InputError:
         if problem["type"] == "missing":
             lines.append(f"{where} is needed")
         elif problem["type"] == "extra_forbidden":
-            lines.append(f"--config gives {field!r}, which `trimtab {verb}` does not have")
+            lines.append(
+                f"--config gives {field!r}, which `trimtab {_words_of(verb)}` does not have"
+            )
         else:
             message = problem["msg"].removeprefix("Value error, ")
             found = f" (found {reprlib.repr(problem['input'])})" if field else ""
             lines.append(f"{where}: {message}{found}" if where else message)
-    return InputError("\n".join(lines), hint=f"see `trimtab {verb} --help`")
+    return InputError("\n".join(lines), hint=f"see `trimtab {_words_of(verb)} --help`")
+
+
+def _words_of(verb: str) -> str:
+    return f"hosts {verb}" if verb in _ABOUT_HOSTS else verb
 
 
 def _shown_name(verb: str, field: str) -> str:
@@ -299,8 +312,10 @@ def _write(text: str) -> None:
         raise typer.Exit(1) from None
 
 
+_hosts = typer.Typer(help="Hosts, and what they let us see.", no_args_is_help=True)
+app.add_typer(_hosts, name="hosts")
 for _verb in _CONFIGS:
-    app.command(_verb)(_command(_verb))
+    (_hosts if _verb in _ABOUT_HOSTS else app).command(_verb)(_command(_verb))
 
 
 @app.command("show")

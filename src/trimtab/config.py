@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from trimtab.config_base import Config
+from trimtab.config_hosted import HostedOptions, is_hosted
+from trimtab.config_hosted import ProbeConfig as ProbeConfig
 
 MIN_WINDOW_TOKENS = 8
 """Of a training window."""
@@ -50,14 +54,6 @@ RowName = Literal[
     "live+memory",
     "all",
 ]
-
-
-class Config(BaseModel):
-    """Base of all verbs' configurations: frozen, no unknown keys, documented fields."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
-    )
 
 
 class TuneConfig(Config):
@@ -263,17 +259,18 @@ class ExportConfig(Config):
         return self
 
 
-class GenerateConfig(Config):
-    """Continue a prompt with a steered host."""
+class _Generation(Config):
+    """What is generated, and how."""
 
     host: str
-    """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    """Host: hub name[@revision], folder, GGUF file, tiny:NAME, or openai:MODEL and anthropic:MODEL
+    behind an API."""
     prompt: tuple[str, ...] = Field(min_length=1)
     """Prompts; several are run as one batch."""
     adapter: Path | None = None
     """Adapter folder (default: the host alone)."""
     carriers: tuple[CarrierName, ...] | None = None
-    """Carriers to use (default: head and memory)."""
+    """Carriers to use (default: head and memory; with a host behind an API the expert)."""
     strength: float = Field(default=1.0, ge=0, le=2)
     """How far to follow the adapter; 0 is the host itself, bit for bit."""
     small: str | None = None
@@ -283,7 +280,8 @@ class GenerateConfig(Config):
     pass over that text; better than keys that are read through the map."""
     draft_tokens: int = Field(default=DRAFT_TOKENS, ge=0, le=64)
     """With the expert and one prompt: tokens that it drafts ahead at most, for the host to verify
-    in one pass; the text is chosen as without (0: none)."""
+    in one pass; with a host behind an API: tokens that a request asks for ahead. The text is
+    chosen as without (0: none)."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest continuation."""
     temperature: float = Field(default=0.0, ge=0)
@@ -302,6 +300,16 @@ class GenerateConfig(Config):
     """Arithmetic of the models."""
     seed: int = 0
     """Seed of sampling."""
+
+
+class GenerateConfig(HostedOptions, _Generation):
+    """Continue a prompt with a steered host."""
+
+    @model_validator(mode="after")
+    def _api_is_used(self) -> "GenerateConfig":
+        if self.api_url is not None and not is_hosted(self.host):
+            raise ValueError("api_url is for a host openai:MODEL or anthropic:MODEL")
+        return self
 
 
 class EvaluateConfig(Config):

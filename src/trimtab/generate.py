@@ -14,6 +14,7 @@ from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.backends.open import open_model
 from trimtab.config import CarrierName, GenerateConfig, MountConfig
+from trimtab.config_hosted import is_hosted
 from trimtab.errors import AdapterError, InputError
 from trimtab.mount import mount
 from trimtab.steering.processor import DEFAULT_CARRIERS, check_carriers, open_live
@@ -25,6 +26,9 @@ from trimtab.types import Advance, Progress, silent
 OnText = Callable[[int, str], None]
 """Told the index of a prompt and the next piece of its continuation."""
 
+OnNote = Callable[[str], None]
+"""Told what a user should know beside the text, in a sentence."""
+
 
 @dataclass(frozen=True)
 class GenerateResult:
@@ -34,11 +38,15 @@ class GenerateResult:
         texts: The continuations, without stop strings and special tokens.
         tokens: How many tokens each took, the end token not counted.
         wall_sec: Time that the generation took, without opening and mounting.
+        level: Of a host behind an API: what was used of it, in words.
+        notes: Of a host behind an API: what it took at most and in fact.
     """
 
     texts: tuple[str, ...]
     tokens: tuple[int, ...]
     wall_sec: float
+    level: str = ""
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """How much text came, and how fast."""
@@ -55,8 +63,11 @@ def generate(
     host: HFModel | None = None,
     progress: Progress = silent,
     on_text: OnText | None = None,
+    on_note: OnNote | None = None,
 ) -> GenerateResult:
     """Continue prompts, as one batch; with an encoder-decoder, a prompt is the source of a target.
+
+    A host behind an API (openai:MODEL, anthropic:MODEL) is asked over the network.
 
     A continuation ends at max_new_tokens, at an end token, at a stop string (which is cut off),
     or where the host's positions end.
@@ -67,6 +78,7 @@ def generate(
         progress: Shows the opening, the mounting and the tokens.
         on_text: Gets each piece of text as soon as it is certain; the pieces of a prompt
             together are its text.
+        on_note: Gets what a host behind an API is used for, and what that costs.
 
     Raises:
         InputError: A prompt is empty or too long, a stop string is empty, or carriers are named
@@ -74,6 +86,9 @@ def generate(
         AdapterError: The adapter is broken or lacks a carrier.
         ModelError: The host cannot be opened, or has no chat template and is to chat.
     """
+    _check_words(config)
+    if is_hosted(config.host):
+        return _generate_hosted(config, progress, on_text, on_note)
     carriers = _check(config)
     host = host or open_model(
         config.host, dtype=config.dtype, device_map=config.device_map, progress=progress
@@ -99,8 +114,19 @@ def generate(
     return follower.result(time.monotonic() - start_sec)
 
 
-def _check(config: GenerateConfig) -> tuple[CarrierName, ...]:
-    """Refuse what cannot work before anything large is opened; say which carriers steer."""
+def _generate_hosted(
+    config: GenerateConfig, progress: Progress, on_text: OnText | None, on_note: OnNote | None
+) -> GenerateResult:
+    # Imported here: what it needs is in an extra.
+    from trimtab.hosted.generating import generate_hosted
+
+    start_sec = time.monotonic()
+    done = generate_hosted(config, progress=progress, on_text=on_text, on_note=on_note)
+    wall_sec = time.monotonic() - start_sec
+    return GenerateResult(done.texts, done.tokens, wall_sec, done.level, done.notes)
+
+
+def _check_words(config: GenerateConfig) -> None:
     for number, prompt in enumerate(config.prompt, start=1):
         if not prompt:
             raise InputError(f"prompt {number} is empty", hint="give at least one character")
@@ -110,12 +136,16 @@ def _check(config: GenerateConfig) -> tuple[CarrierName, ...]:
             )
     if "" in config.stop:
         raise InputError("a stop string is empty", hint="leave it out")
+    if config.adapter is None and config.carriers:
+        raise InputError(
+            f"carriers {', '.join(config.carriers)} are named, but no adapter",
+            hint="give --adapter",
+        )
+
+
+def _check(config: GenerateConfig) -> tuple[CarrierName, ...]:
+    """Refuse carriers that are not there before anything large is opened; say which steer."""
     if config.adapter is None:
-        if config.carriers:
-            raise InputError(
-                f"carriers {', '.join(config.carriers)} are named, but no adapter",
-                hint="give --adapter",
-            )
         return ()
     manifest = read_manifest(config.adapter)
     if config.carriers is not None:

@@ -77,6 +77,9 @@ class Alignment:
     def _is_foreign(self) -> Tensor:
         foreign = ~self.is_known
         texts = self.small.vocabulary.token_bytes
+        if not (foreign & (token_lengths(self.host.vocabulary) > 0)).any():
+            # What stands for no text is the longest token of none.
+            return foreign
         ends = torch.tensor([self.host.longest_token(text) if text else -1 for text in texts])
         foreign[ends[ends >= 0]] = False
         return foreign

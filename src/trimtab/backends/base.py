@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from trimtab.align.strings import Strings
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
@@ -24,6 +25,21 @@ class GivesTopLogprobs(Protocol):
 
     def top_logprobs(self, text: str, *, top_k: int) -> Mapping[str, float]:
         """Natural-log probabilities of the most likely next token strings."""
+        ...
+
+
+@runtime_checkable
+class GivesStrings(Protocol):
+    """A host whose tokens' bytes are known, whatever else it shows."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every token id."""
+        ...
+
+    @property
+    def strings(self) -> Strings:
+        """Its tokens as strings, and where its tokenizer cuts."""
         ...
 
 

@@ -151,9 +151,14 @@ class HFModel:
         """
         return encode_following(self.tokenizer, text, self.vocabulary)
 
-    @cached_property
+    @property
     def strings(self) -> Strings:
         """Its tokens as strings, and where its tokenizer cuts."""
+        # A protocol's property may be a property, and no cached one.
+        return self._strings
+
+    @cached_property
+    def _strings(self) -> Strings:
         return Strings(self.vocabulary, self.encode_following)
 
     @cached_property

@@ -12,7 +12,7 @@ from trimtab.align.carry import Alignment
 from trimtab.align.covers import Cover, covers_of
 from trimtab.align.cut import HostCut
 from trimtab.align.replies import Asked, Reply, carry_replies, deal_out, still_undecided
-from trimtab.backends.hf import HFModel
+from trimtab.backends.base import GivesStrings
 from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
 from trimtab.backends.ways import Ways
@@ -56,7 +56,7 @@ class PairProbs(NamedTuple):
 class Live:
     """An expert and its reference, asked about a host's next tokens from the same bytes."""
 
-    def __init__(self, pair: Pair, host: HFModel, *, draft_tokens: int = DRAFT_TOKENS) -> None:
+    def __init__(self, pair: Pair, host: GivesStrings, *, draft_tokens: int = DRAFT_TOKENS) -> None:
         """Align the pair's tokenizer with the host's.
 
         Args:
@@ -75,6 +75,12 @@ class Live:
     def pair(self) -> Pair:
         """Expert and reference."""
         return self._pair
+
+    def onto(self, host: GivesStrings) -> "Live":
+        """The same models, with all that they keep of their rows, beside other tokens."""
+        other = Live(self._pair, host, draft_tokens=self.draft_tokens)
+        other._rows = self._rows
+        return other
 
     def read(
         self,
@@ -176,17 +182,28 @@ class Live:
             carried = [torch.lerp(side, host_probs, DOUBT) for side in carried]
         return PairProbs(*carried)
 
-    def expected(self, reading: "LiveReading", questions: range) -> Tensor:
+    def expected(
+        self, reading: "LiveReading", questions: range, count: int = EXPECTED_TOKENS
+    ) -> Tensor:
         """Host tokens that the expert expects, whatever the host thinks of them, ascending.
 
         Args:
             reading: What `read` gave.
             questions: Which of its contexts.
+            count: Likeliest tokens of the expert that count.
 
         Returns:
             Of each context the host tokens with which the host begins the expert's likeliest next
             tokens, where the context ends with a token of the small models.
         """
+        likely = self.expected_small(reading, questions, count)
+        if self.is_one_vocabulary or not len(likely):
+            return likely
+        first = self.alignment.first_host(likely).unique()
+        return first[first >= 0]
+
+    def expected_small(self, reading: "LiveReading", questions: range, count: int) -> Tensor:
+        """The small tokens of `expected`, ascending."""
         nodes = [
             reading.ends[question][0]
             for question in questions
@@ -196,11 +213,7 @@ class Live:
             return torch.zeros(0, dtype=torch.long)
         with torch.no_grad():
             logits = self._pair.expert_unembedding.logits(reading.expert[nodes])
-        likely = logits.topk(min(EXPECTED_TOKENS, logits.shape[1]), -1).indices.cpu().unique()
-        if self.is_one_vocabulary:
-            return likely
-        first = self.alignment.first_host(likely).unique()
-        return first[first >= 0]
+        return logits.topk(min(count, logits.shape[1]), -1).indices.cpu().unique()
 
     def _asked(
         self,

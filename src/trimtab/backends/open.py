@@ -62,6 +62,13 @@ def open_model(
         return replace(opened, source=source)
 
 
+def open_tokenizer(ref: str, progress: Progress = silent) -> PreTrainedTokenizerBase:
+    """Open a model's tokenizer alone; names and errors as for `open_model`."""
+    if ref.startswith(TINY_SCHEME):
+        return tiny_tokenizer(parse_tiny(ref))
+    return load_tokenizer(ref, _folder(ref, progress))
+
+
 def resolve_dtype(dtype: Dtype, device_map: str | None = None) -> torch.dtype:
     """Turn the configured arithmetic into torch's; auto asks the hardware.
 

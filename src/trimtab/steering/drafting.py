@@ -84,26 +84,14 @@ class Drafter:
         start = self._live.pair.reference.context_ids() if written.start is None else written.start
         if self._live.is_one_vocabulary:
             line = [*start, *written.host_ids]
-            return self._of_tokens(line, self._most(line, room), propose)
-        context = readable(written.context)
-        encode = self._live.pair.reference.encode
-        if written.start is not None:
-            encode = self._live.pair.reference.encode_following
-        own = covers_of(context, encode, self._live.pair.vocabulary)[0]
-        line = [*start, *own.tokens]
-        if own.rest:
-            return Draft()
-        return self._of_bytes(line, self._most(line, room), room)
-
-    def _most(self, line: Sequence[int], room: int) -> int:
-        longest = self._live.pair.reference.max_tokens
-        slack = 0 if self._live.is_one_vocabulary else _SLACK
-        left = room if longest is None else longest - len(line) - slack
-        return min(self._live.draft_tokens, room, left) if line else 0
+            return self._of_tokens(line, _most(self._live, line, room), propose)
+        text = text_ahead(self._live, written, room)
+        ids = self._host.encode_following(text)[:room]
+        return Draft(list(ids), [None] * len(ids))
 
     def _of_tokens(self, line: Sequence[int], most: int, propose: Propose) -> Draft:
         draft, sure = Draft(), 1.0
-        for logits in self._ahead(line, draft.token_ids, most):
+        for logits in _ahead(self._live, line, draft.token_ids, most):
             padded = torch.full((len(self._may_follow),), -torch.inf)
             width = min(len(padded), len(logits))
             padded[:width] = logits[:width]
@@ -116,25 +104,51 @@ class Drafter:
                 break
         return draft
 
-    def _of_bytes(self, line: Sequence[int], most: int, room: int) -> Draft:
-        token_bytes, tokens, sure = self._live.pair.vocabulary.token_bytes, [], 1.0
-        for logits in self._ahead(line, tokens, most):
-            token_id = int(logits.argmax())
-            if not token_bytes[token_id]:
-                break
-            tokens.append(token_id)
-            sure *= float((logits[token_id] - logits.logsumexp(0)).exp())
-            if sure < UNLIKELY:
-                break
-        text = b"".join(token_bytes[token_id] or b"" for token_id in tokens)
-        ids = self._host.encode_following(text.decode("utf-8", "ignore"))[:room]
-        return Draft(list(ids), [None] * len(ids))
 
-    def _ahead(self, line: Sequence[int], drafted: list[int], most: int) -> Iterator[Tensor]:
-        """The expert's logits after a line and what its caller has drafted after it by then."""
-        head, cached = self._live.pair.expert_unembedding, self._live.caches(0).expert
-        for _ in range(most):
-            with torch.no_grad(), self._live.pair.as_expert() as expert:
-                state = run_line(expert, [*line, *drafted], cached)
-                logits = head.logits(state).float().cpu()
-            yield logits
+def text_ahead(live: Live, written: Written, room: int) -> str:
+    """The expert's likeliest text, as far as it is sure of it.
+
+    Args:
+        live: The expert, beside any tokens.
+        written: The text so far.
+        room: Most tokens of the expert to draft.
+
+    Returns:
+        Whole characters; nothing where the text so far ends inside one.
+    """
+    start = live.pair.reference.context_ids() if written.start is None else written.start
+    encode = live.pair.reference.encode
+    if written.start is not None:
+        encode = live.pair.reference.encode_following
+    own = covers_of(readable(written.context), encode, live.pair.vocabulary)[0]
+    line = [*start, *own.tokens]
+    if own.rest:
+        return ""
+    token_bytes, tokens, sure = live.pair.vocabulary.token_bytes, [], 1.0
+    for logits in _ahead(live, line, tokens, _most(live, line, room)):
+        token_id = int(logits.argmax())
+        if not token_bytes[token_id]:
+            break
+        tokens.append(token_id)
+        sure *= float((logits[token_id] - logits.logsumexp(0)).exp())
+        if sure < UNLIKELY:
+            break
+    text = b"".join(token_bytes[token_id] or b"" for token_id in tokens)
+    return text.decode("utf-8", "ignore")
+
+
+def _most(live: Live, line: Sequence[int], room: int) -> int:
+    longest = live.pair.reference.max_tokens
+    slack = 0 if live.is_one_vocabulary else _SLACK
+    left = room if longest is None else longest - len(line) - slack
+    return min(live.draft_tokens, room, left) if line else 0
+
+
+def _ahead(live: Live, line: Sequence[int], drafted: list[int], most: int) -> Iterator[Tensor]:
+    """The expert's logits after a line and what its caller has drafted after it by then."""
+    head, cached = live.pair.expert_unembedding, live.caches(0).expert
+    for _ in range(most):
+        with torch.no_grad(), live.pair.as_expert() as expert:
+            state = run_line(expert, [*line, *drafted], cached)
+            logits = head.logits(state).float().cpu()
+        yield logits

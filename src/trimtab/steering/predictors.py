@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trimtab.backends.live import Live, LiveReading
+from trimtab.backends.live import Live, LiveReading, PairProbs
 from trimtab.blend import PROXY, BlendWeights, log_linear, mix
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import last_bytes
@@ -160,17 +160,47 @@ def _alone(steering: Steering, field: Field, hidden: Tensor) -> dict[str, Tensor
 
 
 def _live(steering: Steering, live: Live, field: Field, rows: Rows) -> dict[str, Tensor]:
-    """Every blend of host, expert and reference.
+    """Every blend of host, expert and reference."""
+    known = live.alignment.is_known[field.token_ids]
+    host = of_text(field.logprobs, known)
+    pair = _scored(live, rows, host[:, :-1].exp(), field.token_ids[known])
+    return live_blends(steering, field.logprobs, known, pair)
+
+
+def of_text(logprobs: Tensor, known: Tensor) -> Tensor:
+    """A host's log-probabilities over tokens of text and the tail, given that text goes on.
+
+    Args:
+        logprobs: Of candidates and, last, the tail, shape [rows, candidates + 1].
+        known: Which candidates are text to the small models, shape [candidates].
+
+    Returns:
+        Shape [rows, known candidates + 1].
+    """
+    return logprobs[:, _with_tail_column(known)].log_softmax(-1)
+
+
+def live_blends(
+    steering: Steering, logprobs: Tensor, known: Tensor, pair: PairProbs
+) -> dict[str, Tensor]:
+    """Every blend of a host with expert and reference.
 
     Tokens that stand for no text (the end, above all) keep the host's own probability: the pair
     says nothing of them.
+
+    Args:
+        steering: The blends.
+        logprobs: The host's, of candidates and the tail, shape [rows, candidates + 1].
+        known: Which candidates are text to the small models, shape [candidates].
+        pair: Expert and reference over these, each of shape [rows, known candidates].
+
+    Returns:
+        By predictor, of `logprobs`' shape.
     """
-    known = live.alignment.is_known[field.token_ids]
-    is_text = torch.cat([known, torch.ones(1, dtype=torch.bool)])
-    text = field.logprobs[:, is_text]
-    of_text = text.logsumexp(-1, keepdim=True)
-    host = text - of_text
-    pair = _scored(live, rows, host[:, :-1].exp(), field.token_ids[known])
+    is_text = _with_tail_column(known)
+    text = logprobs[:, is_text]
+    mass = text.logsumexp(-1, keepdim=True)
+    host = text - mass
     expert, reference = (_with_tail(probs) for probs in pair)
     by_name = {name: BlendWeights(*by) for name, by in steering.blend.live.items()}
     blends = {
@@ -185,19 +215,23 @@ def _live(steering: Steering, live: Live, field: Field, rows: Rows) -> dict[str,
     found = {}
     for name, blended in blends.items():
         blended = blended.masked_fill(impossible, -torch.inf).log_softmax(-1)
-        found[name] = field.logprobs.clone()
-        found[name][:, is_text] = (blended + of_text).clamp_min(LEAST_LOGPROB)
+        found[name] = logprobs.clone()
+        found[name][:, is_text] = (blended + mass).clamp_min(LEAST_LOGPROB)
     return found
 
 
-def _scored(live: Live, rows: Rows, host_probs: Tensor, token_ids: Tensor) -> list[Tensor]:
+def _with_tail_column(known: Tensor) -> Tensor:
+    return torch.cat([known, torch.ones(1, dtype=torch.bool)])
+
+
+def _scored(live: Live, rows: Rows, host_probs: Tensor, token_ids: Tensor) -> PairProbs:
     """Probabilities of expert and reference, each of host_probs' shape."""
     sizes = [len(questions) for _, questions in rows.questions]
     pairs = [
         live.score(reading, questions, probs, token_ids)
         for (reading, questions), probs in zip(rows.questions, host_probs.split(sizes), strict=True)
     ]
-    return [torch.cat(side).float() for side in zip(*pairs, strict=True)]
+    return PairProbs(*(torch.cat(side).float() for side in zip(*pairs, strict=True)))
 
 
 def _with_tail(probs: Tensor) -> Tensor:

@@ -1,0 +1,243 @@
+r"""How much of an expert's gain a host keeps that shows its likeliest tokens only.
+
+    python -m bench.endpoint --adapter FOLDER --host MODEL --small MODEL --zig FOLDER \\
+        --leave-out FOLDER ... --out RESULT.json
+
+The host runs here, and of its distribution at each place only the likeliest tokens are passed on,
+as an API would pass them. Its own bits per byte are those of its full distribution. A token that is
+neither shown nor expected shares the tail alike with all other tokens of the vocabulary. Text: the
+middles of Zig files that lie in none of the folders to leave out (give the demo's training and test
+files), and of modules of Python's library.
+"""
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from examples.demo import corpus
+from trimtab.backends.hf import HFModel
+from trimtab.backends.live import Live, LiveReading
+from trimtab.backends.open import open_model
+from trimtab.blend import evidence_weights, mixture_logprobs
+from trimtab.progress import Display
+from trimtab.steering.beside import open_beside
+from trimtab.steering.predictors import Steering
+from trimtab.steering.rows import prior_of
+from trimtab.steering.scoring import score_document
+from trimtab.steering.truncated import EXPECTED, Shown, truncated
+from trimtab.store.files import package_versions, write_json
+from trimtab.store.manifest import read_manifest
+from trimtab.text.duplicates import drop_near_duplicates
+from trimtab.types import Document
+
+TOPS = (20, 5)
+PLACES_AT_ONCE = 64
+"""Whose full distributions the host computes together."""
+
+GENERAL_MODULES = ("mailbox", "gettext", "imaplib", "sched", "shlex", "plistlib", "netrc", "cmd")
+"""Modules of Python's library that neither the demo nor the probe text uses."""
+
+
+@dataclass
+class Sums:
+    """Nats of each way over one kind of text.
+
+    Attributes:
+        nats: By way, one a document.
+        sizes: Bytes of each document.
+        tokens: Scored tokens.
+    """
+
+    nats: dict[str, list[float]] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    tokens: int = 0
+
+    def bits_per_byte(self) -> dict[str, float]:
+        """By way, pooled over documents."""
+        total = sum(self.sizes) * math.log(2)
+        return {way: sum(nats) / total for way, nats in self.nats.items()}
+
+    def kept(self, way: str, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+        """Share of the gain of full logits that a way keeps, and its standard error."""
+        ways = torch.tensor([self.nats["host"], self.nats["full"], self.nats[way]]).double()
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randint(ways.shape[1], (draws, ways.shape[1]), generator=generator)
+        drawn = ways[:, picks].sum(-1)
+        shares = (drawn[0] - drawn[2]) / (drawn[0] - drawn[1])
+        host, full, own = ways.sum(-1).tolist()
+        return (host - own) / (host - full), float(shares.std())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--small")
+    parser.add_argument("--zig", type=Path, required=True)
+    parser.add_argument("--leave-out", type=Path, nargs="*", default=[])
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--document-tokens", type=int, default=200)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    display, manifest = Display(), read_manifest(given.adapter)
+    host = open_model(given.host, dtype=given.dtype, progress=display.progress)
+    pair = open_beside(manifest, given.adapter, small=given.small, dtype=given.dtype)
+    live = Live(pair, host)
+    steering = Steering(("host", "live"), live=live, blend=manifest.blend)
+    texts = {
+        "zig": zig_documents(given.zig, given.leave_out, given.documents),
+        "python": python_documents(given.documents // 2),
+    }
+    found = {kind: Sums() for kind in texts}
+    total = sum(map(len, texts.values()))
+    with display.progress("scoring (documents)", total) as advance:
+        for kind, documents in texts.items():
+            for document in documents:
+                score(host, steering, live, document, given.document_tokens, found[kind])
+                # Whatever ends the run, what was scored counts.
+                write_json(given.out, result(given, texts, found))
+                advance(1)
+    print(given.out.read_text())
+
+
+def zig_documents(folder: Path, left_out: Sequence[Path], count: int) -> list[Document]:
+    """Middles of files that nobody has trained on or tests on, unlike any of those."""
+    used = {p.relative_to(f).as_posix(): p for f in left_out for p in f.rglob("*.zig")}
+    choice = corpus.Choice(test_files=10**6)
+    whole = corpus.choose(folder, choice)["test"]
+    free = [Document(name, text) for name, text in whole.items() if name not in used]
+    free = free[: 4 * count]
+    against = [Document(name, path.read_text()) for name, path in used.items()]
+    unlike = drop_near_duplicates(free, against).kept
+    pieces = [Document(one.name, corpus.middle(one.text, 3_000)) for one in unlike]
+    return [piece for piece in pieces if len(piece.text) > 1_000][:count]
+
+
+def python_documents(count: int) -> list[Document]:
+    found = []
+    for name in GENERAL_MODULES[:count]:
+        spec = importlib.util.find_spec(name)
+        assert spec and spec.origin
+        text = Path(spec.origin).read_text(encoding="utf-8")
+        found.append(Document(name, corpus.middle(text, 3_000)))
+    return found
+
+
+def score(
+    host: HFModel, steering: Steering, live: Live, document: Document, tokens: int, sums: Sums
+) -> None:
+    """Score the first tokens of a document in every way."""
+    ids = host.encode(document.text)[:tokens]
+    pieces = [host.vocabulary.token_bytes[i] or b"" for i in ids]
+    text = b"".join(pieces).decode("utf-8", "ignore")
+    ids = host.encode(text)
+    pieces = [host.vocabulary.token_bytes[i] or b"" for i in ids]
+    full = score_document(host, text, steering, window_tokens=tokens + 8, stride_tokens=tokens + 8)
+    ways = {"host": full.rows["host"].logprobs, "full": full.rows["live"].logprobs}
+    first = len(ids) - len(ways["host"])
+    reading = live.read(
+        [b"".join(pieces[:i]) for i in range(first, len(ids))],
+        host_ids=[ids[:i] for i in range(first, len(ids))],
+        host_lasts=[ids[i - 1] if i else None for i in range(first, len(ids))],
+    )
+    logprobs = host_logprobs(host, ids, first)
+    for top in TOPS:
+        scores = [
+            place_scores(
+                steering, live, reading, number, logprobs[number], (top, ids[first + number])
+            )
+            for number in range(len(ids) - first)
+        ]
+        ways[f"top {top}"], ways[f"host, top {top}"] = mixed(steering, torch.stack(scores, 1))
+    sums.sizes.append(sum(map(len, pieces[first:])))
+    sums.tokens += len(ids) - first
+    for way, row in ways.items():
+        sums.nats.setdefault(way, []).append(-float(row.double().sum()))
+
+
+def host_logprobs(host: HFModel, ids: Sequence[int], first: int) -> list[Tensor]:
+    """The host's log-probabilities before each token from the first scored one, each [vocab]."""
+    context = host.context_ids()
+    with torch.inference_mode():
+        states = host.hidden(torch.tensor([[*context, *ids]]))[0]
+        states = states[len(context) + first - 1 : len(context) + len(ids) - 1]
+        parts = [
+            host.unembedding.logits(p).float().log_softmax(-1) for p in states.split(PLACES_AT_ONCE)
+        ]
+    return list(torch.cat(parts))
+
+
+def place_scores(
+    steering: Steering,
+    live: Live,
+    reading: LiveReading,
+    number: int,
+    logprobs: Tensor,
+    asked: tuple[int, int],
+) -> Tensor:
+    """What each predictor gives to the token that came, shape [predictors]; `asked`: k, token."""
+    top, target = asked
+    best = logprobs.topk(top)
+    row = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    question = range(number, number + 1)
+    shown = Shown.of([row], live.expected(reading, question, EXPECTED))
+    found = truncated(steering, live, reading, question, shown)
+    stacked = torch.stack([found[name][0] for name in steering.families["live"]])
+    places = (shown.token_ids == target).nonzero()
+    if len(places):
+        return stacked[:, int(places[0, 0])]
+    others = len(live.alignment.host.vocabulary) - len(shown.token_ids)
+    return stacked[:, -1] - math.log(others)
+
+
+def mixed(steering: Steering, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the weighed mixture and of the truncated host alone, [tokens] each."""
+    members = steering.families["live"]
+    prior = prior_of(members, steering.blend)
+    weights = evidence_weights(scores, prior, share=steering.blend.share)[:, :-1]
+    return mixture_logprobs(scores.double(), weights), scores[members.index("host")]
+
+
+def result(
+    given: argparse.Namespace, texts: Mapping[str, Sequence[Document]], found: Mapping[str, Sums]
+) -> dict[str, object]:
+    """What is recorded."""
+    kinds = {}
+    for kind, sums in found.items():
+        if not sums.sizes:
+            continue
+        bits = sums.bits_per_byte()
+        against = {way: 100 * (value / bits["host"] - 1) for way, value in bits.items()}
+        kinds[kind] = {
+            "documents": [document.name for document in texts[kind][: len(sums.sizes)]],
+            "tokens": sums.tokens,
+            "bytes": sum(sums.sizes),
+            "bits_per_byte": {way: round(value, 4) for way, value in bits.items()},
+            "against_host_percent": {way: round(value, 2) for way, value in against.items()},
+        }
+        if kind == "zig" and len(sums.sizes) > 1:
+            shares = {f"top {top}": sums.kept(f"top {top}") for top in TOPS}
+            kinds[kind]["kept_of_full_gain_percent"] = {
+                way: {"mean": round(100 * share, 1), "stderr": round(100 * error, 1)}
+                for way, (share, error) in shares.items()
+            }
+    return {
+        "question": "How much of the expert's gain does a host keep that shows k tokens only?",
+        "host": Path(given.host).parent.name or given.host,
+        "adapter": read_manifest(given.adapter).name,
+        "expected": EXPECTED,
+        "unit": "bits per byte of the host's full distribution and of each blend",
+        "kinds": kinds,
+        "packages": package_versions(),
+    }
+
+
+if __name__ == "__main__":
+    main()

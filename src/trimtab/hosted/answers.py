@@ -1,0 +1,207 @@
+"""What an API answers, whatever dialect it speaks. Pure."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.hosted.ledger import Usage
+
+_NO_TEXT = re.compile(
+    r"<\|[^|]*\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]"
+)
+"""How the common families spell tokens that stand for no text."""
+
+_END = re.compile(
+    r"</s>|<eos>|<end_of_turn>|<\|(?:endoftext|end_of_text|im_end|eot_id|eom_id|end|return|eot)\|>"
+)
+"""And those among them that end a text or a turn."""
+
+_ESCAPED = re.compile(r"\\x([0-9a-fA-F]{2})")
+_BYTES = "bytes:"
+_REPLACED = "�"
+
+
+class BrokenAnswer(ValueError):
+    """An answer that is not what the API promises: asking again may help."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as an API shows it.
+
+    Attributes:
+        text: Its bytes; None for one that stands for no text, such as the end, or whose bytes the
+            API does not tell.
+        logprob: Natural-log probability.
+        name: As the API spells it.
+        token_id: The API's own number, where it tells.
+    """
+
+    text: bytes | None
+    logprob: float
+    name: str = ""
+    token_id: int | None = None
+
+    @property
+    def is_readable(self) -> bool:
+        """It stands for text that is told, or is known to stand for none."""
+        return self.text is not None or is_no_text(self.name)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an API shows at one place of a text.
+
+    Attributes:
+        chosen: The token that stands there.
+        top: The likeliest tokens, those that can be read; without the chosen one where that is
+            not among them.
+    """
+
+    chosen: Token
+    top: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One continuation.
+
+    Attributes:
+        text: Of the continuation.
+        places: Its tokens, after those of the prompt where these were asked for; none without
+            logprobs.
+        ended: The model itself has ended the text, not the bound on its length.
+    """
+
+    text: str
+    places: tuple[Place, ...]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one call gave.
+
+    Attributes:
+        choices: The continuations.
+        usage: Tokens that it took; None where the API does not say.
+    """
+
+    choices: tuple[Answer, ...]
+    usage: Usage | None
+
+
+def is_no_text(name: str) -> bool:
+    """Whether a token's name is that of one that stands for no text."""
+    return _NO_TEXT.fullmatch(name) is not None
+
+
+def is_end(name: str) -> bool:
+    """Whether a token's name is that of one that ends a text."""
+    return _END.fullmatch(name) is not None
+
+
+def read_answers(raw: Mapping[str, Any], *, logprobs: bool) -> Answers:
+    """Read what /completions or /chat/completions answered.
+
+    Args:
+        raw: The JSON.
+        logprobs: They were asked for, and must be there.
+
+    Raises:
+        BrokenAnswer: Parts are missing or are of another kind.
+    """
+    try:
+        choices = tuple(_choice(one, logprobs=logprobs) for one in raw["choices"])
+        usage = _usage(raw.get("usage"), "prompt_tokens", "completion_tokens")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BrokenAnswer(f"the answer lacks {error}") from error
+    if not choices:
+        raise BrokenAnswer("the answer holds no continuation")
+    return Answers(choices, usage)
+
+
+def read_messages(raw: Mapping[str, Any]) -> Answers:
+    """Read what Anthropic's /messages answered.
+
+    Raises:
+        BrokenAnswer: Parts are missing or are of another kind.
+    """
+    try:
+        parts = [part["text"] for part in raw["content"] if part["type"] == "text"]
+        usage = _usage(raw.get("usage"), "input_tokens", "output_tokens")
+        ended = raw.get("stop_reason") not in ("max_tokens", None)
+        return Answers((Answer("".join(parts), (), ended),), usage)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BrokenAnswer(f"the answer lacks {error}") from error
+
+
+def _choice(raw: Mapping[str, Any], *, logprobs: bool) -> Answer:
+    text = raw["message"]["content"] if "message" in raw else raw["text"]
+    # A chat that ends at once has no content.
+    text = text or ""
+    places = _places(raw.get("logprobs")) if logprobs else ()
+    if logprobs and text and not places:
+        raise BrokenAnswer("the answer lacks its logprobs")
+    return Answer(text, places, raw.get("finish_reason") not in ("length", None))
+
+
+def _places(raw: Mapping[str, Any] | None) -> tuple[Place, ...]:
+    if not raw:
+        return ()
+    if raw.get("content") is not None:
+        return tuple(
+            _place(_token(one), map(_token, one["top_logprobs"])) for one in raw["content"]
+        )
+    columns = zip(raw["tokens"], raw["token_logprobs"], raw["top_logprobs"], strict=True)
+    return tuple(
+        # The first token of a text has nothing before it that could say how likely it is.
+        _place(
+            _named(name, 0.0 if logprob is None else logprob),
+            [_named(*pair) for pair in (top or {}).items()],
+        )
+        for name, logprob, top in columns
+    )
+
+
+def _place(chosen: Token, top: Any) -> Place:
+    return Place(chosen, tuple(token for token in top if token.is_readable))
+
+
+def _token(raw: Mapping[str, Any]) -> Token:
+    name, given = raw["token"], raw.get("bytes")
+    token = _named(name, float(raw["logprob"]), raw.get("id"))
+    if given is None or is_no_text(name):
+        return token
+    return Token(bytes(given) or None, token.logprob, name, token.token_id)
+
+
+def _named(name: str, logprob: float, token_id: int | None = None) -> Token:
+    return Token(bytes_of(name), float(logprob), name, token_id)
+
+
+def bytes_of(name: str) -> bytes | None:
+    """The bytes of a token by its name; None where it stands for none, or they are not told."""
+    if is_no_text(name) or _REPLACED in name:
+        return None
+    if name.startswith(_BYTES):
+        # Bytes that are no text by themselves, as OpenAI's completions spell them.
+        parts = re.split(r"(\\x[0-9a-fA-F]{2})", name.removeprefix(_BYTES))
+        found = [_ESCAPED.fullmatch(part) for part in parts]
+        return b"".join(
+            bytes([int(match[1], 16)]) if match else part.encode()
+            for part, match in zip(parts, found, strict=True)
+        )
+    return name.encode() or None
+
+
+def _usage(raw: Mapping[str, Any] | None, prompt: str, completion: str) -> Usage | None:
+    if not raw or prompt not in raw:
+        return None
+    return Usage(int(raw[prompt]), int(raw.get(completion) or 0))
+
+
+def text_of(places: Sequence[Place]) -> bytes:
+    """The text that tokens stand for."""
+    return b"".join(place.chosen.text or b"" for place in places)

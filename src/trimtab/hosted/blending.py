@@ -1,0 +1,183 @@
+"""The next token of a host that shows its likeliest ones, blended with expert and reference."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.live import Live, LiveReading
+from trimtab.blend import evidence_weights, mixture_logprobs
+from trimtab.hosted.answers import Place, Token
+from trimtab.hosted.tokens import KnownTokens, ToldTokens, expected_texts, is_whole, shown_ids
+from trimtab.steering.evidence import EVIDENCE_TOKENS, Mixture, readable
+from trimtab.steering.truncated import EXPECTED, Shown, truncated
+
+
+@dataclass(frozen=True)
+class Option:
+    """A token that may come next.
+
+    Attributes:
+        text: Its bytes; None for one that stands for no text.
+        token_id: Of the host, where its tokens are known.
+        ends: It ends the continuation.
+    """
+
+    text: bytes | None
+    token_id: int | None
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """All tokens that may come next.
+
+    Attributes:
+        each: The tokens.
+        logprobs: The steered natural-log probabilities, shape [options]; -inf for what cannot be
+            sent back to the host. What is missing to one belongs to tokens that are not here.
+    """
+
+    each: tuple[Option, ...]
+    logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class Before:
+    """What stands before a place.
+
+    Attributes:
+        context: All bytes; in a chat, of the answer.
+        host_ids: The host's tokens of it, where these are known.
+        host_last: The last of them, where the host has written it.
+        start: What the small models read before it (default: what they expect before any text).
+    """
+
+    context: bytes
+    host_ids: Sequence[int] | None = None
+    host_last: int | None = None
+    start: Sequence[int] | None = None
+
+
+@final
+class Blender:
+    """Blends places of one text, one after another."""
+
+    def __init__(
+        self, mixture: Mixture, live: Live, tokens: KnownTokens | None, *, by_ids: bool
+    ) -> None:
+        """Begin with the adapter's own trust in its predictors.
+
+        Args:
+            mixture: What steers: the expert's blends alone.
+            live: Expert and reference; beside the host's tokens, where these are known.
+            tokens: The host's tokens.
+            by_ids: The host is sent tokens. Otherwise it is sent text, so that no token may end
+                inside a character.
+        """
+        self._mixture = mixture
+        self._live = live
+        self._tokens = tokens
+        self._by_ids = by_ids
+        self._weights = mixture.prior
+
+    @property
+    def live(self) -> Live:
+        """Expert and reference."""
+        return self._live
+
+    def weigh(self, places: Sequence[Place]) -> None:
+        """Trust each predictor as far as a prompt speaks for it (`Mixture.weigh`).
+
+        Args:
+            places: The prompt's tokens, as the host has read them; nothing is known of the first.
+        """
+        texts = [place.chosen.text or b"" for place in places]
+        asked = [i for i in range(1, len(places)) if texts[i] and places[i].top]
+        asked = asked[-EVIDENCE_TOKENS:]
+        if not asked:
+            return
+        ids = self._ids([place.chosen for place in places])
+        befores = [
+            Before(
+                b"".join(texts[:i]),
+                [t for t, text in zip(ids[:i], texts, strict=False) if text] if ids else None,
+                ids[i - 1] if ids and texts[i - 1] else None,
+            )
+            for i in asked
+        ]
+        reading = self._read(befores)
+        scores = [self._score(reading, number, places[i]) for number, i in enumerate(asked)]
+        share = self._mixture.steering.blend.share
+        weights = evidence_weights(torch.stack(scores, 1), self._mixture.prior, share=share)
+        self._weights = weights[:, -1].float()
+
+    def options(self, before: Before, top: Sequence[Token]) -> Options:
+        """What may come next, steered.
+
+        Args:
+            before: What stands before the place.
+            top: The likeliest tokens that the host shows there.
+        """
+        said, options = self._said(self._read([before], row=0), 0, top)
+        mixed = mixture_logprobs(said, self._weights[:, None])[:-1]
+        if not self._by_ids:
+            sent = [o.ends or (o.text is not None and is_whole(o.text)) for o in options]
+            mixed = mixed.masked_fill(~torch.tensor(sent, dtype=torch.bool), -torch.inf)
+        return Options(options, mixed)
+
+    def _score(self, reading: LiveReading, number: int, place: Place) -> Tensor:
+        """What each predictor gives to the token that stands at a place, shape [predictors]."""
+        names = {token.name for token in place.top}
+        top = place.top if place.chosen.name in names else (*place.top, place.chosen)
+        said, options = self._said(reading, number, top)
+        texts = [option.text for option in options]
+        # A token that the named tokenizer does not have is one of the tail.
+        found = place.chosen.text in texts
+        return said[:, texts.index(place.chosen.text) if found else -1]
+
+    def _said(
+        self, reading: LiveReading, number: int, top: Sequence[Token]
+    ) -> tuple[Tensor, tuple[Option, ...]]:
+        """Log-probabilities of each predictor, [predictors, options + 1], and the options."""
+        question, steering = range(number, number + 1), self._mixture.steering
+        if self._tokens is not None:
+            live, texts = self._live, self._tokens.vocabulary.token_bytes
+            row = shown_ids(top, [self._tokens.id_of(token) for token in top])
+            wanted = live.expected(reading, question, EXPECTED)
+        else:
+            expected = expected_texts(self._live, reading, question, EXPECTED)
+            told = ToldTokens.of(top, expected)
+            live, texts = self._live.onto(told), told.vocabulary.token_bytes
+            row = shown_ids(top, told.ids_of(top))
+            wanted = torch.arange(len(texts))
+        shown = Shown.of([row], wanted)
+        found = truncated(steering, live, reading, question, shown)
+        options = tuple(self._option(texts[i], i) for i in shown.token_ids.tolist())
+        return torch.stack([found[name][0] for name in self._mixture.members]), options
+
+    def _option(self, text: bytes | None, token_id: int) -> Option:
+        if self._tokens is None:
+            # What stands for no text cannot be sent, whatever it is.
+            return Option(text, None, text is None)
+        return Option(text, token_id, token_id in self._tokens.end_ids)
+
+    def _ids(self, tokens: Sequence[Token]) -> list[int] | None:
+        """The host's token ids, if all are known."""
+        if self._tokens is None:
+            return None
+        found = [self._tokens.id_of(token) for token in tokens]
+        ids = [token_id for token_id in found if token_id is not None]
+        return ids if len(ids) == len(found) else None
+
+    def _read(self, befores: Sequence[Before], row: int | None = None) -> LiveReading:
+        ids = [before.host_ids for before in befores]
+        return self._live.read(
+            [readable(before.context) for before in befores],
+            host_ids=[i for i in ids if i is not None] if None not in ids else None,
+            host_lasts=[before.host_last for before in befores],
+            start=befores[0].start,
+            row=row,
+        )

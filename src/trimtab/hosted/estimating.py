@@ -1,0 +1,71 @@
+"""What a run of an API will take at most, before its first request."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimtab.hosted.host import HostedModel
+from trimtab.hosted.ledger import Price, Usage
+from trimtab.hosted.writing import Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bounds of a run.
+
+    Attributes:
+        calls: Most requests, without those that are repeated.
+        usage: Most tokens; of prompts an estimate, where the host's tokenizer is not known.
+    """
+
+    calls: int
+    usage: Usage
+
+    def in_words(self, price: Price | None) -> str:
+        """The bounds, and what they cost where the price is known."""
+        words = (
+            f"{self.calls} calls, {self.usage.prompt_tokens:,} prompt and"
+            f" {self.usage.completion_tokens:,} completion tokens"
+        )
+        return words if price is None else f"{words}, {price.in_words(self.usage)}"
+
+
+def planned_alone(host: HostedModel, tasks: Sequence[Task]) -> Plan:
+    """One request a prompt."""
+    prompt = sum(host.count(task.prompt) for task in tasks)
+    return Plan(len(tasks), Usage(prompt, sum(task.max_new_tokens for task in tasks)))
+
+
+def planned_candidates(host: HostedModel, tasks: Sequence[Task], count: int) -> Plan:
+    """A request a prompt, or one a candidate."""
+    requests = 1 if host.by.several else count
+    usage = planned_alone(host, tasks).usage
+    return Plan(
+        len(tasks) * requests,
+        Usage(usage.prompt_tokens * requests, usage.completion_tokens * count),
+    )
+
+
+def planned_steps(host: HostedModel, tasks: Sequence[Task], ahead: int) -> Plan:
+    """A request a token, in the worst case; each reads all that was written before.
+
+    Args:
+        host: The host.
+        tasks: What to go on from.
+        ahead: Tokens that a request asks for beyond the next.
+    """
+    calls, prompt, completion = 0, 0, 0
+    for task in tasks:
+        length, steps = host.count(task.prompt), task.max_new_tokens
+        calls += steps
+        prompt += steps * length + steps * (steps - 1) // 2
+        if host.by.echo:
+            # The host reads drafts, and the prompt once more as evidence.
+            calls, prompt, completion = calls + 1, prompt + length + steps * ahead, completion + 1
+            if ahead:
+                # A draft that the host cuts otherwise is asked for again without it.
+                calls, prompt = calls + steps, 2 * prompt
+                completion += steps
+            completion += steps
+        else:
+            completion += steps * (1 + ahead)
+    return Plan(calls, Usage(prompt, completion))

@@ -1,0 +1,378 @@
+"""Continue prompts with a host behind an API, at the best level that it allows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+import torch
+
+from trimtab.backends.chat import chat_ids, prompt_ids
+from trimtab.backends.hf import HFModel
+from trimtab.backends.live import Live
+from trimtab.backends.pair import Pair
+from trimtab.config import GenerateConfig, ProbeConfig
+from trimtab.config_hosted import HostedOptions
+from trimtab.errors import AdapterError, InputError, ModelError
+from trimtab.hosted.blending import Blender
+from trimtab.hosted.capabilities import Capabilities
+from trimtab.hosted.client import Address, Client, Manners
+from trimtab.hosted.estimating import Plan, planned_alone, planned_candidates, planned_steps
+from trimtab.hosted.host import HostedModel
+from trimtab.hosted.ledger import Ledger, Price
+from trimtab.hosted.probing import capabilities_of
+from trimtab.hosted.requests import Prefix, Wanted
+from trimtab.hosted.reranking import rank
+from trimtab.hosted.tokens import ToldTokens, open_known
+from trimtab.hosted.writing import Sampling, Task, Writer
+from trimtab.steering.beside import open_beside
+from trimtab.steering.evidence import Mixture
+from trimtab.steering.predictors import Steering
+from trimtab.store.adapter_schema import AdapterManifest
+from trimtab.store.manifest import read_manifest
+from trimtab.text.stream import TextStream
+from trimtab.types import Advance, Progress, silent
+
+CANDIDATE_TEMPERATURE = 0.8
+"""Of candidates, where the run itself is greedy: they must differ."""
+
+Level = Literal["alone", "top-k", "text"]
+OnText = Callable[[int, str], None]
+OnNote = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class HostedResult:
+    """Continuations of a host behind an API.
+
+    Attributes:
+        texts: In the order of the prompts.
+        tokens: How many tokens each took; by the API's own count where it shows none.
+        level: What was used of the host, in words.
+        notes: What the run has used, and what a reader of the texts should know.
+    """
+
+    texts: tuple[str, ...]
+    tokens: tuple[int, ...]
+    level: str
+    notes: tuple[str, ...]
+
+
+@contextmanager
+def opened(
+    host: str, options: HostedOptions, *, probe_again: bool = False, progress: Progress = silent
+) -> Iterator[HostedModel]:
+    """Open a host behind an API, and find out what it can do.
+
+    Args:
+        host: openai:MODEL or anthropic:MODEL.
+        options: How it is reached and called.
+        probe_again: Ask what it can do, whatever was found before.
+        progress: Shows the opening of a tokenizer.
+
+    Raises:
+        ModelError: It cannot be reached, or refuses key or model.
+    """
+    address = Address.of(host, options.api_url)
+    tokens = open_known(options.api_tokenizer, progress) if options.api_tokenizer else None
+    client = Client(address, manners_of(options), Ledger(options.api_budget_tokens))
+    try:
+        by = capabilities_of(
+            client,
+            tokens,
+            top=options.api_top_logprobs,
+            named=options.api_tokenizer or "",
+            again=probe_again,
+        )
+        yield HostedModel(client, by, tokens)
+    finally:
+        client.close()
+
+
+def manners_of(options: HostedOptions) -> Manners:
+    """How an API is to be called."""
+    return Manners(
+        options.api_timeout_sec,
+        options.api_attempts,
+        options.api_requests_per_min,
+        options.api_cache,
+    )
+
+
+def served_model(options: ProbeConfig) -> str:
+    """The one model that an address serves.
+
+    Raises:
+        InputError: It serves none or several, among which a user must choose.
+        ModelError: It cannot be reached, or does not tell.
+    """
+    client = Client(Address.of(options.host, options.api_url), manners_of(options), Ledger())
+    try:
+        found = client.get("/models")
+    finally:
+        client.close()
+    listed = found.get("data")
+    names = [str(one.get("id")) for one in listed or () if isinstance(one, dict)]
+    if len(names) == 1:
+        return names[0]
+    shown = ", ".join(names[:8]) or "none that it names"
+    raise InputError(
+        f"{options.api_url} serves {len(names)} models: {shown}",
+        hint="name one: openai:MODEL --api-url URL",
+    )
+
+
+def price_of(options: HostedOptions) -> Price | None:
+    """The price that was given, if one was."""
+    if options.api_price_in is None or options.api_price_out is None:
+        return None
+    return Price(options.api_price_in, options.api_price_out)
+
+
+def generate_hosted(
+    config: GenerateConfig,
+    *,
+    progress: Progress = silent,
+    on_text: OnText | None = None,
+    on_note: OnNote | None = None,
+) -> HostedResult:
+    """Continue prompts, one after another; prompts and stop strings are checked already.
+
+    Args:
+        config: Host, prompts, adapter and sampling.
+        progress: Shows the opening and the tokens.
+        on_text: Gets the text of each prompt.
+        on_note: Gets what is used and what it will cost at most, before the first request, and
+            what it has cost, at the end.
+
+    Raises:
+        AdapterError: The adapter has no expert, or other carriers are named.
+        ModelError: The API cannot do what is asked, refuses, or has failed at every attempt.
+    """
+    manifest = _check(config)
+    with opened(config.host, config, progress=progress) as host:
+        host.check_way(chat=config.chat)
+        level = _level(config, host.by, steered=manifest is not None)
+        pair = _open_pair(config, manifest, progress)
+        tasks = [_task(config, prompt, host, pair) for prompt in config.prompt]
+        words = _in_words(config, host.by, level)
+        notes = [f"{config.host}: {words}"]
+        notes.append(f"at most {_plan(config, host, tasks, level).in_words(price_of(config))}")
+        for note in notes:
+            _tell(on_note, note)
+        run = _Run(config, host, pair, manifest, on_text)
+        with (
+            progress("generating (tokens)", len(tasks) * config.max_new_tokens) as advance,
+            torch.random.fork_rng(devices=[]),
+        ):
+            torch.manual_seed(config.seed)
+            done = [run.one(level, number, task, advance) for number, task in enumerate(tasks)]
+        after = [f"used {host.client.ledger.summary(price_of(config))}"]
+        if any(one.is_cut_short for one in done):
+            after.append(
+                "stopped by the budget of tokens: the same command with a larger one goes on"
+            )
+        for note in after:
+            _tell(on_note, note)
+    return HostedResult(
+        tuple(one.text for one in done), tuple(one.tokens for one in done), words, (*notes, *after)
+    )
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One continuation.
+
+    Attributes:
+        text: What was written.
+        tokens: How many tokens it took.
+        is_cut_short: The budget has ended it.
+    """
+
+    text: str
+    tokens: int
+    is_cut_short: bool = False
+
+
+@final
+class _Run:
+    """Continues prompts of one run."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        host: HostedModel,
+        pair: Pair | None,
+        manifest: AdapterManifest | None,
+        on_text: OnText | None,
+    ) -> None:
+        self._config = config
+        self._host = host
+        self._pair = pair
+        self._manifest = manifest
+        self._on_text = on_text
+
+    def one(self, level: Level, number: int, task: Task, advance: Advance) -> _Done:
+        """Continue one prompt."""
+        if level == "top-k":
+            return self._blended(number, task, advance)
+        return self._among_candidates(level, number, task, advance)
+
+    def _blended(self, number: int, task: Task, advance: Advance) -> _Done:
+        stream = TextStream(self._config.stop)
+        sampling = Sampling(self._config.temperature, self._config.top_p, self._config.top_k)
+        writer = Writer(self._host, self._blender(), task, sampling, stream)
+        for piece in writer.pieces(advance):
+            self._say(number, piece)
+        self._say(number, stream.finish())
+        return _Done(stream.text, writer.tokens, writer.is_cut_short)
+
+    def _blender(self) -> Blender:
+        assert self._pair is not None and self._manifest is not None
+        tokens, by_ids = self._host.tokens, self._host.takes_tokens and not self._config.chat
+        live = Live(
+            self._pair,
+            tokens or ToldTokens.of((), ()),
+            draft_tokens=self._config.draft_tokens,
+        )
+        steering = Steering(
+            ("live",), live=live, blend=self._manifest.blend, strength=self._config.strength
+        )
+        return Blender(Mixture(steering), live, tokens, by_ids=by_ids)
+
+    def _among_candidates(self, level: Level, number: int, task: Task, advance: Advance) -> _Done:
+        """The host's own continuation, or the one of several that the small models choose."""
+        count = 1 if level == "alone" else self._config.api_candidates
+        temperature = self._config.temperature
+        if level == "text" and not temperature:
+            temperature = CANDIDATE_TEMPERATURE
+        wanted = Wanted(
+            task.max_new_tokens, temperature=temperature, top_p=self._config.top_p, count=count
+        )
+        prefix = self._host.prefix(
+            "" if task.chat else task.prompt,
+            task.prompt if task.chat else None,
+            list(task.prompt_ids),
+        )
+        if not self._host.allows(prefix, wanted):
+            return _Done("", 0, is_cut_short=True)
+        texts = [_stopped(text, self._config.stop) for text in self._asked(prefix, wanted)]
+        best = 0
+        if self._pair is not None and level == "text":
+            best = rank(self._pair, task.prompt, texts, task.small_ids).best
+        advance(task.max_new_tokens)
+        self._say(number, texts[best])
+        return _Done(texts[best], self._host.count(texts[best]) if texts[best] else 0)
+
+    def _asked(self, prefix: Prefix, wanted: Wanted) -> list[str]:
+        if wanted.count == 1 or self._host.by.several:
+            return [choice.text for choice in self._host.go_on(prefix, wanted).choices]
+        alone = replace(wanted, count=1)
+        return [
+            self._host.go_on(prefix, alone, ordinal=number).choices[0].text
+            for number in range(wanted.count)
+        ]
+
+    def _say(self, number: int, text: str) -> None:
+        if text and self._on_text is not None:
+            self._on_text(number, text)
+
+
+def _check(config: GenerateConfig) -> AdapterManifest | None:
+    """Refuse what cannot work before anything is sent; the adapter, where one steers."""
+    if config.host_keys or config.device_map:
+        raise InputError(
+            f"{config.host} runs elsewhere: --host-keys and --device-map do nothing there",
+            hint="leave them out",
+        )
+    if config.adapter is None or not config.strength:
+        return None
+    manifest = read_manifest(config.adapter)
+    others = [name for name in config.carriers or () if name != "expert"]
+    if others:
+        raise AdapterError(
+            f"{' and '.join(others)} read a host's hidden states, and {config.host} shows none",
+            hint="use --carriers expert",
+        )
+    if "expert" not in manifest.carriers:
+        raise AdapterError(
+            f"the adapter {manifest.name} carries {', '.join(manifest.carriers)}, and a host"
+            " behind an API is steered by the expert alone",
+            hint="make the carrier with `trimtab fit --carriers head,memory,expert`",
+        )
+    return manifest
+
+
+def _level(config: GenerateConfig, by: Capabilities, *, steered: bool) -> Level:
+    if not steered:
+        level: Level = "alone"
+    elif config.api_level == "text" or not by.top(chat=config.chat):
+        level = "text"
+    else:
+        level = "top-k"
+    if level == "text" and config.api_level == "top-k":
+        raise ModelError(
+            f"{config.host} shows no log-probabilities that can be steered here",
+            hint="see `trimtab hosts probe`; --api-level auto chooses among candidates instead",
+        )
+    if level != "top-k" and config.top_k:
+        raise InputError(
+            "--top-k needs log-probabilities, and none are used here", hint="leave it out"
+        )
+    return level
+
+
+def _in_words(config: GenerateConfig, by: Capabilities, level: Level) -> str:
+    if level == "alone":
+        return "the host alone, unsteered"
+    if level == "text":
+        return (
+            f"text only: the best of {config.api_candidates} candidates by log expert - log"
+            " reference"
+        )
+    return f"top {by.top(chat=config.chat)} logprobs, blended with expert and reference"
+
+
+def _plan(config: GenerateConfig, host: HostedModel, tasks: Sequence[Task], level: Level) -> Plan:
+    if level == "alone":
+        return planned_alone(host, tasks)
+    if level == "text":
+        return planned_candidates(host, tasks, config.api_candidates)
+    return planned_steps(host, tasks, config.draft_tokens)
+
+
+def _open_pair(
+    config: GenerateConfig, manifest: AdapterManifest | None, progress: Progress
+) -> Pair | None:
+    if manifest is None or config.adapter is None:
+        return None
+    return open_beside(
+        manifest, config.adapter, small=config.small, dtype=config.dtype, progress=progress
+    )
+
+
+def _task(config: GenerateConfig, prompt: str, host: HostedModel, pair: Pair | None) -> Task:
+    small_ids = None
+    if config.chat and pair is not None:
+        small_ids = tuple(_small_ids(pair.reference, prompt))
+    ids: tuple[int, ...] = ()
+    if host.tokens is not None and not config.chat:
+        ids = (*host.tokens.context_ids(), *host.tokens.encode(prompt))
+    return Task(prompt, config.chat, config.max_new_tokens, small_ids, ids)
+
+
+def _small_ids(small: HFModel, message: str) -> list[int]:
+    """What a small model reads before an answer: under its own chat template, if it has one."""
+    return chat_ids(small, message) if small.tokenizer.chat_template else prompt_ids(small, message)
+
+
+def _stopped(text: str, stop: Sequence[str]) -> str:
+    stream = TextStream(stop)
+    stream.add(text.encode())
+    stream.finish()
+    return stream.text
+
+
+def _tell(on_note: OnNote | None, note: str) -> None:
+    if on_note is not None:
+        on_note(note)

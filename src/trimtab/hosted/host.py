@@ -1,0 +1,90 @@
+"""A model behind an API, as far as it can be seen."""
+
+from dataclasses import dataclass
+from typing import final
+
+from trimtab.errors import ModelError
+from trimtab.hosted.answers import Answers, read_answers, read_messages
+from trimtab.hosted.capabilities import Capabilities
+from trimtab.hosted.client import Client
+from trimtab.hosted.ledger import Usage
+from trimtab.hosted.requests import Prefix, Wanted, path_and_body
+from trimtab.hosted.tokens import KnownTokens
+
+BYTES_A_TOKEN = 3
+"""Fewer than most texts have, where a host's tokenizer is not known: an estimate is to be high."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HostedModel:
+    """A model behind an API.
+
+    Attributes:
+        client: Calls it.
+        by: What it can do.
+        tokens: Its tokenizer, if that is known.
+    """
+
+    client: Client
+    by: Capabilities
+    tokens: KnownTokens | None = None
+
+    def go_on(self, prefix: Prefix, wanted: Wanted, *, ordinal: int = 0) -> Answers:
+        """Let it continue.
+
+        Args:
+            prefix: What it goes on from.
+            wanted: What is to come back.
+            ordinal: Tells equal requests apart that are to have different answers.
+
+        Raises:
+            ModelError: As `Client.ask`; or it no longer shows what it showed when it was probed.
+        """
+        path, body = path_and_body(self.client.address.model, prefix, wanted, self.by)
+        if self.by.dialect == "anthropic":
+            return self.client.ask(path, body, read_messages, ordinal=ordinal)
+        return self.client.ask(
+            path,
+            body,
+            lambda raw: read_answers(raw, logprobs=bool(wanted.top)),
+            ordinal=ordinal,
+        )
+
+    def prefix(self, text: str, message: str | None, token_ids: list[int]) -> Prefix:
+        """What it goes on from, in tokens where it takes these and their text is known."""
+        by_ids = message is None and self.takes_tokens
+        return Prefix(text, message, token_ids if by_ids else None)
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Its tokens are known, and it takes them for a prompt."""
+        return self.tokens is not None and self.by.token_prompts
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, or more than it is likely to have."""
+        if self.tokens is not None:
+            return len(self.tokens.encode(text))
+        return len(text.encode()) // BYTES_A_TOKEN + 1
+
+    def allows(self, prefix: Prefix, wanted: Wanted) -> bool:
+        """Whether a call stays within the budget."""
+        ids, text = prefix.token_ids, (prefix.message or "") + prefix.text
+        prompt = len(ids) if ids is not None else self.count(text)
+        return self.client.ledger.allows(Usage(prompt, wanted.max_tokens * wanted.count))
+
+    def check_way(self, *, chat: bool) -> None:
+        """Refuse a way of asking that the API does not have.
+
+        Raises:
+            ModelError: It answers messages only, or continues texts only.
+        """
+        if chat and not self.by.chat:
+            raise ModelError(
+                f"{self.client.address.url} has no chat", hint="leave out --chat: it continues text"
+            )
+        if not chat and not self.by.completions:
+            raise ModelError(
+                f"{self.client.address.url} continues no texts, it answers messages only",
+                hint="use --chat",
+            )

@@ -1,0 +1,239 @@
+"""Writing a continuation token by token with a host that shows its likeliest ones."""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from trimtab.errors import ModelError
+from trimtab.hosted.answers import Place, Token
+from trimtab.hosted.blending import Before, Blender, Option
+from trimtab.hosted.host import HostedModel
+from trimtab.hosted.requests import Prefix, Wanted
+from trimtab.steering.drafting import Written, text_ahead
+from trimtab.text.stream import TextStream
+from trimtab.types import Advance
+
+_CHARACTER_TOKENS = 4
+"""Tokens in which any character is whole: none has more bytes."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt to go on from.
+
+    Attributes:
+        prompt: A text, or in a chat a message.
+        chat: It is a message.
+        max_new_tokens: Longest continuation.
+        small_ids: In a chat, what the small models read before the answer.
+        prompt_ids: What the host reads before the continuation, where its tokens are known and it
+            is no chat.
+    """
+
+    prompt: str
+    chat: bool
+    max_new_tokens: int
+    small_ids: tuple[int, ...] | None = None
+    prompt_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen; temperature 0 takes the likeliest."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def choose(self, logprobs: Tensor) -> int:
+        """Place of the chosen one among natural-log probabilities of shape [options]."""
+        if not self.temperature:
+            return int(logprobs.argmax())
+        steps = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        if self.top_k:
+            steps.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            steps.append(TopPLogitsWarper(self.top_p))
+        # Any: transformers' own types ask for LongTensor, which no operation returns.
+        ids: Tensor = torch.zeros(1, 1, dtype=torch.long)
+        scores = steps(ids, logprobs[None].clone())  # pyright: ignore[reportArgumentType]
+        return int(torch.multinomial(scores[0].softmax(-1), 1))
+
+
+@final
+class Writer:
+    """Writes one continuation.
+
+    A request asks the host for one token, or for several ahead: where it can show the tokens of a
+    prompt, the expert drafts text and the host reads it; elsewhere the host drafts by itself. At
+    each place of a draft the steered choice decides; the first that differs from the draft ends
+    it. So a draft changes how many requests are sent, and not what is chosen.
+    """
+
+    def __init__(
+        self,
+        host: HostedModel,
+        blender: Blender,
+        task: Task,
+        sampling: Sampling,
+        stream: TextStream,
+    ) -> None:
+        """Begin an empty continuation.
+
+        Args:
+            host: The host.
+            blender: Steers it; made for this text alone.
+            task: What to go on from.
+            sampling: How tokens are chosen.
+            stream: Takes the bytes.
+        """
+        self._host = host
+        self._blender = blender
+        self._task = task
+        self._sampling = sampling
+        self._stream = stream
+        self._written: list[Option] = []
+        self._is_ended = False
+        self.is_cut_short = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written."""
+        return len(self._written)
+
+    def pieces(self, advance: Advance) -> Iterator[str]:
+        """Write to the end; gives pieces of text as they become certain.
+
+        Raises:
+            ModelError: The API refuses, or the text is too long for the small models.
+        """
+        self._weigh_prompt()
+        while not self._is_done() and not self.is_cut_short:
+            places, ended = self._ask()
+            if not places:
+                return
+            followed = yield from self._follow(places, advance)
+            if followed and ended:
+                # Where the host has ended the text, it need not show a token that says so.
+                return
+
+    def _is_done(self) -> bool:
+        full = self.tokens >= self._task.max_new_tokens
+        return self._is_ended or full or self._stream.stopped
+
+    def _follow(self, places: Sequence[Place], advance: Advance) -> Generator[str, None, bool]:
+        """Choose at each place as long as the host's text is the chosen one; whether it all is."""
+        for place in places:
+            options = self._blender.options(self._before(), place.top)
+            if options.logprobs.isneginf().all():
+                raise ModelError(
+                    f"after {self._tail()!r} only parts of characters are shown, which cannot be"
+                    " sent back as text",
+                    hint="name the host's tokenizer with --api-tokenizer, so that tokens are sent",
+                )
+            option = options.each[self._sampling.choose(options.logprobs)]
+            if option.ends:
+                self._is_ended = True
+                return False
+            self._written.append(option)
+            advance(1)
+            yield self._stream.add(option.text or b"")
+            if self._is_done() or not self._is_same(option, place.chosen):
+                return False
+        return True
+
+    def _is_same(self, option: Option, token: Token) -> bool:
+        if option.text is None and self._host.tokens is not None:
+            return self._host.tokens.id_of(token) == option.token_id
+        return option.text == token.text
+
+    def _ask(self) -> tuple[Sequence[Place], bool]:
+        """Places from the next token on, and whether the host has ended its text after them."""
+        room = self._task.max_new_tokens - self.tokens - 1
+        top = self._host.by.top(chat=self._task.chat)
+        ahead = min(room, self._blender.live.draft_tokens)
+        if ahead and self._echoes:
+            places = self._ask_about_draft(room, top)
+            if places or self.is_cut_short:
+                return places, False
+        found = self._send(self._prefix(), Wanted(1 if self._echoes else 1 + ahead, top))
+        if not any((*found, self.is_cut_short)):
+            # llama.cpp shows nothing of a token until the characters that it begins are whole.
+            found = self._send(self._prefix(), Wanted(_CHARACTER_TOKENS, top))
+        if not any((*found, self.is_cut_short)):
+            raise ModelError(
+                f"{self._host.client.address.url} shows no token after {self._tail()!r}",
+                hint="it may end inside a character there, which this API does not show; use"
+                " --api-level text",
+            )
+        return found
+
+    def _ask_about_draft(self, room: int, top: int) -> Sequence[Place]:
+        """What the host says of the expert's draft; nothing where it cuts the text otherwise."""
+        before = self._before()
+        written = Written(before.context, before.host_ids or (), before.start)
+        draft = text_ahead(self._blender.live, written, room)
+        if not draft:
+            return ()
+        places, _ = self._send(self._prefix(draft), Wanted(1, top, echo=True))
+        size = 0
+        for number, place in enumerate(places):
+            if size == len(before.context) and place.chosen.text:
+                return places[number : number + room + 1] if place.top else ()
+            size += len(place.chosen.text or b"")
+        return ()
+
+    def _send(self, prefix: Prefix, wanted: Wanted) -> tuple[Sequence[Place], bool]:
+        if not self._host.allows(prefix, wanted):
+            self.is_cut_short = True
+            return (), False
+        answer = self._host.go_on(prefix, wanted).choices[0]
+        return answer.places, answer.ended
+
+    def _weigh_prompt(self) -> None:
+        if not self._echoes:
+            return
+        top = self._host.by.top(chat=False)
+        places, _ = self._send(self._prefix(), Wanted(1, top, echo=True))
+        # The last one is no part of the prompt.
+        self._blender.weigh(places[:-1])
+
+    @property
+    def _echoes(self) -> bool:
+        return self._host.by.echo and not self._task.chat
+
+    def _tail(self) -> str:
+        return self._before().context[-20:].decode("utf-8", "replace")
+
+    def _prompt_bytes(self) -> bytes:
+        return self._task.prompt.encode()
+
+    def _prefix(self, draft: str = "") -> Prefix:
+        task, answer = self._task, b"".join(option.text or b"" for option in self._written)
+        ids = [*task.prompt_ids, *(o.token_id for o in self._written if o.token_id is not None)]
+        if draft and self._host.tokens is not None:
+            ids += self._host.tokens.following(draft)
+        text = answer if task.chat else self._prompt_bytes() + answer
+        message = task.prompt if task.chat else None
+        return self._host.prefix(text.decode("utf-8", "ignore") + draft, message, ids)
+
+    def _before(self) -> Before:
+        answer = b"".join(option.text or b"" for option in self._written)
+        context = answer if self._task.chat else self._prompt_bytes() + answer
+        if self._host.tokens is None:
+            return Before(context, start=self._task.small_ids)
+        texts = self._host.tokens.vocabulary.token_bytes
+        ids = [i for i in self._task.prompt_ids if texts[i]]
+        ids += [o.token_id for o in self._written if o.text and o.token_id is not None]
+        last = self._written[-1] if self._written else None
+        last = last.token_id if last and last.text else None
+        return Before(context, ids, last, self._task.small_ids)

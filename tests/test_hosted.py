@@ -1,0 +1,347 @@
+"""Steering a model behind an API, over HTTP, against the same model opened here."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from endpoint_server import Endpoint, continued, serving, text_of
+from test_generate import HOST, PROMPTS
+from test_generate import adapter as adapter  # a fixture
+from test_generate import host as host  # a fixture
+
+from trimtab.backends.chat import prompt_ids
+from trimtab.backends.hf import HFModel
+from trimtab.backends.pair import Pair
+from trimtab.cli import main
+from trimtab.config import GenerateConfig
+from trimtab.errors import AdapterError, InputError, ModelError
+from trimtab.generate import GenerateResult, generate
+from trimtab.steering.beside import open_beside
+from trimtab.store.manifest import read_manifest
+
+WHOLE = 1000
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("TRIMTAB_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def endpoint(host: HFModel) -> Iterator[Endpoint]:
+    with serving(Endpoint(host)) as found:
+        yield found
+
+
+def asked(endpoint: Endpoint, adapter: Path | None, **options: Any) -> GenerateResult:
+    config = {
+        "host": "openai:toy",
+        "api_url": endpoint.url,
+        "adapter": adapter,
+        "prompt": PROMPTS[:1],
+        "max_new_tokens": 8,
+        "dtype": "float32",
+    }
+    return generate(GenerateConfig.model_validate(config | options))
+
+
+def local(adapter: Path, host: HFModel, **options: Any) -> GenerateResult:
+    config = {
+        "host": HOST,
+        "adapter": adapter,
+        "carriers": ("expert",),
+        "prompt": PROMPTS[:1],
+        "max_new_tokens": 8,
+        "dtype": "float32",
+    }
+    return generate(GenerateConfig.model_validate(config | options), host=host)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+@pytest.mark.parametrize("echo", [True, False])
+def test_all_logprobs_of_known_tokens_are_the_local_host(
+    adapter: Path, host: HFModel, endpoint: Endpoint, draft_tokens: int, echo: bool
+) -> None:
+    endpoint.echo = echo
+    options = {"api_tokenizer": HOST, "api_top_logprobs": WHOLE, "draft_tokens": draft_tokens}
+    # Without evidence from the prompt the prior decides, as after a prompt of one token.
+    prompt = PROMPTS if echo else ("T",)
+    found = asked(endpoint, adapter, prompt=prompt, **options)
+    assert found.texts == local(adapter, host, prompt=prompt).texts
+    assert found.level.startswith("top ")
+
+
+def test_told_tokens_and_text_prompts_are_nearly_the_local_host(
+    adapter: Path, host: HFModel, endpoint: Endpoint
+) -> None:
+    # Bytes are their own strings, so that nothing is lost where the tokenizer is not known.
+    found = asked(endpoint, adapter, api_top_logprobs=WHOLE)
+    assert found.tokens == (8,)
+    known = asked(endpoint, adapter, api_top_logprobs=WHOLE, api_tokenizer=HOST)
+    assert found.texts[0][:4] == known.texts[0][:4]
+
+
+def test_strength_zero_and_no_adapter_are_the_host(
+    adapter: Path, host: HFModel, endpoint: Endpoint
+) -> None:
+    bare = local(adapter, host, strength=0).texts
+    for options in ({"strength": 0.0}, {"adapter": None}):
+        found = asked(endpoint, **{"adapter": adapter, **options})
+        assert found.texts == bare
+        assert found.level == "the host alone, unsteered"
+    assert sum(body.get("max_tokens") == 8 for _, _, body in endpoint.seen) == 1
+
+
+@pytest.mark.parametrize("top", [5, 20])
+def test_a_few_logprobs_steer_as_well(
+    adapter: Path, host: HFModel, endpoint: Endpoint, top: int
+) -> None:
+    endpoint.top = top
+    found = asked(endpoint, adapter, api_tokenizer=HOST, strength=2.0, max_new_tokens=8)
+    assert found.level == f"top {top} logprobs, blended with expert and reference"
+    assert found.texts != local(adapter, host, strength=0, max_new_tokens=8).texts
+
+
+def test_drafts_take_fewer_calls_for_the_same_text(adapter: Path, endpoint: Endpoint) -> None:
+    endpoint.top, endpoint.echo = 20, False
+    texts, calls = [], []
+    for draft_tokens in (0, 4):
+        endpoint.served.clear()
+        options = {"draft_tokens": draft_tokens, "api_cache": False, "api_tokenizer": HOST}
+        texts.append(asked(endpoint, adapter, max_new_tokens=8, **options).texts)
+        calls.append(len(endpoint.served))
+    assert texts[0] == texts[1]
+    assert calls[1] < calls[0]
+
+
+def test_stop_strings_and_sampling(adapter: Path, endpoint: Endpoint) -> None:
+    plain = asked(endpoint, adapter, api_tokenizer=HOST).texts[0]
+    stop = plain[3:5]
+    assert (
+        asked(endpoint, adapter, api_tokenizer=HOST, stop=(stop,)).texts[0]
+        == plain[: plain.index(stop)]
+    )
+    sampled = {"temperature": 1.0, "top_p": 0.95, "top_k": 10, "api_tokenizer": HOST}
+    ones = [asked(endpoint, adapter, seed=seed, **sampled).texts[0] for seed in (1, 1, 2, 3)]
+    assert ones[0] == ones[1]
+    assert len(set(ones)) > 1
+
+
+def test_a_chat_that_goes_on_from_a_beginning_is_blended(
+    adapter: Path, host: HFModel, endpoint: Endpoint
+) -> None:
+    endpoint.completions, endpoint.chat, endpoint.readable = False, True, True
+    found = asked(endpoint, adapter, chat=True, api_tokenizer=HOST, api_top_logprobs=20)
+    assert found.level.startswith("top 20")
+    assert found.tokens == (8,)
+    with pytest.raises(ModelError, match="answers messages only"):
+        asked(endpoint, adapter)
+
+
+def test_a_chat_that_starts_anew_gets_the_best_of_candidates(
+    adapter: Path, endpoint: Endpoint
+) -> None:
+    endpoint.completions, endpoint.chat, endpoint.prefill = False, True, False
+    found = asked(endpoint, adapter, chat=True, api_candidates=3)
+    assert found.level == "text only: the best of 3 candidates by log expert - log reference"
+    with pytest.raises(ModelError, match="no log-probabilities that can be steered"):
+        asked(endpoint, adapter, chat=True, api_level="top-k")
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_without_logprobs_the_small_models_choose(
+    adapter: Path, host: HFModel, endpoint: Endpoint, several: bool
+) -> None:
+    endpoint.top, endpoint.several = 0, several
+    found = asked(endpoint, adapter, api_candidates=6)
+    sent = [body for _, _, body in endpoint.seen if body.get("max_tokens") == 8]
+    assert sum(body.get("n", 1) for body in sent) == 6
+    pair = open_beside(read_manifest(adapter), adapter, dtype="float32")
+    texts = candidates(endpoint, 6)
+    assert found.texts[0] in texts
+    # The oracle scores each candidate by itself, token by token.
+    scores = [slow_score(pair, PROMPTS[0], text) for text in texts]
+    assert scores.index(max(scores)) == texts.index(found.texts[0])
+
+
+def candidates(endpoint: Endpoint, count: int) -> list[str]:
+    """What the endpoint has answered: it draws the same for the same place among candidates."""
+    body = next(body for _, _, body in endpoint.seen if body.get("max_tokens") == 8)
+    ids = prompt_ids(endpoint.model, body["prompt"])
+    places = range(count) if endpoint.several else [0] * count
+    return [
+        text_of(endpoint.model, continued(endpoint, ids, body, n)[0][len(ids) :]) for n in places
+    ]
+
+
+def slow_score(pair: Pair, prompt: str, text: str) -> float:
+    before, ids = pair.reference.encode(prompt), pair.reference.encode(prompt + text)
+    total = 0.0
+    for end in range(len(before), len(ids)):
+        read = torch.tensor([ids[:end]])
+        for sign, logits in ((1, pair.expert_logits(read)), (-1, pair.reference_logits(read))):
+            total += sign * float(logits[0, -1].log_softmax(-1)[ids[end]])
+    return total / len(text.encode())
+
+
+def test_anthropics_messages(adapter: Path, endpoint: Endpoint) -> None:
+    endpoint.chat = True
+    found = asked(endpoint, adapter, host="anthropic:toy", chat=True, api_candidates=3)
+    assert found.level.startswith("text only")
+    paths = {path for path, _, _ in endpoint.seen}
+    assert paths == {"/v1/messages"}
+    assert all("anthropic-version" in headers for _, headers, _ in endpoint.seen)
+
+
+FAULTS = ("429", "500", "cut", "truncated", "slow", "no-logprobs")
+
+
+def test_a_long_job_survives_all_faults_and_counts_each_token_once(
+    adapter: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.hosted.client.FIRST_WAIT_SEC", 0.01)
+    options = {"api_tokenizer": HOST, "prompt": PROMPTS, "max_new_tokens": 6}
+    smooth = asked(endpoint, adapter, api_cache=False, **options)
+    counted = len(endpoint.seen)
+    waits: list[float] = []
+    with sleeping(waits):
+        endpoint.served.clear()
+        endpoint.faults = [f for fault in FAULTS for f in (None, fault)]
+        found = asked(endpoint, adapter, api_cache=False, api_timeout_sec=3, **options)
+    assert found.texts == smooth.texts
+    assert not endpoint.faults
+    assert waits.count(7.0) == 1
+    usage = endpoint.usage
+    words = f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} completion tokens"
+    assert words in found.notes[-1]
+    assert f"{len(FAULTS)} calls repeated" in found.notes[-1]
+    assert len(endpoint.seen) - counted == len(endpoint.served) + len(FAULTS)
+
+
+def test_an_interrupted_job_goes_on_and_pays_nothing_twice(
+    adapter: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"api_tokenizer": HOST, "prompt": PROMPTS, "max_new_tokens": 6}
+    smooth = asked(endpoint, adapter, api_cache=False, **options)
+    alone = len(endpoint.served)
+    endpoint.served.clear()
+    endpoint.faults = [None] * 12 + ["500"] * 2
+    with sleeping([]), pytest.raises(ModelError, match="has failed 2 times"):
+        asked(endpoint, adapter, api_attempts=2, **options)
+    assert 0 < len(endpoint.served) < alone
+    assert asked(endpoint, adapter, **options).texts == smooth.texts
+    assert len(endpoint.served) <= alone
+    before = len(endpoint.seen)
+    again = asked(endpoint, adapter, **options)
+    assert again.texts == smooth.texts
+    assert len(endpoint.seen) == before
+    assert "used 0 calls, 0 prompt and 0 completion tokens" in again.notes[-1]
+
+
+def test_the_budget_ends_a_run_and_a_larger_one_goes_on(adapter: Path, endpoint: Endpoint) -> None:
+    options = {
+        "api_tokenizer": HOST,
+        "max_new_tokens": 8,
+        "api_price_in": 1.0,
+        "api_price_out": 2.0,
+    }
+    whole = asked(endpoint, adapter, api_cache=False, **options)
+    endpoint.served.clear()
+    cut = asked(endpoint, adapter, api_budget_tokens=60, **options)
+    assert endpoint.usage.tokens <= 60
+    assert "stopped by the budget" in cut.notes[-1]
+    assert whole.texts[0].startswith(cut.texts[0]) and cut.texts != whole.texts
+    assert asked(endpoint, adapter, **options).texts == whole.texts
+    cost = endpoint.usage.prompt_tokens / 1e6
+    assert "$" in whole.notes[1] and "$" in whole.notes[-1] and cost < 1
+
+
+def test_wrong_names_keys_and_addresses_are_errors_with_a_remedy(
+    adapter: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match="the model other does not exist"):
+        asked(endpoint, adapter, host="openai:other")
+    with pytest.raises(InputError, match="names no model"):
+        asked(endpoint, adapter, host="openai:")
+    with pytest.raises(AdapterError, match="read a host's hidden states"):
+        asked(endpoint, adapter, carriers=("head", "memory"))
+    monkeypatch.setattr("trimtab.hosted.client.FIRST_WAIT_SEC", 0.0)
+    with pytest.raises(ModelError, match="has failed 2 times: the connection failed"):
+        asked(endpoint, adapter, api_url="http://127.0.0.1:9/v1", api_attempts=2)
+
+
+CANARY = "sk-canary-6d1f0b7e"
+
+
+def test_the_key_is_nowhere(
+    adapter: Path,
+    endpoint: Endpoint,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRIMTAB_API_KEY", CANARY)
+    monkeypatch.setenv("TRIMTAB_DEBUG", "1")
+    endpoint.key = CANARY
+    said = [str(asked(endpoint, adapter))]
+    words = ["generate", "--host", "openai:toy", "--api-url", endpoint.url, "The keel"]
+    words += ["--adapter", str(adapter), "--max-new-tokens", "2"]
+    for right in (True, False):
+        endpoint.key = CANARY if right else "another"
+        options = [] if right else ["--no-api-cache", "--api-top-logprobs", "7"]
+        with pytest.raises(SystemExit) as end:
+            main([*words, *options])
+        assert end.value.code == (0 if right else 2)
+    with pytest.raises(SystemExit):
+        main([*words[:4], f"http://user:{CANARY}@127.0.0.1/v1", "The"])
+    out, err = capfd.readouterr()
+    assert "incorrect key: Bearer [key]" in err
+    files = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
+    assert len(files) > 3
+    assert not any(CANARY.encode() in data for data in files)
+    assert all(CANARY not in text for text in (out, err, *said))
+    assert any(CANARY in json.dumps(headers) for _, headers, _ in endpoint.seen)
+
+
+def test_a_services_own_key_goes_to_that_service_alone(
+    adapter: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    asked(endpoint, None)
+    assert not any("authorization" in map(str.lower, headers) for _, headers, _ in endpoint.seen)
+
+
+def test_hosts_probe(endpoint: Endpoint, host: HFModel, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint.chat, endpoint.top, endpoint.readable = True, 20, True
+    with pytest.raises(SystemExit) as end:
+        main(["hosts", "probe", endpoint.url, "--api-tokenizer", HOST])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    for line in (
+        "openai:toy at",
+        "top logprobs, plain text         20",
+        "answer goes on from a beginning  yes",
+        "logit_bias                       yes",
+        "prompt as token ids              yes",
+        "plain text: expert, blended token by token with the top 20 logprobs",
+    ):
+        assert line in out
+    with pytest.raises(SystemExit) as end:
+        main(["hosts", "probe", HOST])
+    assert end.value.code == 0
+    assert "head, memory and expert can steer it" in capsys.readouterr().out
+
+
+@contextmanager
+def sleeping(waits: list[float]) -> Iterator[None]:
+    """Clients inside note how long they would wait, and do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trimtab.hosted.client.SLEEP", waits.append)
+        yield

@@ -1,0 +1,275 @@
+"""Calls of an API against a real HTTP server that answers as it is told."""
+
+import json
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab.config import GenerateConfig, ProbeConfig
+from trimtab.errors import InputError, ModelError
+from trimtab.hosted.answers import Answers, BrokenAnswer, bytes_of, read_answers, read_messages
+from trimtab.hosted.client import Address, Client, Manners
+from trimtab.hosted.ledger import Ledger, Price, Usage
+
+TEXT = {
+    "choices": [{"text": " turns", "finish_reason": "length"}],
+    "usage": {"prompt_tokens": 7, "completion_tokens": 2},
+}
+Script = list[tuple[int, dict[str, str], bytes]]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("TRIMTAB_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[str, Script]]:
+    """An address, and what it answers, one a request."""
+    script: Script = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            status, headers, content = script.pop(0)
+            self.send_response(status)
+            for name, value in ({"content-length": str(len(content))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1", script
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def good(value: Any = TEXT) -> tuple[int, dict[str, str], bytes]:
+    return 200, {}, json.dumps(value).encode()
+
+
+def bad(status: int, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+    return status, headers or {}, b'{"error": {"message": "not now"}}'
+
+
+def read(raw: Any) -> Answers:
+    return read_answers(raw, logprobs=False)
+
+
+class Called:
+    """A client with a clock of its own, which waiting moves on."""
+
+    def __init__(self, url: str, budget: int | None = None, **manners: Any) -> None:
+        self.now, self.waits = 0.0, []
+        self.ledger = Ledger(budget)
+        self.client = Client(
+            Address("openai", url, "toy"),
+            Manners(**manners),
+            self.ledger,
+            clock=lambda: self.now,
+            sleep=self.sleep,
+        )
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+    def ask(self, prompt: str = "The keel", ordinal: int = 0) -> Answers:
+        return self.client.ask("/completions", {"prompt": prompt}, read, ordinal=ordinal)
+
+
+@pytest.fixture
+def called(served: tuple[str, Script]) -> Iterator[Called]:
+    found = Called(served[0])
+    yield found
+    found.client.close()
+
+
+def test_failures_that_pass_are_waited_for(called: Called, served: tuple[str, Script]) -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    served[1].extend(
+        [
+            bad(429, {"retry-after": "12.5"}),
+            bad(503, {"retry-after": later}),
+            bad(500),
+            (200, {}, json.dumps(TEXT).encode()[:-9]),
+            (200, {"content-length": "500"}, b"{"),
+            good({"choices": [], "usage": None}),
+            good(),
+        ]
+    )
+    assert called.ask().choices[0].text == " turns"
+    assert called.waits[0] == 12.5
+    assert 90 < called.waits[1] <= 100
+    # Growing pauses, each of them cut by chance to no less than half.
+    bounds = [(0.5 * 2**n / 2, 0.5 * 2**n) for n in (2, 3, 4, 5)]
+    for wait, (low, high) in zip(called.waits[2:], bounds, strict=True):
+        assert low <= wait <= high
+    assert (called.ledger.calls, called.ledger.failures) == (1, 6)
+    assert called.ledger.usage == Usage(7, 2)
+
+
+def test_what_does_not_pass_is_an_error_at_once(called: Called, served: tuple[str, Script]) -> None:
+    for status in (400, 401, 404, 422):
+        served[1].append(bad(status))
+        with pytest.raises(ModelError, match=f"refuses with status {status}: not now"):
+            called.ask()
+    served[1].append((429, {}, b'{"error": {"code": "insufficient_quota", "message": "pay"}}'))
+    with pytest.raises(ModelError, match="pay"):
+        called.ask()
+    served[1].append(bad(429, {"retry-after": "86400"}))
+    with pytest.raises(ModelError, match="wait 86400 s"):
+        called.ask()
+    served[1].append((302, {"location": "http://127.0.0.1:9/"}, b""))
+    with pytest.raises(ModelError, match="status 302"):
+        called.ask()
+    assert called.waits == []
+    assert called.ledger.calls == 0
+
+
+def test_patience_ends(served: tuple[str, Script]) -> None:
+    called = Called(served[0], attempts=3)
+    served[1].extend([bad(500)] * 3)
+    with pytest.raises(ModelError, match="has failed 3 times: status 500: not now"):
+        called.ask()
+    assert len(called.waits) == 2
+    called.client.close()
+
+
+def test_an_answer_is_paid_once(called: Called, served: tuple[str, Script], home: Path) -> None:
+    served[1].extend([good(), good({**TEXT, "usage": None})])
+    assert called.ask() == called.ask()
+    assert called.ask(ordinal=1).usage is None
+    ledger = called.ledger
+    assert (ledger.calls, ledger.kept_calls, ledger.uncounted_calls) == (2, 1, 1)
+    # What was damaged is asked for again.
+    for path in home.rglob("*.json"):
+        path.write_text("{")
+    served[1].append(good())
+    called.ask()
+    assert called.ledger.calls == 3
+    assert called.ledger.summary(Price(1.0, 10.0)) == (
+        "3 calls, 14 prompt and 4 completion tokens; $0.0001; 1 answers from the cache;"
+        " 1 calls whose tokens the API did not count"
+    )
+
+
+def test_requests_keep_their_pace(served: tuple[str, Script]) -> None:
+    called = Called(served[0], requests_per_min=30, cache=False)
+    served[1].extend([good()] * 3)
+    for _ in range(3):
+        called.ask()
+    assert called.waits == [2.0, 2.0]
+    called.client.close()
+
+
+def test_a_budget_is_a_bound() -> None:
+    ledger = Ledger(10)
+    assert ledger.allows(Usage(8, 2)) and not ledger.allows(Usage(8, 3))
+    ledger.book(Usage(4, 1))
+    assert ledger.allows(Usage(4, 1)) and not ledger.allows(Usage(5, 1))
+
+
+@pytest.mark.parametrize("key", ["two words", "line\nbreak", "schlüssel"])
+def test_a_broken_key_is_refused_without_being_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_API_KEY", key)
+    with pytest.raises(InputError) as error:
+        Called("http://127.0.0.1:9/v1")
+    assert key not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://u:hunter2@h/v1", "https://h/v1?key=hunter2", "hunter2"])
+def test_an_address_with_a_secret_is_refused_without_being_shown(url: str) -> None:
+    refused = [(GenerateConfig, {"host": "openai:m", "prompt": ("a",), "api_url": url})]
+    refused += [(ProbeConfig, {"host": url})] if url.startswith("http") else []
+    for kind, values in refused:
+        with pytest.raises(ValueError, match="address") as error:
+            kind.model_validate(values)
+        assert "hunter2" not in str(error.value)
+
+
+def test_tokens_by_their_names() -> None:
+    assert bytes_of(" keel") == b" keel"
+    assert bytes_of("bytes:\\xe2\\x82") == b"\xe2\x82"
+    assert bytes_of("bytes:a\\xc3") == b"a\xc3"
+    assert bytes_of("<|im_end|>") is bytes_of("</s>") is bytes_of("\ufffd") is None
+
+
+def test_both_forms_of_logprobs_are_one() -> None:
+    legacy = {
+        "tokens": ["a", " €", "<eos>"],
+        "token_logprobs": [None, -0.5, -1.0],
+        "top_logprobs": [None, {" €": -0.5, "bytes:\\xe2": -2.0}, {"<eos>": -1.0, "\ufffd": -3.0}],
+    }
+    told = [
+        {"token": "a", "logprob": 0.0, "bytes": [97], "top_logprobs": []},
+        {
+            "token": " €",
+            "logprob": -0.5,
+            "bytes": list(" €".encode()),
+            "top_logprobs": [
+                {"token": " €", "logprob": -0.5, "bytes": list(" €".encode())},
+                {"token": "\ufffd", "logprob": -2.0, "bytes": [226]},
+            ],
+        },
+        {
+            "token": "<eos>",
+            "logprob": -1.0,
+            "bytes": [60, 101, 111, 115, 62],
+            "top_logprobs": [{"token": "<eos>", "logprob": -1.0, "bytes": None}],
+        },
+    ]
+    answers = []
+    for logprobs in (legacy, {"content": told}):
+        raw = {"choices": [{"text": "a €", "finish_reason": "stop", "logprobs": logprobs}]}
+        answers.append(read_answers(raw, logprobs=True).choices[0])
+    shown = [[], [" €".encode(), b"\xe2"], [None]]
+    for one in answers:
+        assert [place.chosen.text for place in one.places] == [b"a", " €".encode(), None]
+        assert [[token.text for token in place.top] for place in one.places] == shown
+        assert one.ended
+
+
+@pytest.mark.parametrize(
+    "choice", [{}, {"text": "a"}, {"text": "a", "logprobs": {"tokens": ["a"]}}]
+)
+def test_missing_parts_are_a_broken_answer(choice: dict[str, Any]) -> None:
+    with pytest.raises(BrokenAnswer):
+        read_answers({"choices": [choice]}, logprobs=True)
+
+
+def test_messages_are_read() -> None:
+    raw = {
+        "content": [
+            {"type": "text", "text": "a"},
+            {"type": "other"},
+            {"type": "text", "text": "b"},
+        ],
+        "stop_reason": "end_turn",
+        "usage": {"input_tokens": 3, "output_tokens": 2},
+    }
+    found = read_messages(raw)
+    assert found.choices[0].text == "ab" and found.choices[0].ended
+    assert found.usage == Usage(3, 2)
+    with pytest.raises(BrokenAnswer):
+        read_messages({"content": None})
