@@ -18,7 +18,7 @@ from trimtab.steering.evidence import (
     text_ids,
 )
 from trimtab.steering.field import CHUNK_ROWS
-from trimtab.steering.predictors import Rows, predicted
+from trimtab.steering.predictors import Rows
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,8 @@ def score_text(
     for begin in range(first, len(token_ids), CHUNK_ROWS):
         places = range(begin, min(begin + CHUNK_ROWS, len(token_ids)))
         rows = text.rows(mixture, states, places)
-        field, dense = predicted(mixture.steering, rows)
-        stacked = torch.stack([dense[name] for name in mixture.members])
-        logprobs = field.of_tokens(stacked, torch.tensor(token_ids[places.start : places.stop]))
+        said = mixture.said(rows)
+        logprobs = said.of_tokens(torch.tensor(token_ids[places.start : places.stop]))
         columns = evidence_weights(logprobs, mixture.prior, share=blend.share, start=weights)
         weights = columns[:, -1]
         found.append(mixture_logprobs(logprobs.double(), columns[:, :-1]))
