@@ -80,7 +80,8 @@ def test_all_tokens_shown_give_the_predictors_of_full_logits(live: Live, host: H
     logits = torch.stack([host.logits(torch.tensor([i]))[0, -1] for i in ids]).float()
     reading = live.read(contexts, host_ids=ids)
     rows = Rows(logits, torch.zeros(2, 1), contexts, ((reading, range(2)),))
-    field, oracle = predicted(steering, rows)
+    found = predicted(steering, rows)
+    field, oracle = found.field, found.logprobs
     whole = [dict(enumerate(row.tolist())) for row in logits.log_softmax(-1)]
     shown = Shown.of(whole, torch.zeros(0, dtype=torch.long))
     found = truncated(steering, live, reading, range(2), shown)
