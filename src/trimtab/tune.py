@@ -239,7 +239,14 @@ def _trainable(config: TuneConfig, model: HFModel) -> PeftModel | None:
         # PEFT asks transformers for a property that transformers is about to rename.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(config.seed)
-        wrapped = get_peft_model(model.model, settings)
+        try:
+            wrapped = get_peft_model(model.model, settings)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            # State-space layers read weights past the modules that a LoRA would wrap.
+            raise ModelError(
+                f"{config.model} ({type(model.model).__name__}) cannot take a LoRA: {error}",
+                hint="tune it with --method full, or take a small model of another family",
+            ) from error
     if not isinstance(wrapped, PeftModel):
         raise ModelError(f"{config.model} cannot take a LoRA", hint="tune it with --method full")
     _describe(wrapped, config)
