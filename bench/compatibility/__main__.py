@@ -3,7 +3,7 @@
     python -m bench.compatibility [--only MODEL_TYPE ...]
 
 Adds what it finds to bench/results/compatibility.json, family by family: one that is there already
-is measured again. The documentation's table is made from that file (`python -m tools.generated_docs`).
+is measured again. The documentation's table is made from it (`python -m tools.generated_docs`).
 """
 
 import argparse

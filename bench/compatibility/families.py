@@ -178,7 +178,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("Mamba 2", "mamba2", _MAMBA2),
     Family("Falcon-Mamba", "falcon_mamba", {"state_size": 8}),
     Family("Jamba", "jamba", {
-        "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False,
+        "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+        "use_mamba_kernels": False,
     }),
     Family("Bamba", "bamba", {
         "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,

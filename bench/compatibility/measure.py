@@ -82,7 +82,7 @@ def measure(family: Family, adapter: Path, folder: Path) -> dict[str, Cell]:
         for name, carriers in asked.items():
             cells[name] = _cell(lambda carriers=carriers: _steering(host, adapter, carriers))
         if not host.is_encoder_decoder:
-            cell = _cell(lambda: _small(family, host, folder))
+            cell = _cell(lambda: _small(host, folder))
             message = cell.message.replace(str(folder / "model"), family.name)
             cells["small"] = replace(cell, message=message)
         return cells
@@ -136,12 +136,16 @@ def _steering(host: HFModel, adapter: Path, carriers: tuple[CarrierName, ...]) -
         for row, prompt in enumerate(PROMPTS):
             bare = host_alone(host, prompt, plain, row)
             if bare > NATS_TOLERANCE:
-                raise _Wrong("the bare host's own batch with a cache is not each prompt alone", bare)
+                raise _Wrong(
+                    "the bare host's own batch with a cache is not each prompt alone", bare
+                )
             for cached in (True, False):
                 options = _options(host, 3, use_cache=cached)
                 alone = model.generate(**_inputs(host, [prompt]), **options)
                 apart = _apart(found.scores, alone.scores, row)
-                what = f"a batch against each prompt alone {'with' if cached else 'without'} a cache"
+                what = (
+                    f"a batch against each prompt alone {'with' if cached else 'without'} a cache"
+                )
                 worst = max(worst, _within(what, apart, NATS_TOLERANCE))
     after = host.model.generate(**batch, **_options(host, 3))
     equal = all(torch.equal(a, b) for a, b in zip(plain.scores, after.scores, strict=True))
@@ -227,7 +231,7 @@ def _inputs(host: HFModel, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def _small(family: Family, host: HFModel, folder: Path) -> float:
+def _small(host: HFModel, folder: Path) -> float:
     host.model.save_pretrained(folder / "model")
     host.tokenizer.save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT * 12, encoding="utf-8")

@@ -183,7 +183,7 @@ def _forward(
     visible: Tensor,
     cached: ModelCache,
 ) -> Tensor:
-    mask = _masks(model, depths, visible)
+    mask = _masks(model, visible)
     with torch.no_grad():
         return model.model.base_model(
             input_ids=torch.tensor([list(tokens)], device=model.device),
@@ -194,9 +194,7 @@ def _forward(
         ).last_hidden_state[0]
 
 
-def _masks(
-    model: HFModel, depths: Sequence[int], visible: Tensor
-) -> Tensor | dict[str, Tensor]:
+def _masks(model: HFModel, visible: Tensor) -> Tensor | dict[str, Tensor]:
     """What each layer adds to its attention scores; by type of layer, where they differ in that.
 
     transformers takes a mask of this shape as it is, and would let the layers that have a sliding
