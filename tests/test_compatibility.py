@@ -52,8 +52,9 @@ def test_a_small_model_that_reads_no_tree_is_refused(model_type: str) -> None:
     assert "--carriers head,memory" in caught.value.hint
 
 
-def test_a_model_that_takes_no_lora_is_refused(tmp_path: Path) -> None:
-    model = made("mamba")
+@pytest.mark.parametrize("model_type", ["mamba", "qwen3_moe"])
+def test_a_model_that_takes_no_lora_is_refused(model_type: str, tmp_path: Path) -> None:
+    model = made(model_type)
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(measure.TEXT * 12)

@@ -84,6 +84,7 @@ def measure(family: Family, adapter: Path, folder: Path) -> dict[str, Cell]:
         if not host.is_encoder_decoder:
             cell = _cell(lambda: _small(host, folder))
             message = cell.message.replace(str(folder / "model"), family.name)
+            message = message.replace(str(folder), "a folder")
             cells["small"] = replace(cell, message=message)
         return cells
 

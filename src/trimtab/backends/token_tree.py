@@ -11,9 +11,9 @@ from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
 
 _PROBE = ((3, 5, 7, 9, 11), (3, 5, 7, 4), (3, 5, 8, 6, 10))
-_PROBE_TOLERANCE = 512
-"""Machine epsilons of the largest state that a tree may differ from plain passes: rounding alone,
-of other shapes, stays far below, and a position or an ancestor too many is far above."""
+_PROBE_TOLERANCE = 2.0
+"""Roots of the machine epsilon, times the largest state, by which a tree may differ from plain
+passes: rounding in other shapes stays below, and a position or an ancestor too many is above."""
 
 
 @dataclass
@@ -242,7 +242,9 @@ def check_tree(model: HFModel) -> None:
     pairs = [(states[line], plain) for line, plain in zip(lines, alone, strict=True)]
     pairs.append((leaf[0], alone[0][4]))
     for ours, plain in pairs:
-        tolerance = _PROBE_TOLERANCE * torch.finfo(plain.dtype).eps * float(plain.abs().max())
+        tolerance = (
+            _PROBE_TOLERANCE * torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
+        )
         if not float((ours - plain).abs().max()) <= tolerance:
             raise _reads_no_tree(model)
 
