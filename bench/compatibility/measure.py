@@ -34,6 +34,9 @@ CELLS = ("logits", "head", "memory", "head+memory", "expert", "small")
 LOGIT_TOLERANCE = 1e-4
 STATE_TOLERANCE = 1e-4
 NATS_TOLERANCE = 1e-3
+LEAST_NATS = -12.0
+"""Tokens that are less likely are left out: rows of a batch share the candidates for steering, and
+what is no candidate is steered as one tail."""
 TARGET_NATS_TOLERANCE = 0.05
 """Of encoder-decoders: a step of generation leaves a target's end to the host, a row does not."""
 
@@ -166,7 +169,8 @@ def _apart(batch: Sequence[Tensor], alone: Sequence[Tensor], row: int) -> float:
     worst = 0.0
     for one, other in zip(batch, alone, strict=False):
         ours, theirs = one[row].log_softmax(-1), other[0].log_softmax(-1)
-        worst = max(worst, float((ours - theirs).nan_to_num(0.0).abs().max()))
+        some = torch.maximum(ours, theirs) > LEAST_NATS
+        worst = max(worst, float((ours - theirs)[some].abs().max()))
         if int(one[row].argmax()) != int(other[0].argmax()):
             # What follows goes on from another token; a tie is within the tolerance.
             break
