@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from bench.compatibility import table as compatibility
 from bench.transfer import results as transfer
 from tools import cost_tables
 from trimtab import cli, config
@@ -27,6 +28,7 @@ VERBS = (
 )
 PAGES = {"probe": "hosts"}
 """Pages of verbs that are called otherwise."""
+NO_COMPATIBILITY = "Not measured yet: `python -m bench.compatibility` does."
 NO_TRANSFER = "No run has been recorded yet: `make bench` measures these figures."
 NO_RESULT = "No run has been recorded yet: `make demo` measures these figures on your machine."
 
@@ -56,6 +58,9 @@ def rendered() -> dict[Path, str]:
     recorded = ROOT / transfer.RESULTS
     found = transfer.table(recorded) if recorded.is_file() else NO_TRANSFER
     blocks[ROOT / "docs" / "results.md"] = {"transfer": found}
+    measured = ROOT / compatibility.RESULTS
+    found = compatibility.table(measured) if measured.is_file() else NO_COMPATIBILITY
+    blocks[ROOT / "docs" / "compatibility.md"] = {"compatibility": found}
     blocks[ROOT / "docs" / "cost.md"] |= cost_tables.blocks()
     return {path: with_blocks(path, contents) for path, contents in blocks.items()}
 

@@ -239,7 +239,14 @@ def _trainable(config: TuneConfig, model: HFModel) -> PeftModel | None:
         # PEFT asks transformers for a property that transformers is about to rename.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(config.seed)
-        wrapped = get_peft_model(model.model, settings)
+        try:
+            wrapped = get_peft_model(model.model, settings)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            # State-space layers read weights past the modules that a LoRA would wrap.
+            raise ModelError(
+                f"{config.model} ({type(model.model).__name__}) cannot take a LoRA: {error}",
+                hint="tune it with --method full, or take a small model of another family",
+            ) from error
     if not isinstance(wrapped, PeftModel):
         raise ModelError(f"{config.model} cannot take a LoRA", hint="tune it with --method full")
     _describe(wrapped, config)
@@ -252,6 +259,14 @@ def _describe(wrapped: PeftModel, config: TuneConfig) -> None:
     settings = wrapped.peft_config["default"]
     settings.base_model_name_or_path = config.model
     assert isinstance(settings, LoraConfig) and not isinstance(settings.target_modules, str)
+    if settings.target_parameters:
+        # PEFT does so where experts lie in one tensor; an adapter may hold linear layers alone.
+        raise ModelError(
+            f"{config.model} cannot take a LoRA over linear layers alone: PEFT would add to its"
+            f" experts' {', '.join(sorted(settings.target_parameters))}",
+            hint="tune it with --method full, or take a small model without experts",
+        )
+    settings.target_parameters = None
     names = {name.rpartition(".")[2] for name in settings.target_modules or ()}
     settings.target_modules = sorted(names)
 

@@ -43,7 +43,7 @@ def read_unembedding(model: PreTrainedModel) -> Unembedding:
         weight=weight,
         bias=_bias(model, head),
         scale=_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=_softcap(config),
     )
 
 
@@ -62,6 +62,12 @@ def _scale(config: Any) -> float:
         if isinstance(value, int | float):
             scale *= float(value) ** power
     return scale
+
+
+def _softcap(config: Any) -> float | None:
+    # As Gemma 2, RecurrentGemma and xLSTM call it.
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None))), None)
 
 
 @torch.no_grad()

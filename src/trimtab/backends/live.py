@@ -14,7 +14,7 @@ from trimtab.align.cut import HostCut
 from trimtab.align.replies import Asked, Reply, carry_replies, deal_out, still_undecided
 from trimtab.backends.base import GivesStrings
 from trimtab.backends.pair import Pair, PairStates
-from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
+from trimtab.backends.token_tree import ModelCache, TokenTree, check_tree, run_after, run_tree
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
@@ -64,7 +64,11 @@ class Live:
             host: The host.
             draft_tokens: Tokens that the expert drafts ahead at most, where a host decodes one
                 prompt, for the host to verify in one pass; 0 for none.
+
+        Raises:
+            ModelError: The small model is of a family that cannot read texts as a tree.
         """
+        check_tree(pair.reference)
         self._pair = pair
         self.draft_tokens = draft_tokens
         self.alignment = Alignment(pair.reference.strings, host.strings)

@@ -8,6 +8,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trimtab.backends.hf import HFModel
+from trimtab.errors import ModelError
+
+_PROBE = ((3, 5, 7, 9, 11), (3, 5, 7, 4), (3, 5, 8, 6, 10))
+_PROBE_TOLERANCE = 2.0
+"""Roots of the machine epsilon, times the largest state, by which a tree may differ from plain
+passes: rounding in other shapes stays below, and a position or an ancestor too many is above."""
 
 
 @dataclass
@@ -177,13 +183,77 @@ def _forward(
     visible: Tensor,
     cached: ModelCache,
 ) -> Tensor:
-    dtype = model.model.dtype
-    mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
+    mask = _masks(model, visible)
     with torch.no_grad():
         return model.model.base_model(
             input_ids=torch.tensor([list(tokens)], device=model.device),
             position_ids=torch.tensor([list(depths)], device=model.device),
-            attention_mask=mask.to(model.device),
+            attention_mask=mask,
             past_key_values=cached.cache,
             use_cache=True,
         ).last_hidden_state[0]
+
+
+def _masks(model: HFModel, visible: Tensor) -> Tensor | dict[str, Tensor]:
+    """What each layer adds to its attention scores; by type of layer, where they differ in that.
+
+    transformers takes a mask of this shape as it is, and would let the layers that have a sliding
+    window look beyond it.
+    """
+    config = model.model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    whole = _added(model, visible)
+    if not window or (types is not None and "sliding_attention" not in types):
+        return whole
+    # A node sees its ancestors alone, so the last ones before it are the nearest by depth.
+    behind = visible.flip(1).long().cumsum(1).flip(1)
+    near = _added(model, visible & (behind <= window))
+    if types is None:
+        return near
+    return {kind: near if kind == "sliding_attention" else whole for kind in set(types)}
+
+
+def _added(model: HFModel, visible: Tensor) -> Tensor:
+    dtype = model.model.dtype
+    mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+    return mask[None, None].to(model.device)
+
+
+def check_tree(model: HFModel) -> None:
+    """Make sure that a model reads several texts as one tree as it reads each of them alone.
+
+    Args:
+        model: A small model, which is to run beside a host.
+
+    Raises:
+        ModelError: It cannot: it keeps a state in place of keys and values, or takes positions or
+            a mask of its own.
+    """
+    alone = [model.hidden(torch.tensor([sequence]))[0] for sequence in _PROBE]
+    tree, cached = TokenTree(), ModelCache()
+    lines = [tree.line(tree.add(sequence)) for sequence in _PROBE]
+    try:
+        states = run_tree(model, tree, cached)
+        leaf = run_after(model, tree, [(lines[0][3], _PROBE[0][4])], cached)
+    except Exception as error:
+        # Families without such a cache or such a mask fail in many ways.
+        raise _reads_no_tree(model) from error
+    pairs = [(states[line], plain) for line, plain in zip(lines, alone, strict=True)]
+    pairs.append((leaf[0], alone[0][4]))
+    for ours, plain in pairs:
+        tolerance = (
+            _PROBE_TOLERANCE * torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
+        )
+        if not float((ours - plain).abs().max()) <= tolerance:
+            raise _reads_no_tree(model)
+
+
+def _reads_no_tree(model: HFModel) -> ModelError:
+    return ModelError(
+        f"{model.ref} ({type(model.model).__name__}) cannot read several texts as one tree, so it"
+        " cannot run beside a host: it has no keys and values that can be cut back, or no masks"
+        " and positions that can be given to it",
+        hint="use --carriers head,memory, or tune a small model of a family such as Llama, Qwen,"
+        " Gemma or GPT-2",
+    )

@@ -1,0 +1,1 @@
+"""Which families of models work with which carriers."""
