@@ -15,12 +15,12 @@ from trimtab.costing.table import number, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "bench" / "results" / "demo.json"
-DEMO_TOKENS = ROOT / "bench" / "results" / "2026-11-25-demo-tokens.json"
+DEMO_TOKENS = ROOT / "bench" / "results" / "2026-11-26-demo-tokens.json"
 CPU = ROOT / "bench" / "results" / "2026-11-25-cpu-flops.json"
 CPU_STEPS = ROOT / "bench" / "results" / "2026-11-25-cpu-steps.json"
 PUBLISHED = ROOT / "bench" / "cost" / "published.json"
 CORES = 2
-VALIDATIONS = 5
+VALIDATIONS = 3
 LIMITED_FIT_TOKENS = 1e6
 BASE = {"host_params": 70e9, "small_params": 7e9, "gpu": "h100"}
 
@@ -75,7 +75,8 @@ def demo_flops(sheet: Sheet) -> dict[str, float]:
     probe = counted["probe_tokens"]
     validated = VALIDATIONS * held_out * flops.forward_flops(small, 128)
     head = flops.HeadFit(train + probe, small.hidden, epochs=counted["head_epochs"])
-    memory = flops.MemoryFit(train, held_out + probe)
+    asked = sum(min(tokens, steps.GATE_POSITIONS) for tokens in (held_out, probe))
+    memory = flops.MemoryFit(train, asked)
     recorded = steps.RECORD_OVERLAP * (counted["text_tokens"] + probe)
     seated = counted["host_probe_tokens"]
     return {
