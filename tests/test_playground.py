@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import httpx
+import httpx2
 import pytest
 from test_generate import HOST
 from test_generate import adapter as adapter  # a fixture
@@ -102,7 +102,7 @@ def tab(browser: Any, server: Running) -> Iterator[Tab]:
 
 def api(server: Running, model: str, **options: object) -> dict[str, Any]:
     body = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": TOKENS, **options}
-    found = httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=60)
+    found = httpx2.post(f"{server.base_url}/v1/completions", json=body, timeout=60)
     assert found.status_code == 200, found.text
     return found.json()["choices"][0]
 
@@ -261,10 +261,10 @@ def test_narrow_screens_and_the_dark_theme(browser: Any, server: Running) -> Non
 
 def test_the_page_forbids_what_it_does_not_need(server: Running) -> None:
     for path in ("/", "/page/playground.css", "/page/playground.js"):
-        found = httpx.get(f"{server.base_url}{path}")
+        found = httpx2.get(f"{server.base_url}{path}")
         assert found.status_code == 200
         policy = found.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
         assert "unsafe" not in policy
-    assert httpx.get(f"{server.base_url}/page/other.js").status_code == 404
-    assert httpx.get(f"{server.base_url}/page/..%2fapp.py").status_code == 404
+    assert httpx2.get(f"{server.base_url}/page/other.js").status_code == 404
+    assert httpx2.get(f"{server.base_url}/page/..%2fapp.py").status_code == 404

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 from test_generate import HOST
@@ -49,7 +49,7 @@ def ask(server: Running, *, chat: bool = False, key: str = "", **options: Any) -
         body |= {"prompt": options.get("prompt", PROMPT)}
     path = "/v1/chat/completions" if chat else "/v1/completions"
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    found = httpx.post(f"{server.base_url}{path}", json=body, headers=headers, timeout=120)
+    found = httpx2.post(f"{server.base_url}{path}", json=body, headers=headers, timeout=120)
     assert found.status_code == 200, found.text
     return found.json()
 
@@ -137,7 +137,7 @@ def test_a_server_with_keys_keeps_its_text_unless_it_is_told_not_to(
 
 
 def test_models_say_which_carriers_are_served(server: Running) -> None:
-    first, *others = httpx.get(f"{server.base_url}/v1/models").json()["data"]
+    first, *others = httpx2.get(f"{server.base_url}/v1/models").json()["data"]
     assert first["id"] == "host" and "trimtab" not in first
     for entry, name in zip(others, ("sea", "ship"), strict=True):
         assert entry["trimtab"] == {"adapter": name, "carriers": ["head", "memory", "expert"]}

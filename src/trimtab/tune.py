@@ -238,6 +238,8 @@ def _trainable(config: TuneConfig, model: HFModel) -> PeftModel | None:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # PEFT asks transformers for a property that transformers is about to rename.
         warnings.simplefilter("ignore", FutureWarning)
+        # It names patterns for experts that it cannot reach; what comes of that is refused below.
+        warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
         torch.manual_seed(config.seed)
         try:
             wrapped = get_peft_model(model.model, settings)
