@@ -25,7 +25,7 @@ def made(model_type: str) -> HFModel:
     return adopt_model(model_type, model, families.family_tokenizer())
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "mixtral", "gpt_oss", "opt"])
 def test_a_tree_longer_than_a_sliding_window_is_read_as_each_sequence_alone(
     model_type: str,
 ) -> None:

@@ -1,5 +1,6 @@
 """The recorded compatibility of families, and its table."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def _shown(cell: Mapping[str, Any] | None, family: str, notes: dict[str, int]) -
     if cell["status"] == "works":
         return f"{cell['worst']:.0e}"
     # One note for all families that are told the same.
-    message = cell["message"].replace(family, "the model").replace("|", "\\|")
+    message = re.sub(r" \(\w+\)", "", cell["message"].splitlines()[0].rstrip("("))
+    message = re.sub(rf"\b{re.escape(family)}\b", "the model", message).replace("|", "\\|")
     number = notes.setdefault(message, len(notes) + 1)
     status = cell["status"] if cell["status"] == "refused" else f"**{cell['status']}**"
     return f"{status} ({number})"

@@ -232,7 +232,9 @@ def steered_by(host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt] = ()
         with trace.running():
             return plain(*args, logits_processor=LogitsProcessorList([ours, *given]), **options)
 
-    trunk = model.get_decoder() if host.is_encoder_decoder else model.base_model
+    base: Any = model.base_model
+    # OPT's head passes its base model over and calls the decoder in it.
+    trunk = model.get_decoder() if host.is_encoder_decoder else getattr(base, "decoder", base)
     handle = trunk.register_forward_hook(trace.hook)
     try:
         model.generate = generate
