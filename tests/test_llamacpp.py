@@ -11,7 +11,7 @@ from test_export import exported, tiny_file
 from torch import Tensor
 
 from trimtab.backends.open import open_model
-from trimtab.config_hosted import HostedOptions
+from trimtab.config import HostedOptions
 from trimtab.exporting.llamacpp import HOST_NAME, read_lora
 from trimtab.hosted.answers import read_answers
 from trimtab.hosted.generating import opened

@@ -13,8 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.backends.open import open_model
-from trimtab.config import CarrierName, GenerateConfig, MountConfig
-from trimtab.config_hosted import is_hosted
+from trimtab.config import CarrierName, GenerateConfig, MountConfig, is_hosted
 from trimtab.errors import AdapterError, InputError
 from trimtab.mount import mount
 from trimtab.steering.processor import DEFAULT_CARRIERS, check_carriers, open_live

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from trimtab.backends.open import open_model
-from trimtab.config import ProbeConfig
-from trimtab.config_hosted import is_hosted
+from trimtab.config import ProbeConfig, is_hosted
 from trimtab.types import Progress, silent
 
 

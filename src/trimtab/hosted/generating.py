@@ -11,8 +11,7 @@ from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair
-from trimtab.config import GenerateConfig, ProbeConfig
-from trimtab.config_hosted import HostedOptions
+from trimtab.config import GenerateConfig, HostedOptions, ProbeConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.hosted.blending import Blender
 from trimtab.hosted.capabilities import Capabilities

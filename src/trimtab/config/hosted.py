@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from trimtab.config_base import Config
+from trimtab.config.base import Config
 
 API_SCHEMES = ("openai:", "anthropic:")
 """What the name of a host behind an API begins with; the service's own name of a model follows."""

@@ -1,6 +1,14 @@
-"""Base of all configurations."""
+"""Base of all configurations, and what several of them name."""
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+CarrierName = Literal["head", "memory", "expert"]
+
+MIN_WINDOW_TOKENS = 8
+"""Of a training window."""
 
 
 class Config(BaseModel):

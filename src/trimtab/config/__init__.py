@@ -1,0 +1,38 @@
+"""One frozen configuration per verb; the command line and its help are generated from these."""
+
+from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype
+from trimtab.config.hosted import HostedOptions, ProbeConfig, is_hosted
+from trimtab.config.making import FitConfig, RecordConfig, TuneConfig
+from trimtab.config.measuring import CompareConfig, CostConfig, EvaluateConfig, MethodName, RowName
+from trimtab.config.using import (
+    DRAFT_TOKENS,
+    ExportConfig,
+    ExportKind,
+    GenerateConfig,
+    MountConfig,
+    ServeConfig,
+)
+
+__all__ = [
+    "DRAFT_TOKENS",
+    "MIN_WINDOW_TOKENS",
+    "CarrierName",
+    "CompareConfig",
+    "Config",
+    "CostConfig",
+    "Dtype",
+    "EvaluateConfig",
+    "ExportConfig",
+    "ExportKind",
+    "FitConfig",
+    "GenerateConfig",
+    "HostedOptions",
+    "MethodName",
+    "MountConfig",
+    "ProbeConfig",
+    "RecordConfig",
+    "RowName",
+    "ServeConfig",
+    "TuneConfig",
+    "is_hosted",
+]
