@@ -44,17 +44,12 @@ class GivesStrings(Protocol):
 
 
 @runtime_checkable
-class GivesLogits(Protocol):
+class GivesLogits(GivesStrings, Protocol):
     """A host that shows all its logits and whose tokens' bytes are known."""
 
     @property
     def ref(self) -> str:
         """What the user called it."""
-        ...
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The bytes of every token id."""
         ...
 
     def logits(self, token_ids: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The expert run beside a host: what expert and reference think of the host's next token."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
@@ -71,9 +72,12 @@ class Live:
         check_tree(pair.reference)
         self._pair = pair
         self.draft_tokens = draft_tokens
-        self.alignment = Alignment(pair.reference.strings, host.strings)
         self._rows: dict[int, PairCaches] = {}
-        self.is_one_vocabulary = _unpadded(pair.vocabulary) == _unpadded(host.vocabulary)
+        self._align(host)
+
+    def _align(self, host: GivesStrings) -> None:
+        self.alignment = Alignment(self._pair.reference.strings, host.strings)
+        self.is_one_vocabulary = _unpadded(self._pair.vocabulary) == _unpadded(host.vocabulary)
 
     @property
     def pair(self) -> Pair:
@@ -82,8 +86,8 @@ class Live:
 
     def onto(self, host: GivesStrings) -> "Live":
         """The same models, with all that they keep of their rows, beside other tokens."""
-        other = Live(self._pair, host, draft_tokens=self.draft_tokens)
-        other._rows = self._rows
+        other = copy(self)
+        other._align(host)
         return other
 
     def read(

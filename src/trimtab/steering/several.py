@@ -10,7 +10,6 @@ from trimtab.backends.chat import ChatPrompt
 from trimtab.blend import evidence_weights
 from trimtab.steering.evidence import Mixture, ReadPrompt, Said, evidence_positions
 from trimtab.steering.explain import Voice
-from trimtab.steering.field import CHUNK_ROWS
 from trimtab.steering.predictors import Rows
 from trimtab.unembedding import Unembedding
 
@@ -128,20 +127,15 @@ class Several:
         start: Tensor = self.prior
         positions = list(range(len(prompt.token_ids) - 1))
         reads = [mixture.read(unembedding, prompt, positions) for mixture in self.mixtures]
-        for _ in range(0, len(positions), CHUNK_ROWS):
-            found = [next(read) for read in reads]
-            places = found[0][0]
-            scores = self._joined([said.of_tokens(_after(prompt, places)) for _, said in found])
+        for found in zip(*reads, strict=True):
+            places, said = found[0][0], [one for _, one in found]
+            scores = self._joined([one.of_tokens(_after(prompt, places)) for one in said])
             is_text = [bool(prompt.token_bytes[place + 1]) for place in places]
             # A token that is no text is no evidence.
             scores = torch.where(torch.tensor(is_text), scores, 0.0)
             columns = evidence_weights(scores, self.prior, share=self.share, start=start)
             start, weights = columns[:, -1], columns[:, :-1].float()
-            parts = [
-                said.mixed(share / share.sum(0)) + share.sum(0).log()[:, None]
-                for (_, said), share in zip(found, self._shares(weights), strict=True)
-            ]
-            yield places, torch.stack(parts).logsumexp(0)
+            yield places, self.mixed(said, weights)
 
     def _shares(self, weights: Tensor) -> list[Tensor]:
         """The weights of each mixture's members: the host's is divided among the mixtures."""
