@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from bench.compatibility.adapter import with_plain_gate
 from trimtab.align.covers import covers_of
 from trimtab.align.cut import HostCut, Left
 from trimtab.align.strings import Strings
@@ -23,7 +24,6 @@ from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
 from trimtab.blend import BlendWeights
-from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.memory import CONTEXT_BYTES, last_bytes
 from trimtab.carriers.search import MAPPED_MATCH_WEIGHT, TEMPERATURE, look_up
 from trimtab.config import FitConfig, GenerateConfig, MountConfig, RecordConfig, TuneConfig
@@ -38,7 +38,7 @@ from trimtab.steering.predictors import Rows, Steering, blend_at, predicted
 from trimtab.steering.processor import open_live
 from trimtab.steering.rows import families, row_of, with_memory
 from trimtab.steering.scoring import score_document
-from trimtab.store.adapter_schema import Blend, Gate
+from trimtab.store.adapter_schema import Blend
 from trimtab.store.card import write_adapter
 from trimtab.store.manifest import read_manifest
 from trimtab.tune import tune
@@ -95,17 +95,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "key_size": 16,
     }
     return with_plain_gate(fit(FitConfig.model_validate(fitting)).folder)
-
-
-def with_plain_gate(folder: Path) -> Path:
-    """A random reference is equally unsure everywhere, from which no gate can be learnt."""
-    manifest = read_manifest(folder)
-    assert manifest.memory
-    gate = Gate(features=GATE_FEATURES, weights=(-1.5, 1.0, 1.0, 1.0, 0.1, 0.05, 0.1))
-    memory = manifest.memory.model_copy(update={"gate": gate, "own_gate": gate, "bytes_gate": gate})
-    carriers = {**manifest.carriers, "memory": memory}
-    write_adapter(folder, manifest.model_copy(update={"carriers": carriers}))
-    return folder
 
 
 @pytest.fixture(scope="module")

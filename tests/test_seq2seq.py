@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,23 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from test_generate import with_plain_gate
 from torch import Tensor
 from transformers import MarianConfig, MarianMTModel, MarianTokenizer
 
+from bench.compatibility.adapter import small_adapter
 from trimtab.backends.chat import prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.backends.tokenizers import read_vocabulary
 from trimtab.config import (
     EvaluateConfig,
-    FitConfig,
     GenerateConfig,
     MountConfig,
-    RecordConfig,
-    TuneConfig,
 )
 from trimtab.errors import InputError, ModelError
 from trimtab.evaluate import evaluate
-from trimtab.fit import fit
 from trimtab.generate import generate, steered
 from trimtab.mount import mount
-from trimtab.record import record
 from trimtab.steering.evidence import keep_own
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Steering
@@ -39,7 +33,6 @@ from trimtab.steering.processor import open_live
 from trimtab.steering.rows import SOURCE_HOST_PRIOR, blend_on
 from trimtab.steering.scoring import score_document
 from trimtab.store.adapter_schema import Blend
-from trimtab.tune import tune
 
 WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
 SOURCES = ("Le gouvernail tourne la coque.", "Une ancre.")
@@ -50,24 +43,7 @@ CARRIERS = [("head",), ("memory",), ("expert",), ("head", "memory", "expert")]
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    chosen = random.Random(0)
-    for number in range(3):
-        one = [chosen.choice(WORDS) for _ in range(60)]
-        lines = [f"The {a} turns the {b}." for a, b in zip(one[::2], one[1::2], strict=True)]
-        (folder / f"{number}.txt").write_text("\n".join(lines))
-    (folder / "one.md").write_text("Plain prose, about nothing in particular. " * 6)
-    shared = {"window_tokens": 128, "dtype": "float32"}
-    tuning = {"model": "tiny:llama?hidden=32", "learning_rate": 1e-2, "held_out": 0.3}
-    tuning |= {"data": (str(folder / "*.txt"),), "out": folder / "expert", "validations": 1}
-    tune(TuneConfig.model_validate(tuning | shared))
-    recording = {"expert": folder / "expert", "out": folder / "recording", "stride_tokens": 96}
-    recording |= {"general": (str(folder / "*.md"),)}
-    record(RecordConfig.model_validate(recording | shared))
-    fitting = {"recording": folder / "recording", "out": folder / "adapter", "rank": 8}
-    fitting |= {"learning_rate": 3e-2, "epochs": 4, "active_tokens": 256, "key_size": 16}
-    found = fit(FitConfig.model_validate(fitting | {"general_weight": 0.1})).folder
-    return with_plain_gate(found)
+    return small_adapter(tmp_path_factory.mktemp("adapter"), "tiny:llama?hidden=32")
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,8 @@ from trimtab.generate import steered
 from trimtab.mount import mount
 from trimtab.record import record
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.predictors import Steering
-from trimtab.steering.processor import open_live
-from trimtab.steering.rows import blend_on, row_of
+from trimtab.steering.processor import mixture_of, open_live
+from trimtab.steering.rows import row_of
 from trimtab.steering.scoring import score_document
 from trimtab.tune import tune
 
@@ -180,13 +179,7 @@ def _apart(batch: Sequence[Tensor], alone: Sequence[Tensor], row: int) -> float:
 def _against_rows(
     host: HFModel, mounted: Mounted, carriers: tuple[CarrierName, ...], live: Live | None
 ) -> float:
-    steering = Steering(
-        rows=(row_of(carriers),),
-        heads={"head": mounted.head} if mounted.head and "head" in carriers else {},
-        memories={"memory": mounted.memory} if mounted.memory and "memory" in carriers else {},
-        live=live,
-        blend=blend_on(mounted.manifest.blend, reads_source=host.is_encoder_decoder),
-    )
+    steering = mixture_of(host, mounted, carriers, 1.0, live).steering
     source = SOURCE if host.is_encoder_decoder else None
     sizes = {"window_tokens": 64, "stride_tokens": 32}
     scored = score_document(host, TEXT, steering, source=source, **sizes)
@@ -215,25 +208,14 @@ def _options(host: HFModel, tokens: int, **more: Any) -> dict[str, Any]:
         "eos_token_id": None,
         "output_scores": True,
         "return_dict_in_generate": True,
-        "pad_token_id": host.tokenizer.pad_token_id,
+        "pad_token_id": host.pad_id,
         **(forced if host.is_encoder_decoder else {}),
         **more,
     }
 
 
 def _inputs(host: HFModel, prompts: Sequence[str]) -> dict[str, Tensor]:
-    rows = [prompt_ids(host, prompt) for prompt in prompts]
-    longest, pad = max(map(len, rows)), host.tokenizer.pad_token_id
-    padding = [[pad] * (longest - len(row)) for row in rows]
-    ones = [[1] * len(row) for row in rows]
-    zeros = [[0] * len(empty) for empty in padding]
-    if host.is_encoder_decoder:
-        ids = [row + empty for row, empty in zip(rows, padding, strict=True)]
-        mask = [one + zero for one, zero in zip(ones, zeros, strict=True)]
-    else:
-        ids = [empty + row for row, empty in zip(rows, padding, strict=True)]
-        mask = [zero + one for one, zero in zip(ones, zeros, strict=True)]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return host.padded([prompt_ids(host, prompt) for prompt in prompts])
 
 
 def _small(host: HFModel, folder: Path) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from trimtab.backends.chat import chat_ids, prompt_ids
@@ -106,7 +105,7 @@ def generate(
         follower = _Follower(host, config, on_text, advance)
         torch.manual_seed(config.seed)
         model.generate(
-            **_batch(host, prompts),
+            **host.padded(prompts),
             generation_config=_settings(config, host, limit),
             stopping_criteria=[follower],
         )  # pyright: ignore[reportCallIssue]
@@ -219,23 +218,6 @@ def _new_tokens(host: HFModel, prompts: Sequence[Sequence[int]], asked: int) -> 
     return min(asked, room - len(prompts[longest]))
 
 
-def _batch(host: HFModel, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), _pad_id(host))
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        # An encoder counts its positions from the left; a decoder goes on from the right.
-        begin = 0 if host.is_encoder_decoder else longest - len(prompt)
-        place = slice(begin, begin + len(prompt))
-        ids[row, place], mask[row, place] = torch.tensor(prompt), 1
-    return {"input_ids": ids.to(host.device), "attention_mask": mask.to(host.device)}
-
-
-def _pad_id(host: HFModel) -> int:
-    pad = host.tokenizer.pad_token_id
-    return pad if isinstance(pad, int) else min(host.end_ids, default=0)
-
-
 def _settings(config: GenerateConfig, host: HFModel, limit: int) -> GenerationConfig:
     # What is not said here comes from the model's own settings, which may sample or penalise.
     options: dict[str, Any] = {
@@ -245,7 +227,7 @@ def _settings(config: GenerateConfig, host: HFModel, limit: int) -> GenerationCo
         "num_return_sequences": 1,
         "repetition_penalty": 1.0,
         "eos_token_id": sorted(host.end_ids) or None,
-        "pad_token_id": _pad_id(host),
+        "pad_token_id": host.pad_id,
     }
     if config.temperature > 0:
         options |= {

@@ -103,6 +103,31 @@ class HFModel:
         several = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in (*several, self.vocabulary.eos_id) if i is not None)
 
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch's shorter rows up; where a tokenizer has nothing for it, an end."""
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) else min(self.end_ids, default=0)
+
+    def padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Prompts as one batch, as transformers' `generate` takes it by name.
+
+        Args:
+            prompts: Token ids of each, at least one.
+
+        Returns:
+            `input_ids` and `attention_mask`, each of shape [prompts, longest].
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), self.pad_id)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            # An encoder counts its positions from the left; a decoder goes on from the right.
+            begin = 0 if self.is_encoder_decoder else longest - len(prompt)
+            place = slice(begin, begin + len(prompt))
+            ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
     def encode(self, text: str, *, markup: bool = False) -> list[int]:
         """Encode a text, without adding special tokens.
 
