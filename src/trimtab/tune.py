@@ -243,7 +243,7 @@ def _trainable(config: TuneConfig, model: HFModel) -> PeftModel | None:
         torch.manual_seed(config.seed)
         try:
             wrapped = get_peft_model(model.model, settings)
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError) as error:
             # State-space layers read weights past the modules that a LoRA would wrap.
             raise ModelError(
                 f"{config.model} ({type(model.model).__name__}) cannot take a LoRA: {error}",
