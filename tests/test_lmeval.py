@@ -25,25 +25,13 @@ from trimtab.errors import InputError
 from trimtab.evaluate import evaluate
 from trimtab.lmeval.tasks import read_task
 from trimtab.steering.answers import score_answers, score_text
-from trimtab.steering.evidence import Mixture
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.predictors import Steering
-from trimtab.steering.processor import steered
-from trimtab.steering.rows import row_of
+from trimtab.steering.processor import mixture_of, steered
 from trimtab.steering.scoring import score_document
 
 __all__ = ["adapter", "host", "live", "mounted"]
 ALL: tuple[CarrierName, ...] = ("head", "memory", "expert")
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs trimtab[lmeval]")
-
-
-def mixture_of(mounted: Mounted, live: Live, carriers: Sequence[CarrierName]) -> Mixture:
-    assert mounted.head and mounted.memory
-    heads = {"head": mounted.head} if "head" in carriers else {}
-    memories = {"memory": mounted.memory} if "memory" in carriers else {}
-    beside = live if "expert" in carriers else None
-    blend = mounted.manifest.blend
-    return Mixture(Steering((row_of(carriers),), heads, memories, live=beside, blend=blend))
 
 
 class Forced(LogitsProcessor):
@@ -66,7 +54,8 @@ def test_an_answer_is_as_likely_as_generate_finds_it(
 ) -> None:
     context = host.context_ids() + host.encode(domain_text(8)[:50])
     answers = [host.encode_following(text) for text in (" rudder.\nThe keel", " xyz", " the hull")]
-    scored = score_answers(host, mixture_of(mounted, live, carriers), context, answers)
+    mixture = mixture_of(host, mounted, carriers, 1.0, live)
+    scored = score_answers(host, mixture, context, answers)
     with steered(host, mounted, carriers=carriers, live=live) as model:
         for answer, ours in zip(answers, scored, strict=True):
             result = model.generate(
@@ -82,7 +71,7 @@ def test_an_answer_is_as_likely_as_generate_finds_it(
             ]
             assert ours.logprobs.tolist() == pytest.approx(theirs, abs=1e-4)
         greedy = model.generate(torch.tensor([context]), max_new_tokens=3)[0, len(context) :]
-    best = score_answers(host, mixture_of(mounted, live, carriers), context, [greedy.tolist()])
+    best = score_answers(host, mixture, context, [greedy.tolist()])
     assert best[0].is_greedy and not scored[1].is_greedy
 
 
@@ -90,7 +79,7 @@ def test_a_text_is_scored_as_evaluate_scores_it(
     host: HFModel, mounted: Mounted, live: Live
 ) -> None:
     text = domain_text(9)[:90]
-    mixture = mixture_of(mounted, live, ALL)
+    mixture = mixture_of(host, mounted, ALL, 1.0, live)
     expected = score_document(
         host, text, mixture.steering, window_tokens=256, stride_tokens=128
     ).rows["all"]

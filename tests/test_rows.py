@@ -6,9 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from trimtab.config import RowName
-from trimtab.evaluator import SMALL_ROWS
 from trimtab.report.values import ROWS
-from trimtab.steering.rows import families, present, prior_of, with_memory
+from trimtab.steering.rows import SMALL_ROWS, families, present, prior_of, with_memory
 from trimtab.store.adapter_schema import Blend
 
 ALL = families(Blend())

@@ -1,7 +1,7 @@
 """Compare ways to adapt a host on the user's own data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,12 @@ from trimtab.comparing.values import SCHEMA
 from trimtab.comparing.words import verdict
 from trimtab.config import CompareConfig
 from trimtab.errors import InputError, ModelError
+from trimtab.evaluate import MIN_DOCUMENT_BYTES, beginning
 from trimtab.metrics import Estimate
 from trimtab.store.files import lock, package_versions, refuse_others, write_atomic, write_json
 from trimtab.types import Document, Progress, silent
 
 REPORT_NAME = "comparison.json"
-MIN_DOCUMENT_BYTES = 64
-"""Shorter documents, and shorter ends of what may be scored, are passed over."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +142,9 @@ def _cut(
     """The beginnings of documents that are scored: the same text for every model."""
     kept = []
     for document in documents:
-        ids = host.encode(document.text)[: min(config.document_tokens, limit)]
-        raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
-        raw = raw[int(host.vocabulary.prefix_space) :]
+        tokens, raw = beginning(host, document.text, min(config.document_tokens, limit))
         if len(raw) >= MIN_DOCUMENT_BYTES:
-            limit -= len(ids)
+            limit -= tokens
             kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
     if not kept:
         raise InputError(
@@ -209,4 +206,4 @@ def _as_json(row: MethodFigures, price: float | None) -> Mapping[str, Any]:
 
 
 def _pair(value: Estimate | None) -> dict[str, float] | None:
-    return None if value is None else {"mean": value.mean, "stderr": value.stderr}
+    return None if value is None else asdict(value)

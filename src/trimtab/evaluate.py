@@ -3,8 +3,9 @@
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,10 @@ from trimtab.steering.rows import row_of
 from trimtab.steering.scoring import RowScore, ScoredDocument
 from trimtab.store.files import refuse_others, write_json
 from trimtab.store.manifest import read_manifest
-from trimtab.text.corpus import read_documents
+from trimtab.text.documents import read_by_kind, read_documents
 from trimtab.types import Document, Progress, silent
 
 if TYPE_CHECKING:
-    from trimtab.lmeval.rows import Models
-    from trimtab.lmeval.run import Asked
     from trimtab.lmeval.values import TaskReport
 
 TASKS_NAME = "tasks.json"
@@ -92,6 +91,8 @@ def evaluate(
     rows = _rows(config)
     _check_out(config.out)
     tasks = [read_task(path) for path in config.tasks]
+    if tasks:
+        _check_harness()
     texts = _texts(config) if config.data else {}
     cache = host is None or is_named
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
@@ -140,31 +141,31 @@ def _score_texts(
 
 def _ask(evaluator: Evaluator, tasks: Sequence[LocalTask], progress: Progress) -> "TaskReport":
     """Ask the rows tasks, and write their figures."""
-    asked_of, models, run_tasks = _harness()
+    from trimtab.lmeval.rows import Models
+    from trimtab.lmeval.run import Asked, run_tasks
+
     config = evaluator.config
     rows = evaluator.rows if config.rows else _task_rows(config)
     key = json.dumps([str(part) for part in evaluator.models_key])
     if not evaluator.keeps:
         # A host that was changed in memory has no name: what it answered is asked again.
         key = secrets.token_hex(16)
-    asked = asked_of(tasks, rows, config.out, config.task_limit, config.seed, key)
-    made = models(evaluator.host, evaluator.steering, evaluator.pair, config.task_batch)
+    asked = Asked(tasks, rows, config.out, config.task_limit, config.seed, key)
+    made = Models(evaluator.host, evaluator.steering, evaluator.pair, config.task_batch)
     report = run_tasks(asked, made, progress)
     write_json(config.out / TASKS_NAME, report.as_json())
     return report
 
 
-def _harness() -> tuple["type[Asked]", "type[Models]", "Callable[..., TaskReport]"]:
-    """What needs lm-evaluation-harness, which is an extra."""
+def _check_harness() -> None:
+    """Refuse tasks without lm-evaluation-harness, an extra, before anything is measured."""
     try:
-        from trimtab.lmeval.rows import Models
-        from trimtab.lmeval.run import Asked, run_tasks
+        import_module("trimtab.lmeval.run")
     except ModuleNotFoundError as error:
         raise InputError(
             f"--tasks needs lm-evaluation-harness, and {error.name} is not installed",
             hint="pip install 'trimtab[lmeval]'",
         ) from error
-    return Asked, Models, run_tasks
 
 
 def _check_out(out: Path) -> None:
@@ -220,12 +221,7 @@ def _check_rows(asked: Sequence[str], kept: Kept) -> None:
 
 def _texts(config: EvaluateConfig) -> dict[str, list[Document]]:
     """Domain text under the empty kind, general text by its kind."""
-    texts = {"": read_documents(config.data)}
-    for asked in config.general:
-        kind, _, pattern = asked.rpartition("=")
-        kind = kind or Path(pattern).stem
-        texts.setdefault(kind, []).extend(read_documents([pattern]))
-    return texts
+    return {"": read_documents(config.data)} | read_by_kind(config.general)
 
 
 def _budget(config: EvaluateConfig, kind: str) -> int:
@@ -263,14 +259,19 @@ def _cut(
                 " encoder-decoder",
                 hint="evaluate such a host on text, or take a T5, BART or Marian model as host",
             )
-        ids = host.encode(document.text)[: min(config.document_tokens, budget)]
-        raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
-        raw = raw[int(host.vocabulary.prefix_space) :]
+        tokens, raw = beginning(host, document.text, min(config.document_tokens, budget))
         if len(raw) < (MIN_DOCUMENT_BYTES if document.source is None else 1):
             continue
-        budget -= len(ids)
+        budget -= tokens
         kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
     return kept
+
+
+def beginning(host: HFModel, text: str, limit: int) -> tuple[int, bytes]:
+    """The first tokens of a text, at most `limit`: how many, and what of the text they are."""
+    ids = host.encode(text)[:limit]
+    raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
+    return len(ids), raw[int(host.vocabulary.prefix_space) :]
 
 
 def _by_row(scored: Sequence[Kept], rows: Sequence[str]) -> dict[str, list[DocumentScore]]:

@@ -21,14 +21,11 @@ from trimtab.steering.beside import open_beside
 from trimtab.steering.kept import VERSION, Kept, read_scores, write_scores
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Steering
-from trimtab.steering.rows import blend_on
+from trimtab.steering.rows import LIVE_ROWS, SMALL_ROWS, blend_on
 from trimtab.steering.scoring import score_document
 from trimtab.store.manifest import read_manifest
 from trimtab.text.corpus import scored_windows
 from trimtab.types import Document, Progress
-
-SMALL_ROWS = ("reference", "expert")
-LIVE_ROWS = ("live", "live+head", "live+memory", "all", "proxy", "proxy-0.5", "mixture")
 
 
 @final

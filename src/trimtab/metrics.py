@@ -53,9 +53,7 @@ def bootstrap(scores: Sequence[DocumentScore], *, seed: int = 0, resamples: int 
         seed: Seed of the resampling.
         resamples: Number of bootstrap samples.
     """
-    nll, size = _columns(scores)
-    chosen = _resampled(len(scores), seed, resamples)
-    ratios = nll[chosen].sum(1) / (size[chosen].sum(1) * math.log(2))
+    ratios = resampled_bits(scores, draws(len(scores), seed, resamples))
     return Estimate(bits_per_byte(scores), float(ratios.std()))
 
 
@@ -75,13 +73,11 @@ def paired_difference(
     """
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} documents cannot be paired with {len(theirs)}.")
-    chosen = _resampled(len(ours), seed, resamples)
-    sides = []
-    for side in (ours, theirs):
-        nll, size = _columns(side)
-        sides.append(nll[chosen].sum(1) / (size[chosen].sum(1) * math.log(2)))
+    drawn = draws(len(ours), seed, resamples)
     mean = bits_per_byte(ours) - bits_per_byte(theirs)
-    return Estimate(mean, float((sides[0] - sides[1]).std()))
+    return Estimate(
+        mean, float((resampled_bits(ours, drawn) - resampled_bits(theirs, drawn)).std())
+    )
 
 
 def pool_kinds(kinds: Sequence[Estimate]) -> Estimate:
@@ -90,12 +86,21 @@ def pool_kinds(kinds: Sequence[Estimate]) -> Estimate:
     return Estimate(mean, math.sqrt(sum(kind.stderr**2 for kind in kinds)) / len(kinds))
 
 
-def _columns(scores: Sequence[DocumentScore]) -> tuple[np.ndarray, np.ndarray]:
-    return (
-        np.array([score.nll_nats for score in scores]),
-        np.array([score.scored_bytes for score in scores], dtype=float),
-    )
-
-
-def _resampled(count: int, seed: int, resamples: int) -> np.ndarray:
+def draws(count: int, seed: int, resamples: int = 1000) -> np.ndarray:
+    """Places of items that bootstrap samples are made of, shape [resamples, count]."""
     return np.random.default_rng(seed).integers(0, count, (resamples, count))
+
+
+def resampled_bits(scores: Sequence[DocumentScore], drawn: np.ndarray) -> np.ndarray:
+    """Bits per byte of each sample of the documents.
+
+    Args:
+        scores: One score a document.
+        drawn: Places of documents, shape [resamples, documents].
+
+    Returns:
+        Shape [resamples].
+    """
+    nats = np.array([score.nll_nats for score in scores])
+    size = np.array([score.scored_bytes for score in scores], dtype=float)
+    return nats[drawn].sum(1) / (size[drawn].sum(1) * math.log(2))

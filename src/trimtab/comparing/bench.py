@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from trimtab.record import record
 from trimtab.steering.mounted import Mounted
 from trimtab.store.expert import read_expert
 from trimtab.store.files import read_json, write_json
-from trimtab.text.corpus import scored_windows, sha256_of_documents
+from trimtab.text.corpus import sha256_of_documents
 from trimtab.tune import tune
 from trimtab.types import Document, Progress
 
@@ -69,24 +70,13 @@ class Bench:
         """Folder of the comparison."""
         return self.config.out
 
-    @property
+    @cached_property
     def test_tokens(self) -> int:
         """Host tokens of all text that is scored."""
         texts = (d.text for documents in self.texts.values() for d in documents)
         return sum(len(self.host.encode(text)) for text in texts)
 
-    @property
-    def read_tokens(self) -> int:
-        """Host tokens that scoring reads: those of all windows, context included."""
-        window, found = self.config.window_tokens, 0
-        for documents in self.texts.values():
-            for document in documents:
-                length = len(self.host.encode(document.text))
-                windows = scored_windows(length, window, max(window // 2, 1))
-                found += sum(one.end - one.start for one in windows)
-        return found
-
-    @property
+    @cached_property
     def train_tokens(self) -> float:
         """Tokens of the training text that a training goes through, predicted by its bytes."""
         size = sum(len(document.text.encode()) for document in self.split.train)
@@ -105,8 +95,7 @@ class Bench:
             work: Does it, and says how many operations it was.
             serves_all_hosts: Whether it is done once, whatever the number of hosts.
         """
-        path = self.folder / "steps" / f"{name}.json"
-        key = key_of(self._learnt_key, name)
+        path, key = self._step_path(name), key_of(self._learnt_key, name)
         kept = read_json(path, "step") if path.is_file() else {}
         kept = kept if kept.get("key") == key else {}
         if "step" in kept:
@@ -115,6 +104,7 @@ class Bench:
         try:
             with watched() as watch:
                 needed = work()
+        # However it ends, by Ctrl-C above all: the next attempt goes on from here.
         except BaseException:
             write_json(path, {"key": key, "sec": before + time.perf_counter() - started})
             raise
@@ -123,13 +113,20 @@ class Bench:
         write_json(path, {"key": key, "step": done.model_dump(mode="json")})
         return done
 
+    def has_begun(self, name: str) -> bool:
+        """Whether a step is done, or was once interrupted."""
+        return self._step_path(name).is_file()
+
+    def _step_path(self, name: str) -> Path:
+        return self.folder / "steps" / f"{name}.json"
+
     @property
     def key(self) -> str:
         """Names data, models and settings; not the budget, nor which methods are asked for."""
         settings = self.config.model_dump(mode="json", exclude=_FREE)
         return key_of(settings, self.split.sha256, self.host.source, self.host.fingerprint)
 
-    @property
+    @cached_property
     def _learnt_key(self) -> str:
         """Names what methods learn from, and how; not what they are measured on."""
         settings = self.config.model_dump(mode="json", exclude=_FREE | _MEASURED)

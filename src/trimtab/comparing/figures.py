@@ -12,12 +12,15 @@ from trimtab.metrics import (
     Estimate,
     bits_per_byte,
     bootstrap,
+    draws,
     paired_difference,
     pool_kinds,
+    resampled_bits,
 )
 
 BASELINE = "zero-shot"
-RESAMPLES = 1_000
+"""All others are compared with it, and it is always measured."""
+
 SURE = 0.95
 """Share of resamples in which one method must be ahead to be called better."""
 
@@ -92,7 +95,7 @@ def _task_figures(
 ) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
     if task is None or not result.answers:
         return {}, {}
-    drawn, whole = _draws(len(task.questions), seed), np.arange(len(task.questions))[None]
+    drawn, whole = draws(len(task.questions), seed), np.arange(len(task.questions))[None]
     values, differences = {}, {}
     for name in METRICS[task.kind]:
         ours, theirs = (metric(name, task, side.answers, drawn) for side in (result, bare))
@@ -106,10 +109,6 @@ def _task_figures(
 
 def _scores(texts: Sequence[TextScore]) -> list[DocumentScore]:
     return [DocumentScore(text.nats, text.bytes) for text in texts]
-
-
-def _draws(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
 
 
 def quality(rows: Sequence[MethodFigures]) -> str:
@@ -143,20 +142,15 @@ def share_ahead(
     nothing is known, 1 that no resample speaks against it.
     """
     if by == "bits per byte":
-        pairs = (ours.result.domain, theirs.result.domain)
-        drawn = _draws(len(pairs[0]), seed)
-        first, second = (_resampled_bits(texts, drawn) for texts in pairs)
+        pair = [_scores(row.result.domain) for row in (ours, theirs)]
+        drawn = draws(len(pair[0]), seed)
+        first, second = (resampled_bits(scores, drawn) for scores in pair)
     else:
         assert task is not None
-        drawn = _draws(len(task.questions), seed)
+        drawn = draws(len(task.questions), seed)
         first, second = (metric(by, task, row.result.answers, drawn) for row in (ours, theirs))
     ahead = advantage(by) * (first - second)
     return float((ahead > 0).mean() + 0.5 * (ahead == 0).mean())
-
-
-def _resampled_bits(texts: Sequence[TextScore], drawn: np.ndarray) -> np.ndarray:
-    nats, size = (np.array([getattr(t, name) for t in texts], float) for name in ("nats", "bytes"))
-    return nats[drawn].sum(1) / size[drawn].sum(1)
 
 
 def pareto(

@@ -18,8 +18,7 @@ from trimtab.comparing.split import excerpts
 from trimtab.comparing.values import Step
 from trimtab.config import CarrierName
 from trimtab.costing.sheet import read_sheet
-from trimtab.steering.predictors import Steering
-from trimtab.steering.processor import DEFAULT_CARRIERS
+from trimtab.steering.processor import DEFAULT_CARRIERS, mixture_of
 
 NOTHING, AGAIN, MOUNT = "nothing", "train again", "mount"
 
@@ -107,8 +106,7 @@ def _prompted(bench: Bench, ids: Sequence[int], note: str) -> Made:
 def _small_steps(bench: Bench) -> tuple[Step, ...]:
     """Tuning the small model: what expert, head, memory and live have in common."""
     training = _lora_estimate(bench, bench.small_shape, "tune expert")
-    done = (bench.folder / "steps" / "tune expert.json").is_file()
-    if not done:
+    if not bench.has_begun("tune expert"):
         bench.budget.ask_for("tuning the small model", training.sec)
     return (bench.tune_step(bench.config.small, "expert", bench.small_shape),)
 
@@ -120,30 +118,25 @@ def _expert(bench: Bench) -> Iterator[Made]:
         yield Made(Subject(model), steps, size, "the tuned small model in the host's place")
 
 
-def _steered(row: str) -> Callable[[Bench], Iterator[Made]]:
+def _steered(carriers: Sequence[CarrierName]) -> Callable[[Bench], Iterator[Made]]:
     def make(bench: Bench) -> Iterator[Made]:
         steps = (*_small_steps(bench), _recorded(bench))
         made = (bench.fit_step(ADAPTER), bench.mount_step(ADAPTER))
         # The expert alone needs neither head nor memory, nor a seat on the host.
-        steps += made if row != "live" else ()
+        is_seated = tuple(carriers) != ("expert",)
+        steps += made if is_seated else ()
         mounted = bench.mounted(ADAPTER)
-        parts = ("head", "memory", "live") if row == "all" else tuple(row.split("+"))
-        heads = {"head": mounted.head} if "head" in parts and mounted.head else {}
-        memories = {"memory": mounted.memory} if "memory" in parts and mounted.memory else {}
-        live = Live(bench.pair("expert"), bench.host) if "live" in parts else None
-        carriers: list[CarrierName] = [name for name in DEFAULT_CARRIERS if name in parts]
-        if live:
-            carriers.append("expert")
-        files = (mounted.manifest.bytes_of(name) for name in carriers)
-        steering = Steering((row,), heads, memories, live=live, blend=mounted.manifest.blend)
-        note = "; ".join(mounted.warnings) if heads or memories else ""
-        yield Made(Subject(bench.host, steering), steps, sum(files), note)
+        live = Live(bench.pair("expert"), bench.host) if "expert" in carriers else None
+        mixture = mixture_of(bench.host, mounted, carriers, 1.0, live)
+        size = sum(mounted.manifest.bytes_of(name) for name in carriers)
+        note = "; ".join(mounted.warnings) if is_seated else ""
+        yield Made(Subject(bench.host, mixture.steering), steps, size, note)
 
     return make
 
 
 def _recorded(bench: Bench) -> Step:
-    if not (bench.folder / "steps" / "record.json").is_file():
+    if not bench.has_begun("record"):
         bench.budget.ask_for("recording", _adapter_estimate(bench)[-1].sec)
     return bench.record_step()
 
@@ -153,11 +146,10 @@ def _label_head(bench: Bench) -> Iterator[Made]:
     _recorded(bench)
     step = bench.fit_step(LABEL_ADAPTER, labels=True)
     mounted = bench.mounted(LABEL_ADAPTER)
-    assert mounted.head is not None
-    steering = Steering(("head",), {"head": mounted.head}, blend=mounted.manifest.blend)
+    mixture = mixture_of(bench.host, mounted, ("head",), 1.0, None)
     note = "fitted on the host's states to the text's own next tokens, without soft targets"
     size = mounted.manifest.bytes_of("head")
-    yield Made(Subject(bench.host, steering), (step,), size, note)
+    yield Made(Subject(bench.host, mixture.steering), (step,), size, note)
 
 
 def _tuned_host(method: str) -> Callable[[Bench], Iterator[Made]]:
@@ -169,7 +161,7 @@ def _tuned_host(method: str) -> Callable[[Bench], Iterator[Made]]:
         else:
             estimate = _full_estimate(bench)
             held = sizes.full_bytes(shape, window)
-        if not (bench.folder / "steps" / f"tune {method}.json").is_file():
+        if not bench.has_begun(f"tune {method}"):
             bench.budget.ask_for_memory("training the host", held)
             bench.budget.ask_for("training the host", estimate.sec)
         step = bench.tune_step(bench.config.host, method, shape, method)
@@ -245,14 +237,14 @@ METHODS: Mapping[str, Method] = {
     "few-shot": Method(_few_shot, _none, NOTHING),
     "context": Method(_context, _none, NOTHING),
     "expert": Method(_expert, _small_estimate, "has no host"),
-    "trimtab": Method(_steered("head+memory"), _adapter_estimate, MOUNT),
+    "trimtab": Method(_steered(DEFAULT_CARRIERS), _adapter_estimate, MOUNT),
     "lora": Method(
         _tuned_host("lora"),
         lambda bench: (_lora_estimate(bench, bench.host_shape, "tune lora"),),
         AGAIN,
     ),
-    "live": Method(_steered("live"), _adapter_estimate, NOTHING),
-    "all": Method(_steered("all"), _adapter_estimate, MOUNT),
+    "live": Method(_steered(("expert",)), _adapter_estimate, NOTHING),
+    "all": Method(_steered((*DEFAULT_CARRIERS, "expert")), _adapter_estimate, MOUNT),
     "label-head": Method(_label_head, _label_estimate, "fit again"),
     "qlora": Method(_qlora, lambda bench: (_qlora_estimate(bench),), AGAIN),
     "full": Method(_tuned_host("full"), lambda bench: (_full_estimate(bench),), AGAIN),

@@ -1,12 +1,11 @@
 """A comparison as one HTML file that loads nothing from anywhere. Pure but for its style sheet."""
 
 from collections.abc import Sequence
-from importlib import resources
 
 from trimtab.comparing.figures import MethodFigures, advantage, pareto, quality, quality_of
 from trimtab.comparing.table import body, notes
 from trimtab.comparing.words import METHOD_WORDS
-from trimtab.report.html import scroll_html, sentence_html, text_html
+from trimtab.report.html import page_html, scroll_html, sentence_html, text_html
 from trimtab.report.plots import Point, scatter_svg
 
 
@@ -26,29 +25,18 @@ def page(
         better: Pairs of methods, the first ahead of the second in this share of resamples.
         price: US dollars for an hour of the machine, or None.
     """
-    css = (resources.files("trimtab") / "data" / "report.css").read_text(encoding="utf-8")
-    sections = [
+    parts = [
+        f'<p class="lead">{sentence_html(verdict)}</p>',
         _table_section(rows, price),
         _cost_section(rows),
         _loss_section(rows),
         _better_section(better),
     ]
-    return "\n".join(
-        (
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{text_html(title)}</title>",
-            f"<style>\n{css}</style></head>",
-            f"<body><main><h1>{text_html(title)}</h1>",
-            f'<p class="lead">{sentence_html(verdict)}</p>',
-            *(section for section in sections if section),
-            "<footer>Written by Trimtab. The same figures for programs: comparison.json; every"
-            " document’s and question’s figures: the folder methods.</footer>",
-            "</main></body></html>\n",
-        )
+    footer = (
+        "Written by Trimtab. The same figures for programs: comparison.json; every document’s and"
+        " question’s figures: the folder methods."
     )
+    return page_html(title, parts, footer)
 
 
 def _table_section(rows: Sequence[MethodFigures], price: float | None) -> str:

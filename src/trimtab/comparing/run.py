@@ -9,6 +9,7 @@ from trimtab.comparing import sizes
 from trimtab.comparing.bench import Bench
 from trimtab.comparing.budget import NotRun
 from trimtab.comparing.embeddings import classify
+from trimtab.comparing.figures import BASELINE
 from trimtab.comparing.measure import watched
 from trimtab.comparing.methods import METHODS
 from trimtab.comparing.scoring import answer_all, score_texts, timed_use
@@ -18,9 +19,6 @@ from trimtab.errors import InputError
 from trimtab.store.files import read_json, write_json
 
 FOLDER = "methods"
-BASELINE = "zero-shot"
-"""All others are compared with it, and it is always measured."""
-
 EMBEDDINGS = "embeddings"
 ORDER = (*METHODS, EMBEDDINGS)
 

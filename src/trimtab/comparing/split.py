@@ -9,14 +9,14 @@ from pathlib import Path
 from trimtab.comparing.questions import Question, Task, read_questions
 from trimtab.config import CompareConfig
 from trimtab.errors import InputError
-from trimtab.store.files import sha256_file
+from trimtab.store.files import sha256_bytes, sha256_file
 from trimtab.text.corpus import (
     drop_near_duplicates,
     save_documents,
     sha256_of_documents,
     split_held_out,
 )
-from trimtab.text.documents import read_documents
+from trimtab.text.documents import read_by_kind, read_documents
 from trimtab.text.probe import probe_documents
 from trimtab.types import Document
 
@@ -100,11 +100,7 @@ def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None
 
 def _general(config: CompareConfig) -> tuple[dict[str, list[Document]], list[Document]]:
     """General text by kind, of which half is measured and half may be learnt from."""
-    texts: dict[str, list[Document]] = {}
-    for asked in config.general:
-        kind, _, pattern = asked.rpartition("=")
-        texts.setdefault(kind or Path(pattern).stem, []).extend(read_documents([pattern]))
-    texts = texts or {"probe": probe_documents()}
+    texts = read_by_kind(config.general) or {"probe": probe_documents()}
     measured: dict[str, list[Document]] = {}
     learnt: list[Document] = []
     for kind, documents in texts.items():
@@ -141,4 +137,4 @@ def excerpts(
 
 def key_of(*parts: object) -> str:
     """Name a result by all that decides it."""
-    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:32]
+    return sha256_bytes(json.dumps([str(part) for part in parts]).encode())[:32]

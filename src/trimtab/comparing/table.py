@@ -1,14 +1,13 @@
 """The figures of a comparison as a table: for a terminal, for Markdown, and for a page. Pure."""
 
-import io
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from trimtab.comparing.figures import MethodFigures
 from trimtab.metrics import Estimate
+from trimtab.report.table import drawn_text
 from trimtab.report.words import data_size, duration, signed
 
 ESTIMATED = "~"
@@ -18,9 +17,8 @@ _WIDTH = 120
 _FIRST_COST = "training FLOPs"
 
 
-def headings(rows: Sequence[MethodFigures], price: float | None) -> list[str]:
+def headings(tasks: Sequence[str], price: float | None) -> list[str]:
     """Names of the columns; those of a task stand where there is one."""
-    tasks = dict.fromkeys(name for row in rows for name in row.task)
     cost = "$ 1M tokens" if price else "sec 1M tokens"
     return [
         *("method", "domain bits/byte", "against host", *tasks, "general against host"),
@@ -80,7 +78,7 @@ def _percent(change: Estimate | None, value: Estimate | None) -> str:
 def body(rows: Sequence[MethodFigures], price: float | None) -> tuple[list[str], list[list[str]]]:
     """Headings and cells, without the columns that nobody fills."""
     tasks = list(dict.fromkeys(name for row in rows for name in row.task))
-    names, lines = headings(rows, price), [cells(row, tasks, price) for row in rows]
+    names, lines = headings(tasks, price), [cells(row, tasks, price) for row in rows]
     kept = [n for n in range(len(names)) if any(line[n] for line in lines)]
     return [names[n] for n in kept], [[line[n] for n in kept] for line in lines]
 
@@ -109,9 +107,7 @@ def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]], chosen: Sequenc
         drawn.add_column(names[number], justify="right" if number else "left", no_wrap=True)
     for line in lines:
         drawn.add_row(*(line[number] for number in chosen))
-    out = io.StringIO()
-    Console(file=out, width=_WIDTH, color_system=None, force_terminal=False).print(drawn)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
+    return drawn_text(drawn, width=_WIDTH)
 
 
 def markdown(rows: Sequence[MethodFigures], title: str, verdict: str, price: float | None) -> str:

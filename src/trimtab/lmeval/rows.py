@@ -10,9 +10,9 @@ from trimtab.errors import InputError
 from trimtab.lmeval.model import SteeredLM
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
+from trimtab.steering.rows import LIVE_ROWS, SMALL_ROWS
 from trimtab.types import Progress
 
-_LIVE = ("live", "all", "proxy", "proxy-0.5", "mixture")
 _CONTROLS = {"head-shuffled": "head-shuffled", "memory-shuffled": "shuffled"}
 
 
@@ -39,7 +39,7 @@ class Models:
         Raises:
             InputError: The adapter lacks a carrier that the row needs.
         """
-        if name in ("expert", "reference") and self.pair:
+        if name in SMALL_ROWS and self.pair:
             if name == "reference":
                 yield SteeredLM(self.pair.reference, batch_size=self.batch_size, progress=progress)
                 return
@@ -55,8 +55,8 @@ class Models:
         heads = {name: head for name, head in found.heads.items() if name in parts}
         wanted = {_CONTROLS.get(part, part) for part in parts}
         memories = {name: memory for name, memory in found.memories.items() if name in wanted}
-        live = found.live if set(parts) & set(_LIVE) else None
-        there = {*heads, *memories, "temperature"} | ({*_LIVE} if live else set())
+        live = found.live if row in LIVE_ROWS else None
+        there = {*heads, *memories, "temperature"} | ({*LIVE_ROWS} if live else set())
         there |= {"bias"} if found.bias is not None else set()
         if wanted - there:
             raise InputError(

@@ -1,6 +1,5 @@
 """Tasks asked of every row, with what each answer cost kept on disk."""
 
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from trimtab.lmeval.rows import Models
 from trimtab.lmeval.tasks import LocalTask
 from trimtab.lmeval.values import Answers, TaskReport, report_of
-from trimtab.store.files import read_json, write_json
+from trimtab.store.files import read_json, sha256_bytes, write_json
 from trimtab.types import Progress
 
 FOLDER = "tasks"
@@ -61,7 +60,7 @@ class Asked:
         tasks = [task.sha256 for task in self.tasks]
         version = harness_version()
         value = [SCHEMA, version, self.key, row, tasks, self.limit, self.seed]
-        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+        return sha256_bytes(json.dumps(value).encode())[:32]
 
 
 def harness_version() -> str:

@@ -1,22 +1,19 @@
 """Task figures by row, and their paired differences from the host. Pure."""
 
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from trimtab.metrics import Estimate
+from trimtab.metrics import Estimate, draws
+from trimtab.report.table import drawn_text
 from trimtab.report.words import signed
 
 Answers = Mapping[str, Any]
 """What a row answered, by task: `figures` and `samples`, as kept on disk."""
-
-_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -53,20 +50,7 @@ class TaskReport:
 
     def as_json(self) -> dict[str, Any]:
         """The figures for tasks.json."""
-        return {
-            "schema": 1,
-            "figures": [
-                {
-                    "task": f.task,
-                    "metric": f.metric,
-                    "row": f.row,
-                    "questions": f.questions,
-                    "value": _pair(f.value),
-                    "change": None if f.change is None else _pair(f.change),
-                }
-                for f in self.figures
-            ],
-        }
+        return {"schema": 1, "figures": [asdict(figure) for figure in self.figures]}
 
     def table(self) -> str:
         """One line a row, for a terminal."""
@@ -82,9 +66,7 @@ class TaskReport:
                 figure.task, figure.metric, figure.row, str(figure.questions), value,
                 _change(figure.change),
             )  # fmt: skip
-        out = io.StringIO()
-        Console(file=out, width=_WIDTH, color_system=None, force_terminal=False).print(drawn)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+        return drawn_text(drawn)
 
 
 def report_of(answers: Mapping[str, Answers], *, seed: int) -> TaskReport:
@@ -126,17 +108,11 @@ def _by_question(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str)
     }
 
 
-def paired(
-    ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0, resamples: int = 1_000
-) -> Estimate:
+def paired(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> Estimate:
     """Mean difference ours - theirs over the same items, its error by bootstrap over them."""
     differences = np.array(ours, float) - np.array(theirs, float)
-    draws = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
-    return Estimate(float(differences.mean()), float(differences[draws].mean(1).std()))
-
-
-def _pair(value: Estimate) -> dict[str, float]:
-    return {"mean": value.mean, "stderr": value.stderr}
+    drawn = draws(len(differences), seed)
+    return Estimate(float(differences.mean()), float(differences[drawn].mean(1).std()))
 
 
 def _change(change: Estimate | None) -> str:

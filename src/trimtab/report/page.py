@@ -1,10 +1,9 @@
 """The report as one HTML file that loads nothing from anywhere. Pure but for its style sheet."""
 
 from collections.abc import Sequence
-from importlib import resources
 
 from trimtab.report.hosts import host_section
-from trimtab.report.html import pre_html, scroll_html, text_html
+from trimtab.report.html import data_text, page_html, pre_html, scroll_html, text_html
 from trimtab.report.plots import growth_svg
 from trimtab.report.tokens import tokens_section
 from trimtab.report.values import Completion, Figures, GrowthPoint, Report, ordered
@@ -17,7 +16,9 @@ def page(report: Report) -> str:
     All text of the report is escaped; nothing is loaded, and nothing but colours and the token
     inspector depends on a script or a style.
     """
-    sections = [
+    hosts = text_html(", ".join(dict.fromkeys(result.host for result in report.hosts)))
+    parts = [
+        f'<p class="kicker">Trimtab report · on {hosts}</p>',
         *(host_section(report, number) for number in range(len(report.hosts))),
         tokens_section(report.tokens, report.tokens_name, report.tokens_row),
         _completions_section(report.completions, report.completions_note),
@@ -25,26 +26,12 @@ def page(report: Report) -> str:
         _cost_section(report),
         _settings_section(report),
     ]
-    title = f"What the adapter did for {text_html(report.domain)}"
-    hosts = text_html(", ".join(dict.fromkeys(result.host for result in report.hosts)))
-    return "\n".join(
-        (
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{title}</title>",
-            f"<style>\n{_data('report.css')}</style></head>",
-            f'<body><main><h1>{title}</h1><p class="kicker">Trimtab report · on {hosts}</p>',
-            *(section for section in sections if section),
-            "<footer>Written by Trimtab. The same figures for programs: report.json.</footer>",
-            f"</main><script>\n{_data('report.js')}</script></body></html>\n",
-        )
+    return page_html(
+        f"What the adapter did for {report.domain}",
+        parts,
+        "Written by Trimtab. The same figures for programs: report.json.",
+        f"<script>\n{data_text('report.js')}</script>",
     )
-
-
-def _data(name: str) -> str:
-    return (resources.files("trimtab") / "data" / name).read_text(encoding="utf-8")
 
 
 def _completions_section(completions: Sequence[Completion], note: str) -> str:

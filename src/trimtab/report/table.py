@@ -3,7 +3,7 @@
 import io
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,18 +19,28 @@ def table(report: Report) -> str:
 
     A steered row that is worse than the host by more than one standard error carries a mark.
     """
-    out = io.StringIO()
-    console = Console(file=out, width=_WIDTH, color_system=None, force_terminal=False)
-    for result in report.hosts:
-        console.print(_host_table(result, report.domain))
+    parts: list[RenderableType] = [_host_table(result, report.domain) for result in report.hosts]
     if any(_MARK in line for result in report.hosts for line in _marks(result)):
         note = f"{_MARK} steered, and worse than the host by more than one standard error"
-        console.print(Text(f"  {note}"))
+        parts.append(Text(f"  {note}"))
     for result in report.hosts:
-        for line in without_errors(result, report.domain):
-            console.print(Text(f"  {printable(line)}"))
-    lines = (line.rstrip() for line in out.getvalue().splitlines())
-    return "\n".join(lines).strip("\n") + "\n"
+        lines = without_errors(result, report.domain)
+        parts += [Text(f"  {printable(line)}") for line in lines]
+    return drawn_text(*parts) + "\n"
+
+
+def drawn_text(*parts: RenderableType, width: int = _WIDTH) -> str:
+    """Tables and lines as plain text, without empty lines around it and spaces at lines' ends.
+
+    Args:
+        parts: What stands one below another.
+        width: Signs that a line has at most.
+    """
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None, force_terminal=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
 
 def _host_table(result: HostResult, domain: str) -> Table:

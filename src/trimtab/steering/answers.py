@@ -1,23 +1,23 @@
 """How likely a steered host finds given continuations: what its `generate` would give them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.steering.evidence import (
     Mixture,
     ReadPrompt,
+    Said,
     last_text,
     readable,
     text_before,
     text_ids,
 )
-from trimtab.steering.field import CHUNK_ROWS
+from trimtab.steering.field import LOGIT_ROWS
 from trimtab.steering.predictors import Rows
 
 
@@ -51,14 +51,11 @@ def score_answers(
         answers: Tokens of each answer, at least one each.
     """
     states = _states(host, [[*context_ids, *answer[:-1]] for answer in answers])
-    prompt = ReadPrompt(
-        torch.tensor(context_ids),
-        tuple(host.vocabulary.token_bytes[i] for i in context_ids),
-        states[0][: len(context_ids)],
-    )
+    first = len(context_ids)
+    prompt = ReadPrompt(torch.tensor(context_ids), _pieces(host, context_ids), states[0][:first])
     weights = mixture.weigh(host.unembedding, prompt)[:, None]
     return [
-        _scored(mixture, weights, _Text(host, [*context_ids, *answer], len(context_ids)), row)
+        _scored(host, mixture, weights, [*context_ids, *answer], first, row)
         for answer, row in zip(answers, states, strict=True)
     ]
 
@@ -79,83 +76,69 @@ def score_text(
         host: The host, a decoder-only model.
         mixture: What steers it.
         token_ids: The text, or a window of it; those before `first` are context.
-        first: First token that is scored, at least 1.
+        first: First token that is scored: at least 1, and one of the text.
         weights: Trust in each predictor at `first`, shape [predictors]; None is the prior.
 
     Returns:
         Log-probabilities in nats, shape [len(token_ids) - first], and the weights after the last.
     """
-    text, found = _Text(host, token_ids, 0), []
-    states = _states(host, [token_ids[:-1]])[0]
-    blend = mixture.steering.blend
-    for begin in range(first, len(token_ids), CHUNK_ROWS):
-        places = range(begin, min(begin + CHUNK_ROWS, len(token_ids)))
-        rows = text.rows(mixture, states, places)
-        said = mixture.said(rows)
-        logprobs = said.of_tokens(torch.tensor(token_ids[places.start : places.stop]))
-        columns = evidence_weights(logprobs, mixture.prior, share=blend.share, start=weights)
+    ids, read_ids = torch.tensor(token_ids), token_ids[:-1]
+    read = ReadPrompt(ids[:-1], _pieces(host, read_ids), _states(host, [read_ids])[0])
+    share, found = mixture.steering.blend.share, []
+    weights = mixture.prior if weights is None else weights
+    for positions, said in _read_on(host, mixture, read, first - 1):
+        logprobs = said.of_tokens(ids[[position + 1 for position in positions]])
+        columns = evidence_weights(logprobs, mixture.prior, share=share, start=weights)
         weights = columns[:, -1]
         found.append(mixture_logprobs(logprobs.double(), columns[:, :-1]))
-    last = mixture.prior if weights is None else weights
-    return torch.cat(found) if found else torch.zeros(0), last
+    return torch.cat(found), weights
 
 
-class _Text:
-    """A text in a host's tokens, and what is asked at its places."""
+def _read_on(
+    host: HFModel, mixture: Mixture, read: ReadPrompt, first: int
+) -> Iterator[tuple[Sequence[int], Said]]:
+    """What is said of the token after each position from `first` on, some at a time."""
+    asked = range(first, len(read.token_ids))
+    for begin in range(0, len(asked), LOGIT_ROWS):
+        # Each position's context is all text before it: those of a whole window fill the memory.
+        yield from mixture.read(host.unembedding, read, asked[begin : begin + LOGIT_ROWS])
 
-    def __init__(self, host: HFModel, token_ids: Sequence[int], prompt_tokens: int) -> None:
-        self._host = host
-        self._ids = torch.tensor(token_ids)
-        self._pieces = tuple(host.vocabulary.token_bytes[i] for i in token_ids)
-        self.prompt_tokens = prompt_tokens
 
-    @property
-    def token_ids(self) -> Tensor:
-        """All tokens."""
-        return self._ids
-
-    def rows(self, mixture: Mixture, states: Tensor, places: range) -> Rows:
-        """What is asked for the tokens at some places, given the states of those before them."""
-        contexts = [text_before(self._pieces[:place]) for place in places]
-        head = self._host.unembedding
-        with torch.inference_mode():
-            hidden = states[places.start - 1 : places.stop - 1].to(head.weight.device)
-            logits = head.logits(hidden).float()
-        reading = self.read(mixture, contexts, places)
-        questions = ((reading, range(len(places))),) if reading else ()
-        return Rows(logits, hidden, contexts, questions)
-
-    def read(
-        self, mixture: Mixture, contexts: Sequence[bytes], places: range
-    ) -> LiveReading | None:
-        """Let the expert read what stands before each place, where there is one."""
-        if mixture.steering.live is None:
-            return None
-        ids, pieces = self._ids, self._pieces
-        # Where a prompt ends says nothing about how the host would read what follows it.
-        lasts = [
-            None if place == self.prompt_tokens else last_text(ids, pieces, place)
-            for place in places
-        ]
-        return mixture.steering.live.read(
+def _scored(
+    host: HFModel,
+    mixture: Mixture,
+    weights: Tensor,
+    token_ids: Sequence[int],
+    first: int,
+    states: Tensor,
+) -> AnswerScore:
+    """Score the tokens from `first` on, given the states of all but the last."""
+    ids, pieces, head = torch.tensor(token_ids), _pieces(host, token_ids), host.unembedding
+    ends = range(first, len(token_ids))
+    contexts = [text_before(pieces[:end]) for end in ends]
+    hidden = states[first - 1 :].to(head.weight.device)
+    logits = head.logits(hidden).float()
+    live, reading = mixture.steering.live, None
+    if live is not None:
+        reading = live.read(
             [readable(context) for context in contexts],
-            host_ids=[text_ids(ids, pieces, 0, place) for place in places],
-            host_lasts=lasts,
+            host_ids=[text_ids(ids, pieces, 0, end) for end in ends],
+            # Where a prompt ends says nothing about how the host would read what follows it.
+            host_lasts=[None, *(last_text(ids, pieces, end) for end in ends[1:])],
         )
-
-
-def _scored(mixture: Mixture, weights: Tensor, text: _Text, states: Tensor) -> AnswerScore:
-    places = range(text.prompt_tokens, len(text.token_ids))
-    rows = text.rows(mixture, states, places)
     logprobs, likeliest = [], []
-    for number, token_id in enumerate(text.token_ids[places.start :].tolist()):
-        questions = tuple((reading, range(number, number + 1)) for reading, _ in rows.questions)
+    for number, token_id in enumerate(token_ids[first:]):
         one = slice(number, number + 1)
-        asked = Rows(rows.logits[one], rows.hidden[one], rows.contexts[one], questions)
+        questions = ((reading, range(number, number + 1)),) if reading else ()
+        asked = Rows(logits[one], hidden[one], contexts[one], questions)
         steered = mixture.logprobs(asked, weights)[0]
         logprobs.append(steered[token_id].double())
         likeliest.append(int(steered.argmax()) == token_id)
     return AnswerScore(torch.stack(logprobs), all(likeliest))
+
+
+def _pieces(host: HFModel, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:
+    return tuple(host.vocabulary.token_bytes[i] for i in token_ids)
 
 
 def _states(host: HFModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -16,6 +16,12 @@ most -log2 of this prior more than the host: a fourteenth of a bit a target, whe
 cost a bit each time.
 """
 
+SMALL_ROWS = ("reference", "expert")
+"""Of the small models alone."""
+
+LIVE_ROWS = ("live", "live+head", "live+memory", "all", "proxy", "proxy-0.5", "mixture")
+"""In which the small models run beside the host."""
+
 TEMPERATURES = (0.8, 0.9, 1.1, 1.25)
 """Of the control that only makes the host more or less sure."""
 

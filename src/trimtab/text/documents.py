@@ -68,6 +68,22 @@ def read_documents(
     return documents
 
 
+def read_by_kind(named: Sequence[str]) -> dict[str, list[Document]]:
+    """Read several kinds of text.
+
+    Args:
+        named: Each `KIND=PATTERN`, or a pattern, whose kind is then its name without the suffix.
+
+    Raises:
+        InputError: As `read_documents`.
+    """
+    found: dict[str, list[Document]] = {}
+    for each in named:
+        kind, _, pattern = each.rpartition("=")
+        found.setdefault(kind or Path(pattern).stem, []).extend(read_documents([pattern]))
+    return found
+
+
 def _files(pattern: str) -> list[tuple[Path, bool]]:
     """Paths that a pattern matches, and whether it names the file itself."""
     if os.path.isdir(pattern):
