@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, final
 
 import torch
@@ -227,17 +228,20 @@ class _Run:
         return _Done(stream.text, writer.tokens, writer.is_cut_short)
 
     def _blender(self) -> Blender:
-        assert self._pair is not None and self._manifest is not None
-        tokens, by_ids = self._host.tokens, self._host.takes_tokens and not self._config.chat
-        live = Live(
-            self._pair,
-            tokens or ToldTokens.of((), ()),
-            draft_tokens=self._config.draft_tokens,
-        )
+        assert self._manifest is not None
+        self._live.forget(0)
         steering = Steering(
-            ("live",), live=live, blend=self._manifest.blend, strength=self._config.strength
+            ("live",), live=self._live, blend=self._manifest.blend, strength=self._config.strength
         )
-        return Blender(Mixture(steering), live, tokens, by_ids=by_ids)
+        by_ids = self._host.takes_tokens and not self._config.chat
+        return Blender(Mixture(steering), self._live, self._host.tokens, by_ids=by_ids)
+
+    @cached_property
+    def _live(self) -> Live:
+        """Expert and reference, aligned once for all prompts."""
+        assert self._pair is not None
+        tokens = self._host.tokens or ToldTokens.of((), ())
+        return Live(self._pair, tokens, draft_tokens=self._config.draft_tokens)
 
     def _among_candidates(self, level: Level, number: int, task: Task, advance: Advance) -> _Done:
         """The host's own continuation, or the one of several that the small models choose."""
