@@ -1,6 +1,6 @@
 """Continue prompts with a host behind an API, at the best level that it allows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from trimtab.hosted.host import HostedModel
 from trimtab.hosted.ledger import Ledger, Price
 from trimtab.hosted.probing import capabilities_of
 from trimtab.hosted.requests import Prefix, Wanted
-from trimtab.hosted.reranking import rank
+from trimtab.hosted.reranking import best_of
 from trimtab.hosted.tokens import ToldTokens, open_known
 from trimtab.hosted.writing import Sampling, Task, Writer
 from trimtab.steering.beside import open_beside
@@ -31,14 +31,12 @@ from trimtab.steering.predictors import Steering
 from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.manifest import read_manifest
 from trimtab.text.stream import TextStream
-from trimtab.types import Advance, Progress, silent
+from trimtab.types import Advance, OnNote, OnText, Progress, silent
 
 CANDIDATE_TEMPERATURE = 0.8
 """Of candidates, where the run itself is greedy: they must differ."""
 
 Level = Literal["alone", "top-k", "text"]
-OnText = Callable[[int, str], None]
-OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -262,7 +260,7 @@ class _Run:
         texts = [_stopped(text, self._config.stop) for text in self._asked(prefix, wanted)]
         best = 0
         if self._pair is not None and level == "text":
-            best = rank(self._pair, task.prompt, texts, task.small_ids).best
+            best = best_of(self._pair, task.prompt, texts, task.small_ids)
         advance(task.max_new_tokens)
         self._say(number, texts[best])
         return _Done(texts[best], self._host.count(texts[best]) if texts[best] else 0)
