@@ -25,6 +25,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live, LiveReading
 from trimtab.backends.open import open_model
 from trimtab.blend import evidence_weights, mixture_logprobs
+from trimtab.metrics import DocumentScore, bits_per_byte
 from trimtab.progress import Display
 from trimtab.steering.beside import open_beside
 from trimtab.steering.predictors import Steering
@@ -60,8 +61,10 @@ class Sums:
 
     def bits_per_byte(self) -> dict[str, float]:
         """By way, pooled over documents."""
-        total = sum(self.sizes) * math.log(2)
-        return {way: sum(nats) / total for way, nats in self.nats.items()}
+        return {
+            way: bits_per_byte([*map(DocumentScore, nats, self.sizes)])
+            for way, nats in self.nats.items()
+        }
 
     def kept(self, way: str, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
         """Share of the gain of full logits that a way keeps, and its standard error."""

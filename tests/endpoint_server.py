@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from trimtab.backends.chat import prompt_ids
@@ -16,6 +18,15 @@ from trimtab.hosted.ledger import Usage
 
 PATIENCE_SEC = 30.0
 """Longest time that a slow answer waits for the client to lose its patience and ask again."""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where answers are kept, empty; no key is known."""
+    for name in ("TRIMTAB_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @dataclass
@@ -66,13 +77,19 @@ def serving(endpoint: Endpoint) -> Iterator[Endpoint]:
     class Handler(_Handler):
         shown = endpoint
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with listening(Handler) as endpoint.url:
+        yield endpoint
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on a free port of this machine alone; gives the address up to the version."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = False
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     try:
-        yield endpoint
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     finally:
         server.shutdown()
         server.server_close()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from endpoint_server import Endpoint, continued, serving, text_of
+from endpoint_server import home as home  # a fixture
 from test_generate import HOST, PROMPTS
 from test_generate import adapter as adapter  # a fixture
 from test_generate import host as host  # a fixture
@@ -24,14 +25,6 @@ from trimtab.steering.beside import open_beside
 from trimtab.store.manifest import read_manifest
 
 WHOLE = 1000
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("TRIMTAB_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 @pytest.fixture

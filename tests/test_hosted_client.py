@@ -1,15 +1,16 @@
 """Calls of an API against a real HTTP server that answers as it is told."""
 
 import json
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_server import home as home  # a fixture
+from endpoint_server import listening
 
 from trimtab.config import GenerateConfig, ProbeConfig
 from trimtab.errors import InputError, ModelError
@@ -22,14 +23,6 @@ TEXT = {
     "usage": {"prompt_tokens": 7, "completion_tokens": 2},
 }
 Script = list[tuple[int, dict[str, str], bytes]]
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("TRIMTAB_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture
@@ -53,13 +46,8 @@ def served() -> Iterator[tuple[str, Script]]:
             self.end_headers()
             self.wfile.write(content)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1", script
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with listening(Handler) as url:
+        yield url, script
 
 
 def good(value: Any = TEXT) -> tuple[int, dict[str, str], bytes]:

@@ -10,11 +10,11 @@ import trimtab
 from examples.demo.corpus import HeldOutFunction
 from trimtab import GenerateConfig
 from trimtab.backends.hf import HFModel
-from trimtab.errors import InputError
 from trimtab.progress import Display
 from trimtab.report import Completion
 from trimtab.store.adapter_schema import MANIFEST_NAME
-from trimtab.store.files import read_json, sha256_file, write_json
+from trimtab.store.files import sha256_file, write_json
+from trimtab.store.local import read_kept
 
 KEPT_NAME = "completions.json"
 TOKENS = 32
@@ -79,12 +79,7 @@ def _fingerprint(host: HFModel, adapter: Path, functions: Sequence[HeldOutFuncti
 
 def _read(path: Path, asked: str) -> tuple[Completion, ...] | None:
     """Completions of an earlier run; none if it was asked something else, or wrote half a file."""
-    if not path.is_file():
-        return None
-    try:
-        kept = read_json(path, "completions")
-    except InputError:
-        return None
-    if kept.get("asked") != asked:
+    kept = read_kept(path)
+    if kept is None or kept.get("asked") != asked:
         return None
     return tuple(Completion(**one) for one in kept["completions"])

@@ -1,7 +1,7 @@
 """Continue prompts with a host, steered by an adapter or alone."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -19,13 +19,7 @@ from trimtab.steering.processor import DEFAULT_CARRIERS, check_carriers, open_li
 from trimtab.steering.processor import steered as steered
 from trimtab.store.manifest import read_manifest
 from trimtab.text.stream import TextStream
-from trimtab.types import Advance, Progress, silent
-
-OnText = Callable[[int, str], None]
-"""Told the index of a prompt and the next piece of its continuation."""
-
-OnNote = Callable[[str], None]
-"""Told what a user should know beside the text, in a sentence."""
+from trimtab.types import Advance, OnNote, OnText, Progress, silent
 
 
 @dataclass(frozen=True)

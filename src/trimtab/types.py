@@ -10,6 +10,12 @@ Advance = Callable[[int], None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 """Opens a progress display: `with progress("tuning", total) as advance: advance(n)`."""
 
+OnText = Callable[[int, str], None]
+"""Told the index of a prompt and the next piece of its continuation."""
+
+OnNote = Callable[[str], None]
+"""Told what a user should know beside the text, in a sentence."""
+
 
 @contextmanager
 def silent(label: str, total: int) -> Iterator[Advance]:

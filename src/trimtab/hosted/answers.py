@@ -1,7 +1,7 @@
 """What an API answers, whatever dialect it speaks. Pure."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ _END = re.compile(
 )
 """And those among them that end a text or a turn."""
 
-_ESCAPED = re.compile(r"\\x([0-9a-fA-F]{2})")
+_ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 _BYTES = "bytes:"
 _REPLACED = "�"
 
@@ -165,7 +165,7 @@ def _places(raw: Mapping[str, Any] | None) -> tuple[Place, ...]:
     )
 
 
-def _place(chosen: Token, top: Any) -> Place:
+def _place(chosen: Token, top: Iterable[Token]) -> Place:
     return Place(chosen, tuple(token for token in top if token.is_readable))
 
 
@@ -187,12 +187,8 @@ def bytes_of(name: str) -> bytes | None:
         return None
     if name.startswith(_BYTES):
         # Bytes that are no text by themselves, as OpenAI's completions spell them.
-        parts = re.split(r"(\\x[0-9a-fA-F]{2})", name.removeprefix(_BYTES))
-        found = [_ESCAPED.fullmatch(part) for part in parts]
-        return b"".join(
-            bytes([int(match[1], 16)]) if match else part.encode()
-            for part, match in zip(parts, found, strict=True)
-        )
+        text = name.removeprefix(_BYTES).encode()
+        return _ESCAPED.sub(lambda escaped: bytes([int(escaped[1], 16)]), text)
     return name.encode() or None
 
 

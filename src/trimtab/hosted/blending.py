@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.live import Live, LiveReading
-from trimtab.blend import evidence_weights, mixture_logprobs
+from trimtab.blend import mixture_logprobs
 from trimtab.hosted.answers import Place, Token
 from trimtab.hosted.tokens import KnownTokens, ToldTokens, expected_texts, is_whole, shown_ids
-from trimtab.steering.evidence import EVIDENCE_TOKENS, Mixture, readable
+from trimtab.steering.evidence import (
+    EVIDENCE_TOKENS,
+    Mixture,
+    last_text,
+    readable,
+    text_before,
+    text_ids,
+)
 from trimtab.steering.truncated import EXPECTED, Shown, truncated
 
 
@@ -94,25 +101,23 @@ class Blender:
         Args:
             places: The prompt's tokens, as the host has read them; nothing is known of the first.
         """
-        texts = [place.chosen.text or b"" for place in places]
-        asked = [i for i in range(1, len(places)) if texts[i] and places[i].top]
+        pieces = [place.chosen.text for place in places]
+        asked = [i for i in range(1, len(places)) if pieces[i] and places[i].top]
         asked = asked[-EVIDENCE_TOKENS:]
         if not asked:
             return
         ids = self._ids([place.chosen for place in places])
         befores = [
             Before(
-                b"".join(texts[:i]),
-                [t for t, text in zip(ids[:i], texts, strict=False) if text] if ids else None,
-                ids[i - 1] if ids and texts[i - 1] else None,
+                text_before(pieces[:i]),
+                None if ids is None else text_ids(ids, pieces, 0, i),
+                None if ids is None else last_text(ids, pieces, i),
             )
             for i in asked
         ]
         reading = self._read(befores)
         scores = [self._score(reading, number, places[i]) for number, i in enumerate(asked)]
-        share = self._mixture.steering.blend.share
-        weights = evidence_weights(torch.stack(scores, 1), self._mixture.prior, share=share)
-        self._weights = weights[:, -1].float()
+        self._weights = self._mixture.weights_after(torch.stack(scores, 1))
 
     def options(self, before: Before, top: Sequence[Token]) -> Options:
         """What may come next, steered.
@@ -164,13 +169,13 @@ class Blender:
             return Option(text, None, text is None)
         return Option(text, token_id, token_id in self._tokens.end_ids)
 
-    def _ids(self, tokens: Sequence[Token]) -> list[int] | None:
+    def _ids(self, tokens: Sequence[Token]) -> Tensor | None:
         """The host's token ids, if all are known."""
         if self._tokens is None:
             return None
         found = [self._tokens.id_of(token) for token in tokens]
         ids = [token_id for token_id in found if token_id is not None]
-        return ids if len(ids) == len(found) else None
+        return torch.tensor(ids) if len(ids) == len(found) else None
 
     def _read(self, befores: Sequence[Before], row: int | None = None) -> LiveReading:
         ids = [before.host_ids for before in befores]

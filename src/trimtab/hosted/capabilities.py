@@ -6,10 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trimtab.errors import TrimtabError
 from trimtab.hosted.client import Address
-from trimtab.store.files import read_json, sha256_bytes, write_json
-from trimtab.store.local import trimtab_home
+from trimtab.store.files import sha256_bytes, write_json
+from trimtab.store.local import read_kept, trimtab_home
 
 Prefill = Literal["none", "plain", "flagged"]
 Bias = Literal["none", "accepted", "works"]
@@ -110,11 +109,9 @@ def kept_path(address: Address, asked: str) -> Path:
 
 def read_capabilities(path: Path) -> Capabilities | None:
     """What was found before; None where nothing is kept, or nothing that can be read."""
-    if not path.is_file():
-        return None
     try:
-        return Capabilities.model_validate(read_json(path, "kept capabilities"))
-    except (TrimtabError, ValidationError):
+        return Capabilities.model_validate(read_kept(path))
+    except ValidationError:
         return None
 
 

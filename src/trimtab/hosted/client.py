@@ -5,16 +5,17 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar, final
 
-from trimtab.errors import InputError, MissingDependencyError, ModelError, TrimtabError
+from trimtab.errors import InputError, MissingDependencyError, ModelError
 from trimtab.hosted.answers import Answers, BrokenAnswer
 from trimtab.hosted.ledger import Ledger
-from trimtab.store.files import read_json, sha256_bytes, write_json
-from trimtab.store.local import trimtab_home
+from trimtab.store.files import sha256_bytes, write_json
+from trimtab.store.local import read_kept, trimtab_home
 
 try:
     import httpx2
@@ -164,11 +165,9 @@ class Client:
         """
         kept = self._kept(path, body, ordinal)
         if kept is not None and (raw := _read_kept(kept)) is not None:
-            try:
+            # What was damaged is asked for anew.
+            with suppress(BrokenAnswer):
                 found = read(raw)
-            except BrokenAnswer:
-                found = None
-            if found is not None:
                 self.ledger.kept_calls += 1
                 return found
         raw, found = self._patiently(lambda: self._parsed("POST", path, body, read))
@@ -388,12 +387,6 @@ def _retry_after_sec(value: str | None) -> float | None:
 
 
 def _read_kept(path: Path) -> Mapping[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        kept = read_json(path, "kept answer")
-    except TrimtabError:
-        # What was damaged is asked for anew.
-        return None
+    kept = read_kept(path) or {}
     raw = kept.get("raw")
     return raw if kept.get("version") == _VERSION and isinstance(raw, dict) else None

@@ -22,10 +22,7 @@ class Plan:
 
     def in_words(self, price: Price | None) -> str:
         """The bounds, and what they cost where the price is known."""
-        words = (
-            f"{self.calls} calls, {self.usage.prompt_tokens:,} prompt and"
-            f" {self.usage.completion_tokens:,} completion tokens"
-        )
+        words = self.usage.in_words(self.calls)
         return words if price is None else f"{words}, {price.in_words(self.usage)}"
 
 

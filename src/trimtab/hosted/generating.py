@@ -1,8 +1,9 @@
 """Continue prompts with a host behind an API, at the best level that it allows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, final
 
 import torch
@@ -21,7 +22,7 @@ from trimtab.hosted.host import HostedModel
 from trimtab.hosted.ledger import Ledger, Price
 from trimtab.hosted.probing import capabilities_of
 from trimtab.hosted.requests import Prefix, Wanted
-from trimtab.hosted.reranking import rank
+from trimtab.hosted.reranking import best_of
 from trimtab.hosted.tokens import ToldTokens, open_known
 from trimtab.hosted.writing import Sampling, Task, Writer
 from trimtab.steering.beside import open_beside
@@ -30,14 +31,12 @@ from trimtab.steering.predictors import Steering
 from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.manifest import read_manifest
 from trimtab.text.stream import TextStream
-from trimtab.types import Advance, Progress, silent
+from trimtab.types import Advance, OnNote, OnText, Progress, silent
 
 CANDIDATE_TEMPERATURE = 0.8
 """Of candidates, where the run itself is greedy: they must differ."""
 
 Level = Literal["alone", "top-k", "text"]
-OnText = Callable[[int, str], None]
-OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -227,17 +226,20 @@ class _Run:
         return _Done(stream.text, writer.tokens, writer.is_cut_short)
 
     def _blender(self) -> Blender:
-        assert self._pair is not None and self._manifest is not None
-        tokens, by_ids = self._host.tokens, self._host.takes_tokens and not self._config.chat
-        live = Live(
-            self._pair,
-            tokens or ToldTokens.of((), ()),
-            draft_tokens=self._config.draft_tokens,
-        )
+        assert self._manifest is not None
+        self._live.forget(0)
         steering = Steering(
-            ("live",), live=live, blend=self._manifest.blend, strength=self._config.strength
+            ("live",), live=self._live, blend=self._manifest.blend, strength=self._config.strength
         )
-        return Blender(Mixture(steering), live, tokens, by_ids=by_ids)
+        by_ids = self._host.takes_tokens and not self._config.chat
+        return Blender(Mixture(steering), self._live, self._host.tokens, by_ids=by_ids)
+
+    @cached_property
+    def _live(self) -> Live:
+        """Expert and reference, aligned once for all prompts."""
+        assert self._pair is not None
+        tokens = self._host.tokens or ToldTokens.of((), ())
+        return Live(self._pair, tokens, draft_tokens=self._config.draft_tokens)
 
     def _among_candidates(self, level: Level, number: int, task: Task, advance: Advance) -> _Done:
         """The host's own continuation, or the one of several that the small models choose."""
@@ -258,7 +260,7 @@ class _Run:
         texts = [_stopped(text, self._config.stop) for text in self._asked(prefix, wanted)]
         best = 0
         if self._pair is not None and level == "text":
-            best = rank(self._pair, task.prompt, texts, task.small_ids).best
+            best = best_of(self._pair, task.prompt, texts, task.small_ids)
         advance(task.max_new_tokens)
         self._say(number, texts[best])
         return _Done(texts[best], self._host.count(texts[best]) if texts[best] else 0)

@@ -21,6 +21,13 @@ class Usage:
         """All of them."""
         return self.prompt_tokens + self.completion_tokens
 
+    def in_words(self, calls: int) -> str:
+        """Calls and their tokens."""
+        return (
+            f"{calls} calls, {self.prompt_tokens:,} prompt and"
+            f" {self.completion_tokens:,} completion tokens"
+        )
+
     def __add__(self, other: "Usage") -> "Usage":
         """The tokens of both."""
         return Usage(
@@ -88,10 +95,7 @@ class Ledger:
 
     def summary(self, price: Price | None = None) -> str:
         """What was used, in words."""
-        parts = [
-            f"{self.calls} calls, {self.usage.prompt_tokens:,} prompt and"
-            f" {self.usage.completion_tokens:,} completion tokens"
-        ]
+        parts = [self.usage.in_words(self.calls)]
         if price is not None:
             parts.append(price.in_words(self.usage))
         if self.kept_calls:

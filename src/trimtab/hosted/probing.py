@@ -106,16 +106,15 @@ class _Prober:
             CHAT, lambda top: chat(self._model, prefix, Wanted(_AHEAD, top), by)
         )
         by = by.model_copy(update={"chat": True, "top_chat": top})
-        several = self._try(
-            CHAT, chat(self._model, prefix, Wanted(1, count=2, temperature=1.0), by), _plain
-        )
-        bias = self._bias(CHAT, chat(self._model, prefix, Wanted(1, top), by), places)
         update: dict[str, Any] = {"prefill": self._prefill(by, top, places)}
-        # What is used in both ways must be understood in both.
-        by_n = several is not None and len(several.choices) == 2
-        update["several"] = by_n and (by.several or not by.completions)
+        if by.several or not by.completions:
+            # What is used in both ways must be understood in both.
+            wanted = Wanted(1, count=2, temperature=1.0)
+            several = self._try(CHAT, chat(self._model, prefix, wanted, by), _plain)
+            update["several"] = several is not None and len(several.choices) == 2
         if not by.completions:
-            update["logit_bias"] = bias
+            body = chat(self._model, prefix, Wanted(1, top), by)
+            update["logit_bias"] = self._bias(CHAT, body, places)
         return by.model_copy(update=update)
 
     def _highest(
@@ -128,7 +127,7 @@ class _Prober:
                 places = found.choices[0].places
                 shown = max(len(place.top) for place in places)
                 if shown:
-                    return min(top, max(shown, 1)), places
+                    return min(top, shown), places
         return 0, ()
 
     def _echoes(self, prefix: Prefix, top: int) -> bool:

@@ -1,7 +1,6 @@
 """Choosing among a host's continuations where it shows no probabilities: text is all it gives."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +9,13 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
 
 
-class Ranked(NamedTuple):
-    """Candidates in the eyes of the small models.
+def best_of(pair: Pair, prompt: str, texts: Sequence[str], small_ids: Sequence[int] | None) -> int:
+    """Choose the continuation that the expert finds likelier than its reference by most.
 
-    Attributes:
-        best: Index of the chosen one.
-        scores: (log expert - log reference) / bytes, in nats, one a candidate.
-    """
-
-    best: int
-    scores: tuple[float, ...]
-
-
-def rank(pair: Pair, prompt: str, texts: Sequence[str], small_ids: Sequence[int] | None) -> Ranked:
-    """Rank continuations by how much likelier the expert finds them than its reference does.
-
-    The reference takes out what any model finds likely, so that neither common words nor a
-    candidate's ease count, only what tuning has changed. The sum over tokens is divided by the
-    bytes of the continuation: else longer candidates would have larger scores of either sign.
+    The measure is (log expert - log reference) / bytes, in nats. The reference takes out what any
+    model finds likely, so that neither common words nor a candidate's ease count, only what tuning
+    has changed. The sum over tokens is divided by the bytes of the continuation: else longer
+    candidates would have larger scores of either sign.
 
     Args:
         pair: Expert and reference.
@@ -35,11 +23,14 @@ def rank(pair: Pair, prompt: str, texts: Sequence[str], small_ids: Sequence[int]
         texts: The candidates. An empty one has no score, and is chosen only among others alike.
         small_ids: In a chat, what the small models read before the answer.
 
+    Returns:
+        The place of the chosen one.
+
     Raises:
         InputError: A candidate is longer than the small models can read.
     """
-    scores = tuple(_score(pair, prompt, text, small_ids) for text in texts)
-    return Ranked(max(range(len(scores)), key=scores.__getitem__), scores)
+    scores = [_score(pair, prompt, text, small_ids) for text in texts]
+    return scores.index(max(scores))
 
 
 def _score(pair: Pair, prompt: str, text: str, small_ids: Sequence[int] | None) -> float:
@@ -49,7 +40,8 @@ def _score(pair: Pair, prompt: str, text: str, small_ids: Sequence[int] | None) 
     ids, first = _read(pair.reference, prompt, text, small_ids)
     if first >= len(ids):
         return -torch.inf
-    token_ids, states = torch.tensor([ids]), pair.hidden(torch.tensor([ids]))
+    token_ids = torch.tensor([ids])
+    states = pair.hidden(token_ids)
     expert = _logprobs(pair.expert_unembedding.logits(states.expert[0, first - 1 : -1]), token_ids)
     reference = _logprobs(
         pair.reference_unembedding.logits(states.reference[0, first - 1 : -1]), token_ids

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from trimtab.align.strings import Strings
@@ -204,8 +204,7 @@ def shown_ids(tokens: Sequence[Token], ids: Sequence[int | None]) -> dict[int, f
     """Log-probabilities by token id; of ids that stand for the same, the sum of both."""
     found: dict[int, float] = {}
     for token, token_id in zip(tokens, ids, strict=True):
-        if token_id is None:
-            continue
-        both = torch.tensor([found.get(token_id, -torch.inf), token.logprob])
-        found[token_id] = float(both.logsumexp(0)) if token_id in found else token.logprob
+        if token_id is not None:
+            before = found.get(token_id, -np.inf)
+            found[token_id] = float(np.logaddexp(before, token.logprob))
     return found

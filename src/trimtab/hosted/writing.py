@@ -19,6 +19,7 @@ from trimtab.hosted.blending import Before, Blender, Option
 from trimtab.hosted.host import HostedModel
 from trimtab.hosted.requests import Prefix, Wanted
 from trimtab.steering.drafting import Written, text_ahead
+from trimtab.steering.evidence import text_before
 from trimtab.text.stream import TextStream
 from trimtab.types import Advance
 
@@ -212,23 +213,23 @@ class Writer:
         return self._host.by.echo and not self._task.chat
 
     def _tail(self) -> str:
-        return self._before().context[-20:].decode("utf-8", "replace")
+        return self._context()[-20:].decode("utf-8", "replace")
 
-    def _prompt_bytes(self) -> bytes:
-        return self._task.prompt.encode()
+    def _context(self) -> bytes:
+        """What `Before.context` is at the next token."""
+        answer = text_before([option.text for option in self._written])
+        return answer if self._task.chat else self._task.prompt.encode() + answer
 
     def _prefix(self, draft: str = "") -> Prefix:
-        task, answer = self._task, b"".join(option.text or b"" for option in self._written)
+        task = self._task
         ids = [*task.prompt_ids, *(o.token_id for o in self._written if o.token_id is not None)]
         if draft and self._host.tokens is not None:
             ids += self._host.tokens.following(draft)
-        text = answer if task.chat else self._prompt_bytes() + answer
         message = task.prompt if task.chat else None
-        return self._host.prefix(text.decode("utf-8", "ignore") + draft, message, ids)
+        return self._host.prefix(self._context().decode("utf-8", "ignore") + draft, message, ids)
 
     def _before(self) -> Before:
-        answer = b"".join(option.text or b"" for option in self._written)
-        context = answer if self._task.chat else self._prompt_bytes() + answer
+        context = self._context()
         if self._host.tokens is None:
             return Before(context, start=self._task.small_ids)
         texts = self._host.tokens.vocabulary.token_bytes

@@ -116,8 +116,16 @@ class Mixture:
             said.of_tokens(prompt.token_ids[[p + 1 for p in positions]].cpu())
             for positions, said in self.read(unembedding, prompt, asked)
         ]
+        return self.weights_after(torch.cat(scores, 1))
+
+    def weights_after(self, logprobs: Tensor) -> Tensor:
+        """Trust in each predictor after a text, shape [predictors].
+
+        Args:
+            logprobs: What each gave to each token of the text, shape [predictors, tokens].
+        """
         share = self.steering.blend.share
-        return evidence_weights(torch.cat(scores, 1), self.prior, share=share)[:, -1].float()
+        return evidence_weights(logprobs, self.prior, share=share)[:, -1].float()
 
     def read(
         self, unembedding: Unembedding, prompt: ReadPrompt, asked: Sequence[int]

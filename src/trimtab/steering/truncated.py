@@ -96,19 +96,14 @@ def truncated(
     host_probs = of_text(first, known)[:, :-1].exp()
     pair = live.score(reading, questions, host_probs, shown.token_ids[known])
     pair = PairProbs(pair.expert.float(), pair.reference.float())
-    text_mass = 1.0 - _special_mass(shown.logprobs, known)
+    special = shown.logprobs[:, ~known].exp().nan_to_num(0.0)
     stand_in = torch.zeros_like(shown.logprobs)
-    stand_in[:, known] = pair.reference * text_mass
-    stand_in[:, ~known] = shown.logprobs[:, ~known].exp().nan_to_num(0.0)
+    stand_in[:, known] = pair.reference * (1.0 - special.sum(-1, keepdim=True).clamp_max(1.0))
+    stand_in[:, ~known] = special
     host = made_whole(shown.logprobs, stand_in)
-    found = {"host": host} | live_blends(steering, host, known, pair)
-    return {name: found[name] for name in ("host", *found)}
+    return {"host": host} | live_blends(steering, host, known, pair)
 
 
 def _alike(logprobs: Tensor) -> Tensor:
     """A stand-in that knows nothing: every candidate is as likely as another, or the tail."""
     return torch.full_like(logprobs, 1.0 / (logprobs.shape[1] + 1))
-
-
-def _special_mass(logprobs: Tensor, known: Tensor) -> Tensor:
-    return logprobs[:, ~known].exp().nan_to_num(0.0).sum(-1, keepdim=True).clamp_max(1.0)

@@ -1,11 +1,12 @@
-"""Adapters on this machine: installed ones, and those below the current folder."""
+"""What Trimtab keeps on this machine, and adapters: installed, or below the current folder."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, InputError
 from trimtab.store.adapter_schema import FORMAT, MANIFEST_NAME, AdapterManifest
 from trimtab.store.files import read_json
 from trimtab.store.manifest import read_manifest
@@ -40,6 +41,14 @@ def trimtab_home() -> Path:
     """
     named = os.environ.get(HOME_VARIABLE, "")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "trimtab"
+
+
+def read_kept(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object that can be made again; None where it is missing or damaged."""
+    try:
+        return read_json(path, "kept file")
+    except InputError:
+        return None
 
 
 def adapters_home() -> Path:
