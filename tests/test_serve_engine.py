@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_generate import HOST, PROMPTS, domain_text, run
 from test_generate import adapter as adapter  # a fixture
+from test_generate import host as host  # a fixture
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
 from trimtab.backends.chat import prompt_ids
@@ -48,14 +49,9 @@ WAIT_SEC = 300.0
 """Longer than anything takes: a test that waits for what does not come must end."""
 
 
-@pytest.fixture(scope="module")
-def host() -> HFModel:
-    return open_model(HOST, dtype="float32")
-
-
 def served(*adapters: str, **options: object) -> ServeConfig:
-    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", **options}
-    return ServeConfig.model_validate(given)
+    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", "port": 0}
+    return ServeConfig.model_validate(given | {"shutdown_sec": 5.0, **options})
 
 
 @pytest.fixture(scope="module")
