@@ -10,7 +10,6 @@ client together, which other work on the machine touches less.
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import httpx2
 import torch
 
+from bench.cost.cpu_flops import processor
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.config import ServeConfig
@@ -111,7 +111,7 @@ def main() -> None:
             "ratio_by_cpu": ratio(cpu_times_sec),
             "texts_equal": all(one == texts[0] for one in texts),
             "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "versions": package_versions(),
         },
     )

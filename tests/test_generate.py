@@ -1,5 +1,6 @@
 """Steered generation on a real tiny adapter, against a slow reference of every step."""
 
+import functools
 import itertools
 import random
 import shutil
@@ -59,7 +60,14 @@ def domain_text(seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
+    return made_adapter(tmp_path_factory.getbasetemp())
+
+
+@functools.cache
+def made_adapter(base: Path) -> Path:
+    """Made once a run: pytest takes a fixture for another one in each module that imports it."""
+    folder = base / "shared-adapter"
+    folder.mkdir()
     for number in range(4):
         (folder / f"{number}.txt").write_text(domain_text(number))
     for name in ("one", "two"):

@@ -14,12 +14,11 @@ from urllib.parse import parse_qs
 
 import httpx2
 import pytest
-from test_generate import HOST
 from test_generate import adapter as adapter  # a fixture
+from test_generate import host as host  # a fixture
+from test_serve_engine import served
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
-from trimtab.config import ServeConfig
 from trimtab.serving.keys import add_key
 from trimtab.serving.run import Running, running
 
@@ -29,16 +28,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 PROMPT = "The rudder turns the hull.\nThe keel turns the"
 TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def host() -> HFModel:
-    return open_model(HOST, dtype="float32")
-
-
-def served(*adapters: str, **options: object) -> ServeConfig:
-    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", "port": 0}
-    return ServeConfig.model_validate(given | {"shutdown_sec": 5.0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +208,24 @@ def test_a_link_holds_the_state_and_no_key(browser: Any, tab: Tab, server: Runni
     other.run()
     assert other.text("steered") == sampled
     other.context.close()
+
+
+def test_who_types_before_the_server_has_answered_keeps_the_adapters(
+    tab: Tab, server: Running
+) -> None:
+    held: list[Any] = []
+    tab.page.route("**/v1/models", lambda route: held.append(route))
+    for link, chosen in (("", ["sea"]), ("#adapters=ship%3A0.3", ["ship"])):
+        tab.page.goto("about:blank")
+        tab.page.goto(f"{server.base_url}/{link}")
+        tab.page.get_by_label("Prompt").fill(PROMPT)
+        tab.page.get_by_label("Most tokens").fill("3")
+        held.pop().continue_()
+        for name in ("sea", "ship"):
+            box = tab.page.get_by_role("checkbox", name=name)
+            box.wait_for()
+            assert box.is_checked() == (name in chosen)
+        assert tab.page.get_by_label("Prompt").input_value() == PROMPT
 
 
 def test_what_goes_wrong_is_said_in_plain_words(

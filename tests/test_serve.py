@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ import openai
 import pytest
 from test_generate import HOST, PROMPTS, run
 from test_generate import adapter as adapter  # a fixture
+from test_generate import host as host  # a fixture
 from test_imports import ENVIRONMENT
+from test_serve_engine import served, wait_until
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
 from trimtab.cli import main
-from trimtab.config import ServeConfig
 from trimtab.errors import InputError
+from trimtab.serving import engine as engine_module
 from trimtab.serving import gate
 from trimtab.serving.app import make_app
 from trimtab.serving.doorkeeper import Doorkeeper
@@ -36,18 +36,8 @@ PROMPT = PROMPTS[0]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 
 
-@pytest.fixture(scope="module")
-def host() -> HFModel:
-    return open_model(HOST, dtype="float32")
-
-
 def http(method: str, url: str, **options: Any) -> httpx2.Response:
     return httpx2.request(method, url, timeout=300, **options)
-
-
-def served(*adapters: str, **options: object) -> ServeConfig:
-    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", "port": 0}
-    return ServeConfig.model_validate(given | {"shutdown_sec": 5.0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -313,13 +303,6 @@ def test_a_body_that_does_not_come_is_not_waited_for(
         assert b" 408 " in raw.recv(1000)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_sec = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline_sec
-        time.sleep(0.005)
-
-
 @contextmanager
 def asking_raw(server: Running, body: dict[str, object]) -> Iterator[socket.socket]:
     """A connection that has asked, and reads nothing."""
@@ -400,6 +383,24 @@ def test_metrics_health_and_the_log(server: Running, log: io.StringIO, client: A
     asked = [line for line in lines if line.get("model") == "host+sea"]
     assert asked[-1]["completion_tokens"] > 0 and asked[-1]["status"] == 200
     assert secret not in log.getvalue()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_log_says_what_went_wrong_in_the_server_and_the_answer_does_not(
+    server: Running, log: io.StringIO, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a broken rudder")
+
+    monkeypatch.setattr(engine_module, "echoed", broken)
+    body = {"model": "host", "prompt": PROMPT, "echo": True, "stream": stream}
+    found = http("POST", f"{server.base_url}/v1/completions", json=body)
+    assert found.status_code == 500 and found.json()["error"]["type"] == "server_error"
+    assert "rudder" not in found.text
+    name = found.headers["x-request-id"]
+    wait_until(lambda: name in log.getvalue())
+    (line,) = [line for line in map(json.loads, log.getvalue().splitlines()) if name in str(line)]
+    assert line["status"] == 500 and line["error"] == "ValueError: a broken rudder"
 
 
 def test_the_document_of_the_interface(server: Running) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_generate import HOST, PROMPTS, domain_text, run
 from test_generate import adapter as adapter  # a fixture
+from test_generate import host as host  # a fixture
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
 from trimtab.backends.chat import prompt_ids
@@ -18,6 +19,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.config import ServeConfig
 from trimtab.errors import AdapterError, InputError, ModelError
+from trimtab.serving import batch as batching
 from trimtab.serving.adapters import Adapters
 from trimtab.serving.batch import Batch, check_host
 from trimtab.serving.choose import Choosing, choose, keep_likely
@@ -47,14 +49,9 @@ WAIT_SEC = 300.0
 """Longer than anything takes: a test that waits for what does not come must end."""
 
 
-@pytest.fixture(scope="module")
-def host() -> HFModel:
-    return open_model(HOST, dtype="float32")
-
-
 def served(*adapters: str, **options: object) -> ServeConfig:
-    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", **options}
-    return ServeConfig.model_validate(given)
+    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", "port": 0}
+    return ServeConfig.model_validate(given | {"shutdown_sec": 5.0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +100,11 @@ def collected(events: "queue.Queue[Event]", answers: int = 1) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_any_length_and_age_read_as_if_alone(family: str) -> None:
+def test_rows_of_any_length_and_age_read_as_if_alone(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Used up between two turns in which rows join or leave.
+    monkeypatch.setattr(batching, "SPARE_TOKENS", 2)
     host = open_model(f"tiny:{family}?hidden=32", dtype="float32")
     if family in ("gemma2", "gemma3"):
         ids = torch.arange(200)[None]

@@ -8,12 +8,11 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from test_generate import HOST
 from test_generate import adapter as adapter  # a fixture
+from test_generate import host as host  # a fixture
+from test_serve_engine import served
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
-from trimtab.config import ServeConfig
 from trimtab.serving.keys import add_key
 from trimtab.serving.run import Running, running
 from trimtab.serving.trace import Speller, Tracer
@@ -22,21 +21,10 @@ PROMPT = "The rudder turns the hull.\nThe keel turns the"
 
 
 @pytest.fixture(scope="module")
-def host() -> HFModel:
-    return open_model(HOST, dtype="float32")
-
-
-def served(*adapters: str, **options: object) -> ServeConfig:
-    given = {"host": HOST, "name": "host", "adapter": adapters, "dtype": "float32", "port": 0}
-    carriers = ("head", "memory", "expert")
-    return ServeConfig.model_validate(
-        given | {"shutdown_sec": 5.0, "carriers": carriers, **options}
-    )
-
-
-@pytest.fixture(scope="module")
 def server(host: HFModel, adapter: Path) -> Iterator[Running]:
-    with running(served(f"sea={adapter}", f"ship={adapter}"), host=host) as found:
+    carriers = ("head", "memory", "expert")
+    config = served(f"sea={adapter}", f"ship={adapter}", carriers=carriers)
+    with running(config, host=host) as found:
         yield found
 
 

@@ -155,13 +155,10 @@ class Adapters:
             InputError: A strength is no number in [0, 2], an adapter is named twice, or carriers
                 are asked for that are not served.
         """
-        host, separator, rest = self.host_name, "", model.removeprefix(self.host_name)
-        if rest[:1] == "+":
-            separator, rest = rest[0], rest[1:]
-        if not model.startswith(host) or (rest and not separator) or (separator and not rest):
+        if model != self.host_name and not model.startswith(f"{self.host_name}+"):
             raise UnknownModel(f"the model {model!r} does not exist")
         found: dict[str, Chosen] = {}
-        for part in rest.split("+") if rest else ():
+        for part in model.removeprefix(self.host_name).split("+")[1:]:
             name, said, number = part.partition(":")
             loaded = self._loaded.get(name)
             if loaded is None:

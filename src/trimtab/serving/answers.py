@@ -74,8 +74,8 @@ class Writer:
 
     def chunks(self, piece: Piece, *, usage_follows: bool) -> Iterable[dict[str, Any]]:
         """A piece as chunks of a stream: in a chat the role comes first, and the end by itself."""
+        logprobs = self._logprobs(piece.choice, piece.tokens) if piece.tokens else None
         if not self._chat:
-            logprobs = self._logprobs(piece.choice, piece.tokens) if piece.tokens else None
             said = {"text": piece.text, "logprobs": logprobs, **_traced(piece.trace)}
             yield self._chunk(piece.choice, said, piece.finish, usage_follows)
             return
@@ -84,7 +84,6 @@ class Writer:
             opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
             yield self._chunk(piece.choice, opening, None, usage_follows)
         if piece.text or piece.tokens or piece.trace:
-            logprobs = self._logprobs(piece.choice, piece.tokens) if piece.tokens else None
             said = {"delta": {"content": piece.text}, "logprobs": logprobs}
             said |= _traced(piece.trace)
             yield self._chunk(piece.choice, said, None, usage_follows)

@@ -19,7 +19,6 @@ from trimtab.serving.protocol import ChatRequest, CompletionRequest
 from trimtab.serving.refusals import invalid, json_response, refusal
 from trimtab.serving.service import Service
 from trimtab.serving.watch import CONTENT_TYPE
-from trimtab.serving.work import UnknownModel
 
 PAGE = Path(__file__).parent / "page"
 """The playground."""
@@ -53,6 +52,7 @@ def make_app(service: Service) -> ASGIApp:
     app = FastAPI(title="trimtab", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _told)
     app.add_exception_handler(RequestValidationError, _told_invalid)
+    # Starlette raises what this one has answered again: the gate puts it into the log.
     app.add_exception_handler(Exception, _told)
     _add_models(app, service)
     _add_health(app, service)
@@ -99,31 +99,16 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        try:
-            service.adapters.chosen(name, None, None)
-        except Exception as error:
-            raise refusal(error) from error
+        service.adapters.chosen(name, None, None)
         return json_response(described(name))
 
     @app.post("/v1/completions")
     async def completions(http: Request, body: CompletionRequest) -> Response:
-        return await _answered(service, http, body)
+        return await service.answer(http, body)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request, body: ChatRequest) -> Response:
-        return await _answered(service, http, body)
-
-
-async def _answered(
-    service: Service, http: Request, body: CompletionRequest | ChatRequest
-) -> Response:
-    try:
         return await service.answer(http, body)
-    except Exception as error:
-        told = refusal(error)
-        if told.status_code >= 500:
-            http.state.record.fields["error"] = f"{type(error).__name__}: {error}"
-        raise told from error
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -151,20 +136,14 @@ def _add_admin(app: FastAPI, service: Service) -> None:
 
     @app.post("/admin/adapters")
     async def load(body: LoadRequest) -> Response:
-        try:
-            # Not in the engine's thread: answers in the making go on meanwhile.
-            found = await asyncio.to_thread(adapters.load, body.name, Path(body.path))
-        except Exception as error:
-            raise refusal(error) from error
+        # Not in the engine's thread: answers in the making go on meanwhile.
+        found = await asyncio.to_thread(adapters.load, body.name, Path(body.path))
         service.watch.say("adapter loaded", name=found.name)
         return json_response(_shown(found))
 
     @app.delete("/admin/adapters/{name}")
     async def unload(name: str) -> Response:
-        try:
-            adapters.unload(name)
-        except UnknownModel as error:
-            raise refusal(error) from error
+        adapters.unload(name)
         service.watch.say("adapter unloaded", name=name)
         return json_response({"name": name, "deleted": True})
 

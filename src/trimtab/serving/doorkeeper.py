@@ -42,30 +42,25 @@ class Doorkeeper:
         self._limit = requests_per_minute
         self._clock = clock
         self._buckets: dict[str, _Bucket] = {}
-        self._entries, self._read_at = self._read() if path else ((), None)
+        self._entries: tuple[KeyEntry, ...] = ()
+        self._read_at: tuple[int, int] | None = None
+        if path:
+            _entries(path)
 
     @property
     def asks_for_keys(self) -> bool:
         """Whether anybody needs a key."""
         return self._path is not None
 
-    def _read(self) -> tuple[tuple[KeyEntry, ...], tuple[int, int]]:
-        assert self._path is not None
-        entries = read_keys(self._path)
-        if not entries:
-            raise InputError(
-                f"{self._path} has no key", hint="make one with `trimtab key NAME --keys FILE`"
-            )
-        stat = self._path.stat()
-        return entries, (stat.st_mtime_ns, stat.st_ino)
-
     def _current(self) -> tuple[KeyEntry, ...]:
         """The keys as they are now: one that is taken out of the file opens nothing any more."""
         assert self._path is not None
         try:
+            # Before reading: a file that changes meanwhile is read again.
             stat = self._path.stat()
-            if (stat.st_mtime_ns, stat.st_ino) != self._read_at:
-                self._entries, self._read_at = self._read()
+            found_at = stat.st_mtime_ns, stat.st_ino
+            if found_at != self._read_at:
+                self._entries, self._read_at = _entries(self._path), found_at
         except (OSError, InputError):
             # Without a readable file nobody can be told from anybody else.
             self._entries, self._read_at = (), None
@@ -130,3 +125,10 @@ class Doorkeeper:
                 headers={"retry-after": str(wait_sec)},
             )
         bucket.tokens -= 1.0
+
+
+def _entries(path: Path) -> tuple[KeyEntry, ...]:
+    entries = read_keys(path)
+    if not entries:
+        raise InputError(f"{path} has no key", hint="make one with `trimtab key NAME --keys FILE`")
+    return entries

@@ -8,7 +8,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.serving.rows import likely
 from trimtab.serving.work import Job, Likely, Prompt
 from trimtab.steering.evidence import ReadPrompt, text_before
-from trimtab.steering.field import CHUNK_ROWS
+from trimtab.steering.field import logits_in_chunks
 
 
 def echoed(
@@ -42,7 +42,5 @@ def _distributions(
     if job.steered:
         yield from job.steered.several.prequential(host.unembedding, read)
         return
-    for begin in range(0, len(read.token_ids) - 1, CHUNK_ROWS):
-        places = range(begin, min(begin + CHUNK_ROWS, len(read.token_ids) - 1))
-        hidden = read.hidden[places.start : places.stop].to(host.unembedding.weight.device)
-        yield places, host.unembedding.logits(hidden).float().log_softmax(-1)
+    for places, logits in logits_in_chunks(host.unembedding, read.hidden[:-1]):
+        yield places, logits.log_softmax(-1)

@@ -34,13 +34,11 @@ class Counts:
     Attributes:
         steps: Passes of the host in which answers grew.
         stepped_rows: Answers in all of these.
-        read_tokens: Of prompts.
         mean_job_sec: Recent time of a request, an exponential mean; 0 before the first.
     """
 
     steps: int = 0
     stepped_rows: int = 0
-    read_tokens: int = 0
     mean_job_sec: float = 0.0
 
 
@@ -219,7 +217,6 @@ class Engine:
         chunk = ids[reading.done : reading.done + PREFILL_TOKENS]
         hidden = self._batch.read(reading.cache, chunk)
         reading.done += len(chunk)
-        self.counts.read_tokens += len(chunk)
         keeps_all = reading.job.steered is not None or reading.job.options.echo
         reading.hidden.append(hidden if keeps_all else hidden[-1:])
         if reading.done == len(ids):
@@ -231,7 +228,7 @@ class Engine:
         options, vocabulary = job.options, self.host.vocabulary
         prompt_number, speller = reading.prompt, self._speller
         rows = [Row(job, prompt_number, n, vocabulary, speller) for n in range(options.answers)]
-        prompt = ReadPrompt(rows[0].tokens, tuple(rows[0].pieces), hidden)
+        prompt = ReadPrompt(torch.tensor(rows[0].token_ids), tuple(rows[0].pieces), hidden)
         if job.steered:
             several, chats = job.steered.several, job.steered.chats
             weights = several.weigh(self.host.unembedding, prompt, chats)
@@ -271,30 +268,34 @@ class Engine:
             if row.job.steered:
                 groups.setdefault(id(row.job.steered.several), []).append(place)
         for places in groups.values():
-            asked = [rows[place] for place in places]
-            try:
-                logprobs[places] = steer(asked, logits[places], hidden[places])
-            except Exception:
-                # One of them cannot be steered on; the others are none the worse for it.
-                for place in places:
-                    one = self._steered_alone(rows[place], logits[[place]], hidden[[place]])
-                    logprobs[place] = logprobs[place] if one is None else one[0]
+            self._steer(rows, places, (logits, hidden), logprobs)
         return logprobs
 
-    def _steered_alone(self, row: Row, logits: Tensor, hidden: Tensor) -> Tensor | None:
-        if row.has_ended:
-            return None
+    def _steer(
+        self, rows: Sequence[Row], places: list[int], read: tuple[Tensor, Tensor], logprobs: Tensor
+    ) -> None:
+        """Put the steered distribution of rows that are asked together into their places."""
+        asked, (logits, hidden) = [rows[place] for place in places], read
         try:
-            return steer([row], logits, hidden)
+            logprobs[places] = steer(asked, logits[places], hidden[places])
         except Exception as error:
-            if not row.new_tokens:
-                raise
-            if isinstance(error, ModelError):
-                # It has grown longer than its small models can read.
-                self._say(row, row.end("length"))
-            else:
-                self._fail(row.job, error)
-            return None
+            # Whatever is wrong with one of them, the others are none the worse for it.
+            if len(asked) == 1:
+                self._end_unsteered(asked[0], error)
+                return
+            for place in places:
+                # A job that fails ends all of its rows.
+                if not rows[place].has_ended:
+                    self._steer(rows, [place], read, logprobs)
+
+    def _end_unsteered(self, row: Row, error: Exception) -> None:
+        if not row.new_tokens:
+            raise error
+        if isinstance(error, ModelError):
+            # It has grown longer than its small models can read.
+            self._say(row, row.end("length"))
+        else:
+            self._fail(row.job, error)
 
     def _write(self, rows: Sequence[Row], logprobs: Tensor) -> None:
         for row, distribution in zip(rows, logprobs, strict=True):

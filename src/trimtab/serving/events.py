@@ -94,23 +94,18 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events; what fails before the first of them is an ordinary error."""
         del scope
-        self._record.fields["status"] = GONE
         with contextlib.suppress(TimeoutError):
             async with (
                 asyncio.timeout(self._time_limit_sec),
                 until_gone(receive, self._job, self._mailbox),
             ):
                 await self._send_all(send)
-                if self._job.has_ended:
-                    del self._record.fields["status"]
 
     async def _send_all(self, send: Send) -> None:
         lines = self._lines()
-        try:
-            line = await anext(lines, None)
-        except Exception:
-            del self._record.fields["status"]
-            raise
+        line = await anext(lines, None)
+        # What the log is to say if the stream does not come to its end, whatever ends it.
+        self._record.fields["status"] = GONE
         headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while line is not None:
@@ -118,3 +113,5 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
             line = await anext(lines, None)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if self._job.has_ended:
+            del self._record.fields["status"]

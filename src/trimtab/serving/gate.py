@@ -93,7 +93,7 @@ class Gate:
         except Exception as error:
             told = refusal(error)
             if told.status_code >= 500:
-                record.fields["error"] = f"{type(error).__name__}: {error}"
+                record.failed(error)
             if not has_begun:
                 await told.response()(scope, receive, counted)
         finally:

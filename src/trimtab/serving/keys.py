@@ -52,7 +52,7 @@ def read_keys(path: Path) -> tuple[KeyEntry, ...]:
         InputError: It is not there, or not such a file.
     """
     try:
-        return KeyFile.model_validate(read_json(path, "a file of API keys")).keys
+        return KeyFile.model_validate(read_json(path, "file of API keys")).keys
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))

@@ -70,7 +70,7 @@ def as_json(content: object) -> str:
     return json.dumps(content, allow_nan=False, separators=(",", ":"))
 
 
-def refusal(error: BaseException) -> ApiError:
+def refusal(error: Exception) -> ApiError:
     """What a client is told about an exception; what is not its fault is not explained."""
     if isinstance(error, ApiError):
         return error

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import final
 
@@ -13,7 +14,7 @@ from trimtab.backends.live import Live, LiveReading
 from trimtab.serving.choose import choose
 from trimtab.serving.trace import Speller, Tracer
 from trimtab.serving.work import Finish, Job, Likely, Piece
-from trimtab.steering.evidence import Mixture, last_text, readable, text_before
+from trimtab.steering.evidence import Mixture, readable, text_before
 from trimtab.steering.explain import Explanation
 from trimtab.steering.predictors import Rows
 from trimtab.text.stream import TextStream
@@ -134,16 +135,11 @@ class Row:
         pairs = zip(self.token_ids[start:], self.pieces[start:], strict=True)
         ids = [token_id for token_id, piece in pairs if piece]
         # Where a prompt ends says nothing about how the host would read what follows it.
-        last = last_text(self.tokens, self.pieces, len(self.token_ids)) if self.new_tokens else None
+        last = self.token_ids[-1] if self.new_tokens and self.pieces[-1] else None
         small = chat.small_ids if chat else None
         return live.read(
             [readable(text)], host_ids=[ids], host_lasts=[last], start=small, row=self.number
         )
-
-    @property
-    def tokens(self) -> Tensor:
-        """Prompt and answer, shape [seq]."""
-        return torch.tensor(self.token_ids)
 
     def forget(self) -> None:
         """Let go of what small models keep of this answer."""
@@ -154,14 +150,17 @@ class Row:
                 mixture.steering.live.forget(self.number)
 
 
-@final
+@dataclass(frozen=True)
 class Question:
-    """The text before a next token, and how the expert has read it."""
+    """What an adapter is asked.
 
-    def __init__(self, context: bytes, reading: LiveReading | None) -> None:
-        """Keep both."""
-        self.context = context
-        self.reading = reading
+    Attributes:
+        context: The text before a next token.
+        reading: How the expert has read it, where there is one.
+    """
+
+    context: bytes
+    reading: LiveReading | None
 
 
 def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:

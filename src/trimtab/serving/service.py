@@ -20,7 +20,7 @@ from trimtab.serving.prepare import Preparer
 from trimtab.serving.protocol import ChatRequest, Request
 from trimtab.serving.refusals import as_json, json_response, refusal
 from trimtab.serving.watch import Record, Watch
-from trimtab.serving.work import Done, Failed, Job, Piece
+from trimtab.serving.work import Done, Job, Piece
 
 STREAM_GRACE_SEC = 30.0
 """Time that a reader has beyond a request's own limit to fetch what was written."""
@@ -73,7 +73,7 @@ class Service:
             request: The request, checked by itself.
 
         Raises:
-            ApiError: It cannot be answered.
+            Exception: It cannot be answered; `refusal` says what the client is told.
         """
         record: Record = http.state.record
         mailbox = Mailbox()
@@ -123,9 +123,9 @@ class Service:
                     yield "[DONE]"
                     return
                 else:
-                    self._note_failure(record, event)
+                    record.failed(event.error)
                     if not has_begun:
-                        raise refusal(event.error)
+                        raise event.error
                     yield as_json(refusal(event.error).content)
                     return
                 has_begun = True
@@ -137,16 +137,12 @@ class Service:
         if job.first_text_sec is not None:
             record.fields["first_text_sec"] = round(job.first_text_sec - job.began_sec, 4)
 
-    def _note_failure(self, record: Record, failed: Failed) -> None:
-        error = failed.error
-        record.fields["error"] = f"{type(error).__name__}: {error}"
-
 
 async def _collect(job: Job, mailbox: Mailbox) -> _Collected:
     """All answers of a request.
 
     Raises:
-        ApiError: It failed.
+        Exception: It failed; what the engine has told.
     """
     collected = _Collected([Answer() for _ in range(len(job.prompts) * job.options.answers)])
     while (event := await mailbox.next()) is not None:
@@ -160,5 +156,5 @@ async def _collect(job: Job, mailbox: Mailbox) -> _Collected:
             collected.done = event
             break
         else:
-            raise refusal(event.error) from event.error
+            raise event.error
     return collected

@@ -38,6 +38,10 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
     began_sec: float = field(default_factory=time.monotonic)
 
+    def failed(self, error: Exception) -> None:
+        """Note what went wrong, for the log alone."""
+        self.fields["error"] = f"{type(error).__name__}: {error}"
+
 
 @final
 class Watch:

@@ -2,6 +2,8 @@
 // Texts from the server are put in as text, never as HTML, and nothing is loaded from elsewhere.
 
 const byId = (id) => document.getElementById(id);
+const made = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
+const BOXES = [...document.querySelectorAll("[name=carrier]")];
 const SIDES = ["plain", "steered"];
 const CARRIERS = ["head", "memory", "expert"];
 const SHOWN_PROMPT = 240; // characters of the prompt that stand before the text
@@ -103,7 +105,6 @@ async function loadModels() {
     });
   if (!before.size) adapters.forEach((one, place) => (one.on = place === 0));
   byId("tagline").textContent = `A small model steers ${hostName}. Watch where, and ask why.`;
-  byId("plain-title").textContent = "The host alone";
 }
 
 // ---- settings, and the link that holds them ----
@@ -111,7 +112,7 @@ async function loadModels() {
 const on = () => adapters.filter((one) => one.on);
 const served = () => CARRIERS.filter((name) => on().some((one) => one.carriers.includes(name)));
 const ticked = () =>
-  [...document.querySelectorAll("[name=carrier]")].filter((box) => box.checked).map((box) => box.value);
+  BOXES.filter((box) => box.checked).map((box) => box.value);
 const carriers = () => ticked().filter((name) => served().includes(name));
 
 function request(side) {
@@ -134,17 +135,20 @@ function request(side) {
   return { ...body, model: `${hostName}+${names[0].name}` };
 }
 
+const linked = () => new URLSearchParams(location.hash.slice(1));
+
 function toLink() {
-  const state = new URLSearchParams();
+  const state = linked();
   state.set("prompt", byId("prompt").value);
-  state.set("adapters", on().map((one) => `${one.name}:${one.strength}`).join(","));
+  // Before the server has said what it serves, nothing is chosen but what the link has.
+  if (hostName) state.set("adapters", on().map((one) => `${one.name}:${one.strength}`).join(","));
   state.set("carriers", ticked().join(","));
   for (const name of ["temperature", "tokens", "seed"]) state.set(name, byId(name).value);
   return state.toString();
 }
 
 function fromLink() {
-  const state = new URLSearchParams(location.hash.slice(1));
+  const state = linked();
   if (state.has("prompt")) byId("prompt").value = state.get("prompt");
   for (const name of ["temperature", "tokens", "seed"]) {
     const value = Number(state.get(name));
@@ -152,7 +156,7 @@ function fromLink() {
   }
   if (state.has("carriers")) {
     const wanted = state.get("carriers").split(",");
-    for (const box of document.querySelectorAll("[name=carrier]")) box.checked = wanted.includes(box.value);
+    for (const box of BOXES) box.checked = wanted.includes(box.value);
   }
   if (state.has("adapters")) {
     const wanted = new Map(state.get("adapters").split(",").map((part) => part.split(":")));
@@ -172,22 +176,22 @@ function keepLink() {
 
 function drawAdapters() {
   const rows = adapters.map((one) => {
-    const row = document.createElement("div");
+    const row = made("div");
     row.className = "slider";
-    const label = document.createElement("label");
+    const label = made("label");
     label.className = "choice";
-    const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: one.on });
+    const box = made("input", { type: "checkbox", checked: one.on });
     label.append(box, ` ${one.name}`);
-    const slider = Object.assign(document.createElement("input"), {
+    const slider = made("input", {
       type: "range", min: 0, max: 2, step: 0.05, value: one.strength, disabled: !one.on,
     });
     slider.setAttribute("aria-label", `Strength of ${one.name}`);
     // The slider says its value itself.
-    const shown = Object.assign(document.createElement("span"), { className: "value", ariaHidden: "true" });
+    const shown = made("span", { className: "value", ariaHidden: "true" });
     shown.textContent = one.strength.toFixed(2);
     box.addEventListener("change", () => {
-      one.on = slider.disabled = box.checked;
-      slider.disabled = !box.checked;
+      one.on = box.checked;
+      slider.disabled = !one.on;
       settleCarriers();
       again();
     });
@@ -200,7 +204,7 @@ function drawAdapters() {
     row.append(label, slider, shown);
     return row;
   });
-  const none = Object.assign(document.createElement("p"), { className: "note" });
+  const none = made("p", { className: "note" });
   none.textContent = hostName
     ? "None is served. Start the server with --adapter NAME=FOLDER to see what one changes."
     : "The server has not said yet what it serves.";
@@ -210,7 +214,7 @@ function drawAdapters() {
 
 function settleCarriers() {
   const there = served();
-  for (const box of document.querySelectorAll("[name=carrier]")) {
+  for (const box of BOXES) {
     box.disabled = !there.includes(box.value);
     box.parentElement.title = box.disabled ? "Not served with the adapters chosen" : "";
   }
@@ -248,11 +252,11 @@ function draw(side, token) {
   const text = byId(`${side}-text`);
   const frame = text.parentElement;
   const atEnd = frame.scrollHeight - frame.scrollTop - frame.clientHeight < 40;
-  const span = document.createElement("span");
+  const span = made("span");
   span.className = token.by;
   token.text.split("\n").forEach((line, number) => {
     // A line break shows a sign that can be pointed at, and is not part of the text.
-    if (number) span.append(Object.assign(document.createElement("i"), { className: "nl" }), "\n");
+    if (number) span.append(made("i", { className: "nl" }), "\n");
     span.append(line);
   });
   span.style.setProperty("--a", Math.min(1, Math.sqrt(token.moved_nats / FULL_NATS)).toFixed(3));
@@ -360,15 +364,15 @@ function askForKey() {
 
 function bars(list, pairs, token) {
   const rows = pairs.map(([text, share]) => {
-    const row = document.createElement("li");
+    const row = made("li");
     const isChosen = text === token.text;
     if (isChosen) row.className = "chosen";
-    const code = Object.assign(document.createElement("code"), { textContent: visible(text), title: visible(text) });
-    const bar = Object.assign(document.createElement("span"), { className: "bar" });
+    const code = made("code", { textContent: visible(text), title: visible(text) });
+    const bar = made("span", { className: "bar" });
     bar.setAttribute("aria-hidden", "true");
-    bar.append(document.createElement("i"));
+    bar.append(made("i"));
     bar.firstChild.style.width = `${100 * share}%`;
-    const number = Object.assign(document.createElement("span"), { className: "share", textContent: percent(share) });
+    const number = made("span", { className: "share", textContent: percent(share) });
     row.append(code, bar, number);
     return row;
   });
@@ -379,13 +383,13 @@ function bars(list, pairs, token) {
 const wholeLines = (text) => (text.length < 80 ? text : text.slice(text.slice(0, -1).indexOf("\n") + 1));
 
 function place(found, token) {
-  const item = document.createElement("li");
-  const where = Object.assign(document.createElement("div"), { className: "where" });
-  const source = Object.assign(document.createElement("span"), { textContent: `${found.source}, line ${found.line}` });
-  const weight = Object.assign(document.createElement("span"), { textContent: `weight ${Math.round(100 * found.weight)} %` });
+  const item = made("li");
+  const where = made("div", { className: "where" });
+  const source = made("span", { textContent: `${found.source}, line ${found.line}` });
+  const weight = made("span", { textContent: `weight ${Math.round(100 * found.weight)} %` });
   where.append(source, weight);
-  const text = document.createElement("pre");
-  const mark = document.createElement("mark");
+  const text = made("pre");
+  const mark = made("mark");
   const said = token.text && found.after.startsWith(token.text);
   const end = said ? token.text.length : /^\s*\S*/.exec(found.after)[0].length || 1;
   mark.textContent = found.after.slice(0, end);
@@ -409,9 +413,9 @@ function explain(side, number) {
   span.setAttribute("aria-selected", "true");
   const panel = byId("inspector");
   panel.className = token.by;
-  const code = Object.assign(document.createElement("code"), { textContent: visible(token.text) });
+  const code = made("code", { textContent: visible(token.text) });
   byId("inspector-title").replaceChildren("Token ", code);
-  const bold = Object.assign(document.createElement("b"), { textContent: `Decided by the ${token.by}` });
+  const bold = made("b", { textContent: `Decided by the ${token.by}` });
   const rest = (token.by === "host" ? ": " : ", ") + CREDIT[token.by];
   const moved = ` The distribution moved ${howFar(token.moved_nats)}: ${token.moved_nats.toFixed(2)} nats.`;
   byId("verdict").replaceChildren(bold, rest, side === "steered" ? moved : "");
