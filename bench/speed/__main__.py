@@ -16,10 +16,13 @@ import faiss
 import torch
 import typer
 
-from bench.speed.results import RESULTS, Outcome, check_machine, details_path, keep, machine, table
+from bench.speed.results import Outcome, check_machine, keep, machine
 from bench.speed.roofline import Peaks
 from bench.speed.rows import DEMO_ROW, PAIRS, QUICK, ROWS, Settings
 from bench.speed.run import Asked, measure
+from bench.speed.table import RESULTS, details_path, table
+from bench.transfer.domains import TEXTS
+from examples.demo import corpus, models
 from trimtab.backends.open import resolve_dtype
 from trimtab.cli_errors import reported
 from trimtab.errors import InputError
@@ -57,8 +60,9 @@ def _run(given: argparse.Namespace) -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
         faiss.omp_set_num_threads(given.threads)
-    peaks = Peaks.measured()
-    here = machine(peaks, str(resolve_dtype("auto")).removeprefix("torch."))
+    dtype = resolve_dtype("auto")
+    peaks = Peaks.measured(dtype)
+    here = machine(peaks, str(dtype).removeprefix("torch."))
     if given.fresh:
         out.unlink(missing_ok=True)
         details_path(out).unlink(missing_ok=True)
@@ -68,6 +72,8 @@ def _run(given: argparse.Namespace) -> None:
         settings = replace(settings, repetitions=given.repetitions)
     asked = Asked(rows, PAIRS[given.pair], settings, given.folder, Display())
 
+    _say_downloads(asked)
+
     def note(found: Mapping[str, Outcome]) -> None:
         keep(out, here, found, peaks)
         for name, outcome in found.items():
@@ -76,6 +82,19 @@ def _run(given: argparse.Namespace) -> None:
 
     measure(asked, note, quick=given.quick)
     print(table(out))
+
+
+def _say_downloads(asked: Asked) -> None:
+    """Name what is fetched, before it is, and whose terms apply."""
+    pairs = [asked.pair, *([PAIRS["demo"]] if DEMO_ROW in asked.rows else [])]
+    names = dict.fromkeys(name for pair in pairs for name in (pair.small, pair.host))
+    wanted = [name for name in names if name in models.MODELS and not models.is_fetched(name)]
+    lines = [models.describe(name) for name in wanted]
+    if any(pair.text == "zig" for pair in pairs) and not corpus.is_fetched(TEXTS):
+        lines.append(f"{corpus.ZIG_DOWNLOAD_MB:>5} MB  {corpus.ZIG_LICENCE}")
+    if lines:
+        print("This will be downloaded, and none of it is run as code:", *lines, sep="\n")
+        print("Who goes on accepts these terms; Ctrl-C stops.", flush=True)
 
 
 def _default_out(given: argparse.Namespace) -> Path:

@@ -5,7 +5,6 @@ least its operations over the peak of the matrix product. Decoding reads every w
 that runs, once a pass, so that the number of passes is what counts; it is counted, not assumed.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,42 +14,44 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from bench.cost.cpu_flops import measured
+from bench.speed.timing import timed
 
-BANDWIDTH_ROWS, BANDWIDTH_COLUMNS, BANDWIDTH_TRIES = 16_384, 8_192, 12
-"""A matrix of 0.5 GB, which fits no cache, times a vector: what decoding does."""
+BANDWIDTH_BYTES, BANDWIDTH_COLUMNS = 2**29, 8_192
+"""A matrix that fits no cache, times a vector: what decoding does."""
 
-FLOPS_SIZE = 1_536
+FLOPS_SIZE, TRIES = 1_536, 12
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """The fastest that this machine was seen to do, with the threads in use.
+    """The fastest that this machine was seen to do, with the threads and the arithmetic in use.
 
     Attributes:
-        bytes_per_sec: Of a float32 matrix times a vector.
-        flops_per_sec: Of a product of two float32 matrices.
+        bytes_per_sec: Of a matrix times a vector.
+        flops_per_sec: Of a product of two matrices.
     """
 
     bytes_per_sec: float
     flops_per_sec: float
 
     @staticmethod
-    def measured() -> "Peaks":
+    def measured(dtype: torch.dtype) -> "Peaks":
         """Measure both, some seconds."""
-        return Peaks(_bandwidth(), measured(FLOPS_SIZE))
+        matrix = torch.ones(
+            BANDWIDTH_BYTES // BANDWIDTH_COLUMNS // dtype.itemsize, BANDWIDTH_COLUMNS, dtype=dtype
+        )
+        square = torch.ones(FLOPS_SIZE, FLOPS_SIZE, dtype=dtype)
+        vector = torch.ones(BANDWIDTH_COLUMNS, dtype=dtype)
+        return Peaks(
+            matrix.nbytes / _fastest_sec(lambda: matrix @ vector),
+            2 * FLOPS_SIZE**3 / _fastest_sec(lambda: square @ square),
+        )
 
 
-@torch.no_grad()
-def _bandwidth() -> float:
-    matrix = torch.ones(BANDWIDTH_ROWS, BANDWIDTH_COLUMNS)
-    vector, out = torch.ones(BANDWIDTH_COLUMNS), torch.empty(BANDWIDTH_ROWS)
-    best_sec = float("inf")
-    for _ in range(BANDWIDTH_TRIES):
-        began_sec = time.perf_counter()
-        torch.mv(matrix, vector, out=out)
-        best_sec = min(best_sec, time.perf_counter() - began_sec)
-    return matrix.nbytes / best_sec
+def _fastest_sec(work: Callable[[], object]) -> float:
+    """Of a few runs the fastest counts: other work on the machine can only slow one down."""
+    with torch.no_grad():
+        return min(timed(work) for _ in range(TRIES))
 
 
 @dataclass(frozen=True)

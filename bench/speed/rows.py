@@ -137,7 +137,7 @@ class Settings:
     anchors: int = 32_768
     memory_entries: int = 1_000_000
     fit_tokens: int = 100_000
-    lora_steps: int = 2
+    lora_steps: int = 1
 
 
 QUICK = Settings(

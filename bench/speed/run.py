@@ -10,6 +10,7 @@ from bench.speed.decoding import HOST, SMALL, Tally, Way, ratio, take_turns, way
 from bench.speed.material import Material
 from bench.speed.models import Models
 from bench.speed.results import Outcome
+from bench.speed.roofline import Size
 from bench.speed.rows import DECODING, DEMO_ROW, PAIRS, Pair, Settings
 from bench.speed.stages import WINDOW_TOKENS, Stages, cli_help, record_work
 from bench.speed.timing import Figure
@@ -92,8 +93,11 @@ def _decode(models: Models, names: Sequence[str], keep: Keep) -> None:
 def _outcome(models: Models, way: Way, tallies: Mapping[str, Tally]) -> Outcome:
     settings, tally, host = models.material.settings, tallies[way.name], tallies[HOST]
     context = settings.prompt_tokens + settings.new_tokens / 2
+    host_work = Size.of(models.host.model).passes(1, 1, context)
     passes = {name: tally.per_token(name)[0] for name in way.sizes}
     more: dict[str, Any] = {
+        "host_must_move_bytes": host_work.bytes,
+        "host_must_compute_flops": host_work.flops,
         "host_sec_per_token": statistics.median(host.sec_per_token),
         "first_token_sec": statistics.median(tally.first_sec),
         "host_first_token_sec": statistics.median(host.first_sec),

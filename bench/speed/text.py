@@ -9,7 +9,7 @@ from bench.speed.rows import Text
 from bench.transfer.domains import TEXTS
 from examples.demo import corpus
 
-TRAIN_BYTES = 80_000
+TRAIN_BYTES, TEST_FILES = 80_000, 24
 PYTHON_BYTES = (4_000, 40_000)
 """Smallest and largest module of Python's own library that is taken."""
 
@@ -21,17 +21,17 @@ def chosen(text: Text) -> Mapping[str, Mapping[str, str]]:
         SourceError: Zig's standard library cannot be fetched.
     """
     if text == "zig":
-        choice = corpus.Choice(train_bytes=TRAIN_BYTES)
+        choice = corpus.Choice(train_bytes=TRAIN_BYTES, test_files=TEST_FILES)
         return corpus.choose(corpus.fetch_zig(TEXTS), choice)
     modules = _python()
     names = list(modules)
     random.Random(0).shuffle(names)
     train, size = {}, 0
-    for name in names[24:]:
+    for name in names[TEST_FILES:]:
         if size + len(modules[name]) <= TRAIN_BYTES:
             train[name] = modules[name]
             size += len(modules[name])
-    return {"test": {name: modules[name] for name in names[:24]}, "train": train}
+    return {"test": {name: modules[name] for name in names[:TEST_FILES]}, "train": train}
 
 
 def endless(text: Text) -> Iterator[tuple[str, str]]:
