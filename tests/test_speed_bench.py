@@ -110,6 +110,8 @@ def test_lock_step_is_what_three_models_say_without_caches() -> None:
 def test_a_pass_is_counted_with_all_its_weights() -> None:
     model = open_model(f"{TINY}&tied=0").model
     size, ids = Size.of(model), torch.arange(10, 42)[None]
+    # Whose products torch counts.
+    model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids)
     norms = sum(weight.numel() for name, weight in model.named_parameters() if "norm" in name)
@@ -161,6 +163,9 @@ def test_clocks_and_figures() -> None:
     for count in (5, 2, 1, 3):
         clock.put(torch.zeros(count))
     assert clock.tokens == 4 and clock.has_begun and clock.sec >= 0 and clock.first_sec > 0
+    at_once = Clock()
+    at_once.put(torch.zeros(5)), at_once.put(torch.zeros(4))
+    assert at_once.tokens == 4 and at_once.sec == at_once.first_sec > 0
     watch = Stopwatch()
     with watch.progress("work", 3) as advance:
         advance(1), advance(1), advance(1)

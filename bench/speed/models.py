@@ -1,6 +1,9 @@
 """The open models of one pair, each opened when it is first asked for."""
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, final
 
@@ -59,8 +62,9 @@ class Models:
     def proxy(self) -> ProxyModels:
         """Three models of their own."""
         base = open_model(self.material.small_ref, progress=self._progress).model
-        tuned = PeftModel.from_pretrained(base, str(self.material.expert / "lora"))
-        merged: Any = tuned.merge_and_unload()
+        with _without_warnings():
+            tuned = PeftModel.from_pretrained(base, str(self.material.expert / "lora"))
+            merged: Any = tuned.merge_and_unload()
         return ProxyModels(self.host.model, merged.eval(), self.small.model)
 
     @cached_property
@@ -71,7 +75,8 @@ class Models:
         """
         model: Any = shared_copy(self.host.model)
         settings = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        wrapped = get_peft_model(model, settings)
+        with _without_warnings():
+            wrapped = get_peft_model(model, settings)
         with torch.no_grad():
             for name, weight in wrapped.named_parameters():
                 if "lora_B" in name:
@@ -97,6 +102,14 @@ class Models:
         for name in list(vars(self)):
             if name != "material":
                 del vars(self)[name]
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property that transformers is about to rename.
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -73,13 +73,14 @@ class Clock:
 
     @property
     def sec(self) -> float:
-        """Seconds from the first tokens to the last."""
-        return self._heard[-1][0] - self._heard[1][0]
+        """Seconds from the first tokens to the last; from the start, where all came at once."""
+        first_sec = self._heard[1][0] if len(self._heard) > 2 else self._began_sec
+        return self._heard[-1][0] - first_sec
 
     @property
     def tokens(self) -> int:
         """Tokens that came in these seconds: all but the first, whose price is the prompt's."""
-        return sum(tokens for _, tokens in self._heard[2:])
+        return sum(tokens for _, tokens in self._heard[2:]) or self._heard[1][1]
 
 
 @dataclass
