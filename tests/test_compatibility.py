@@ -10,6 +10,7 @@ import torch
 from bench.compatibility import families, measure, table
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
+from trimtab.backends.padding import check_padding
 from trimtab.backends.pair import Pair
 from trimtab.backends.token_tree import ModelCache, TokenTree, check_tree, run_after, run_tree
 from trimtab.config import TuneConfig
@@ -82,3 +83,19 @@ def test_a_cell_says_what_was_found(tmp_path: Path) -> None:
     shown = table.table(path)
     assert "| Some model (`some`) | 2e-06 | **failed** (1) | refused (2) |" in shown
     assert "2. the model is odd" in shown
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "minimax"])
+def test_a_host_that_reads_padding_takes_one_prompt_at_a_time(model_type: str) -> None:
+    host = made(model_type)
+    with pytest.raises(ModelError, match="its layers read the padding") as caught:
+        check_padding(host, [LONG, LONG[:5]])
+    assert "one prompt at a time" in caught.value.hint
+    check_padding(host, [LONG, LONG])
+    check_padding(host, [LONG])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mamba", "bloom", "marian", "t5"])
+def test_a_host_that_masks_padding_takes_prompts_of_any_lengths(model_type: str) -> None:
+    check_padding(made(model_type), [LONG, LONG[:5], LONG[:1]])
+    check_padding(made(model_type), [LONG[:2], LONG[:1]])

@@ -9,6 +9,7 @@ from trimtab.backends.hf import adopt_model, weight_sha256
 from trimtab.backends.open import open_model
 from trimtab.backends.tiny import parse_tiny, tiny_tokenizer
 from trimtab.errors import ModelError
+from trimtab.unembedding import BLOCK_TOKENS, Unembedding
 
 _DECODER = {
     "vocab_size": 272,
@@ -186,3 +187,21 @@ def test_auto_arithmetic_opens_and_agrees_with_the_models_own_logits():
         with torch.no_grad():
             ours = model.unembedding.logits(model.hidden(ids)).float()
         torch.testing.assert_close(ours, model.logits(ids).float(), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("is_chosen", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (2, 3)])
+def test_logits_by_blocks_are_those_of_one_product(is_chosen: bool, shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tokens = 2 * BLOCK_TOKENS + 5
+    weight, bias = torch.randn(tokens, 24, generator=draw), torch.randn(tokens, generator=draw)
+    unembedding = Unembedding(weight, bias=bias, scale=0.3, softcap=5.0)
+    hidden = torch.randn(*shape, 24, generator=draw)
+    chosen = torch.randperm(tokens, generator=draw)[: tokens - 3] if is_chosen else None
+    expected = 5.0 * torch.tanh((hidden @ weight.T * 0.3 + bias) / 5.0)
+    expected = expected if chosen is None else expected[..., chosen]
+    torch.testing.assert_close(unembedding.logits(hidden, chosen), expected)
+    followed = unembedding.logits(hidden.requires_grad_(), chosen)
+    torch.testing.assert_close(followed, expected)
+    (gradient,) = torch.autograd.grad(followed.sum(), hidden)
+    assert gradient.abs().min() > 0

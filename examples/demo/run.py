@@ -29,6 +29,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.cli_errors import reported
 from trimtab.errors import InputError
+from trimtab.machine import use_large_pages
 from trimtab.progress import Display
 from trimtab.report import (
     GrowthPoint,
@@ -117,6 +118,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the demo from the command line; exits with the same statuses as `trimtab`."""
     given = _arguments(words)
     os.environ.setdefault(HOME_VARIABLE, str(CACHE))
+    use_large_pages()
     try:
         with reported():
             run(given.small, given.host, given.out)

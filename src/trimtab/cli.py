@@ -31,6 +31,7 @@ from rich.markup import escape
 from trimtab import config
 from trimtab.cli_errors import reported
 from trimtab.errors import InputError
+from trimtab.machine import use_large_pages
 from trimtab.progress import Display
 from trimtab.show import describe_list
 from trimtab.show import show as show_adapter
@@ -89,6 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that cannot show a character must not cost the user a finished run.
             stream.reconfigure(errors="backslashreplace")
+    use_large_pages()
     app(args=args, prog_name="trimtab")
 
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.backends.open import open_model
+from trimtab.backends.padding import check_padding
 from trimtab.config import CarrierName, GenerateConfig, MountConfig, is_hosted
 from trimtab.errors import AdapterError, InputError
 from trimtab.mount import mount
@@ -88,6 +89,8 @@ def generate(
     encode = chat_ids if config.chat else prompt_ids
     prompts = [encode(host, prompt) for prompt in config.prompt]
     limit = _new_tokens(host, prompts, config.max_new_tokens)
+    with quiet_transformers():
+        check_padding(host, prompts)
     start_sec = time.monotonic()
     with (
         _ready(config, host, carriers, progress) as model,

@@ -1,0 +1,84 @@
+"""Whether a model's answer to a prompt changes with the padding that a batch puts beside it."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from trimtab.backends.hf import HFModel
+from trimtab.errors import ModelError
+
+PROBE_TOKENS = 4
+WRITTEN_TOKENS = 3
+LEAST_NATS = -12.0
+TOLERANCE_NATS = {torch.float32: 1e-3, torch.float64: 1e-3}
+HALF_TOLERANCE_NATS = 0.3
+"""In half precision a batch of two rounds otherwise than one."""
+
+
+def check_padding(host: HFModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse to run prompts of different lengths as one batch where the model reads the padding.
+
+    Families with recurrent layers or own counts of positions do; nothing in their configuration
+    says so. Asked is the model itself: the distribution after a few tokens, alone and padded.
+
+    Args:
+        host: The model.
+        prompts: Token ids of each prompt, none empty.
+
+    Raises:
+        ModelError: The two differ by more than rounding.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if len(set(lengths)) == 1:
+        return
+    probe = list(prompts[lengths.index(max(lengths))][: 2 * PROBE_TOKENS])
+    few = probe[: len(probe) // 2]
+    steps = zip(_written(host, [few]), _written(host, [few, probe]), strict=True)
+    worst_nats = max(float(_apart_nats(alone[0], beside[0])) for alone, beside in steps)
+    if worst_nats > TOLERANCE_NATS.get(host.unembedding.weight.dtype, HALF_TOLERANCE_NATS):
+        raise ModelError(
+            f"{host.ref} answers a prompt otherwise when it shares a batch with a longer one (by"
+            f" {worst_nats:.2g} nats): its layers read the padding",
+            hint="give it one prompt at a time, or prompts of equal length",
+        )
+
+
+def _written(host: HFModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Logits, shape [prompts, vocab], at each of a few places, all rows going on with one token."""
+    model: Any = host.model
+    found = model.generate(
+        **host.padded(prompts),
+        max_new_tokens=WRITTEN_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=None,
+        pad_token_id=host.pad_id,
+        logits_processor=LogitsProcessorList([_Same(min(host.end_ids, default=0))]),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return found.logits
+
+
+def _apart_nats(one: Tensor, other: Tensor) -> Tensor:
+    """Largest difference of log-probabilities among tokens that are not hopeless."""
+    one, other = one.float().log_softmax(-1), other.float().log_softmax(-1)
+    likely = torch.maximum(one, other) > LEAST_NATS
+    return (one - other)[likely].abs().max()
+
+
+@final
+class _Same(LogitsProcessor):
+    """Writes one and the same token everywhere, so that what follows can be compared."""
+
+    def __init__(self, token_id: int) -> None:
+        self._token_id = token_id
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        del input_ids
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self._token_id] = 0
+        return forced
