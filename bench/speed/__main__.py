@@ -26,6 +26,7 @@ from examples.demo import corpus, models
 from trimtab.backends.open import resolve_dtype
 from trimtab.cli_errors import reported
 from trimtab.errors import InputError
+from trimtab.machine import use_large_pages
 from trimtab.progress import Display
 
 FOLDER = Path("build/speed")
@@ -44,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="begin the results anew")
     parser.add_argument("--table", action="store_true", help="show the results, measure nothing")
     given = parser.parse_args(words)
+    use_large_pages()
     try:
         with reported():
             _run(given)
