@@ -71,7 +71,8 @@ def test_every_row_runs_is_kept_and_shown(tmp_path: Path, monkeypatch) -> None:
     for name in ("head", "live-plain", "lockstep-proxy", "peft-lora"):
         assert details[name]["passes_per_token"]["host"] == 1
     assert details["live-plain"]["passes_per_token"]["pair"] == 2
-    shown = table(out)
+    shown = table(out, "results/speed.json")
+    assert shown.endswith("File: `results/speed.json`.")
     assert all(f"| {name} |" in shown for name in ROWS)
     assert "as fast as lock-step proxy tuning" in shown and "the bare host: " in shown
 

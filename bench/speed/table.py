@@ -31,10 +31,10 @@ def table(path: Path, name: str = "") -> str:
         "| row | what | value | spread | goal | must move | must compute | of the roofline |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in ROWS.items():
-        if name in found["rows"]:
-            cells = _cells(name, found["rows"][name], details.get(name, {}))
-            lines.append(f"| {name} | {row.what} | {' | '.join(cells)} |")
+    for row in ROWS.values():
+        if row.name in found["rows"]:
+            cells = _cells(row.name, found["rows"][row.name], details.get(row.name, {}))
+            lines.append(f"| {row.name} | {row.what} | {' | '.join(cells)} |")
     said = [f"* {line}" for line in _conclusions(found, details)]
     machine = found["machine"]
     source = (
