@@ -14,7 +14,7 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 	$(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help python test test-llamacpp test-browser demo bench check format docs models clean
+.PHONY: help python test test-llamacpp test-browser demo bench bench-speed check format docs models clean
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
@@ -23,6 +23,7 @@ help:  ## Say what can be made
 	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"
 	@echo "             SMALL=MODEL HOST=\"MODEL ...\" takes others: hub names, folders, GGUF files"
 	@echo "make bench   the transfer suite, hours on two cores: BENCH=\"--pair ... --domain ...\""
+	@echo "make bench-speed    speed beside all that competes, about 40 min: BENCH=\"--rows head ...\""
 	@echo "make check   format, lint and types, as .ci/run does after the tests"
 	@echo "make format  rewrite the source in the project's format"
 	@echo "make docs    rewrite the generated tables of the documentation"
@@ -43,6 +44,9 @@ demo: $(VENV)/ready-demo
 
 bench: $(VENV)/ready-demo
 	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.transfer $(BENCH)
+
+bench-speed: $(VENV)/ready-demo
+	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.speed $(BENCH)
 
 check: $(VENV)/ready-check
 	$(BIN)/ruff format --check .

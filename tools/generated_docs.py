@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from bench.compatibility import table as compatibility
+from bench.speed import table as speed
 from bench.transfer import results as transfer
 from tools import cost_tables
 from trimtab import cli, config
@@ -30,6 +31,7 @@ PAGES = {"probe": "hosts"}
 """Pages of verbs that are called otherwise."""
 NO_COMPATIBILITY = "Not measured yet: `python -m bench.compatibility` does."
 NO_TRANSFER = "No run has been recorded yet: `make bench` measures these figures."
+NO_SPEED = "Not measured yet: `make bench-speed` does."
 NO_RESULT = "No run has been recorded yet: `make demo` measures these figures on your machine."
 
 
@@ -61,6 +63,9 @@ def rendered() -> dict[Path, str]:
     measured = ROOT / compatibility.RESULTS
     found = compatibility.table(measured) if measured.is_file() else NO_COMPATIBILITY
     blocks[ROOT / "docs" / "compatibility.md"] = {"compatibility": found}
+    recorded = ROOT / speed.RESULTS
+    found = speed.table(recorded, speed.RESULTS.as_posix()) if recorded.is_file() else NO_SPEED
+    blocks[ROOT / "docs" / "speed.md"] = {"speed": found}
     blocks[ROOT / "docs" / "cost.md"] |= cost_tables.blocks()
     return {path: with_blocks(path, contents) for path, contents in blocks.items()}
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from trimtab.backends.token_tree import ModelCache, TokenTree, check_tree, run_a
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
-from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
 DOUBT = 0.03
@@ -32,6 +31,13 @@ blend of their ratio without bounds.
 
 EXPECTED_TOKENS = 16
 """Likeliest tokens of the expert that a host is to consider."""
+
+FEW_NODES = 64
+"""Contexts' ends whose logits are computed at once and kept until the next reading."""
+
+
+Who = Literal["expert", "reference"]
+"""One of the pair."""
 
 
 class OwnReading(NamedTuple):
@@ -174,8 +180,8 @@ class Live:
             )
         ]
         replies = (
-            self._replies(reading.expert, self._pair.expert_unembedding, ways),
-            self._replies(reading.reference, self._pair.reference_unembedding, ways),
+            self._replies(reading, "expert", ways),
+            self._replies(reading, "reference", ways),
         )
         over = (host_probs, candidates)
         # One model asks for both, so that a blend's ratio compares like with like.
@@ -219,9 +225,8 @@ class Live:
         ]
         if not nodes:
             return torch.zeros(0, dtype=torch.long)
-        with torch.no_grad():
-            logits = self._pair.expert_unembedding.logits(reading.expert[nodes])
-        return logits.topk(min(count, logits.shape[1]), -1).indices.cpu().unique()
+        logits = self._logits(reading, "expert", nodes)
+        return logits.topk(min(count, logits.shape[1]), -1).indices.unique()
 
     def _asked(
         self,
@@ -257,16 +262,34 @@ class Live:
         with self._pair.as_expert() as expert:
             return run_tree(expert, tree, caches.expert), reference
 
-    def _replies(
-        self, states: Tensor, head: Unembedding, ways: Sequence[Ways]
-    ) -> list[list[Reply]]:
+    def _replies(self, reading: "LiveReading", who: Who, ways: Sequence[Ways]) -> list[list[Reply]]:
         asked = sorted({node for way in ways for node in way.nodes})
         if not asked:
             return [[] for _ in ways]
-        with torch.no_grad():
-            logprobs = head.logits(states[asked]).float().cpu().log_softmax(-1)
+        logprobs = self._logits(reading, who, asked).log_softmax(-1)
         place = {node: number for number, node in enumerate(asked)}
         return [way.replies(logprobs, place, self.alignment.small) for way in ways]
+
+    def _logits(self, reading: "LiveReading", who: Who, nodes: Sequence[int]) -> Tensor:
+        """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab].
+
+        Where few contexts were read they are asked one by one, and each more than once: as a head's
+        matrix hardly fits through a processor's memory, it is read once for all of them.
+        """
+        states = reading.expert if who == "expert" else reading.reference
+        head = self._pair.expert_unembedding
+        head = head if who == "expert" else self._pair.reference_unembedding
+        ends = {node for ends in reading.ends for node in ends}
+        if len(ends) > FEW_NODES:
+            with torch.no_grad():
+                return head.logits(states[list(nodes)]).float().cpu()
+        kept = reading.kept_logits[who]
+        if missing := sorted({*nodes} - kept.keys()):
+            missing = sorted({*missing, *ends} - kept.keys())
+            with torch.no_grad():
+                found = head.logits(states[missing]).float().cpu()
+            kept.update(zip(missing, found, strict=True))
+        return torch.stack([kept[node] for node in nodes])
 
     def _ask_on(
         self, reading: "LiveReading", asked: Sequence[Asked]
@@ -305,6 +328,7 @@ class LiveReading:
         expert: Final hidden states of the nodes, shape [nodes, hidden].
         reference: Likewise.
         caches: Keys and values of all nodes, until the same row is read again.
+        kept_logits: By model the logits after nodes that have been asked for, each [vocab].
     """
 
     tree: TokenTree
@@ -314,6 +338,9 @@ class LiveReading:
     expert: Tensor
     reference: Tensor
     caches: PairCaches
+    kept_logits: dict[Who, dict[int, Tensor]] = field(
+        default_factory=lambda: {"expert": {}, "reference": {}}
+    )
 
     def reference_states(self, questions: range) -> list[Tensor | None]:
         """The reference's state after some contexts, read as its tokenizer cuts them.

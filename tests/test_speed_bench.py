@@ -1,0 +1,179 @@
+"""The speed bench: every row runs and is kept, and its parts do what they say they measure."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.speed import results, run, text
+from bench.speed.decoding import Tally, ratio
+from bench.speed.lockstep import ProxyModels, proxy_tuned
+from bench.speed.material import grown
+from bench.speed.models import shared_copy
+from bench.speed.results import Outcome, check_machine, keep
+from bench.speed.roofline import Peaks, Size, Work, counted
+from bench.speed.rows import PAIRS, ROWS, Settings
+from bench.speed.run import Asked, measure
+from bench.speed.table import RESULTS, details_path, table
+from bench.speed.timing import Clock, Figure, Stopwatch
+from trimtab.backends.open import open_model
+from trimtab.carriers.memory import Memory
+from trimtab.errors import InputError
+from trimtab.progress import Display
+from trimtab.store.files import read_json
+
+TINY = "tiny:llama?vocab=bpe"
+LEAST = Settings(
+    repetitions=2,
+    prompts=1,
+    prompt_tokens=16,
+    new_tokens=5,
+    draft_tokens=3,
+    tune_tokens=512,
+    record_tokens=1_024,
+    general_tokens=640,
+    row_tokens=512,
+    anchors=256,
+    memory_entries=3_000,
+    fit_tokens=600,
+    lora_steps=1,
+)
+PEAKS = Peaks(1e9, 1e10)
+HERE = {
+    "processor": "p",
+    "threads": 1,
+    "dtype": "float32",
+    "peak_bytes_per_sec": 1e9,
+    "peak_flops_per_sec": 1e10,
+}
+
+
+def test_every_row_runs_is_kept_and_shown(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    # What it takes to start Python is measured elsewhere.
+    monkeypatch.setattr(run, "cli_help", lambda: Figure(2.0, 1.5, 2.5))
+    modules = {name: path for name, path in text._python_files().items() if name < "c"}
+    monkeypatch.setattr(text, "_python_files", lambda: modules)
+    monkeypatch.setattr(text, "TEST_FILES", 2)
+    out, display = tmp_path / "speed.json", Display(Console(quiet=True))
+    asked = Asked(list(ROWS), PAIRS["tiny"], LEAST, tmp_path / "made", display)
+    measure(asked, lambda found: keep(out, HERE, found, PEAKS), quick=True)
+    found, details = read_json(out, ""), read_json(details_path(out), "")["rows"]
+    assert found.keys() == {"schema", "machine", "rows"} and found["rows"].keys() == ROWS.keys()
+    for name, row in found["rows"].items():
+        assert row.keys() == {"value", "low", "high", "unit"}
+        assert 0 < row["low"] <= row["value"] <= row["high"] and row["unit"] == ROWS[name].unit
+    assert details["assisted"]["same_text_as_host"]
+    assert details["live-speculative"]["same_text_as_plain"]
+    for name in ("head", "live-plain", "lockstep-proxy", "peft-lora"):
+        assert details[name]["passes_per_token"]["host"] == 1
+    assert details["live-plain"]["passes_per_token"]["pair"] == 2
+    shown = table(out, "results/speed.json")
+    assert shown.endswith("File: `results/speed.json`.")
+    assert all(f"| {name} |" in shown for name in ROWS)
+    assert "as fast as lock-step proxy tuning" in shown and "the bare host: " in shown
+
+
+def test_rows_are_merged_and_machines_are_not(tmp_path: Path) -> None:
+    out, once = tmp_path / "speed.json", Figure(1.0, 0.9, 1.1)
+    keep(out, HERE, {"head": Outcome(once, "qwen", "", once)}, PEAKS)
+    keep(out, HERE, {"fit": Outcome(once, "qwen", "", once, Work(1e9, 1e10))}, PEAKS)
+    rows = read_json(out, "")["rows"]
+    assert rows["head"] == asdict(once) | {"unit": "time ratio"} and rows["fit"]["unit"] == "sec"
+    assert read_json(details_path(out), "")["rows"]["fit"]["least_sec"] == 1.0
+    check_machine(out, HERE)
+    with pytest.raises(InputError, match="threads 1"):
+        check_machine(out, HERE | {"threads": 2})
+    assert details_path(RESULTS).name == "speed-details.json"
+    assert set(results.machine(PEAKS, "float32")) > set(HERE)
+
+
+def test_lock_step_is_what_three_models_say_without_caches() -> None:
+    host, expert, antiexpert = (open_model(f"{TINY}&seed={seed}").model for seed in (1, 2, 3))
+    prompt = torch.tensor([[5, 9, 60, 61]])
+    clock = Clock()
+    found = proxy_tuned(
+        ProxyModels(host, expert, antiexpert), prompt, 8, clock, alpha=0.7, banned=[9]
+    )
+    ids = prompt
+    for _ in range(8):
+        with torch.no_grad():
+            said = [model(input_ids=ids).logits[0, -1] for model in (host, expert, antiexpert)]
+        logits = said[0] + 0.7 * (said[1] - said[2])
+        logits[9] = -torch.inf
+        ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+    assert torch.equal(found, ids) and clock.tokens == 7
+
+
+def test_a_pass_is_counted_with_all_its_weights() -> None:
+    model = open_model(f"{TINY}&tied=0").model
+    size, ids = Size.of(model), torch.arange(10, 42)[None]
+    # Whose products torch counts.
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids)
+    norms = sum(weight.numel() for name, weight in model.named_parameters() if "norm" in name)
+    ours = size.passes(1, 32, 32).flops - 2 * 32 * norms
+    assert ours == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    everything = sum(weight.numel() for weight in model.parameters())
+    assert size.weights == everything - model.get_input_embeddings().weight.numel()
+    tied = open_model(f"{TINY}&tied=1").model
+    assert Size.of(tied).weights == sum(weight.numel() for weight in tied.parameters())
+    assert Work(1e9, 1e9).least_sec(PEAKS) == 1.0 and Work(1.0, 1e10).least_sec(PEAKS) == 1.0
+
+
+def test_passes_are_counted_while_they_count() -> None:
+    model, counts = open_model(TINY).model, [False]
+    with counted({"host": model}, lambda: counts[0]) as found:
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+        counts[0] = True
+        model(input_ids=torch.tensor([[5, 6]]))
+    model(input_ids=torch.tensor([[5, 6]]))
+    assert (found["host"].passes, found["host"].tokens) == (1, 2)
+
+
+def test_a_shared_copy_has_the_same_weights_and_modules_of_its_own() -> None:
+    model = open_model(TINY).model
+    other = shared_copy(model)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(ours is theirs for ours, theirs in pairs)
+    assert not set(model.modules()) & set(other.modules())
+
+
+def test_a_grown_memory_points_to_what_followed() -> None:
+    small = open_model(TINY)
+    keys = torch.nn.functional.normalize(torch.randn(7, 8), dim=-1).half()
+    memory = Memory(keys, torch.eye(8), torch.zeros(8), torch.zeros(32), torch.full((7,), 16))
+    large = grown(memory, small, PAIRS["tiny"], 500)
+    assert len(large) == len(large.positions) == 500
+    assert torch.allclose(large.keys.float().norm(dim=-1), torch.ones(500), atol=1e-3)
+    document = next(text.endless("python"))[1]
+    ids = small.encode(document)
+    raw = large.text.numpy().tobytes()
+    for entry in (0, 3, 200):
+        after = raw[large.positions[entry] :]
+        assert after.startswith(small.vocabulary.token_bytes[ids[entry + 1]] or b"?")
+
+
+def test_clocks_and_figures() -> None:
+    clock = Clock()
+    assert not clock.has_begun
+    for count in (5, 2, 1, 3):
+        clock.put(torch.zeros(count))
+    assert clock.tokens == 4 and clock.has_begun and clock.sec >= 0 and clock.first_sec > 0
+    at_once = Clock()
+    at_once.put(torch.zeros(5)), at_once.put(torch.zeros(4))
+    assert at_once.tokens == 4 and at_once.sec == at_once.first_sec > 0
+    watch = Stopwatch()
+    with watch.progress("work", 3) as advance:
+        advance(1), advance(1), advance(1)
+    assert len(watch.steps_sec("work")) == 2 and watch.sec("work") > 0 == watch.sec("other")
+    found = Figure.of([2.0, 4.0, 3.0])
+    assert found == Figure(3.0, 2.0, 4.0)
+    assert found.over(Figure(2.0, 1.0, 4.0)) == Figure(1.5, 0.5, 4.0)
+    assert found.plus(found) == found.times(2) == Figure(6.0, 4.0, 8.0)
+    # Each repetition is compared with its own.
+    assert ratio(Tally([2.0, 9.0, 2.0]), Tally([1.0, 3.0, 2.0])) == Figure(2.0, 1.0, 3.0)
