@@ -1,4 +1,4 @@
-"""The load generator: what it makes of figures and answers, against a server that is told to err."""
+"""The load generator: what it makes of figures, and how it tells right answers from wrong ones."""
 
 import asyncio
 import random
@@ -28,7 +28,9 @@ def test_growth_is_seen_through_outliers_and_a_warm_up() -> None:
     flat = [600e6 + chosen.uniform(-2e6, 2e6) for _ in range(9)]
     flat[3] += 100e6
     assert abs(growth(flat)) < 6e6
-    assert growth([value + 10e6 * n for n, value in enumerate(flat)]) == pytest.approx(80e6, rel=0.1)
+    assert growth([value + 10e6 * n for n, value in enumerate(flat)]) == pytest.approx(
+        80e6, rel=0.1
+    )
     assert growth([5.0]) == 0
 
     def rests(values: list[float], descriptors: int = 0) -> list[dict[str, float]]:
@@ -44,7 +46,12 @@ def test_growth_is_seen_through_outliers_and_a_warm_up() -> None:
 
 
 def test_percentiles_lie_between_the_values() -> None:
-    assert percentiles([float(n) for n in range(101)]) == {"count": 101, "p50": 50, "p95": 95, "p99": 99}
+    assert percentiles([float(n) for n in range(101)]) == {
+        "count": 101,
+        "p50": 50,
+        "p95": 95,
+        "p99": 99,
+    }
     assert percentiles([])["p50"] == 0
 
 
@@ -83,7 +90,9 @@ def server(host: HFModel, adapter: Path, keys: tuple[Path, str, str]) -> Iterato
         yield found
 
 
-def test_every_wrong_request_is_refused_in_json(server: Running, keys: tuple[Path, str, str]) -> None:
+def test_every_wrong_request_is_refused_in_json(
+    server: Running, keys: tuple[Path, str, str]
+) -> None:
     port = int(server.base_url.rpartition(":")[2])
 
     async def all_of_them() -> list[str]:

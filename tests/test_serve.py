@@ -26,6 +26,7 @@ from trimtab.cli import main
 from trimtab.errors import InputError
 from trimtab.serving import engine as engine_module
 from trimtab.serving import gate
+from trimtab.serving import http as protocol
 from trimtab.serving.app import make_app
 from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.keys import add_key, read_keys
@@ -167,6 +168,25 @@ def test_an_echo_tells_how_likely_the_prompt_was(
     assert alone.logprobs and alone.logprobs.token_logprobs == told.token_logprobs[:shown]
 
 
+def test_the_end_token_is_told_where_a_completion_tells_logprobs(
+    client: openai.OpenAI, host: HFModel
+) -> None:
+    end = min(host.end_ids)
+    asked: dict[str, Any] = {"model": "host", "prompt": PROMPT, "logit_bias": {str(end): 100}}
+    asked |= {"echo": True, "logprobs": 1, "max_tokens": 1}
+    found = client.completions.create(**asked)
+    (choice,) = found.choices
+    assert choice.text == PROMPT and choice.finish_reason == "stop"
+    assert found.usage and found.usage.completion_tokens == 0
+    told = choice.logprobs
+    assert told and told.tokens and told.token_logprobs and told.text_offset
+    assert len(told.tokens) == len(told.token_logprobs) == len(host.encode(PROMPT)) + 1
+    assert told.tokens[-1] == host.tokenizer.convert_ids_to_tokens(end)
+    assert told.text_offset[-1] == len(PROMPT)
+    (chunk,) = [one for one in client.completions.create(stream=True, **asked) if one.choices][1:]
+    assert chunk.choices[0].logprobs and chunk.choices[0].logprobs.tokens == told.tokens[-1:]
+
+
 def test_a_bias_bans_and_forces_tokens(client: openai.OpenAI, host: HFModel) -> None:
     (token,) = host.encode("q")
     asked: dict[str, Any] = {"model": "host+sea", "prompt": PROMPT, **GREEDY}
@@ -303,6 +323,63 @@ def test_a_body_that_does_not_come_is_not_waited_for(
         assert b" 408 " in raw.recv(1000)
 
 
+def raw_answer(server: Running, *parts: bytes) -> tuple[bytes, bytes]:
+    """Head and body of what the server says to bytes, until it hangs up."""
+    address, port = server.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port)), timeout=300) as raw:
+        for part in parts:
+            raw.sendall(part)
+        said = b""
+        while more := raw.recv(65536):
+            said += more
+    head, _, body = said.partition(b"\r\n\r\n")
+    return head, body
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
+        POST + b"content-length: -1\r\n\r\n",
+        POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_no_http_is_told_and_logged_as_json(
+    server: Running, log: io.StringIO, sent: bytes
+) -> None:
+    before = log.getvalue().count('"event": "http"')
+    head, body = raw_answer(server, sent)
+    assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert log.getvalue().count('"event": "http"') == before + 1
+
+
+def test_what_is_no_http_after_an_answer_is_not_answered_again(server: Running) -> None:
+    # The size is refused before the body is read, and the body turns out to be none.
+    large = POST + b"transfer-encoding: chunked\r\n\r\n5fff\r\n" + b" " * 0x5FFF + b"\r\n"
+    head, body = raw_answer(server, large, b"zz\r\n")
+    assert head.startswith(b"HTTP/1.1 413 ") and body.count(b"error") == 2
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SEC", 0.05)
+    for part in (b"", b"GET / HTTP/1.1\r\nhost: loc"):
+        head, body = raw_answer(server, part)
+        assert head.startswith(b"HTTP/1.1 408 ") and json.loads(body)["error"]["code"] == "timeout"
+    # After an answer the wait for the next head begins anew.
+    asked = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    _, body = raw_answer(server, asked + b"GET / HT")
+    assert body.count(b"HTTP/1.1 408") == 1
+
+
 @contextmanager
 def asking_raw(server: Running, body: dict[str, object]) -> Iterator[socket.socket]:
     """A connection that has asked, and reads nothing."""
@@ -406,6 +483,30 @@ def test_the_log_says_what_went_wrong_in_the_server_and_the_answer_does_not(
 def test_the_document_of_the_interface(server: Running) -> None:
     paths = http("GET", f"{server.base_url}/openapi.json").json()["paths"]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions"} <= set(paths)
+    for operations in paths.values():
+        for operation in operations.values():
+            # Errors are of our shape, not of FastAPI's; without keys no route asks for one.
+            assert set(operation["responses"]) == {"200", "4XX", "5XX"}
+            assert "security" not in operation
+    streamed = paths["/v1/completions"]["post"]["responses"]["200"]["content"]
+    assert set(streamed) == {"application/json", "text/event-stream"}
+    assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+
+
+def test_the_document_says_which_routes_need_a_key(host: HFModel, tmp_path: Path) -> None:
+    add_key(tmp_path / "keys.json", "user")
+    with running(served(keys=tmp_path / "keys.json"), host=host) as server:
+        document = http("GET", f"{server.base_url}/openapi.json").json()
+        keyless = {
+            path
+            for path, operations in document["paths"].items()
+            if all("security" not in operation for operation in operations.values())
+        }
+        assert keyless == {"/health", "/ready"}
+        for path in keyless:
+            assert http("GET", f"{server.base_url}{path}").status_code == 200
+        for path in set(document["paths"]) - keyless:
+            assert http("GET", f"{server.base_url}{path}").status_code == 401
 
 
 # Keys, limits and the adapters at run time.

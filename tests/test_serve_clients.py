@@ -191,7 +191,9 @@ def test_litellm_chats_whole_streamed_and_asynchronously(
         parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
         return [first.choices[0].message.content, "".join(parts)]
 
-    parts = [one.choices[0].delta.content or "" for one in litellm.completion(stream=True, **options)]
+    parts = [
+        one.choices[0].delta.content or "" for one in litellm.completion(stream=True, **options)
+    ]
     assert ["".join(parts), *asyncio.run(both())] == [alone] * 3
 
 
@@ -204,7 +206,9 @@ def test_litellm_completes_texts_and_reads_our_errors(
     options = of_litellm(server, model=name, prompt=PROMPT)
     alone = run(adapter, PROMPT).texts[0]
     assert litellm.text_completion(**options).choices[0].text == alone
-    parts = [chunk.choices[0].text or "" for chunk in litellm.text_completion(stream=True, **options)]
+    parts = [
+        chunk.choices[0].text or "" for chunk in litellm.text_completion(stream=True, **options)
+    ]
     assert "".join(parts) == alone
     with pytest.raises(litellm.NotFoundError):
         litellm.text_completion(**(options | {"model": f"{name}+ghost"}))

@@ -4,15 +4,16 @@
 
 Starts a server with a toy host and two adapters, asks each request alone, and then in rounds of
 equal load. In each, streaming clients come back when they are told to and some hang up; malformed
-and oversized requests and wrong keys come in between, and an adapter is exchanged. Then schemathesis
-reads the interface's document, the server is killed in the middle of its work and started again, and
-at last asked to end. Ends with 1 if anything is not as it should be.
+and oversized requests and wrong keys come in between, and an adapter is exchanged. Then
+schemathesis reads the interface's document, the server is killed in the middle of its work and
+started again, and at last asked to end. Ends with 1 if anything is not as it should be.
 """
 
 import argparse
 import asyncio
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -161,7 +163,10 @@ class Run:
                 found = await client.post("/v1/completions", json=body)
                 code = "" if found.status_code == 200 else f" {found.json()['error']['code']}"
                 self.malformed[f"hurry: {found.status_code}{code}"] += 1
-                if found.status_code == 429 and not found.headers.get("retry-after", "").isdecimal():
+                if (
+                    found.status_code == 429
+                    and not found.headers.get("retry-after", "").isdecimal()
+                ):
                     self.faults.append("429 of a key's limit without Retry-After")
                 await asyncio.sleep(0.5)
 
@@ -182,7 +187,8 @@ class Run:
 
     async def _watch(self, began_sec: float) -> None:
         while True:
-            if self.server.is_running:
+            # It may be killed in between.
+            with suppress(psutil.Error):
                 rss = self.server.held().rss_bytes
                 self.report["memory"].append([round(time.monotonic() - began_sec), rss])
             await asyncio.sleep(2.0)
@@ -273,6 +279,8 @@ def main() -> None:
     parser.add_argument("--asks", type=int, default=72, help="different requests")
     parser.add_argument("--fuzz-sec", type=int, default=40)
     given = parser.parse_args()
+    # Whoever ends this ends the server too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(given, Path(folder))
         try:

@@ -55,7 +55,12 @@ def _bodies(key: str) -> list[Wrong]:
         *(b'{"model": "host"}', b'{"model": "host", "prompt": []}'),
         *(b'{"model": "host", "prompt": [[]]}', b'{"model": "host", "prompt": [1, "a"]}'),
         *(b'{"model": "host", "prompt": [99999999]}', b'{"model": "host", "prompt": "\\ud800"}'),
-        *(one + b'"n": 99}', one + b'"n": 1e400}', one + b'"n": true}', one + b'"temperature": NaN}'),
+        *(
+            one + b'"n": 99}',
+            one + b'"n": 1e400}',
+            one + b'"n": true}',
+            one + b'"temperature": NaN}',
+        ),
         *(one + b'"max_tokens": -1}', one + b'"max_tokens": 99999999999999999999999}'),
         *(one + b'"logit_bias": {"-1": 1}}', one + b'"logit_bias": {"99999999": 1}}'),
         *(one + b'"stop": [""]}', one + b'"colour": 1}', one + b'"suffix": "b"}'),
@@ -72,8 +77,15 @@ def _bodies(key: str) -> list[Wrong]:
     return [
         Wrong(f"body {body[:60]!r}", _post(f"/v1/{route}", body, said)) for route, body in found
     ] + [
-        Wrong("no such model", _post("/v1/completions", one[:9] + b'"no", "prompt": "a"}', said), (404,)),
-        Wrong("plain text", _post("/v1/completions", one[:-2] + b"}", said, b"content-type: text/plain\r\n")),
+        Wrong(
+            "no such model",
+            _post("/v1/completions", one[:9] + b'"no", "prompt": "a"}', said),
+            (404,),
+        ),
+        Wrong(
+            "plain text",
+            _post("/v1/completions", one[:-2] + b"}", said, b"content-type: text/plain\r\n"),
+        ),
     ]
 
 
@@ -107,7 +119,11 @@ def _heads(key: str) -> list[Wrong]:
         Wrong("odd path", b"GET /%ff%00/..%2f HTTP/1.1\r\n" + said + b"\r\n", (404,)),
         Wrong("no such method", b"BREW /v1/models HTTP/1.1\r\n" + said + b"\r\n", (405,)),
         Wrong("wrong method", b"GET /v1/completions HTTP/1.1\r\n" + said + b"\r\n", (405,)),
-        Wrong("upgrade", b"GET /ws HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n" + said + b"\r\n", (404,)),
+        Wrong(
+            "upgrade",
+            b"GET /ws HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n" + said + b"\r\n",
+            (404,),
+        ),
     ]
 
 

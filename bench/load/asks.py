@@ -121,9 +121,7 @@ def streamed_answer(chunks: Iterable[Mapping[str, Any]], *, chat: bool) -> Answe
             tokens = chunk["usage"]["completion_tokens"]
     order = sorted(texts)
     every = tuple(nat for index in order for nat in nats[index])
-    return Answer(
-        tuple(texts[i] for i in order), tuple(finishes[i] for i in order), tokens, every
-    )
+    return Answer(tuple(texts[i] for i in order), tuple(finishes[i] for i in order), tokens, every)
 
 
 def _nats(choice: Mapping[str, Any]) -> list[float]:
