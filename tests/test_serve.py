@@ -345,7 +345,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
         b"GARBAGE\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 100_000,
         POST + b"content-length: -1\r\n\r\n",
         POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
     ],

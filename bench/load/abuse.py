@@ -51,7 +51,7 @@ def _post(path: str, body: bytes, authorization: str, kind: bytes = _JSON) -> by
 def _bodies(key: str) -> list[Wrong]:
     one, many = b'{"model": "host", "prompt": "a", ', b'{"model": "host", "messages": '
     completions = (
-        *(b"", b"{", b"[]", b'"text"', b"null", b"\xff\xfe", b"[" * 9000, b'{"a":' * 9000, b"NaN"),
+        *(b"", b"{", b"[]", b'"text"', b"null", b"\xff\xfe", b"[" * 9000, b'{"a":' * 3000, b"NaN"),
         *(b'{"model": "host"}', b'{"model": "host", "prompt": []}'),
         *(b'{"model": "host", "prompt": [[]]}', b'{"model": "host", "prompt": [1, "a"]}'),
         *(b'{"model": "host", "prompt": [99999999]}', b'{"model": "host", "prompt": "\\ud800"}'),
@@ -65,7 +65,7 @@ def _bodies(key: str) -> list[Wrong]:
         *(one + b'"logit_bias": {"-1": 1}}', one + b'"logit_bias": {"99999999": 1}}'),
         *(one + b'"stop": [""]}', one + b'"colour": 1}', one + b'"suffix": "b"}'),
         *(one + b'"trimtab": {"strength": 1e99}}', one + b'"seed": 1' + b"0" * 400 + b"}"),
-        b'{"model": "host", "prompt": "' + b"word " * 9000 + b'"}',
+        b'{"model": "host", "prompt": "' + b"word " * 3000 + b'"}',
     )
     chats = (
         *(many + b"[]}", many + b'[{"role": "cook", "content": "a"}]}', many + b"5}"),
@@ -114,7 +114,7 @@ def _heads(key: str) -> list[Wrong]:
         Wrong("no host", b"GET /v1/models HTTP/1.1\r\n\r\n"),
         Wrong("two lengths", b"POST / HTTP/1.1\r\n" + said + b"content-length: 1, 2\r\n\r\n"),
         Wrong("negative length", b"POST / HTTP/1.1\r\n" + said + b"content-length: -1\r\n\r\n"),
-        Wrong("huge head", b"GET / HTTP/1.1\r\n" + said + b"x: " + b"y" * 100_000 + b"\r\n\r\n"),
+        Wrong("endless head", b"GET / HTTP/1.1\r\n" + said + b"x: " + b"y" * 100_000),
         Wrong("no such path", b"GET /v1/none HTTP/1.1\r\n" + said + b"\r\n", (404,)),
         Wrong("odd path", b"GET /%ff%00/..%2f HTTP/1.1\r\n" + said + b"\r\n", (404,)),
         Wrong("no such method", b"BREW /v1/models HTTP/1.1\r\n" + said + b"\r\n", (405,)),
