@@ -134,6 +134,8 @@ class Clients:
                 if response.status_code != 200:
                     return self._refused(ask, response, await response.aread(), sent_sec)
                 lines = [line async for line in response.aiter_lines() if line]
+        except httpx2.ConnectError:
+            return self._cut(ask, "no connection", "found no server after the kill")
         except httpx2.TransportError as error:
             return self._cut(ask, type(error).__name__)
         if not stream:
@@ -182,9 +184,11 @@ class Clients:
             self.tally.faults.append(f"{ask} was told {status}: {body[:300]!r}")
         return None
 
-    def _cut(self, ask: Ask, what: str) -> float | None:
+    def _cut(
+        self, ask: Ask, what: str, expected: str = "cut off by the kill"
+    ) -> float | None:
         if self.may_be_cut:
-            self.tally.outcomes["cut off by the kill"] += 1
+            self.tally.outcomes[expected] += 1
             return 0.5
         self.tally.outcomes["cut off"] += 1
         self.tally.faults.append(f"{ask} was cut off: {what}")

@@ -38,13 +38,16 @@ async def fuzz(base_url: str, key: str, folder: Path, limit_sec: int) -> dict[st
     words += ["--max-time", str(limit_sec), "--max-examples", "60", "--continue-on-failure"]
     words += ["--report", "json", "--report-json-path", str(report), "--no-shrink"]
     words += ["--request-timeout", "60", "--warnings", "off", "--no-color"]
-    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "bench.load.hooks"}
+    # It writes a cache where it runs; the hooks are found from here.
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "SCHEMATHESIS_HOOKS": "bench.load.hooks"}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "schemathesis.cli",
         *words,
         env=environment,
+        cwd=folder,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
