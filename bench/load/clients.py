@@ -184,9 +184,7 @@ class Clients:
             self.tally.faults.append(f"{ask} was told {status}: {body[:300]!r}")
         return None
 
-    def _cut(
-        self, ask: Ask, what: str, expected: str = "cut off by the kill"
-    ) -> float | None:
+    def _cut(self, ask: Ask, what: str, expected: str = "cut off by the kill") -> float | None:
         if self.may_be_cut:
             self.tally.outcomes[expected] += 1
             return 0.5
