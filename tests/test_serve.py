@@ -31,7 +31,7 @@ from trimtab.serving.app import make_app
 from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.keys import add_key, read_keys
 from trimtab.serving.refusals import ApiError
-from trimtab.serving.run import Running, check_listening, running
+from trimtab.serving.run import KEEP_ALIVE_SEC, Running, check_listening, running
 
 PROMPT = PROMPTS[0]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
@@ -386,6 +386,11 @@ def test_a_head_that_does_not_come_is_not_waited_for(
     for parts in ((b"",), (b"GET / HTTP/1.1\r\nhost: loc",), (asked, b"GET / HT")):
         last = raw_answers(server, *parts)[-1]
         assert last.startswith(b"HTTP/1.1 408 ") and told(last)["error"]["code"] == "timeout"
+
+
+def test_idle_connections_outlive_those_that_clients_keep() -> None:
+    kept_sec = httpx2.Limits().keepalive_expiry
+    assert kept_sec and KEEP_ALIVE_SEC >= 2 * kept_sec
 
 
 @contextmanager

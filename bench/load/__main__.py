@@ -38,6 +38,7 @@ from bench.load.fuzz import CHECKS, fuzz
 from bench.load.process import Server
 from bench.load.swaps import Swaps
 from trimtab.serving.keys import add_key
+from trimtab.serving.run import KEEP_ALIVE_SEC
 from trimtab.store.files import package_versions, write_json
 
 HOST = "tiny:qwen3?vocab=bpe&hidden=32"
@@ -182,8 +183,7 @@ class Run:
                 self.faults.append("slots are held though nobody asks")
                 break
             await asyncio.sleep(0.2)
-        # Connections that are kept alive end after five seconds.
-        await asyncio.sleep(6.0)
+        await asyncio.sleep(KEEP_ALIVE_SEC + 1.0)
         return {"sec": round(time.monotonic() - began_sec, 1), **asdict(self.server.held())}
 
     async def _watch(self, began_sec: float) -> None:

@@ -27,6 +27,9 @@ from trimtab.types import Progress, silent
 
 _START_SEC = 120.0
 _BACKLOG = 2048
+KEEP_ALIVE_SEC = 15
+"""Idle connections end later than the clients' own, five seconds in OpenAI's client and in
+uvicorn: where both end at once, a request meets with a connection that is just being closed."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -171,6 +174,7 @@ def _server(config: ServeConfig, service: Service) -> uvicorn.Server:
         http=Http,
         ws="none",
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SEC,
         timeout_graceful_shutdown=max(1, round(config.shutdown_sec)),
     )
     return _Uvicorn(settings, service)
