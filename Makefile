@@ -14,16 +14,19 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 	$(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help python test test-llamacpp test-browser demo bench bench-speed check format docs models clean
+.PHONY: help python test test-llamacpp test-browser test-clients demo bench bench-speed load check \
+	format docs models clean
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
 	@echo "make test-llamacpp  run exports in llama.cpp itself, from a wheel of 34 MB"
 	@echo "make test-browser   run the playground in Chromium, which must be on the path"
+	@echo "make test-clients   ask the server with litellm and lm-evaluation-harness"
 	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"
 	@echo "             SMALL=MODEL HOST=\"MODEL ...\" takes others: hub names, folders, GGUF files"
 	@echo "make bench   the transfer suite, hours on two cores: BENCH=\"--pair ... --domain ...\""
 	@echo "make bench-speed    speed beside all that competes, about 40 min: BENCH=\"--rows head ...\""
+	@echo "make load    a server under 200 clients, faults and kill -9, some minutes: build/load"
 	@echo "make check   format, lint and types, as .ci/run does after the tests"
 	@echo "make format  rewrite the source in the project's format"
 	@echo "make docs    rewrite the generated tables of the documentation"
@@ -39,6 +42,9 @@ test-llamacpp: $(VENV)/ready-llamacpp
 test-browser: $(VENV)/ready-browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_playground.py
 
+test-clients: $(VENV)/ready-clients
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_serve_clients.py
+
 demo: $(VENV)/ready-demo
 	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m examples.demo $(DEMO_OPTIONS)
 
@@ -47,6 +53,9 @@ bench: $(VENV)/ready-demo
 
 bench-speed: $(VENV)/ready-demo
 	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.speed $(BENCH)
+
+load: $(VENV)/ready-load
+	$(BIN)/python -m bench.load $(LOAD)
 
 check: $(VENV)/ready-check
 	$(BIN)/ruff format --check .

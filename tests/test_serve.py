@@ -26,11 +26,12 @@ from trimtab.cli import main
 from trimtab.errors import InputError
 from trimtab.serving import engine as engine_module
 from trimtab.serving import gate
+from trimtab.serving import http as protocol
 from trimtab.serving.app import make_app
 from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.keys import add_key, read_keys
 from trimtab.serving.refusals import ApiError
-from trimtab.serving.run import Running, check_listening, running
+from trimtab.serving.run import KEEP_ALIVE_SEC, Running, check_listening, running
 
 PROMPT = PROMPTS[0]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
@@ -165,6 +166,25 @@ def test_an_echo_tells_how_likely_the_prompt_was(
     alone = client.completions.create(prompt=PROMPT, max_tokens=0, **asked).choices[0]
     assert alone.text == PROMPT and alone.finish_reason == "length"
     assert alone.logprobs and alone.logprobs.token_logprobs == told.token_logprobs[:shown]
+
+
+def test_the_end_token_is_told_where_a_completion_tells_logprobs(
+    client: openai.OpenAI, host: HFModel
+) -> None:
+    end = min(host.end_ids)
+    asked: dict[str, Any] = {"model": "host", "prompt": PROMPT, "logit_bias": {str(end): 100}}
+    asked |= {"echo": True, "logprobs": 1, "max_tokens": 1}
+    found = client.completions.create(**asked)
+    (choice,) = found.choices
+    assert choice.text == PROMPT and choice.finish_reason == "stop"
+    assert found.usage and found.usage.completion_tokens == 0
+    told = choice.logprobs
+    assert told and told.tokens and told.token_logprobs and told.text_offset
+    assert len(told.tokens) == len(told.token_logprobs) == len(host.encode(PROMPT)) + 1
+    assert told.tokens[-1] == host.tokenizer.convert_ids_to_tokens(end)
+    assert told.text_offset[-1] == len(PROMPT)
+    (chunk,) = [one for one in client.completions.create(stream=True, **asked) if one.choices][1:]
+    assert chunk.choices[0].logprobs and chunk.choices[0].logprobs.tokens == told.tokens[-1:]
 
 
 def test_a_bias_bans_and_forces_tokens(client: openai.OpenAI, host: HFModel) -> None:
@@ -303,6 +323,76 @@ def test_a_body_that_does_not_come_is_not_waited_for(
         assert b" 408 " in raw.recv(1000)
 
 
+def raw_answers(server: Running, *parts: bytes) -> list[bytes]:
+    """What the server says to each part, up to the end of a JSON object or of the connection."""
+    address, port = server.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port)), timeout=300) as raw:
+        answers = []
+        for part in parts:
+            raw.sendall(part)
+            said = b""
+            while not said.endswith(b"}") and (more := raw.recv(65536)):
+                said += more
+            answers.append(said)
+    return answers
+
+
+def told(answer: bytes) -> dict[str, Any]:
+    """The JSON of an answer."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"application/json" in head
+    return json.loads(body)
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 100_000,
+        POST + b"content-length: -1\r\n\r\n",
+        POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_no_http_is_told_and_logged_as_json(
+    server: Running, log: io.StringIO, sent: bytes
+) -> None:
+    before = log.getvalue().count('"event": "http"')
+    (answer,) = raw_answers(server, sent)
+    assert answer.startswith(b"HTTP/1.1 400 ") and told(answer)["error"]["code"] == "invalid_http"
+    assert log.getvalue().count('"event": "http"') == before + 1
+
+
+def test_what_is_no_http_after_an_answer_is_not_answered_again(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The path is refused before the body comes, and the body turns out to be none.
+    head = b"POST /v1/none HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    first, second = raw_answers(server, head, b"zz\r\n")
+    assert first.startswith(b"HTTP/1.1 404 ") and second == b""
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SEC", 0.05)
+    # The wait begins with the connection, and anew after each answer.
+    asked = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    for parts in ((b"",), (b"GET / HTTP/1.1\r\nhost: loc",), (asked, b"GET / HT")):
+        last = raw_answers(server, *parts)[-1]
+        assert last.startswith(b"HTTP/1.1 408 ") and told(last)["error"]["code"] == "timeout"
+
+
+def test_idle_connections_outlive_those_that_clients_keep() -> None:
+    kept_sec = httpx2.Limits().keepalive_expiry
+    assert kept_sec and KEEP_ALIVE_SEC >= 2 * kept_sec
+
+
 @contextmanager
 def asking_raw(server: Running, body: dict[str, object]) -> Iterator[socket.socket]:
     """A connection that has asked, and reads nothing."""
@@ -406,6 +496,30 @@ def test_the_log_says_what_went_wrong_in_the_server_and_the_answer_does_not(
 def test_the_document_of_the_interface(server: Running) -> None:
     paths = http("GET", f"{server.base_url}/openapi.json").json()["paths"]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions"} <= set(paths)
+    for operations in paths.values():
+        for operation in operations.values():
+            # Errors are of our shape, not of FastAPI's; without keys no route asks for one.
+            assert set(operation["responses"]) == {"200", "4XX", "5XX"}
+            assert "security" not in operation
+    streamed = paths["/v1/completions"]["post"]["responses"]["200"]["content"]
+    assert set(streamed) == {"application/json", "text/event-stream"}
+    assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+
+
+def test_the_document_says_which_routes_need_a_key(host: HFModel, tmp_path: Path) -> None:
+    add_key(tmp_path / "keys.json", "user")
+    with running(served(keys=tmp_path / "keys.json"), host=host) as server:
+        document = http("GET", f"{server.base_url}/openapi.json").json()
+        keyless = {
+            path
+            for path, operations in document["paths"].items()
+            if all("security" not in operation for operation in operations.values())
+        }
+        assert keyless == {"/health", "/ready"}
+        for path in keyless:
+            assert http("GET", f"{server.base_url}{path}").status_code == 200
+        for path in set(document["paths"]) - keyless:
+            assert http("GET", f"{server.base_url}{path}").status_code == 401
 
 
 # Keys, limits and the adapters at run time.

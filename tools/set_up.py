@@ -20,6 +20,8 @@ EXTRAS = {
     "test": ("test", 230, "numpy, pyarrow, transformers, faiss, onnx and their like, pytest"),
     "llamacpp": ("test,llamacpp", 265, "the same, with llama.cpp"),
     "browser": ("test,browser", 280, "the same, with Playwright"),
+    "clients": ("test,clients", 250, "the same, with litellm"),
+    "load": ("load", 200, "numpy, pyarrow, transformers, faiss and their like, schemathesis"),
     "check": ("dev", 305, "the same, with ruff, pyright and the Node.js that pyright needs"),
 }
 TORCH_MB = 190

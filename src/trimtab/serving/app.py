@@ -2,20 +2,22 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from trimtab.serving.adapters import Loaded
 from trimtab.serving.gate import PAGE_FILES, Gate
-from trimtab.serving.protocol import ChatRequest, CompletionRequest
+from trimtab.serving.protocol import ChatRequest, CompletionRequest, ErrorAnswer
 from trimtab.serving.refusals import invalid, json_response, refusal
 from trimtab.serving.service import Service
 from trimtab.serving.watch import CONTENT_TYPE
@@ -34,6 +36,14 @@ _PAGE_HEADERS = {
 }
 
 
+# What the document of the interface says beyond the requests; the gate does it.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request is refused"},
+    "5XX": {"model": ErrorAnswer, "description": "The server could not answer"},
+}
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+
 class LoadRequest(BaseModel):
     """POST /admin/adapters."""
 
@@ -49,7 +59,13 @@ def make_app(service: Service) -> ASGIApp:
     Args:
         service: What answers.
     """
-    app = FastAPI(title="trimtab", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="trimtab",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_ERRORS,
+    )
     app.add_exception_handler(HTTPException, _told)
     app.add_exception_handler(RequestValidationError, _told_invalid)
     # Starlette raises what this one has answered again: the gate puts it into the log.
@@ -71,6 +87,11 @@ def _paths(app: FastAPI) -> list[str]:
     return [path for route in app.routes if (path := getattr(route, "path", None))]
 
 
+def _keyed(service: Service) -> Sequence[Any]:
+    """Lets the document say that a route needs a key; it is the gate that asks for it."""
+    return [Depends(HTTPBearer(auto_error=False))] if service.doorkeeper.asks_for_keys else []
+
+
 async def _told(request: Request, error: Exception) -> Response:
     del request
     return refusal(error).response()
@@ -83,12 +104,12 @@ async def _told_invalid(request: Request, error: Exception) -> Response:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    began = int(time.time())
+    began, keyed = int(time.time()), _keyed(service)
 
     def described(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": began, "owned_by": "trimtab"}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=keyed)
     async def models() -> Response:
         host_name, data = service.adapters.host_name, [described(service.adapters.host_name)]
         for one in service.adapters.loaded:
@@ -97,16 +118,16 @@ def _add_models(app: FastAPI, service: Service) -> None:
             data.append({**described(f"{host_name}+{one.name}"), "trimtab": ours})
         return json_response({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", dependencies=keyed)
     async def model(name: str) -> Response:
         service.adapters.chosen(name, None, None)
         return json_response(described(name))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", dependencies=keyed, responses=_STREAMED)
     async def completions(http: Request, body: CompletionRequest) -> Response:
         return await service.answer(http, body)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", dependencies=keyed, responses=_STREAMED)
     async def chat_completions(http: Request, body: ChatRequest) -> Response:
         return await service.answer(http, body)
 
@@ -122,26 +143,26 @@ def _add_health(app: FastAPI, service: Service) -> None:
         is_ready = service.engine.is_alive and not service.is_closing
         return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=_keyed(service), response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.watch.metrics(), headers={"content-type": CONTENT_TYPE})
 
 
 def _add_admin(app: FastAPI, service: Service) -> None:
-    adapters = service.adapters
+    adapters, keyed = service.adapters, _keyed(service)
 
-    @app.get("/admin/adapters")
+    @app.get("/admin/adapters", dependencies=keyed)
     async def loaded() -> Response:
         return json_response({"data": [_shown(one) for one in adapters.loaded]})
 
-    @app.post("/admin/adapters")
+    @app.post("/admin/adapters", dependencies=keyed)
     async def load(body: LoadRequest) -> Response:
         # Not in the engine's thread: answers in the making go on meanwhile.
         found = await asyncio.to_thread(adapters.load, body.name, Path(body.path))
         service.watch.say("adapter loaded", name=found.name)
         return json_response(_shown(found))
 
-    @app.delete("/admin/adapters/{name}")
+    @app.delete("/admin/adapters/{name}", dependencies=keyed)
     async def unload(name: str) -> Response:
         adapters.unload(name)
         service.watch.say("adapter unloaded", name=name)

@@ -133,6 +133,8 @@ class Preparer:
             stop=request.stops,
             echo=isinstance(request, CompletionRequest) and bool(request.echo),
             top_logprobs=_top_logprobs(request),
+            # Who scores a text by echo asks for one token more, and takes the last one away.
+            tells_end=isinstance(request, CompletionRequest),
             trace=self._trace(request),
         )
 

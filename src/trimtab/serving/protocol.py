@@ -16,6 +16,21 @@ Probable = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_INT64)]], Field(min_length=1)]
 
 
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """What a client is told where there is no answer."""
+
+    error: ErrorDetail
+
+
 class TrimtabOptions(BaseModel):
     """What OpenAI's protocol has no words for."""
 

@@ -75,15 +75,15 @@ class Row:
         options = self.job.options
         token_id = choose(logprobs, options.choosing, self._counts, self._generator)
         if token_id in end_ids:
+            if options.tells_end:
+                self._hold(logprobs, token_id)
             return self.end("stop")
         self._counts[token_id] += 1
         piece = self._vocabulary.token_bytes[token_id]
         self.token_ids.append(token_id)
         self.pieces.append(piece)
         self.job.completion_tokens += 1
-        if options.top_logprobs is not None:
-            told = likely(logprobs, token_id, options.top_logprobs)
-            self._held.append((self._written_bytes, told))
+        self._hold(logprobs, token_id)
         if self.tracer:
             why = self.tracer.explained(token_id, piece or b"", logprobs)
             self._held_trace.append((self._written_bytes, why))
@@ -94,6 +94,11 @@ class Row:
         if self.new_tokens >= options.max_tokens:
             return self.end("length", text)
         return self._piece(text) if text else Piece(self.choice, text)
+
+    def _hold(self, logprobs: Tensor, token_id: int) -> None:
+        top = self.job.options.top_logprobs
+        if top is not None:
+            self._held.append((self._written_bytes, likely(logprobs, token_id, top)))
 
     def end(self, why: Finish, text: str = "") -> Piece:
         """Give out what was held back."""

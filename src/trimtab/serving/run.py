@@ -1,11 +1,12 @@
 """A server that listens: in the foreground, or in a thread of its own."""
 
+import logging
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,11 +20,16 @@ from trimtab.config import ServeConfig
 from trimtab.errors import InputError
 from trimtab.serving.app import make_app
 from trimtab.serving.gate import is_loopback
+from trimtab.serving.http import Http
 from trimtab.serving.service import Service
+from trimtab.serving.watch import Watch
 from trimtab.types import Progress, silent
 
 _START_SEC = 120.0
 _BACKLOG = 2048
+KEEP_ALIVE_SEC = 15
+"""Idle connections end later than the clients' own, five seconds in OpenAI's client and in
+uvicorn: where both end at once, a request meets with a connection that is just being closed."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -107,12 +113,14 @@ def run(config: ServeConfig, service: Service) -> None:
     Raises:
         InputError: The address or the port cannot be used.
     """
-    with _listening(config) as listener:
+    watch = service.watch
+    # In the foreground the process is the server's: whatever it has to say is a line of the log.
+    with _logged("uvicorn", watch), _logged("asyncio", watch), _listening(config) as listener:
         address = f"http://{_shown(listener)}"
         names = service.adapters.model_names()
-        service.watch.say("listening", address=address, models=names)
+        watch.say("listening", address=address, models=names)
         _server(config, service).run(sockets=[listener])
-    service.watch.say("stopped")
+    watch.say("stopped")
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,10 @@ def running(
     config: ServeConfig, *, host: HFModel | None = None, log: TextIO | None = None
 ) -> Iterator[Running]:
     """Serve inside the context, for tests and notebooks; arguments are those of `opened`."""
-    with opened(config, host=host, log=log) as service, _listening(config) as listener:
+    with ExitStack() as stack:
+        service = stack.enter_context(opened(config, host=host, log=log))
+        stack.enter_context(_logged("uvicorn", service.watch))
+        listener = stack.enter_context(_listening(config))
         server = _server(config, service)
         options: dict[str, Any] = {"sockets": [listener]}
         thread = threading.Thread(target=server.run, kwargs=options, name="trimtab-http")
@@ -160,11 +171,39 @@ def _server(config: ServeConfig, service: Service) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         lifespan="off",
+        http=Http,
         ws="none",
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SEC,
         timeout_graceful_shutdown=max(1, round(config.shutdown_sec)),
     )
     return _Uvicorn(settings, service)
+
+
+@final
+class _LogLines(logging.Handler):
+    """Makes lines of the log of what libraries have to say."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(logging.WARNING)
+        self._watch = watch
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        error = record.exc_info[1] if record.exc_info else None
+        what = None if error is None else f"{type(error).__name__}: {error}"
+        level, message = record.levelname.lower(), record.getMessage().strip()
+        self._watch.say("http", level=level, message=message, error=what)
+
+
+@contextmanager
+def _logged(logger: str, watch: Watch) -> Iterator[None]:
+    lines = _LogLines(watch)
+    logging.getLogger(logger).addHandler(lines)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeHandler(lines)
 
 
 @contextmanager

@@ -140,6 +140,7 @@ class Options:
         stop: Strings that end an answer and are cut off.
         echo: Begin each answer with its prompt.
         top_logprobs: Likeliest tokens to tell beside each token; None tells no log-probabilities.
+        tells_end: Tell the token that ends an answer too, where log-probabilities are told.
         trace: What to tell of how each token came about; `text` is with what a memory found.
     """
 
@@ -150,6 +151,7 @@ class Options:
     stop: tuple[str, ...] = ()
     echo: bool = False
     top_logprobs: int | None = None
+    tells_end: bool = False
     trace: Literal["none", "bare", "text"] = "none"
 
 
