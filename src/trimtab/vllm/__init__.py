@@ -1,0 +1,14 @@
+"""The plugin in vLLM: `vllm serve HOST --logits-processors trimtab.vllm:Steering` (docs/vllm.md)."""
+
+from typing import Any
+
+__all__ = ["Steering"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the processor only where vLLM asks for it: not every user of vLLM steers."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from trimtab.vllm import processor
+
+    return getattr(processor, name)
