@@ -7,7 +7,7 @@ host's own class keeps both. Needs no vLLM.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, final
 
 import torch
@@ -92,6 +92,8 @@ def stashing(base: type) -> type:
     """
 
     class Stashing(base):
+        # vLLM gives what the signature names.
+        @wraps(base.__init__)
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self._trimtab_stash = stash_of(options.get("vllm_config"))
