@@ -1,5 +1,6 @@
 """The plugin in vLLM itself, on its CPU build: `make test-vllm` installs and runs it."""
 
+import importlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from test_generate import PROMPTS, domain_text
 from test_generate import adapter as adapter  # a fixture
+from test_vllm_parts import SLOTS, Model, Request, Runner, check_answers, engine_of
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -30,11 +33,14 @@ from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Rows
 from trimtab.steering.processor import mixture_of
 from trimtab.steering.several import Several
+from trimtab.vllm.stash import stashing
 
+if find_spec("vllm") is None:
+    pytest.skip("`make test-vllm` installs vLLM", allow_module_level=True)
 # Everything in this process: each further one takes as long to start as all tests to run.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-vllm = pytest.importorskip("vllm", reason="`make test-vllm` installs it")
+vllm: Any = importlib.import_module("vllm")
 
 # vLLM and what it brings warn of their own.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -147,9 +153,7 @@ def alone(
     return new, torch.cat(found.scores).log_softmax(-1)
 
 
-def joined(
-    host: HFModel, several: Several, prompt: Sequence[int], new: Sequence[int]
-) -> Tensor:
+def joined(host: HFModel, several: Several, prompt: Sequence[int], new: Sequence[int]) -> Tensor:
     """What several adapters say of each token of an answer, from one pass over all of it."""
     ids = torch.tensor([*prompt, *new])
     pieces = tuple(host.vocabulary.token_bytes[i] for i in ids.tolist())
@@ -205,7 +209,8 @@ def test_all_requests_of_a_batch_are_those_of_generate_alone(
     for (ids, (_, carriers, strength)), (new, logprobs) in zip(asked, found, strict=True):
         expected_new, expected = alone(host, mounted, ids, carriers or ("head",), strength)
         assert new == expected_new
-        if os.environ.get("SHOW"): print(carriers, strength, len(ids), float((logprobs - expected).abs().max()))
+        if os.environ.get("SHOW"):
+            print("DIFF", carriers, strength, len(ids), float((logprobs - expected).abs().max()))
         torch.testing.assert_close(logprobs, expected, atol=TOLERANCE_NATS, rtol=0)
         if strength:
             bare = host.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
@@ -258,6 +263,59 @@ def test_what_is_not_there_is_refused_and_the_engine_lives(
     with pytest.raises(vllm.exceptions.VLLMValidationError, match=words):
         answers(engine, [texts(host)[0]], [asking(given)])
     assert len(answers(engine, [texts(host)[0]], [asking(None, max_tokens=1)])) == 1
+
+
+class SecondRunner(Runner):
+    """Of the tests, since vLLM's own needs Triton: with vLLM's classes, and the class it loads."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        loading = "vllm.v1.worker.gpu.sample.logits_processor"
+        self.module = importlib.import_module(loading)
+        (loaded,) = importlib.import_module(f"{loading}.loader")._load_v2_logitsprocs(
+            ["trimtab.vllm:Steering"]
+        )
+        unused = {"prefill_len": None, "total_len": None}
+        sizes = {"device": torch.device("cpu"), "max_num_reqs": SLOTS, "vocab_size": 512}
+        states = self.module.LogitsProcRequestState(**sizes, **unused, **vars(self.states))
+        self.processor = loaded(self.engine, states)
+        assert isinstance(self.processor, self.module.LogitsProcessor)
+
+    def begin(self, request: Request, params: Any) -> None:
+        asked = asking(request.given)
+        assert self.processor.add_request(request.slot, asked) is bool(request.given)
+
+    def steer(self, running: list[Request], parts: list[range], logits: Tensor) -> None:
+        slots = torch.tensor([one.slot for one in running])
+        ends = torch.tensor([part.stop - 1 for part in parts])
+        context = self.module.LogitsContext(
+            expanded_idx_mapping=slots,
+            idx_mapping=slots,
+            idx_mapping_np=slots.numpy(),
+            expanded_local_pos=slots * 0,
+            input_ids=slots * 0,
+            pos=ends,
+            seq_lens_upper_bound_np=(ends + 1).numpy(),
+        )
+        steered = self.processor.apply(logits, context)
+        assert steered is logits
+
+
+def test_the_second_runners_processor(checkpoint: Path, host: HFModel, mounted: Mounted) -> None:
+    engine = engine_of(checkpoint)
+    model: Any = stashing(Model)(vllm_config=engine, host=host)
+    check_answers(SecondRunner(host, model, engine, True, random.Random(5)), mounted)
+
+
+def test_the_second_runners_check_of_requests(environment: dict[str, str]) -> None:
+    module = importlib.import_module("vllm.v1.worker.gpu.sample.logits_processor")
+    check = module.build_custom_logits_processors_params_validator(["trimtab.vllm:Steering"])
+    asked = asking({"trimtab": "sea:0.5"})
+    assert not asked.skip_reading_prefix_cache
+    check(asked)
+    assert asked.skip_reading_prefix_cache
+    with pytest.raises(vllm.exceptions.VLLMValidationError, match="no adapter here"):
+        check(asking({"trimtab": "none"}))
 
 
 def free_port() -> int:

@@ -52,7 +52,9 @@ def steer(logits: Tensor, hidden: Tensor, rows: Sequence[SteeredRow], is_text: T
         several = kept[0].request.several
         contexts = tuple(row.context for row in kept)
         asked = Rows(own, hidden[places], contexts, strangers=True)
-        trust = torch.stack([row.request.weights for row in kept if row.request.weights is not None], 1)
+        trust = torch.stack(
+            [row.request.weights for row in kept if row.request.weights is not None], 1
+        )
         steered = several.logprobs([asked] * len(several.mixtures), trust)
         level = own.logsumexp(-1, keepdim=True)
         logits[places] = (steered + level).to(logits.dtype)
