@@ -282,7 +282,7 @@ class SecondRunner(Runner):
         assert isinstance(self.processor, self.module.LogitsProcessor)
 
     def begin(self, request: Request, params: Any) -> None:
-        asked = asking(request.given)
+        asked = asking(params.extra_args)
         assert self.processor.add_request(request.slot, asked) is bool(request.given)
 
     def steer(self, running: list[Request], parts: list[range], logits: Tensor) -> None:

@@ -88,6 +88,8 @@ def engine_of(checkpoint: Path, **changes: Any) -> SimpleNamespace:
         "parallel_config": SimpleNamespace(),
         "compilation_config": SimpleNamespace(cudagraph_mode=None),
         "speculative_config": None,
+        "lora_config": None,
+        "kv_transfer_config": None,
     }
     return SimpleNamespace(**found | changes)
 
@@ -97,9 +99,11 @@ class Model(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", host: HFModel) -> None:
         super().__init__()
+        del vllm_config, prefix
         self.host, self.hidden = host, torch.empty(0)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        assert input_ids.shape == positions.shape
         return self.hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
@@ -364,6 +368,8 @@ def test_a_default_steers_requests_that_ask_for_nothing(
         ({"model": {"is_multimodal_model": True}}, "more than text"),
         ({"model": {"enable_prompt_embeds": True}}, "embeddings"),
         ({"speculative_config": object()}, "speculative decoding"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"kv_transfer_config": object()}, "from elsewhere"),
         ({"parallel_config": SimpleNamespace(enable_batch_sharded_sampling=True)}, "batch-sharded"),
     ],
 )

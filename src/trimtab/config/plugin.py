@@ -15,7 +15,7 @@ class PluginConfig(Config):
     adapter: tuple[str, ...] = Field(min_length=1)
     """Adapters that requests may choose, each as NAME=FOLDER."""
     default: str | None = None
-    """Steers requests that choose nothing, in their own words, such as zig:0.7 (default: nothing)."""
+    """Steers requests that choose nothing, in their words, such as zig:0.7 (default: nothing)."""
     carriers: tuple[LightCarrier, ...] | None = Field(default=None, min_length=1)
     """Carriers that steer (default: head and memory, as far as an adapter has them)."""
     host: str | None = None

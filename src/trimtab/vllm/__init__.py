@@ -1,4 +1,4 @@
-"""The plugin in vLLM: `vllm serve HOST --logits-processors trimtab.vllm:Steering` (docs/vllm.md)."""
+"""The plugin in vLLM, whose `--logits-processors` is to be trimtab.vllm:Steering (docs/vllm.md)."""
 
 from typing import Any
 

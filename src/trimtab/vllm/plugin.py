@@ -127,6 +127,8 @@ def check_engine(engine: Any) -> None:
         "an encoder-decoder": model.is_encoder_decoder,
         "a host that reads more than text": model.is_multimodal_model,
         "prompts that are embeddings": model.enable_prompt_embeds,
+        "LoRA (--enable-lora)": engine.lora_config is not None,
+        "keys and values from elsewhere (KV transfer)": engine.kv_transfer_config is not None,
         "speculative decoding": engine.speculative_config is not None,
         "batch-sharded sampling": getattr(parallel, "enable_batch_sharded_sampling", False),
         "CUDA graphs of whole mixed batches": _records_prompts(engine),

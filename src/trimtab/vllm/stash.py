@@ -41,6 +41,10 @@ class Stash:
         self._head: Callable[[Tensor], Tensor] | None = None
         self._device = torch.device("cpu")
 
+    def clear(self) -> None:
+        """Let go of all states: a pass that begins needs their memory."""
+        self._running = self._kept = None
+
     def keep_pass(self, token_ids: Tensor | None, positions: Tensor, hidden: Any) -> None:
         """Keep what `forward` was given and returned, if that is states."""
         if isinstance(hidden, Tensor) and token_ids is not None:
@@ -90,10 +94,11 @@ def stashing(base: type) -> type:
     Args:
         base: A decoder-only language model of vLLM.
     """
+    parent: Any = base
 
-    class Stashing(base):
+    class Stashing(parent):
         # vLLM gives what the signature names.
-        @wraps(base.__init__)
+        @wraps(parent.__init__)
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self._trimtab_stash = stash_of(options.get("vllm_config"))
@@ -101,6 +106,7 @@ def stashing(base: type) -> type:
         def forward(
             self, input_ids: Tensor | None, positions: Tensor, *args: Any, **options: Any
         ) -> Any:
+            self._trimtab_stash.clear()
             hidden = super().forward(input_ids, positions, *args, **options)
             self._trimtab_stash.keep_pass(input_ids, positions, hidden)
             return hidden
