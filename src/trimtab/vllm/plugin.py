@@ -109,8 +109,9 @@ class Plugin:
 
     def steer(self, logits: Tensor, hidden: Tensor, rows: Sequence[SteeredRow]) -> None:
         """Steer rows in place; arguments are those of `steering.steer`."""
+        self._is_text = self._is_text.to(logits.device)
         with torch.inference_mode():
-            steer(logits, hidden, rows, self._is_text.to(logits.device))
+            steer(logits, hidden, rows, self._is_text)
 
 
 def check_engine(engine: Any) -> None:

@@ -44,7 +44,7 @@ def steer(logits: Tensor, hidden: Tensor, rows: Sequence[SteeredRow], is_text: T
         places = torch.tensor([row.place for row in group], device=logits.device)
         own = logits[places].float()
         # Where a token that is no text is forced there is nothing to steer.
-        free = ~own[:, is_text].isneginf().all(-1)
+        free = ~(own.isneginf() | ~is_text).all(-1)
         if not free.any():
             continue
         kept = [row for row, is_free in zip(group, free.tolist(), strict=True) if is_free]
