@@ -2,12 +2,10 @@
 
 from typing import Any
 
-__all__ = ["Steering"]
-
 
 def __getattr__(name: str) -> Any:
     """Import the processor only where vLLM asks for it: not every user of vLLM steers."""
-    if name not in __all__:
+    if name != "Steering":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from trimtab.vllm import processor
 

@@ -143,6 +143,8 @@ def steer_v2(plugin: Plugin, slots: Slots, logits: Tensor, context: Any) -> None
     if any(request.weights is None for request in steered.values()):
         plugin.hear(steered, read, spans_by_ends(read, ends) if read else (), sampled)
     chosen = [row for row, request in steered.items() if request.weights is not None]
+    if not chosen:
+        return
     lasts = slots.last_ids([order[row] for row in chosen], [ends[row] for row in chosen])
     rows = [plugin.row(row, steered[row], ids) for row, ids in zip(chosen, lasts, strict=True)]
     plugin.steer(logits, sampled, rows)
