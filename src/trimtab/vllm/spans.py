@@ -46,13 +46,15 @@ def spans_by_texts(read: Pass, texts: Sequence[Sequence[int]], sampled: Tensor) 
         ValueError: The pass is of other requests.
     """
     positions, token_ids, begin = read.positions.tolist(), read.token_ids.tolist(), 0
-    runs = []
+    runs: list[range] = []
     for text in texts:
-        runs.append(range(begin, _run_end(positions, token_ids, begin, text)))
-        begin = runs[-1].stop
-    lasts = torch.tensor([run[-1] for run in runs], device=sampled.device)
-    if bool((read.hidden[lasts] == sampled).all()):
-        return runs
+        if begin < len(positions):
+            runs.append(range(begin, _run_end(positions, token_ids, begin, text)))
+            begin = runs[-1].stop
+    if len(runs) == len(texts):
+        lasts = torch.tensor([run[-1] for run in runs], device=sampled.device)
+        if bool((read.hidden[lasts] == sampled).all()):
+            return runs
     return _searched(read, texts, sampled)
 
 
@@ -60,10 +62,10 @@ def _searched(read: Pass, texts: Sequence[Sequence[int]], sampled: Tensor) -> li
     positions, token_ids, begin = read.positions.tolist(), read.token_ids.tolist(), 0
     found = []
     for text, state in zip(texts, sampled, strict=True):
-        run = range(begin, _run_end(positions, token_ids, begin, text))
-        equal = (read.hidden[run.start : run.stop] == state).all(-1).nonzero()
+        stop = _run_end(positions, token_ids, begin, text) if begin < len(positions) else begin
+        equal = (read.hidden[begin:stop] == state).all(-1).nonzero()
         if not len(equal):
-            raise ValueError(f"no state of tokens {run.start} to {run.stop} was sampled from")
+            raise ValueError(f"no state of the tokens from {begin} to {stop} was sampled from")
         found.append(range(begin, begin + int(equal[-1]) + 1))
         begin = found[-1].stop
     return found
@@ -73,8 +75,6 @@ def _run_end(
     positions: Sequence[int], token_ids: Sequence[int], begin: int, text: Sequence[int]
 ) -> int:
     """Where tokens end that follow each other in a text, at least one."""
-    if begin >= len(positions):
-        raise ValueError(f"the pass has {len(positions)} tokens, and one request too few")
     first, end = positions[begin], begin + 1
     while end < len(positions):
         place = first + end - begin
