@@ -294,7 +294,7 @@ def passes(draw: st.DrawFn) -> tuple[Pass, list[list[int]], list[range]]:
     return Pass(*tensors, torch.arange(len(tensors[0]) * 2.0).reshape(-1, 2)), texts, spans
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(passes())
 def test_the_tokens_of_a_pass_are_told_apart(
     found: tuple[Pass, list[list[int]], list[range]],
