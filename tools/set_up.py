@@ -19,7 +19,7 @@ EXTRAS = {
     "demo": ("", 185, "numpy, pyarrow, transformers, faiss and their like"),
     "test": ("test", 230, "numpy, pyarrow, transformers, faiss, onnx and their like, pytest"),
     "llamacpp": ("test,llamacpp", 265, "the same, with llama.cpp"),
-    "vllm": ("vllm-test", 1100, "vLLM's CPU build and some 160 others, pytest"),
+    "vllm": ("vllm-test", 900, "vLLM's CPU build and some 160 others, pytest"),
     "browser": ("test,browser", 280, "the same, with Playwright"),
     "check": ("dev", 305, "the same, with ruff, pyright and the Node.js that pyright needs"),
 }
