@@ -8,18 +8,21 @@ HOST ?=
 OUT ?=
 
 VENV ?= .venv
+# vLLM wants other versions of packages than the project's own environment has.
+VLLM_VENV ?= build/vllm-venv
 BIN := $(VENV)/bin
-SET_UP = $(PYTHON) tools/set_up.py $(1) --venv $(VENV) --torch-index "$(TORCH_INDEX)"
+SET_UP = $(PYTHON) tools/set_up.py $(1) --venv $(2) --torch-index "$(TORCH_INDEX)"
 DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 	$(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help python test test-llamacpp test-browser test-clients demo bench bench-speed load check \
-	format docs models clean
+.PHONY: help python test test-llamacpp test-vllm test-browser test-clients demo bench bench-speed \
+	load check format docs models clean
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
 	@echo "make test-llamacpp  run exports in llama.cpp itself, from a wheel of 34 MB"
+	@echo "make test-vllm      run the plugin in vLLM's CPU build, 3.9 GB in an environment of its own"
 	@echo "make test-browser   run the playground in Chromium, which must be on the path"
 	@echo "make test-clients   ask the server with litellm and lm-evaluation-harness"
 	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"
@@ -38,6 +41,11 @@ test: $(VENV)/ready-test models
 
 test-llamacpp: $(VENV)/ready-llamacpp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py
+
+# Logs are not collected: vLLM sets torch's to say everything.
+test-vllm: $(VLLM_VENV)/ready-vllm
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -p no:logging \
+		tests/test_vllm.py tests/test_vllm_parts.py
 
 test-browser: $(VENV)/ready-browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_playground.py
@@ -73,8 +81,11 @@ docs: $(VENV)/ready-test
 models: $(VENV)/ready-test
 	@test -n "$$TRIMTAB_TEST_MODELS" || $(BIN)/python -m examples.demo.models smollm2-135m-instruct
 
+$(VLLM_VENV)/ready-vllm: constraints-vllm.txt pyproject.toml tools/set_up.py | python
+	@$(call SET_UP,vllm,$(VLLM_VENV))
+
 $(VENV)/ready-%: constraints.txt pyproject.toml tools/set_up.py | python
-	@$(call SET_UP,$*)
+	@$(call SET_UP,$*,$(VENV))
 
 python:
 	@test -n "$(PYTHON)" || { echo "set-up: no Python found; Trimtab needs Python 3.11 or" \

@@ -10,11 +10,11 @@ from test_fit import DOMAIN, SMALL, fitted, recorded, tuned, write_texts
 
 from trimtab.align.strings import Strings
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
+from trimtab.backends.open import open_head, open_model
 from trimtab.carriers.memory import VALUE_BYTES, Memory, contexts_before, documents_of
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
-from trimtab.mount import mount, mount_with_control
+from trimtab.mount import is_kept, mount, mount_with_control
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.proposals import first_tokens, followed, propose
 from trimtab.store.adapter import read_head
@@ -394,3 +394,23 @@ def test_a_soft_gate_reads_all_proposals(adapter: Path, host: HFModel) -> None:
     overlap = (probs * logprobs.exp()).sum(-1)
     torch.testing.assert_close(features[:, 4], (overlap + 1e-4).log())
     assert ((answer.values >= 0).sum() > answer.values[..., 0].numel()).item()
+
+
+def test_a_seat_that_is_kept_needs_the_head_alone(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    made = open_model("tiny:gemma2?hidden=32&seed=4", dtype="float32")
+    made.model.save_pretrained(tmp_path / "host")
+    made.tokenizer.save_pretrained(tmp_path / "host")
+    ref = str(tmp_path / "host")
+    config = MountConfig(adapter=adapter, host=ref, dtype="float32")
+    alone = open_head(ref, dtype="float32")
+    assert not is_kept(config, alone)
+    whole = mount(config)
+    assert is_kept(config, alone)
+    again = mount(config, host=alone)
+    assert again.head and whole.head and again.memory and whole.memory
+    torch.testing.assert_close(again.head.rows, whole.head.rows)
+    torch.testing.assert_close(again.head.reading.matrix, whole.head.reading.matrix)
+    assert torch.equal(again.memory.values, whole.memory.values)

@@ -6,9 +6,10 @@ import time
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from trimtab.backends.open import open_model, resolve_dtype
+from trimtab.backends.open import open_head, open_model, resolve_dtype
 from trimtab.errors import ModelError
 
 
@@ -138,3 +139,28 @@ def test_a_device_map_gives_the_same_logits(folder):
     assert torch.equal(
         open_model(str(folder), dtype="float32", device_map="cpu").logits(ids), plain
     )
+
+
+@pytest.mark.parametrize(
+    "ref", ["tiny:llama?layers=1", "tiny:qwen3?tied=0", "tiny:gemma2?tied=1", "tiny:gpt2?layers=1"]
+)
+def test_a_head_alone_is_that_of_the_whole_model(ref, tmp_path):
+    made = open_model(ref, dtype="float32")
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    whole = open_model(str(tmp_path), dtype="float32")
+    alone = open_head(str(tmp_path), dtype="float32")
+    for name, value in vars(whole.unembedding).items():
+        other = getattr(alone.unembedding, name)
+        assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
+    assert alone.vocabulary == whole.vocabulary and alone.fingerprint == whole.fingerprint
+    assert (alone.source, alone.model.dtype) == (whole.source, whole.model.dtype)
+    assert all(parameter.is_meta for parameter in alone.model.base_model.parameters())
+
+
+def test_a_head_that_is_not_in_the_checkpoint(folder):
+    path = folder / "model.safetensors"
+    found = load_file(path)
+    save_file({name: found[name] for name in found if "layers" in name}, path)
+    with pytest.raises(ModelError, match="there is no weight of the head"):
+        open_head(str(folder), dtype="float32")

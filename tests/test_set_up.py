@@ -14,14 +14,20 @@ from tools import set_up
 ROOT = Path(__file__).parents[1]
 
 
-def pins() -> dict[str, str]:
-    lines = [line for line in set_up.CONSTRAINTS.read_text().splitlines() if line[0] != "#"]
+VLLM = set_up.CONSTRAINTS_OF["vllm"]
+
+
+def pins(path: Path = set_up.CONSTRAINTS) -> dict[str, str]:
+    lines = [line for line in path.read_text().splitlines() if line[0] != "#"]
     return dict(line.split("==") for line in lines)
 
 
-def requirements() -> list[str]:
+def requirements(path: Path) -> list[str]:
+    """What is installed with some constraints; vLLM itself only where there is a GPU."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    extras = project["optional-dependencies"]
+    chosen = {"vllm-test"} if path == VLLM else extras.keys() - {"vllm", "vllm-test"}
+    groups = [project["dependencies"], *(extras[name] for name in sorted(chosen))]
     return [requirement for group in groups for requirement in group]
 
 
@@ -29,9 +35,10 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
-def test_every_requirement_is_pinned_within_its_bounds() -> None:
-    found = pins()
-    for requirement in requirements():
+@pytest.mark.parametrize("path", [set_up.CONSTRAINTS, VLLM], ids=lambda path: path.name)
+def test_every_requirement_is_pinned_within_its_bounds(path: Path) -> None:
+    found = pins(path)
+    for requirement in requirements(path):
         match = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)(?:,<([\d.]+))?", requirement)
         if match is None:
             # An extra that takes in others.
@@ -43,8 +50,9 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
         assert below is None or version_of(pinned) < version_of(below), requirement
 
 
-def test_no_pin_asks_for_one_build_of_torch() -> None:
-    assert re.fullmatch(r"[\d.]+", pins()["torch"])
+@pytest.mark.parametrize("path", [set_up.CONSTRAINTS, VLLM], ids=lambda path: path.name)
+def test_no_pin_asks_for_one_build_of_torch(path: Path) -> None:
+    assert re.fullmatch(r"[\d.]+", pins(path)["torch"]) and pins(path)["torch"] == pins()["torch"]
 
 
 def test_an_old_python_is_refused_with_a_remedy() -> None:

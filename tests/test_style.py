@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "serving",
         "show",
     ),
+    ("vllm",),
     ("cli", "cli_errors", "progress", "server", "__main__", "__init__"),
 )
 MEET_ONLY_IN_FILES = {"tune", "record", "fit", "mount"}

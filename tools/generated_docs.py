@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic.fields import FieldInfo
 
 from bench.compatibility import table as compatibility
 from bench.speed import table as speed
@@ -55,6 +56,7 @@ def rendered() -> dict[Path, str]:
         ROOT / "docs" / f"{PAGES.get(verb, verb)}.md": {"options": options_table(verb)}
         for verb in verbs
     }
+    blocks[ROOT / "docs" / "vllm.md"] = {"options": settings_table(config.PluginConfig)}
     report = read_report(RESULT) if RESULT.is_file() else None
     blocks[ROOT / "README.md"] = {"figures": figures(report)}
     recorded = ROOT / transfer.RESULTS
@@ -101,10 +103,22 @@ def options_table(verb: str) -> str:
     lines = ["| command line | Python | default | meaning |", "|---|---|---|---|"]
     for name, field in sorted(fields.items(), key=lambda pair: names[pair[0]] != "argument"):
         flag = name.upper() if names[name] == "argument" else f"--{name.replace('_', '-')}"
-        default = "needed" if field.is_required() else shown_default(field.default)
-        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-        lines.append(f"| `{flag}` | `{name}` | {default} | {meaning} |")
+        lines.append(f"| `{flag}` | `{name}` | {described(field)} |")
     return "\n".join(lines)
+
+
+def settings_table(cls: type[config.Config]) -> str:
+    """Table of a configuration that only a file gives: name, default, meaning."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    lines += [f"| `{name}` | {described(field)} |" for name, field in cls.model_fields.items()]
+    return "\n".join(lines)
+
+
+def described(field: FieldInfo) -> str:
+    """The last two cells of a row: default and meaning."""
+    default = "needed" if field.is_required() else shown_default(field.default)
+    meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+    return f"{default} | {meaning}"
 
 
 def shown_default(value: object) -> str:

@@ -19,11 +19,17 @@ EXTRAS = {
     "demo": ("", 185, "numpy, pyarrow, transformers, faiss and their like"),
     "test": ("test", 230, "numpy, pyarrow, transformers, faiss, onnx and their like, pytest"),
     "llamacpp": ("test,llamacpp", 265, "the same, with llama.cpp"),
+    "vllm": ("vllm-test", 900, "vLLM's CPU build and some 160 others, pytest"),
     "browser": ("test,browser", 280, "the same, with Playwright"),
     "clients": ("test,clients", 250, "the same, with litellm"),
     "load": ("load", 200, "numpy, pyarrow, transformers, faiss and their like, schemathesis"),
     "check": ("dev", 305, "the same, with ruff, pyright and the Node.js that pyright needs"),
 }
+CONSTRAINTS_OF = {"vllm": ROOT / "constraints-vllm.txt"}
+"""Versions for purposes that cannot have those of CONSTRAINTS."""
+CLASHING = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
+"""Packages that come along and are taken away again: the package registry's builds of them are for
+another PyTorch, and what finds them fails."""
 TORCH_MB = 190
 TORCH_CUDA_MB = 2500
 ANY_BUILD = "any"
@@ -117,7 +123,10 @@ def install_rest(folder, purpose):
     extra, size_mb, what = EXTRAS[purpose]
     say(f"downloading what is missing of about {size_mb} MB of packages: {what}")
     project = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    pip(folder, "install", "-c", str(CONSTRAINTS), "-e", project)
+    constraints = CONSTRAINTS_OF.get(purpose, CONSTRAINTS)
+    pip(folder, "install", "-c", str(constraints), "-e", project)
+    if purpose in CLASHING:
+        pip(folder, "uninstall", "--yes", *CLASHING[purpose])
 
 
 def planned(folder, wanted):

@@ -13,7 +13,6 @@ Exit status: 0 done, 1 unexpected failure, 2 an error with a remedy, 130 stopped
 
 import inspect
 import io
-import json
 import os
 import reprlib
 import sys
@@ -30,6 +29,7 @@ from rich.markup import escape
 
 from trimtab import config
 from trimtab.cli_errors import reported
+from trimtab.config.reading import read_values
 from trimtab.errors import InputError
 from trimtab.machine import use_large_pages
 from trimtab.progress import Display
@@ -153,7 +153,7 @@ def _stream(
 def _configured(verb: str, given: dict[str, Any]) -> config.Config:
     cls = _CONFIGS[verb]
     path = given.pop(_CONFIG_FILE)
-    values = _read_config(path) if path else {}
+    values = read_values(path, "--config") if path else {}
     for name, value in given.items():
         if value is not None:
             values[name] = _split(cls.model_fields[name], value)
@@ -161,23 +161,6 @@ def _configured(verb: str, given: dict[str, Any]) -> config.Config:
         return cls.model_validate(values)
     except ValidationError as error:
         raise _readable(error, verb) from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    # Loaded here, not above: most commands are given no file.
-    import tomllib
-
-    hint = "give a .toml or .json file with the names of options as keys, for example max_tokens"
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}", hint=hint) from error
-    except ValueError as error:
-        raise InputError(f"--config {path} cannot be read: {error}", hint=hint) from error
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path} holds no table of settings", hint=hint)
-    return values
 
 
 def _split(field: FieldInfo, value: Any) -> Any:

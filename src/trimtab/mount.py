@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -56,6 +57,20 @@ def mount(
     )
 
 
+def is_kept(config: MountConfig, host: HFModel) -> bool:
+    """Whether an adapter's seat on a host is kept on disk, so that mounting it runs no model.
+
+    Args:
+        config: Which adapter, which host, and how.
+        host: The host; its body is not needed.
+
+    Raises:
+        AdapterError: As `mount`, of what the manifest says.
+    """
+    config, path = _place(config, read_manifest(config.adapter), host)
+    return _keeps(config, host) and read_seats(path) is not None
+
+
 def mount_with_control(
     config: MountConfig, host: HFModel, *, progress: Progress = silent
 ) -> tuple[Mounted, Mounted]:
@@ -105,10 +120,8 @@ def _mount(
     keys_on: Callable[[Memory], HostKeys],
 ) -> Mounted:
     manifest = read_manifest(config.adapter)
-    # Named the same however they were asked for, so that the seats kept are found again.
-    config = config.model_copy(update={"carriers": _to_seat(config, manifest)})
+    config, path = _place(config, manifest, host)
     parts, own_head = _read(config, manifest, host)
-    path = seats_path(config, manifest, (host.source, host.fingerprint, host.model.dtype))
     cache = _keeps(config, host)
     seats = read_seats(path) if cache else None
     if seats is None:
@@ -129,6 +142,15 @@ def _mount(
         _seat_memory(parts, seats),
         parts.probe.documents,
     )
+
+
+def _place(
+    config: MountConfig, manifest: AdapterManifest, host: HFModel
+) -> tuple[MountConfig, Path]:
+    """Where seats are kept; the carriers are named the same however they were asked for."""
+    config = config.model_copy(update={"carriers": _to_seat(config, manifest)})
+    identity = (host.source, host.fingerprint, host.model.dtype)
+    return config, seats_path(config, manifest, identity)
 
 
 def _read(

@@ -1,6 +1,7 @@
 """The last step of a language model: from its final hidden state to logits."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,6 +9,19 @@ from torch import Tensor
 BLOCK_TOKENS = 2048
 """Tokens whose logits a CPU computes at once: rows and results of so many stay in its caches, and
 a vocabulary of a quarter million takes little more than half the time of one product."""
+
+
+class Unembeds(Protocol):
+    """What makes a model's own logits of final hidden states, wherever its weights lie."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes states."""
+        ...
+
+    def logits(self, hidden: Tensor, /) -> Tensor:
+        """The model's logits, shape [..., vocab], for states of shape [..., hidden]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,11 @@ class Unembedding:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight.device
 
     def logits(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Compute the model's logits, of all tokens or of some.

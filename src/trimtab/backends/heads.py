@@ -1,9 +1,11 @@
 """The unembedding of a live transformers model, checked against the model itself."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -45,6 +47,40 @@ def read_unembedding(model: PreTrainedModel) -> Unembedding:
         scale=_scale(config),
         softcap=_softcap(config),
     )
+
+
+def load_head(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Give a model without weights those of its head.
+
+    Args:
+        model: A causal language model on the meta device.
+        folder: Its checkpoint, in safetensors.
+        dtype: Arithmetic of the head.
+
+    Raises:
+        KeyError: The checkpoint does not name the head's weights as the model does.
+    """
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    for name in [name for name, _ in head.named_parameters()]:
+        found = _stored(folder, f"{_path_of(model, head)}.{name}")
+        if found is None and name == "weight" and model.config.tie_word_embeddings:
+            found = _stored(folder, f"{_path_of(model, embedding)}.{name}")
+        if found is None:
+            raise KeyError(f"there is no {name} of the head in {folder}")
+        setattr(head, name, nn.Parameter(found.to(dtype), requires_grad=False))
+
+
+def _path_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _stored(folder: Path, name: str) -> Tensor | None:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():
+                return file.get_tensor(name)
+    return None
 
 
 def _bias(model: PreTrainedModel, head: nn.Module) -> Tensor | None:

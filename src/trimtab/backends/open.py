@@ -18,9 +18,11 @@ from transformers import (
 )
 
 from trimtab.backends.gguf import converted_folder
+from trimtab.backends.heads import load_head, read_unembedding
 from trimtab.backends.hf import HFModel, adopt_model, quiet_transformers
 from trimtab.backends.hub import download_model
 from trimtab.backends.tiny import TINY_SCHEME, parse_tiny, tiny_model, tiny_tokenizer
+from trimtab.backends.tokenizers import read_vocabulary
 from trimtab.config import Dtype
 from trimtab.errors import ModelError
 from trimtab.types import Progress, silent
@@ -60,6 +62,39 @@ def open_model(
         model = _load_model(ref, folder, arithmetic, device_map)
         opened = adopt_model(ref, model, load_tokenizer(ref, folder))
         return replace(opened, source=source)
+
+
+def open_head(ref: str, *, dtype: Dtype = "auto", progress: Progress = silent) -> HFModel:
+    """Open a host's head and tokenizer alone, on a body without weights, which cannot be run.
+
+    That is all that an adapter whose seat is kept needs, where another engine runs the host.
+
+    Args:
+        ref: Hub name[@revision], local folder or GGUF file.
+        dtype: Arithmetic; it names the seat that is looked for.
+        progress: Shows downloads.
+
+    Raises:
+        ModelError: The model cannot be found, reached, read or understood.
+    """
+    arithmetic = resolve_dtype(dtype)
+    with quiet_transformers():
+        folder = _folder(ref, progress)
+        _check_files(ref, folder)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            config = AutoConfig.from_pretrained(folder, **options)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=arithmetic)
+            load_head(model, folder, arithmetic)
+        except Exception as error:
+            # Files of the wild fail in many ways.
+            raise ModelError(f"{ref} cannot be opened: {_first_line(error)}", hint=_HINT) from error
+        tokenizer = load_tokenizer(ref, folder)
+        unembedding = read_unembedding(model)
+        vocabulary = read_vocabulary(tokenizer, len(unembedding.weight))
+        source = _source(folder)
+        return HFModel(ref, model, tokenizer, vocabulary, unembedding, source=source)
 
 
 def open_tokenizer(ref: str, progress: Progress = silent) -> PreTrainedTokenizerBase:

@@ -4,6 +4,7 @@ from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype
 from trimtab.config.hosted import HostedOptions, ProbeConfig, is_hosted
 from trimtab.config.making import FitConfig, RecordConfig, TuneConfig
 from trimtab.config.measuring import CompareConfig, CostConfig, EvaluateConfig, MethodName, RowName
+from trimtab.config.plugin import LightCarrier, PluginConfig
 from trimtab.config.using import (
     DRAFT_TOKENS,
     ExportConfig,
@@ -27,8 +28,10 @@ __all__ = [
     "FitConfig",
     "GenerateConfig",
     "HostedOptions",
+    "LightCarrier",
     "MethodName",
     "MountConfig",
+    "PluginConfig",
     "ProbeConfig",
     "RecordConfig",
     "RowName",

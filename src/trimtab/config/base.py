@@ -1,5 +1,6 @@
 """Base of all configurations, and what several of them name."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -17,3 +18,17 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
     )
+
+
+def check_named(adapters: Sequence[str]) -> None:
+    """Make sure that adapters are given as NAME=FOLDER, each under a name of its own.
+
+    Raises:
+        ValueError: One is not, or two share a name.
+    """
+    for given in adapters:
+        name, separator, folder = given.partition("=")
+        if not (name and separator and folder):
+            raise ValueError(f"an adapter is given as NAME=FOLDER, and {given!r} is not")
+    if len({given.partition("=")[0] for given in adapters}) < len(adapters):
+        raise ValueError("each adapter needs a name of its own")

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trimtab.config.base import CarrierName, Config, Dtype
+from trimtab.config.base import CarrierName, Config, Dtype, check_named
 from trimtab.config.hosted import HostedOptions, is_hosted
 
 DRAFT_TOKENS = 0
@@ -167,11 +167,5 @@ class ServeConfig(Config):
 
     @model_validator(mode="after")
     def _adapters_have_names(self) -> "ServeConfig":
-        for given in self.adapter:
-            name, separator, folder = given.partition("=")
-            if not (name and separator and folder):
-                raise ValueError(f"an adapter is given as NAME=FOLDER, and {given!r} is not")
-        names = [given.partition("=")[0] for given in self.adapter]
-        if len(set(names)) < len(names):
-            raise ValueError("each adapter needs a name of its own")
+        check_named(self.adapter)
         return self

@@ -12,7 +12,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.config import CarrierName, MountConfig, ServeConfig
 from trimtab.errors import AdapterError, InputError
-from trimtab.mount import mount
+from trimtab.mount import is_kept, mount
 from trimtab.serving.work import UnknownModel
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.processor import DEFAULT_CARRIERS, mixture_of, open_live
@@ -99,6 +99,29 @@ class Adapters:
                 f"{name!r} cannot be the name of an adapter in requests",
                 hint="use at most 64 letters, digits, dots, dashes and underscores",
             )
+        seat = self._seat(name, path)
+        carriers = seat.carriers or ()
+        with self._mounting:
+            mounted = mount(seat, host=self.host, progress=progress)
+            live = None
+            if "expert" in carriers:
+                small, dtype = self._config.small, self._config.dtype
+                live = open_live(mounted, self.host, small=small, dtype=dtype, progress=progress)
+        loaded = Loaded(name, mounted, live, carriers)
+        with self._lock:
+            self._loaded[name] = loaded
+            self._mixed.clear()
+        return loaded
+
+    def is_seated(self, name: str, path: Path) -> bool:
+        """Whether an adapter's seat on the host is kept, so that mounting it runs no model.
+
+        Args and errors are those of `load`.
+        """
+        return is_kept(self._seat(name, path), self.host)
+
+    def _seat(self, name: str, path: Path) -> MountConfig:
+        """How an adapter is mounted."""
         config = self._config
         carried = tuple(read_manifest(path).carriers)
         wanted = config.carriers or tuple(c for c in DEFAULT_CARRIERS if c in carried)
@@ -110,17 +133,7 @@ class Adapters:
             )
         seat = {"adapter": path, "host": config.host, "dtype": config.dtype}
         seat |= {"carriers": carriers, "host_keys": config.host_keys}
-        with self._mounting:
-            mounted = mount(MountConfig.model_validate(seat), host=self.host, progress=progress)
-            live = None
-            if "expert" in carriers:
-                small, dtype = config.small, config.dtype
-                live = open_live(mounted, self.host, small=small, dtype=dtype, progress=progress)
-        loaded = Loaded(name, mounted, live, carriers)
-        with self._lock:
-            self._loaded[name] = loaded
-            self._mixed.clear()
-        return loaded
+        return MountConfig.model_validate(seat)
 
     def unload(self, name: str) -> None:
         """Take an adapter away from requests to come.
@@ -157,19 +170,17 @@ class Adapters:
         """
         if model != self.host_name and not model.startswith(f"{self.host_name}+"):
             raise UnknownModel(f"the model {model!r} does not exist")
-        found: dict[str, Chosen] = {}
-        for part in model.removeprefix(self.host_name).split("+")[1:]:
-            name, said, number = part.partition(":")
+        found: list[Chosen] = []
+        words = model.removeprefix(self.host_name)[1:]
+        asked = strengths_of(words) if model != self.host_name else {}
+        for name, said in asked.items():
             loaded = self._loaded.get(name)
             if loaded is None:
                 raise UnknownModel(f"the model {model!r} does not exist: no adapter {name!r}")
-            if name in found:
-                raise InputError(f"{model} names {name} twice", hint="name each adapter once")
-            given = _strength(model, number) if said else strength
-            found[name] = Chosen(
-                loaded, _carriers(loaded, carriers), 1.0 if given is None else given
-            )
-        return tuple(one for one in found.values() if one.strength)
+            given = strength if said is None else said
+            steers = _carriers(loaded, carriers)
+            found.append(Chosen(loaded, steers, 1.0 if given is None else given))
+        return tuple(one for one in found if one.strength)
 
     def plain_name(self, model: str) -> str:
         """The name of a model that is served, without strengths: of these there are few."""
@@ -199,14 +210,35 @@ class Adapters:
             return found
 
 
-def _strength(model: str, number: str) -> float:
+def strengths_of(words: str) -> dict[str, float | None]:
+    """Read which adapters are asked for: NAME, NAME:STRENGTH, or several with + between them.
+
+    Args:
+        words: What a request says.
+
+    Returns:
+        Strengths by name, in the order of the words; None where the words do not say.
+
+    Raises:
+        InputError: A strength is no number in [0, 2], or an adapter is named twice.
+    """
+    found: dict[str, float | None] = {}
+    for part in words.split("+"):
+        name, said, number = part.partition(":")
+        if name in found:
+            raise InputError(f"{words} names {name} twice", hint="name each adapter once")
+        found[name] = _strength(words, number) if said else None
+    return found
+
+
+def _strength(words: str, number: str) -> float:
     try:
         strength = float(number)
     except ValueError:
         strength = -1.0
     if not 0 <= strength <= MAX_STRENGTH:
         raise InputError(
-            f"{model!r} gives the strength {number!r}",
+            f"{words!r} gives the strength {number!r}",
             hint=f"give a number from 0 to {MAX_STRENGTH:g} after the colon",
         )
     return strength

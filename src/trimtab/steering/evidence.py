@@ -13,7 +13,7 @@ from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.steering.field import Field, logits_in_chunks
 from trimtab.steering.predictors import Predicted, Rows, Steering, predicted
 from trimtab.steering.rows import prior_of
-from trimtab.unembedding import Unembedding
+from trimtab.unembedding import Unembeds
 
 EVIDENCE_TOKENS = 256
 """Last tokens of a prompt that count as evidence: each needs a row of logits, and by then the
@@ -95,7 +95,7 @@ class Mixture:
         """Trust in each predictor before any evidence, shape [predictors]."""
         return prior_of(self.members, self.steering.blend)
 
-    def weigh(self, unembedding: Unembedding, prompt: ReadPrompt) -> Tensor:
+    def weigh(self, unembedding: Unembeds, prompt: ReadPrompt) -> Tensor:
         """How far a prompt itself speaks for each predictor.
 
         Predictors are weighed by what each gave to the prompt's tokens of text, each given the
@@ -128,7 +128,7 @@ class Mixture:
         return evidence_weights(logprobs, self.prior, share=share)[:, -1].float()
 
     def read(
-        self, unembedding: Unembedding, prompt: ReadPrompt, asked: Sequence[int]
+        self, unembedding: Unembeds, prompt: ReadPrompt, asked: Sequence[int]
     ) -> Iterator[tuple[Sequence[int], Said]]:
         """What the predictors say of the tokens after some positions of a prompt.
 

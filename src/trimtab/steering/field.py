@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.unembedding import Unembedding
+from trimtab.unembedding import Unembeds
 
 CANDIDATE_NATS = 14.0
 """Tokens this far below a row's likeliest are no candidates because of that row."""
@@ -31,7 +31,7 @@ LEAST_LOGPROB = -60.0
 """Stands for the impossible: a finite number, which powers and differences leave a number."""
 
 
-def logits_in_chunks(unembedding: Unembedding, hidden: Tensor) -> Iterator[tuple[range, Tensor]]:
+def logits_in_chunks(unembedding: Unembeds, hidden: Tensor) -> Iterator[tuple[range, Tensor]]:
     """Logits of a few states at a time.
 
     Args:
@@ -42,7 +42,7 @@ def logits_in_chunks(unembedding: Unembedding, hidden: Tensor) -> Iterator[tuple
         Which states, at most CHUNK_ROWS, and their logits in float32, shape [few, vocab].
     """
     for start in range(0, len(hidden), LOGIT_ROWS):
-        block = hidden[start : start + LOGIT_ROWS].to(unembedding.weight.device)
+        block = hidden[start : start + LOGIT_ROWS].to(unembedding.device)
         for place, logits in enumerate(unembedding.logits(block).float().split(CHUNK_ROWS)):
             first = start + place * CHUNK_ROWS
             yield range(first, first + len(logits)), logits

@@ -11,7 +11,7 @@ from trimtab.blend import evidence_weights
 from trimtab.steering.evidence import Mixture, ReadPrompt, Said, evidence_positions
 from trimtab.steering.explain import Voice
 from trimtab.steering.predictors import Rows
-from trimtab.unembedding import Unembedding
+from trimtab.unembedding import Unembeds
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Several:
         return max(mixture.steering.blend.share for mixture in self.mixtures)
 
     def weigh(
-        self, unembedding: Unembedding, prompt: ReadPrompt, chats: Sequence[ChatPrompt | None]
+        self, unembedding: Unembeds, prompt: ReadPrompt, chats: Sequence[ChatPrompt | None]
     ) -> Tensor:
         """How far a prompt speaks for each predictor, shape [predictors]; see `Mixture.weigh`.
 
@@ -84,10 +84,10 @@ class Several:
 
     def mixed(self, said: Sequence[Said], weights: Tensor) -> Tensor:
         """The mixture of what all have said, shape [rows, vocab]; weights as for `logprobs`."""
-        parts = [
-            one.mixed(share / share.sum(0)) + share.sum(0).log()[:, None]
-            for one, share in zip(said, self._shares(weights), strict=True)
-        ]
+        parts = []
+        for one, share in zip(said, self._shares(weights), strict=True):
+            mixed = one.mixed(share / share.sum(0))
+            parts.append(mixed + share.sum(0).log()[:, None].to(mixed.device))
         return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
 
     def voices(
@@ -110,7 +110,7 @@ class Several:
         return tuple(found)
 
     def prequential(
-        self, unembedding: Unembedding, prompt: ReadPrompt
+        self, unembedding: Unembeds, prompt: ReadPrompt
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The steered distribution of each of a prompt's tokens, given those before it.
 
