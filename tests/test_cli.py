@@ -1,4 +1,5 @@
 import errno
+import inspect
 import io
 import json
 import os
@@ -15,8 +16,9 @@ from test_imports import ENVIRONMENT
 from test_manifest import full_manifest, payload
 
 from trimtab import config
-from trimtab.cli import _CONFIGS, _configured, _stream, _words_of, main
+from trimtab.cli import OF_HOSTS, VERBS, main
 from trimtab.cli_errors import reported
+from trimtab.cli_verbs import ABOUT_HOSTS, CONFIGS, configured, stream, words_of
 from trimtab.errors import InputError
 from trimtab.progress import Display
 from trimtab.store.card import write_adapter
@@ -31,17 +33,24 @@ def run(*words: str) -> int:
     return end.value.code if isinstance(end.value.code, int) else 0
 
 
-@pytest.mark.parametrize("verb", _CONFIGS)
+@pytest.mark.parametrize("verb", CONFIGS)
 def test_help_names_every_field(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert run(*_words_of(verb).split(), "--help") == 0
+    assert run(*words_of(verb).split(), "--help") == 0
     shown = capsys.readouterr().out
-    for name, field in _CONFIGS[verb].model_fields.items():
+    for name, field in CONFIGS[verb].model_fields.items():
         assert name.upper() in shown or f"--{name.replace('_', '-')}" in shown
         words = (field.description or "").split()
         assert len(words) > 1 and words[0] in shown and words[1] in shown
+
+
+def test_a_verb_in_brief_is_what_it_is_in_full() -> None:
+    assert {**VERBS, **OF_HOSTS}.keys() == CONFIGS.keys() and OF_HOSTS.keys() == set(ABOUT_HOSTS)
+    for verb, summary in {**VERBS, **OF_HOSTS}.items():
+        whole = inspect.cleandoc(CONFIGS[verb].__doc__ or "")
+        assert summary == " ".join(whole.split("\n\n")[0].split())
 
 
 def test_brackets_in_help_are_no_markup(
@@ -53,7 +62,7 @@ def test_brackets_in_help_are_no_markup(
 
 
 def given(verb: str, **values: object) -> config.Config:
-    return _configured(verb, {"config": None, **values})
+    return configured(verb, {"config": None, **values})
 
 
 def test_options_become_the_configuration() -> None:
@@ -75,7 +84,7 @@ def test_a_config_file_yields_to_options(tmp_path: Path, suffix: str) -> None:
     text = 'out = "o"\nrank = 8\nepochs = 2\ncarriers = ["head"]\n'
     as_json = json.dumps({"out": "o", "rank": 8, "epochs": 2, "carriers": ["head"]})
     path.write_text(text if suffix == "toml" else as_json)
-    made = _configured("fit", {"config": path, "recording": Path("r"), "rank": 4})
+    made = configured("fit", {"config": path, "recording": Path("r"), "rank": 4})
     assert made == config.FitConfig(
         recording=Path("r"), out=Path("o"), rank=4, epochs=2, carriers=("head",)
     )
@@ -95,14 +104,14 @@ def test_bad_config_files(tmp_path: Path, content: str | None, message: str) -> 
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=message):
-        _configured("fit", {"config": path, "recording": Path("r"), "out": Path("o")})
+        configured("fit", {"config": path, "recording": Path("r"), "out": Path("o")})
 
 
 def test_a_json_list_is_no_configuration(tmp_path: Path) -> None:
     path = tmp_path / "fit.json"
     path.write_text("[]")
     with pytest.raises(InputError, match="no table"):
-        _configured("fit", {"config": path})
+        configured("fit", {"config": path})
 
 
 def test_wrong_values_name_their_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,9 +209,9 @@ def test_one_continuation_is_streamed_and_several_are_kept_apart(
                 advance(1)
 
     one = config.GenerateConfig(host="h", prompt=("p",))
-    _stream(continuing, one, Display())
+    stream(continuing, one, Display())
     assert capsys.readouterr() == ("ab\n", "beside the text\n")
-    _stream(continuing, one.model_copy(update={"prompt": ("p", "q")}), Display())
+    stream(continuing, one.model_copy(update={"prompt": ("p", "q")}), Display())
     assert capsys.readouterr().out == "== 1 of 2\nab\n== 2 of 2\nxy\n"
 
 
@@ -241,7 +250,8 @@ def test_a_log_gets_few_lines() -> None:
 def test_ctrl_c_ends_with_130() -> None:
     program = (
         "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from trimtab.cli import app\nfrom trimtab.cli_errors import reported\n"
+        "from trimtab.cli import command_line\nfrom trimtab.cli_errors import reported\n"
+        "app = command_line([])\n"
         "@app.command('wait')\ndef wait() -> None:\n with reported():\n"
         "  print('ready', flush=True)\n  time.sleep(30)\n"
         "app(['wait'])"

@@ -96,7 +96,7 @@ def with_block(text: str, name: str, content: str) -> str:
 
 def options_table(verb: str) -> str:
     """Table of a verb's arguments and options: command line, Python field, default, meaning."""
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(cli.command_line())
     command = group.commands.get(verb) or group.commands["hosts"].commands[verb]
     names = {p.name: p.param_type_name for p in command.params}
     fields = getattr(config, f"{verb.title()}Config").model_fields

@@ -92,3 +92,14 @@ def _say(error: BaseException, text: str) -> None:
     if os.environ.get(DEBUG_VARIABLE) == "1":
         traceback.print_exception(error, file=sys.stderr)
     typer.echo(text, err=True)
+
+
+def write(text: str) -> None:
+    """Print a result; who reads it may leave."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has gone; what Python still flushes at exit has to go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
