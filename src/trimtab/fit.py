@@ -171,7 +171,7 @@ def _open_host(config: FitConfig, progress: Progress) -> HFModel | None:
             f"--host {config.host} is the model that the head is fitted on, but no head is made",
             hint="add head to --carriers, or leave --host out",
         )
-    return open_model(config.host, dtype=config.dtype, progress=progress)
+    return open_model(config.host, dtype=config.dtype, engines=True, progress=progress)
 
 
 def _beginning(columns: Columns, rows: int) -> Columns:
