@@ -18,7 +18,7 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
-	@echo "make test-llamacpp  run exports in llama.cpp itself, from a wheel of 34 MB"
+	@echo "make test-llamacpp  build llama.cpp (20 to 40 minutes on two cores); test hosts and exports"
 	@echo "make test-browser   run the playground in Chromium, which must be on the path"
 	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"
 	@echo "             SMALL=MODEL HOST=\"MODEL ...\" takes others: hub names, folders, GGUF files"
@@ -32,8 +32,9 @@ help:  ## Say what can be made
 test: $(VENV)/ready-test models
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
 
-test-llamacpp: $(VENV)/ready-llamacpp
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py
+test-llamacpp: $(VENV)/ready-llamacpp models
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py \
+		tests/test_llamacpp_host.py
 
 test-browser: $(VENV)/ready-browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_playground.py

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab.anchors import choose_anchors
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
+from trimtab.backends.open import LLAMACPP_SCHEME, open_model
 from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.head import Head
 from trimtab.config import CarrierName, FitConfig
@@ -218,7 +218,9 @@ def _expert_metrics(recording: Recording) -> dict[str, JsonValue]:
 
 def _portable(host: HFModel) -> str:
     """A host's name for a file that travels: no folder of this machine."""
-    return Path(host.ref).name if Path(host.ref).exists() else host.ref
+    scheme = LLAMACPP_SCHEME if host.has_own_logits else ""
+    path = Path(host.ref.removeprefix(scheme)).expanduser()
+    return scheme + path.name if path.exists() else host.ref
 
 
 def _open_base(recording: Recording) -> HFModel:

@@ -159,7 +159,7 @@ def _read_head(path: Path) -> dict[str, torch.Tensor]:
     named = {"weight": weight, "bias": found.get("output.bias")}
     return {
         name: torch.from_numpy(
-            np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=True)
         )
         for name, tensor in named.items()
         if tensor is not None

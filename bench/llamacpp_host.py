@@ -1,0 +1,142 @@
+"""A quantised host in llama.cpp against the same file dequantised in torch: agreement and speed.
+
+    python -m bench.llamacpp_host --model FILE.gguf --adapter FOLDER --text FILE --out RESULT.json
+
+Agreement is over one text: log-probabilities of all tokens at every place, and what the text costs.
+Speeds are of one prompt, one thread unless OMP_NUM_THREADS says otherwise; the ways take turns in
+each repetition, and a figure is the median over repetitions.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cost.cpu_flops import processor
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.config import GenerateConfig
+from trimtab.generate import generate
+from trimtab.store.files import package_versions, write_json
+
+WAYS = {"llama.cpp": "llamacpp:", "torch": ""}
+
+
+def agreement(ours: HFModel, theirs: HFModel, ids: list[int]) -> dict[str, Any]:
+    """How far the same file's two arithmetics are apart on a text."""
+    tokens = torch.tensor([[*ours.context_ids(), *ids]])
+    read = ours.read(tokens)
+    assert read.logits is not None
+    own, states = read.logits[0], theirs.hidden(tokens)[0]
+    copied = ours.unembedding.logits(read.hidden[0])
+    logits = theirs.unembedding.logits(states)
+    said, expected = own.log_softmax(-1), logits.log_softmax(-1)
+    kl = (expected.exp() * (expected - said)).sum(-1)
+    cosines = torch.nn.functional.cosine_similarity(read.hidden[0], states, dim=-1)
+    return {
+        "tokens": tokens.shape[1],
+        "mean_logprob_difference_nats": float((said - expected).abs().mean()),
+        "largest_logprob_difference_nats": float((said - expected).abs().max()),
+        "mean_kl_nats": float(kl.mean()),
+        "same_top_token": float((own.argmax(-1) == logits.argmax(-1)).float().mean()),
+        "smallest_cosine_of_states": float(cosines.min()),
+        "nats_per_token": {"llama.cpp": paid(said, tokens), "torch": paid(expected, tokens)},
+        "dequantised_head_of_engine_states": {
+            "largest_logit_difference": float((copied - own).abs().max()),
+            "as_share_of_largest_logit": float((copied - own).abs().max() / own.abs().max()),
+            "mean_logprob_difference_nats": float((copied.log_softmax(-1) - said).abs().mean()),
+        },
+    }
+
+
+def paid(logprobs: Tensor, tokens: Tensor) -> float:
+    """Nats a token for all but the first."""
+    return -float(logprobs[:-1].gather(1, tokens[0, 1:, None]).mean())
+
+
+def read_sec(host: HFModel, ids: list[int]) -> float:
+    """Time to read a text, all its hidden states included."""
+    started = time.perf_counter()
+    with torch.inference_mode():
+        host.hidden(torch.tensor([[*host.context_ids(), *ids]]))
+    return time.perf_counter() - started
+
+
+def token_sec(host: HFModel, prompt: str, adapter: Path | None, tokens: int) -> tuple[float, str]:
+    """Time a token of a continuation, the time for its first one taken off; and the text."""
+    sec, counts, text = [], [], ""
+    for limit in (1, tokens):
+        config = GenerateConfig(
+            host=host.ref,
+            prompt=(prompt,),
+            adapter=adapter,
+            carriers=("head", "memory") if adapter else None,
+            max_new_tokens=limit,
+            dtype="float32",
+        )
+        result = generate(config, host=host)
+        sec.append(result.wall_sec)
+        counts.append(result.tokens[0])
+        text = result.texts[0]
+    return (sec[1] - sec[0]) / max(counts[1] - counts[0], 1), text
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--text-tokens", type=int, default=192)
+    parser.add_argument("--prompt-tokens", type=int, default=48)
+    parser.add_argument("--repetitions", type=int, default=3)
+    given = parser.parse_args()
+    hosts, opening_sec = {}, {}
+    for way, scheme in WAYS.items():
+        # The first opening unpacks.
+        for _ in range(2):
+            started = time.perf_counter()
+            hosts[way] = open_model(f"{scheme}{given.model}", dtype="float32", engines=True)
+            opening_sec[way] = time.perf_counter() - started
+    host = hosts["torch"]
+    ids = host.encode(given.text.read_text(encoding="utf-8"))[: given.text_tokens]
+    pieces = [host.vocabulary.token_bytes[i] or b"" for i in ids[: given.prompt_tokens]]
+    prompt = b"".join(pieces).decode("utf-8", "ignore")
+    steerings = {"bare": None} | ({"head and memory": given.adapter} if given.adapter else {})
+    texts: dict[str, dict[str, str]] = {name: {} for name in steerings}
+    times: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
+    for _ in range(given.repetitions):
+        for way, one in hosts.items():
+            times[way].setdefault("reading", []).append(read_sec(one, ids) / len(ids))
+            for name, adapter in steerings.items():
+                sec, texts[name][way] = token_sec(one, prompt, adapter, given.tokens)
+                times[way].setdefault(name, []).append(sec)
+                print(f"{way}, {name}: {1 / sec:.1f} tokens/s", flush=True)
+    speeds = {
+        way: {name: 1 / statistics.median(found) for name, found in each.items()}
+        for way, each in times.items()
+    }
+    result = {
+        "model": given.model.parent.name,
+        "agreement": agreement(hosts["llama.cpp"], host, ids),
+        "opening_sec": opening_sec,
+        "tokens_per_sec": speeds,
+        "sec_per_token": times,
+        "same_text": {name: len(set(found.values())) == 1 for name, found in texts.items()},
+        "texts": texts,
+        "prompt_tokens": given.prompt_tokens,
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "versions": package_versions(),
+    }
+    write_json(given.out, result)
+
+
+if __name__ == "__main__":
+    main()
