@@ -10,6 +10,7 @@ each repetition, and a figure is the median over repetitions.
 import argparse
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch import Tensor
 from bench.cost.cpu_flops import processor
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.config import GenerateConfig
-from trimtab.generate import generate
+from trimtab.config import MountConfig
+from trimtab.mount import mount
+from trimtab.steering.mounted import Mounted
+from trimtab.steering.processor import steered
 from trimtab.store.files import package_versions, write_json
 
 WAYS = {"llama.cpp": "llamacpp:", "torch": ""}
@@ -66,23 +69,34 @@ def read_sec(host: HFModel, ids: list[int]) -> float:
     return time.perf_counter() - started
 
 
-def token_sec(host: HFModel, prompt: str, adapter: Path | None, tokens: int) -> tuple[float, str]:
-    """Time a token of a continuation, the time for its first one taken off; and the text."""
-    sec, counts, text = [], [], ""
+def token_sec(host: HFModel, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+    """Time a token of a greedy continuation, its first one and the prompt taken off; and it."""
+    sec, written = [], []
     for limit in (1, tokens):
-        config = GenerateConfig(
-            host=host.ref,
-            prompt=(prompt,),
-            adapter=adapter,
-            carriers=("head", "memory") if adapter else None,
-            max_new_tokens=limit,
-            dtype="float32",
-        )
-        result = generate(config, host=host)
-        sec.append(result.wall_sec)
-        counts.append(result.tokens[0])
-        text = result.texts[0]
-    return (sec[1] - sec[0]) / max(counts[1] - counts[0], 1), text
+        started = time.perf_counter()
+        found: Any = host.model.generate(
+            **host.padded([prompt]), max_new_tokens=limit, min_new_tokens=limit, do_sample=False
+        )  # pyright: ignore[reportCallIssue]
+        sec.append(time.perf_counter() - started)
+        written = found[0, len(prompt) :].tolist()
+    return (sec[1] - sec[0]) / (tokens - 1), written
+
+
+def seats(hosts: dict[str, HFModel], adapter: Path | None) -> dict[str, Mounted]:
+    """The adapter on each host, seated by the vocabulary alone: that costs no pass and steers."""
+    if adapter is None:
+        return {}
+    asked = {"adapter": adapter, "carriers": ("head", "memory"), "moments": False, "cache": False}
+    return {
+        way: mount(MountConfig.model_validate({**asked, "host": host.ref}), host=host)
+        for way, host in hosts.items()
+    }
+
+
+def same_start(ours: list[int], theirs: list[int]) -> int:
+    """Tokens that two continuations begin alike with."""
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((place for place, (one, other) in pairs if one != other), len(ours))
 
 
 def main() -> None:
@@ -106,16 +120,17 @@ def main() -> None:
             opening_sec[way] = time.perf_counter() - started
     host = hosts["torch"]
     ids = host.encode(given.text.read_text(encoding="utf-8"))[: given.text_tokens]
-    pieces = [host.vocabulary.token_bytes[i] or b"" for i in ids[: given.prompt_tokens]]
-    prompt = b"".join(pieces).decode("utf-8", "ignore")
-    steerings = {"bare": None} | ({"head and memory": given.adapter} if given.adapter else {})
-    texts: dict[str, dict[str, str]] = {name: {} for name in steerings}
+    prompt = [*host.context_ids(), *ids[: given.prompt_tokens]]
+    mounted = seats(hosts, given.adapter)
+    steerings = ["bare", *(["head and memory"] if mounted else [])]
+    written: dict[str, dict[str, list[int]]] = {name: {} for name in steerings}
     times: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     for _ in range(given.repetitions):
         for way, one in hosts.items():
             times[way].setdefault("reading", []).append(read_sec(one, ids) / len(ids))
-            for name, adapter in steerings.items():
-                sec, texts[name][way] = token_sec(one, prompt, adapter, given.tokens)
+            for name in steerings:
+                with steered(one, mounted[way]) if name != "bare" else nullcontext():
+                    sec, written[name][way] = token_sec(one, prompt, given.tokens)
                 times[way].setdefault(name, []).append(sec)
                 print(f"{way}, {name}: {1 / sec:.1f} tokens/s", flush=True)
     speeds = {
@@ -128,8 +143,8 @@ def main() -> None:
         "opening_sec": opening_sec,
         "tokens_per_sec": speeds,
         "sec_per_token": times,
-        "same_text": {name: len(set(found.values())) == 1 for name, found in texts.items()},
-        "texts": texts,
+        "same_tokens": {name: same_start(*found.values()) for name, found in written.items()},
+        "tokens": given.tokens,
         "prompt_tokens": given.prompt_tokens,
         "threads": torch.get_num_threads(),
         "processor": processor(),

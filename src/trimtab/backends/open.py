@@ -64,7 +64,7 @@ def open_model(
             from trimtab.backends.llamacpp.opening import open_llamacpp
 
             exact = dtype == "float32"
-            return open_llamacpp(ref, arithmetic, keys_in_float32=exact, progress=progress)
+            return open_llamacpp(ref, arithmetic, in_float32=exact, progress=progress)
         if ref.startswith(TINY_SCHEME):
             spec = parse_tiny(ref)
             model = tiny_model(spec, arithmetic)

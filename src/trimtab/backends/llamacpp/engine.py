@@ -43,19 +43,21 @@ class Engine:
     answer depends on what was asked before.
     """
 
-    def __init__(self, path: Path, *, keys_in_float32: bool = False) -> None:
-        """Map a file into memory; not its weights' copies, unless llama.cpp repacks them.
+    def __init__(self, path: Path, *, in_float32: bool = False) -> None:
+        """Map a file into memory.
 
         Args:
             path: A GGUF file.
-            keys_in_float32: Keep keys and values in float32, not in llama.cpp's float16.
+            in_float32: Keep keys and values in float32, and attend without llama.cpp's fused
+                kernel, which rounds them to float16 whatever they are kept in. Products with
+                quantised weights are rounded all the same.
 
         Raises:
             ModelError: llama.cpp is not installed, or cannot load the file.
         """
         self._lib = lib = library()
         self._path = path
-        self._key_type = lib.GGML_TYPE_F32 if keys_in_float32 else lib.GGML_TYPE_F16
+        self._in_float32 = in_float32
         params = lib.llama_model_default_params()
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
         self._model = _Model(lib, lib.llama_model_load_from_file(str(path).encode(), params))
@@ -152,12 +154,12 @@ class Engine:
             )
         found = self._context
         if found is None or found.rows < len(new) or found.row_tokens < longest:
-            rows = max(len(new), found.rows if found else 1)
-            wanted = max(longest, room, found.row_tokens if found else MIN_CONTEXT_TOKENS)
+            wanted = max(longest, room, MIN_CONTEXT_TOKENS)
             tokens = 1 << (wanted - 1).bit_length()
             # The old one goes first: both may not fit into memory.
             self._context = found = None
-            self._context = found = self._new_context(rows, min(tokens, self.max_tokens or tokens))
+            found = self._new_context(len(new), min(tokens, self.max_tokens or tokens))
+            self._context = found
         return found
 
     def _new_context(self, rows: int, row_tokens: int) -> "_Context":
@@ -166,7 +168,9 @@ class Engine:
         params.n_seq_max, params.n_ctx = rows, rows * row_tokens
         params.n_batch = params.n_ubatch = self._batch_tokens
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
-        params.type_k = params.type_v = self._key_type
+        if self._in_float32:
+            params.type_k = params.type_v = lib.GGML_TYPE_F32
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # States of every token, not one of a text.
         params.embeddings, params.pooling_type = True, lib.LLAMA_POOLING_TYPE_NONE
         handle = lib.llama_init_from_model(self._model.handle, params)
