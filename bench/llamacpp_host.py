@@ -3,8 +3,8 @@
     python -m bench.llamacpp_host --model FILE.gguf --adapter FOLDER --text FILE --out RESULT.json
 
 Agreement is over one text: log-probabilities of all tokens at every place, and what the text costs.
-Speeds are of one prompt, one thread unless OMP_NUM_THREADS says otherwise; the ways take turns in
-each repetition, and a figure is the median over repetitions.
+Speeds are of one prompt; the ways take turns in each repetition, and a figure is the median over
+repetitions: by the clock, and by processor time, which other work on the machine touches less.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from trimtab.store.files import package_versions, write_json
 WAYS = {"llama.cpp": "llamacpp:", "torch": ""}
 
 
+@torch.no_grad()
 def agreement(ours: HFModel, theirs: HFModel, ids: list[int]) -> dict[str, Any]:
     """How far the same file's two arithmetics are apart on a text."""
     tokens = torch.tensor([[*ours.context_ids(), *ids]])
@@ -61,25 +62,41 @@ def paid(logprobs: Tensor, tokens: Tensor) -> float:
     return -float(logprobs[:-1].gather(1, tokens[0, 1:, None]).mean())
 
 
-def read_sec(host: HFModel, ids: list[int]) -> float:
-    """Time to read a text, all its hidden states included."""
-    started = time.perf_counter()
+class Spent(NamedTuple):
+    """Time spent, by the clock and of the processor."""
+
+    wall_sec: float
+    cpu_sec: float
+
+    @staticmethod
+    def now() -> "Spent":
+        """Since some moment."""
+        return Spent(time.perf_counter(), time.process_time())
+
+    def less(self, other: "Spent", parts: int = 1) -> "Spent":
+        """What was spent since another moment, or above another time, for each of some parts."""
+        return Spent(*((a - b) / parts for a, b in zip(self, other, strict=True)))
+
+
+def read_sec(host: HFModel, ids: list[int]) -> Spent:
+    """Time to read a token of a text, all its hidden states included."""
+    started = Spent.now()
     with torch.inference_mode():
         host.hidden(torch.tensor([[*host.context_ids(), *ids]]))
-    return time.perf_counter() - started
+    return Spent.now().less(started, len(ids))
 
 
-def token_sec(host: HFModel, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+def token_sec(host: HFModel, prompt: list[int], tokens: int) -> tuple[Spent, list[int]]:
     """Time a token of a greedy continuation, its first one and the prompt taken off; and it."""
-    sec, written = [], []
+    spent, written = [], []
     for limit in (1, tokens):
-        started = time.perf_counter()
+        started = Spent.now()
         found: Any = host.model.generate(
             **host.padded([prompt]), max_new_tokens=limit, min_new_tokens=limit, do_sample=False
         )  # pyright: ignore[reportCallIssue]
-        sec.append(time.perf_counter() - started)
+        spent.append(Spent.now().less(started))
         written = found[0, len(prompt) :].tolist()
-    return (sec[1] - sec[0]) / (tokens - 1), written
+    return spent[1].less(spent[0], tokens - 1), written
 
 
 def seats(hosts: dict[str, HFModel], adapter: Path | None) -> dict[str, Mounted]:
@@ -124,25 +141,34 @@ def main() -> None:
     mounted = seats(hosts, given.adapter)
     steerings = ["bare", *(["head and memory"] if mounted else [])]
     written: dict[str, dict[str, list[int]]] = {name: {} for name in steerings}
-    times: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
+    times: dict[str, dict[str, list[Spent]]] = {way: {} for way in WAYS}
     for _ in range(given.repetitions):
         for way, one in hosts.items():
-            times[way].setdefault("reading", []).append(read_sec(one, ids) / len(ids))
+            times[way].setdefault("reading", []).append(read_sec(one, ids))
             for name in steerings:
                 with steered(one, mounted[way]) if name != "bare" else nullcontext():
-                    sec, written[name][way] = token_sec(one, prompt, given.tokens)
-                times[way].setdefault(name, []).append(sec)
-                print(f"{way}, {name}: {1 / sec:.1f} tokens/s", flush=True)
+                    spent, written[name][way] = token_sec(one, prompt, given.tokens)
+                times[way].setdefault(name, []).append(spent)
+                print(f"{way}, {name}: {1 / spent.cpu_sec:.1f} tokens/CPU s", flush=True)
     speeds = {
-        way: {name: 1 / statistics.median(found) for name, found in each.items()}
-        for way, each in times.items()
+        clock: {
+            way: {
+                name: 1 / statistics.median(getattr(spent, clock) for spent in found)
+                for name, found in each.items()
+            }
+            for way, each in times.items()
+        }
+        for clock in Spent._fields
     }
     result = {
         "model": given.model.parent.name,
         "agreement": agreement(hosts["llama.cpp"], host, ids),
         "opening_sec": opening_sec,
         "tokens_per_sec": speeds,
-        "sec_per_token": times,
+        "sec_per_token": {
+            way: {name: [spent._asdict() for spent in found] for name, found in each.items()}
+            for way, each in times.items()
+        },
         "same_tokens": {name: same_start(*found.values()) for name, found in written.items()},
         "tokens": given.tokens,
         "prompt_tokens": given.prompt_tokens,

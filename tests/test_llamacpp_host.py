@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_export import tiny_file
 from test_generate import PROMPTS, WORDS, made_adapter
 from torch import Tensor
+from transformers import DynamicCache
 
 from bench.lmeval_tasks import write_task
 from bench.transfer.choices import Choice
@@ -253,6 +254,8 @@ def test_what_needs_weights_in_torch_is_refused(
         pass
     with pytest.raises(ModelError, match="keeps keys and values itself"):
         written(host, cache_implementation="static")
+    with pytest.raises(ModelError, match="past_key_values is a DynamicCache"):
+        written(host, past_key_values=DynamicCache())
     with pytest.raises(ModelError, match="there is no file"):
         open_model("llamacpp:nothing.gguf", engines=True)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing else")

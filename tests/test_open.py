@@ -2,14 +2,16 @@
 
 import json
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
 from huggingface_hub import constants
+from test_gguf import write_gguf
 from transformers.utils import logging as transformers_logging
 
 from trimtab.backends.open import open_model, resolve_dtype
-from trimtab.errors import ModelError
+from trimtab.errors import MissingDependencyError, ModelError
 
 
 @pytest.fixture
@@ -138,3 +140,22 @@ def test_a_device_map_gives_the_same_logits(folder):
     assert torch.equal(
         open_model(str(folder), dtype="float32", device_map="cpu").logits(ids), plain
     )
+
+
+def test_a_host_in_llama_cpp_is_a_host_alone():
+    ref = "llamacpp:model.gguf"
+    with pytest.raises(ModelError, match=r"weights are needed in torch.*hosts of mount") as caught:
+        open_model(ref)
+    assert caught.value.hint == "give the file itself: model.gguf"
+    with pytest.raises(ModelError, match="chooses its devices itself"):
+        open_model(ref, engines=True, device_map="auto")
+    with pytest.raises(ModelError, match=r"there is no file model\.gguf"):
+        open_model(ref, engines=True)
+
+
+@pytest.mark.skipif(find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
+def test_a_host_in_llama_cpp_says_what_to_install(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", open_model("tiny:llama?vocab=bpe", dtype="float32"))
+    with pytest.raises(MissingDependencyError) as caught:
+        open_model(f"llamacpp:{tmp_path / 'tiny.gguf'}", engines=True)
+    assert "pip install 'trimtab[llamacpp]'" in caught.value.hint

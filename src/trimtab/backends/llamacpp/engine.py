@@ -53,7 +53,8 @@ class Engine:
                 quantised weights are rounded all the same.
 
         Raises:
-            ModelError: llama.cpp is not installed, or cannot load the file.
+            MissingDependencyError: llama-cpp-python is not installed.
+            ModelError: llama.cpp cannot load the file.
         """
         self._lib = lib = library()
         self._path = path

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from trimtab.errors import ModelError
+from trimtab.errors import MissingDependencyError, ModelError
 
 MAX_ROWS = 256
 """Sequences that llama.cpp keeps side by side at most (its LLAMA_MAX_SEQ)."""
@@ -22,15 +22,21 @@ def library() -> Any:
     """llama-cpp-python's low-level interface, whose log is kept from the terminal.
 
     Raises:
-        ModelError: It is not installed, or its library cannot be loaded.
+        MissingDependencyError: It is not installed.
+        ModelError: Its library cannot be loaded.
     """
     try:
         module: Any = import_module("llama_cpp.llama_cpp")
-    except (ImportError, OSError, RuntimeError) as error:
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a host in llama.cpp needs llama-cpp-python, which is not installed",
+            hint="pip install 'trimtab[llamacpp]' (it compiles llama.cpp, which takes a C++"
+            " compiler and half an hour on two cores); without llamacpp: the file runs in torch",
+        ) from error
+    except (OSError, RuntimeError) as error:
         raise ModelError(
-            f"llama.cpp cannot be used: {error}",
-            hint="pip install 'trimtab[llamacpp]' compiles it, which takes a C++ compiler and 20 to"
-            " 40 minutes on two cores; without llamacpp: the file runs in torch",
+            f"llama.cpp's library cannot be loaded: {error}",
+            hint="install llama-cpp-python again, compiled on this machine",
         ) from error
     callback = module.llama_log_callback(_listen)
     _callbacks.append(callback)

@@ -202,7 +202,7 @@ class EngineModel(PreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         del generation_mode, batch_size
         if generation_config.cache_implementation is not None:
             raise ModelError(
@@ -210,5 +210,12 @@ class EngineModel(PreTrainedModel, GenerationMixin):
                 " llama.cpp keeps keys and values itself",
                 hint="leave it out",
             )
-        if generation_config.use_cache is not False and not model_kwargs.get("past_key_values"):
+        given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, TokenCache):
+            raise ModelError(
+                f"past_key_values is a {type(given).__name__}, and llama.cpp keeps keys and values"
+                " itself",
+                hint="leave it out, or give a TokenCache",
+            )
+        if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = TokenCache(max_cache_length)

@@ -37,7 +37,8 @@ def open_llamacpp(
         progress: Shows the unpacking.
 
     Raises:
-        ModelError: llama.cpp is not installed, there is no such file, or it cannot be read.
+        MissingDependencyError: llama-cpp-python is not installed.
+        ModelError: There is no such file, or it cannot be read.
     """
     path = Path(ref.partition(":")[2]).expanduser()
     if not path.is_file():
