@@ -25,6 +25,7 @@ from trimtab.config import (
     CarrierName,
     EvaluateConfig,
     ExportConfig,
+    FitConfig,
     GenerateConfig,
     MountConfig,
     ServeConfig,
@@ -32,10 +33,12 @@ from trimtab.config import (
 from trimtab.errors import InputError, ModelError
 from trimtab.evaluate import evaluate
 from trimtab.export import export
+from trimtab.fit import fit
 from trimtab.generate import generate, steered
 from trimtab.mount import mount
 from trimtab.serving.run import opened
 from trimtab.steering.processor import open_live
+from trimtab.store.manifest import read_manifest
 
 pytest.importorskip("llama_cpp", reason="`make test-llamacpp` builds it")
 
@@ -88,6 +91,7 @@ def prompt_ids(host: HFModel, *prompts: str) -> dict[str, Tensor]:
 
 def written(host: HFModel, **options: Any) -> Tensor:
     settings = {"max_new_tokens": 10, "do_sample": False, **options}
+    torch.manual_seed(0)
     return host.model.generate(**prompt_ids(host, *PROMPTS), **settings)  # pyright: ignore[reportCallIssue]
 
 
@@ -132,6 +136,7 @@ def test_only_the_head_is_unpacked(tmp_path: Path, home: Path) -> None:
     "options",
     [
         {},
+        {"do_sample": True, "num_return_sequences": 2},
         {"num_beams": 3},
         {"num_beams": 2, "num_return_sequences": 2},
         {"use_cache": False},
@@ -235,6 +240,19 @@ def test_evaluate_measures_the_same(
         (result,) = evaluate(config, host=host).report.hosts
         found.append({row: estimate.mean for row, estimate in result.domain.items()})
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_head_fitted_on_one_engine_is_mounted_on_the_other(
+    adapter: Path, hosts: tuple[HFModel, HFModel], tmp_path: Path
+) -> None:
+    ours, theirs = hosts
+    settings = {"recording": adapter.parent / "recording", "out": tmp_path / "adapter", "epochs": 1}
+    settings |= {"carriers": ("head",), "rank": 4, "active_tokens": 256, "dtype": "float32"}
+    made = fit(FitConfig.model_validate({**settings, "host": ours.ref})).folder
+    head = read_manifest(made).head
+    assert head is not None and head.host == f"llamacpp:{Path(theirs.ref).name}"
+    for host in hosts:
+        assert mount(MountConfig(adapter=made, host=host.ref), host=host).head is not None
 
 
 def test_what_needs_weights_in_torch_is_refused(
