@@ -21,7 +21,7 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
-	@echo "make test-llamacpp  run exports in llama.cpp itself, from a wheel of 34 MB"
+	@echo "make test-llamacpp  build llama.cpp (20 to 40 minutes on two cores); test hosts and exports"
 	@echo "make test-vllm      run the plugin in vLLM's CPU build, 3.9 GB in an environment of its own"
 	@echo "make test-browser   run the playground in Chromium, which must be on the path"
 	@echo "make test-clients   ask the server with litellm and lm-evaluation-harness"
@@ -39,8 +39,9 @@ help:  ## Say what can be made
 test: $(VENV)/ready-test models
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
 
-test-llamacpp: $(VENV)/ready-llamacpp
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py
+test-llamacpp: $(VENV)/ready-llamacpp models
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py \
+		tests/test_llamacpp_host.py
 
 # Logs are not collected: vLLM sets torch's to say everything.
 test-vllm: $(VLLM_VENV)/ready-vllm

@@ -6,7 +6,15 @@ from torch import Tensor
 
 from trimtab.carriers.gate import GATE_FEATURES, gate_features
 from trimtab.carriers.search import Found
-from trimtab.steering.field import CANDIDATE_NATS, CANDIDATES, LEAST_LOGPROB, Field
+from trimtab.steering.field import (
+    CANDIDATE_NATS,
+    CANDIDATES,
+    LEAST_LOGPROB,
+    LOGIT_ROWS,
+    Field,
+    logits_in_chunks,
+)
+from trimtab.unembedding import Unembedding
 
 VOCAB = 12_000
 NONE = torch.zeros(0, dtype=torch.long)
@@ -74,3 +82,14 @@ def test_no_tail_and_impossible_tokens_are_no_trouble() -> None:
     assert field.logprobs[0, 2:].tolist() == [LEAST_LOGPROB, LEAST_LOGPROB]
     assert float(field.tail_entropy_nats[0]) == 0.0
     torch.testing.assert_close(field.everywhere(field.logprobs), logits.log_softmax(-1))
+
+
+def test_logits_that_a_model_has_computed_itself_are_taken() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(LOGIT_ROWS + 10, 4, generator=generator)
+    unembedding = Unembedding(torch.randn(9, 4, generator=generator))
+    own = torch.randn(len(hidden), 9, generator=generator)
+    for given, expected in ((None, unembedding.logits(hidden)), (own, own)):
+        chunks = list(logits_in_chunks(unembedding, hidden, given))
+        assert [place for places, _ in chunks for place in places] == list(range(len(hidden)))
+        torch.testing.assert_close(torch.cat([logits for _, logits in chunks]), expected)

@@ -8,8 +8,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from trimtab.backends.gguf import converted_folder
+from trimtab.backends.gguf import UNEMBEDDING_NAME, converted_folder, described_folder
 from trimtab.backends.open import open_model
 from trimtab.backends.tiny import parse_tiny, tiny_tokenizer
 from trimtab.errors import ModelError
@@ -170,3 +172,25 @@ def test_real_files_reopen_tied_and_know_what_they_should(name, monkeypatch):
     ids = torch.tensor([[*model.context_ids(), *model.encode("The capital of France is")]])
     best = int(model.logits(ids)[0, -1].topk(3).indices[0])
     assert model.vocabulary.token_bytes[best] in (b" Paris", b" the")
+
+
+@pytest.mark.parametrize("tied", [0, 1])
+def test_a_described_file_is_the_whole_one_without_its_body(tmp_path, tied):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, open_model(_TINY.format(tied=tied), dtype="float32"))
+    whole, described = converted_folder(path, silent), described_folder(path, silent)
+    opened = open_model(str(whole), dtype="float32")
+    assert torch.equal(
+        load_file(described / UNEMBEDDING_NAME)["weight"], opened.unembedding.weight.data
+    )
+    ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (described, whole))
+    apart = ("_name_or_path", "architectures", "dtype", "transformers_version")
+    assert {k: v for k, v in ours.items() if k not in apart} == {
+        k: v for k, v in theirs.items() if k not in apart
+    }
+    name = "tokenizer.json"
+    assert (described / name).read_bytes() == (whole / name).read_bytes()
+    assert described_folder(path, silent) == described
+    (tmp_path / "model.gguf").write_bytes(b"PK and more")
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        described_folder(tmp_path / "model.gguf", silent)

@@ -5,11 +5,11 @@ import torch
 import transformers
 from torch import nn
 
-from trimtab.backends.hf import adopt_model, weight_sha256
+from trimtab.backends.hf import adopt_model
 from trimtab.backends.open import open_model
 from trimtab.backends.tiny import parse_tiny, tiny_tokenizer
 from trimtab.errors import ModelError
-from trimtab.unembedding import BLOCK_TOKENS, Unembedding
+from trimtab.unembedding import BLOCK_TOKENS, Unembedding, weight_sha256
 
 _DECODER = {
     "vocab_size": 272,

@@ -2,15 +2,17 @@
 
 import json
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from test_gguf import write_gguf
 from transformers.utils import logging as transformers_logging
 
 from trimtab.backends.open import open_head, open_model, resolve_dtype
-from trimtab.errors import ModelError
+from trimtab.errors import MissingDependencyError, ModelError
 
 
 @pytest.fixture
@@ -164,3 +166,22 @@ def test_a_head_that_is_not_in_the_checkpoint(folder):
     save_file({name: found[name] for name in found if "layers" in name}, path)
     with pytest.raises(ModelError, match="there is no weight of the head"):
         open_head(str(folder), dtype="float32")
+
+
+def test_a_host_in_llama_cpp_is_a_host_alone():
+    ref = "llamacpp:model.gguf"
+    with pytest.raises(ModelError, match=r"weights are needed in torch.*hosts of mount") as caught:
+        open_model(ref)
+    assert caught.value.hint == "give the file itself: model.gguf"
+    with pytest.raises(ModelError, match="chooses its devices itself"):
+        open_model(ref, engines=True, device_map="auto")
+    with pytest.raises(ModelError, match=r"there is no file model\.gguf"):
+        open_model(ref, engines=True)
+
+
+@pytest.mark.skipif(find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
+def test_a_host_in_llama_cpp_says_what_to_install(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", open_model("tiny:llama?vocab=bpe", dtype="float32"))
+    with pytest.raises(MissingDependencyError) as caught:
+        open_model(f"llamacpp:{tmp_path / 'tiny.gguf'}", engines=True)
+    assert "pip install 'trimtab[llamacpp]'" in caught.value.hint

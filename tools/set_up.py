@@ -18,7 +18,7 @@ OLDEST = (3, 11)
 EXTRAS = {
     "demo": ("", 185, "numpy, pyarrow, transformers, faiss and their like"),
     "test": ("test", 230, "numpy, pyarrow, transformers, faiss, onnx and their like, pytest"),
-    "llamacpp": ("test,llamacpp", 265, "the same, with llama.cpp"),
+    "llamacpp": ("test,llamacpp-test", 345, "the same, and llama.cpp, built here for up to 40 min"),
     "vllm": ("vllm-test", 900, "vLLM's CPU build and some 160 others, pytest"),
     "browser": ("test,browser", 280, "the same, with Playwright"),
     "clients": ("test,clients", 250, "the same, with litellm"),

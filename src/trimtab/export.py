@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
+from trimtab.backends.open import check_in_torch, open_model
 from trimtab.config import ExportConfig, MountConfig
 from trimtab.errors import AdapterError, InputError
 from trimtab.exporting.engines import check_host
@@ -88,6 +88,7 @@ def export(
     manifest = read_manifest(config.adapter)
     _check_head(manifest)
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
+    check_in_torch(host, "trimtab export")
     check_host(host, config.to)
     mounted = mount(
         MountConfig(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab.anchors import choose_anchors
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
+from trimtab.backends.open import LLAMACPP_SCHEME, open_model
 from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.head import Head
 from trimtab.config import CarrierName, FitConfig
@@ -171,7 +171,7 @@ def _open_host(config: FitConfig, progress: Progress) -> HFModel | None:
             f"--host {config.host} is the model that the head is fitted on, but no head is made",
             hint="add head to --carriers, or leave --host out",
         )
-    return open_model(config.host, dtype=config.dtype, progress=progress)
+    return open_model(config.host, dtype=config.dtype, engines=True, progress=progress)
 
 
 def _beginning(columns: Columns, rows: int) -> Columns:
@@ -218,7 +218,9 @@ def _expert_metrics(recording: Recording) -> dict[str, JsonValue]:
 
 def _portable(host: HFModel) -> str:
     """A host's name for a file that travels: no folder of this machine."""
-    return Path(host.ref).name if Path(host.ref).exists() else host.ref
+    scheme = LLAMACPP_SCHEME if host.has_own_logits else ""
+    path = Path(host.ref.removeprefix(scheme)).expanduser()
+    return scheme + path.name if path.exists() else host.ref
 
 
 def _open_base(recording: Recording) -> HFModel:

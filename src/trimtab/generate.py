@@ -84,7 +84,11 @@ def generate(
         return _generate_hosted(config, progress, on_text, on_note)
     carriers = _check(config)
     host = host or open_model(
-        config.host, dtype=config.dtype, device_map=config.device_map, progress=progress
+        config.host,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        engines=True,
+        progress=progress,
     )
     encode = chat_ids if config.chat else prompt_ids
     prompts = [encode(host, prompt) for prompt in config.prompt]

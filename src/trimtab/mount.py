@@ -48,7 +48,7 @@ def mount(
             short for keys of the host's own.
         ModelError: The host cannot be opened.
     """
-    host = host or open_model(config.host, dtype=config.dtype, progress=progress)
+    host = host or open_model(config.host, dtype=config.dtype, engines=True, progress=progress)
     return _mount(
         config,
         host,

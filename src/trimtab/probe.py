@@ -54,7 +54,7 @@ def probe(config: ProbeConfig, *, progress: Progress = silent) -> ProbeResult:
 
 
 def _local(ref: str, progress: Progress) -> str:
-    host = open_model(ref, progress=progress)
+    host = open_model(ref, engines=True, progress=progress)
     target = "the target of a source" if host.is_encoder_decoder else "a text"
     rows = [
         ("continues", target),

@@ -1,5 +1,6 @@
 """The last step of a language model: from its final hidden state to logits."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,3 +103,20 @@ class Unembedding:
         if self.bias is not None:
             logits = logits - self.bias
         return logits / self.scale
+
+
+def weight_sha256(weight: Tensor) -> str:
+    """Hash a weight's shape and all its values, rounded to bfloat16.
+
+    The rounding makes the hash of a model the same whether it was loaded as float32 or as
+    bfloat16; a change below bfloat16's resolution is not seen.
+
+    Args:
+        weight: Any real weight, shape [rows, columns].
+    """
+    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
+    rows = max(1, 2**24 // max(1, weight.shape[-1]))
+    for part in weight.detach().split(rows):
+        rounded = part.to(torch.bfloat16).cpu().contiguous()
+        digest.update(rounded.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -9,8 +9,10 @@ from typing import Any, final
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -23,6 +25,9 @@ from trimtab.errors import ModelError, TrimtabError
 from trimtab.store.files import replace_directory, sha256_file
 from trimtab.store.local import trimtab_home
 from trimtab.types import Progress
+
+UNEMBEDDING_NAME = "unembedding.safetensors"
+"""The head's weight and bias in a folder that describes a model."""
 
 _MAGIC = b"GGUF"
 _STRING = gguf.GGUFValueType.STRING
@@ -111,6 +116,56 @@ def converted_folder(path: Path, progress: Progress) -> Path:
     return folder
 
 
+def described_folder(path: Path, progress: Progress) -> Path:
+    """Give a folder with a model's configuration, tokenizer and head, but no other weights.
+
+    It lies in Trimtab's home like that of `converted_folder`, and is small: a model that runs
+    elsewhere, as quantised as its file is, is not unpacked.
+
+    Args:
+        path: A GGUF file.
+        progress: Shows the unpacking.
+
+    Raises:
+        ModelError: As `converted_folder`.
+        StorageError: The disk is full or the cache cannot be written.
+    """
+    _check_magic(path)
+    folder = trimtab_home() / "models" / f"head{_LAYOUT}-{sha256_file(path)}"
+    if not (folder / "config.json").is_file():
+        with (
+            replace_directory(folder, marker="config.json") as fresh,
+            progress(f"unpacking the head of {path.name} (once; steps)", 3) as advance,
+            _reading(path),
+        ):
+            _read_tokenizer(path).save_pretrained(fresh)
+            advance(1)
+            save_file(_read_head(path), fresh / UNEMBEDDING_NAME)
+            advance(1)
+            options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+            AutoConfig.from_pretrained(path.parent, **options).save_pretrained(fresh)
+            advance(1)
+    return folder
+
+
+def _read_head(path: Path) -> dict[str, torch.Tensor]:
+    """The output matrix and its bias, in float32; the embedding where a file has no such matrix."""
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+    weight = found.get("output.weight", found.get("token_embd.weight"))
+    if weight is None:
+        raise ModelError(
+            f"{path} has no output matrix", hint="use a file with the whole language model"
+        )
+    named = {"weight": weight, "bias": found.get("output.bias")}
+    return {
+        name: torch.from_numpy(
+            gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=True)
+        )
+        for name, tensor in named.items()
+        if tensor is not None
+    }
+
+
 def _check_magic(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC))
@@ -123,23 +178,30 @@ def _check_magic(path: Path) -> None:
 
 def _convert(path: Path, folder: Path, progress: Progress) -> None:
     with progress(f"unpacking {path.name} (once; steps)", 3) as advance:
-        try:
-            with _read_once():
-                model = _read_model(path)
-                advance(1)
-                tokenizer = _read_tokenizer(path)
-                advance(1)
-        except TrimtabError:
-            raise
-        except Exception as error:
-            # A broken file shows as whatever the parser met first.
-            raise ModelError(
-                f"the GGUF file {path} cannot be read: {type(error).__name__}: {error}",
-                hint="download it again, or use a file of another architecture or quantisation",
-            ) from error
+        with _reading(path):
+            model = _read_model(path)
+            advance(1)
+            tokenizer = _read_tokenizer(path)
+            advance(1)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
         advance(1)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say in words what is wrong with a file that cannot be read inside."""
+    try:
+        with _read_once():
+            yield
+    except TrimtabError:
+        raise
+    except Exception as error:
+        # A broken file shows as whatever the parser met first.
+        raise ModelError(
+            f"the GGUF file {path} cannot be read: {type(error).__name__}: {error}",
+            hint="download it again, or use a file of another architecture or quantisation",
+        ) from error
 
 
 def _read_model(path: Path) -> PreTrainedModel:

@@ -1,11 +1,10 @@
 """A transformers model as expert, reference or host."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from jinja2 import TemplateError
@@ -23,7 +22,7 @@ from trimtab.backends.tokenizers import (
     read_vocabulary,
 )
 from trimtab.errors import InputError, ModelError
-from trimtab.unembedding import Unembedding
+from trimtab.unembedding import Unembedding, weight_sha256
 from trimtab.vocab import Vocabulary
 
 
@@ -38,6 +37,19 @@ class ModelFingerprint:
 
     vocabulary_sha256: str
     unembedding_sha256: str
+
+
+class ReadText(NamedTuple):
+    """What a model makes of tokens.
+
+    Attributes:
+        hidden: Final hidden states, shape [batch, seq, hidden].
+        logits: Where an engine computes them by a head of its own, those of the last positions,
+            shape [batch, last, vocab]; None where the unembedding of the states gives them.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None = None
 
 
 @final
@@ -88,6 +100,11 @@ class HFModel:
     def is_encoder_decoder(self) -> bool:
         """The model reads a source text and continues a second one, as T5 does."""
         return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def has_own_logits(self) -> bool:
+        """An engine outside torch runs the model, and `unembedding` is a copy of its head."""
+        return bool(getattr(self.model, "has_own_logits", False))
 
     @property
     def max_tokens(self) -> int | None:
@@ -273,6 +290,26 @@ class HFModel:
         with torch.no_grad():
             return self.model(**inputs, use_cache=False).logits
 
+    def read(
+        self, token_ids: Tensor, *, encoder_ids: Tensor | None = None, last: int = 0
+    ) -> ReadText:
+        """Compute hidden states, and with them what only an engine of its own can tell.
+
+        Args:
+            token_ids: As `hidden`.
+            encoder_ids: As `hidden`.
+            last: Positions at the end whose logits an engine is to tell; 0 for all.
+
+        Raises:
+            InputError: As `hidden`.
+        """
+        if not self.has_own_logits:
+            return ReadText(self.hidden(token_ids, encoder_ids=encoder_ids))
+        inputs = self._inputs(token_ids, encoder_ids, None)
+        with torch.no_grad():
+            read = self.model.base_model(**inputs, use_cache=False, logits_to_keep=last)
+        return ReadText(read.last_hidden_state, read.logits)
+
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
         """Fingerprint of vocabulary and unembedding, equal for every dtype of loading."""
@@ -332,23 +369,6 @@ def adopt_model(ref: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         model, unembedding, lambda: (opened.hidden(probe), opened.logits(probe)), ref=ref
     )
     return opened
-
-
-def weight_sha256(weight: Tensor) -> str:
-    """Hash a weight's shape and all its values, rounded to bfloat16.
-
-    The rounding makes the hash of a model the same whether it was loaded as float32 or as
-    bfloat16; a change below bfloat16's resolution is not seen.
-
-    Args:
-        weight: Any real weight, shape [rows, columns].
-    """
-    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    rows = max(1, 2**24 // max(1, weight.shape[-1]))
-    for part in weight.detach().split(rows):
-        rounded = part.to(torch.bfloat16).cpu().contiguous()
-        digest.update(rounded.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

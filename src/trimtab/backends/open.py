@@ -27,6 +27,9 @@ from trimtab.config import Dtype
 from trimtab.errors import ModelError
 from trimtab.types import Progress, silent
 
+LLAMACPP_SCHEME = "llamacpp:"
+"""What the name of a host begins with that runs in llama.cpp; its GGUF file follows."""
+
 _HINT = "give a hub name, a local folder, a GGUF file, or tiny:llama"
 
 
@@ -35,24 +38,35 @@ def open_model(
     *,
     dtype: Dtype = "auto",
     device_map: str | None = None,
+    engines: bool = False,
     progress: Progress = silent,
 ) -> HFModel:
     """Open a model: hub name[@revision], local folder, GGUF file, or tiny:NAME.
 
     A GGUF file is unpacked once into a cache (`TRIMTAB_HOME`, default ~/.cache/trimtab), which
     can take a minute. No code that a model brings is ever run, and only safetensors are read.
+    As llamacpp:FILE a GGUF file is a host that stays quantised and runs in llama.cpp.
 
     Args:
         ref: What the user calls the model.
         dtype: Arithmetic; auto takes bfloat16 where the processor has it in hardware.
         device_map: How accelerate spreads the model over devices; None keeps it on the CPU.
+        engines: Take a host that runs outside torch, whose weights cannot be changed or moved.
         progress: Shows downloads and the unpacking of a GGUF file.
 
     Raises:
-        ModelError: The model cannot be found, reached, read or understood.
+        ModelError: The model cannot be found, reached, read or understood, or runs outside torch
+            where its weights are needed.
     """
     arithmetic = resolve_dtype(dtype, device_map)
     with quiet_transformers():
+        if ref.startswith(LLAMACPP_SCHEME):
+            _check_engine(ref, engines, device_map)
+            # Imported here: what it needs is in an extra.
+            from trimtab.backends.llamacpp.opening import open_llamacpp
+
+            exact = dtype == "float32"
+            return open_llamacpp(ref, arithmetic, in_float32=exact, progress=progress)
         if ref.startswith(TINY_SCHEME):
             spec = parse_tiny(ref)
             model = tiny_model(spec, arithmetic)
@@ -62,6 +76,37 @@ def open_model(
         model = _load_model(ref, folder, arithmetic, device_map)
         opened = adopt_model(ref, model, load_tokenizer(ref, folder))
         return replace(opened, source=source)
+
+
+def _check_engine(ref: str, engines: bool, device_map: str | None) -> None:
+    if not engines:
+        raise ModelError(
+            f"{ref} would run in llama.cpp, and its weights are needed in torch here: hosts of"
+            " mount, generate, evaluate and fit run there",
+            hint=f"give the file itself: {ref.removeprefix(LLAMACPP_SCHEME)}",
+        )
+    if device_map is not None:
+        raise ModelError(
+            f"{ref} runs in llama.cpp, which chooses its devices itself; --device-map is for torch",
+            hint="leave --device-map out",
+        )
+
+
+def check_in_torch(model: HFModel, purpose: str) -> None:
+    """Refuse a model whose weights are in an engine of its own.
+
+    Args:
+        model: Any model.
+        purpose: What needs the weights, as a verb: `trimtab export`.
+
+    Raises:
+        ModelError: They are not in torch.
+    """
+    if model.has_own_logits:
+        raise ModelError(
+            f"{model.ref} runs in an engine of its own, and {purpose} needs its weights in torch",
+            hint=f"give the file itself: {model.ref.partition(':')[2]}",
+        )
 
 
 def open_head(ref: str, *, dtype: Dtype = "auto", progress: Progress = silent) -> HFModel:

@@ -50,7 +50,7 @@ class EvaluateConfig(Config):
     adapter: Path
     """Adapter folder."""
     host: str
-    """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    """Host: hub name[@revision], folder, GGUF file, llamacpp:FILE.gguf, or tiny:NAME."""
     data: tuple[str, ...] = ()
     """Held-out domain text; it may be left out where there are tasks."""
     general: tuple[str, ...] = ()

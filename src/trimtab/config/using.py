@@ -21,7 +21,7 @@ class MountConfig(Config):
     adapter: Path
     """Adapter folder."""
     host: str
-    """Host: hub name[@revision], folder, GGUF file, or tiny:NAME."""
+    """Host: hub name[@revision], folder, GGUF file, llamacpp:FILE.gguf, or tiny:NAME."""
     carriers: tuple[CarrierName, ...] | None = None
     """Carriers to seat (default: all that the adapter has)."""
     ridge: float = Field(default=1e-3, gt=0)
@@ -70,8 +70,8 @@ class _Generation(Config):
     """What is generated, and how."""
 
     host: str
-    """Host: hub name[@revision], folder, GGUF file, tiny:NAME, or openai:MODEL and anthropic:MODEL
-    behind an API."""
+    """Host: hub name[@revision], folder, GGUF file, llamacpp:FILE.gguf (quantised, in llama.cpp),
+    tiny:NAME, or openai:MODEL and anthropic:MODEL behind an API."""
     prompt: tuple[str, ...] = Field(min_length=1)
     """Prompts; several are run as one batch."""
     adapter: Path | None = None

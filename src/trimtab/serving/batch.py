@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trimtab.backends.hf import HFModel
+from trimtab.backends.open import check_in_torch
 from trimtab.errors import ModelError
 
 SPARE_TOKENS = 64
@@ -25,8 +26,10 @@ def check_host(host: HFModel) -> None:
 
     Raises:
         ModelError: The host is an encoder-decoder, remembers more than keys and values (recurrent
-            layers), attends in chunks, or has positions that depend on the longest row.
+            layers), attends in chunks, has positions that depend on the longest row, or runs
+            outside torch.
     """
+    check_in_torch(host, "trimtab serve")
     config = host.model.config.get_text_config(decoder=True)
     found = None
     if host.is_encoder_decoder:

@@ -31,19 +31,26 @@ LEAST_LOGPROB = -60.0
 """Stands for the impossible: a finite number, which powers and differences leave a number."""
 
 
-def logits_in_chunks(unembedding: Unembeds, hidden: Tensor) -> Iterator[tuple[range, Tensor]]:
+def logits_in_chunks(
+    unembedding: Unembeds, hidden: Tensor, own: Tensor | None = None
+) -> Iterator[tuple[range, Tensor]]:
     """Logits of a few states at a time.
 
     Args:
         unembedding: From states to logits.
         hidden: Shape [states, hidden], on any device.
+        own: Their logits, where the model has computed them by itself, shape [states, vocab].
 
     Yields:
         Which states, at most CHUNK_ROWS, and their logits in float32, shape [few, vocab].
     """
     for start in range(0, len(hidden), LOGIT_ROWS):
-        block = hidden[start : start + LOGIT_ROWS].to(unembedding.device)
-        for place, logits in enumerate(unembedding.logits(block).float().split(CHUNK_ROWS)):
+        block = slice(start, start + LOGIT_ROWS)
+        if own is None:
+            computed = unembedding.logits(hidden[block].to(unembedding.device))
+        else:
+            computed = own[block]
+        for place, logits in enumerate(computed.float().split(CHUNK_ROWS)):
             first = start + place * CHUNK_ROWS
             yield range(first, first + len(logits)), logits
 

@@ -81,7 +81,7 @@ def score_document(
         context = host.context_ids()
         read = torch.tensor([context + ids[window.start : window.end]], device=host.device)
         with torch.inference_mode():
-            states = host.hidden(read, encoder_ids=read_source)[0]
+            said = host.read(read, encoder_ids=read_source, last=window.end - window.score_from + 1)
         skip = len(context) - window.start
         scored = range(window.score_from, window.end)
         is_whole = window.start == 0 and window.end == len(ids)
@@ -94,10 +94,11 @@ def score_document(
             lasts = [ids[position - 1] if position else None for position in ends]
             reading = steering.live.read(before, host_ids=seen, host_lasts=lasts)
             own = reading.own(len(scored)) if reads_own else None
-        hidden = states[scored.start - 1 + skip : scored.stop - 1 + skip]
+        hidden = said.hidden[0, scored.start - 1 + skip : scored.stop - 1 + skip]
+        logits_of = None if said.logits is None else said.logits[0, :-1]
         targets = torch.tensor(ids[scored.start : scored.stop])
         with torch.inference_mode():
-            for asked, logits in logits_in_chunks(host.unembedding, hidden):
+            for asked, logits in logits_in_chunks(host.unembedding, hidden, logits_of):
                 some = slice(asked.start, asked.stop)
                 questions = ((reading, asked),) if reading else ()
                 scorer.score(Rows(logits, hidden[some], before[some], questions), targets[some])

@@ -1,0 +1,270 @@
+"""A GGUF file in llama.cpp: tokens in, final hidden states and logits out, in one decode."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trimtab.backends.llamacpp.library import MAX_ROWS, last_words, library
+from trimtab.errors import InputError, ModelError
+
+OUTPUT_VALUES = 2**25
+"""Logits that one decode may leave behind: llama.cpp keeps those of every token whose state is
+asked for. 134 MB, and as much again for computing them."""
+
+MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 32, 512
+MIN_CONTEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Read:
+    """What llama.cpp makes of the new tokens of one row.
+
+    Attributes:
+        hidden: Final hidden states, shape [new tokens, hidden].
+        logits: Its own logits after the last of the new tokens, shape [asked, vocab].
+    """
+
+    hidden: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+
+@final
+class Engine:
+    """A model in llama.cpp, which keeps the keys and values of each row that it has read.
+
+    A caller says what a row has read, as tokens, and what is new. Whatever of that is not there
+    any more (rows were reordered, cut back, read for somebody else) is read again, so that no
+    answer depends on what was asked before.
+    """
+
+    def __init__(self, path: Path, *, in_float32: bool = False) -> None:
+        """Map a file into memory.
+
+        Args:
+            path: A GGUF file.
+            in_float32: Keep keys and values in float32, and attend without llama.cpp's fused
+                kernel, which rounds them to float16 whatever they are kept in. Products with
+                quantised weights are rounded all the same.
+
+        Raises:
+            MissingDependencyError: llama-cpp-python is not installed.
+            ModelError: llama.cpp cannot load the file.
+        """
+        self._lib = lib = library()
+        self._path = path
+        self._in_float32 = in_float32
+        params = lib.llama_model_default_params()
+        params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
+        self._model = _Model(lib, lib.llama_model_load_from_file(str(path).encode(), params))
+        model = self._model.handle
+        if not model:
+            raise ModelError(
+                f"llama.cpp cannot load {path}: {last_words()}",
+                hint=f"download the file again, or open it in torch: {path} without llamacpp:",
+            )
+        if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
+            raise ModelError(
+                f"{path} is no model that continues a text", hint="use a decoder-only model"
+            )
+        self.hidden_size = int(lib.llama_model_n_embd_out(model))
+        self.vocab_size = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
+        self.max_tokens = int(lib.llama_model_n_ctx_train(model))
+        fitting = OUTPUT_VALUES // self.vocab_size
+        self._batch_tokens = max(MIN_BATCH_TOKENS, min(fitting, MAX_BATCH_TOKENS))
+        self._batch = lib.llama_batch_init(self._batch_tokens, 0, 1)
+        weakref.finalize(self, lib.llama_batch_free, self._batch)
+        self._context: _Context | None = None
+
+    def read(
+        self,
+        past: Sequence[Sequence[int]],
+        new: Sequence[Sequence[int]],
+        *,
+        logits: int = 0,
+        room: int = 0,
+    ) -> list[Read]:
+        """Read new tokens of some rows.
+
+        Args:
+            past: Tokens that each row has read before.
+            new: Tokens that follow, of each row.
+            logits: How many of a row's last new tokens are answered with logits.
+            room: Tokens that a row is to have in the end, if that is known.
+
+        Raises:
+            InputError: A row is longer than the model's positions.
+            ModelError: There are more rows than llama.cpp keeps, or it fails.
+        """
+        context = self._ready(past, new, room)
+        hidden = [np.zeros((len(ids), self.hidden_size), np.float32) for ids in new]
+        kept = [min(logits, len(ids)) for ids in new]
+        own = [np.zeros((count, self.vocab_size), np.float32) for count in kept]
+        begins = [context.rewind(row, ids) for row, ids in enumerate(past)]
+        firsts = [len(ids) for ids in past]
+        ends = [first + len(ids) for first, ids in zip(firsts, new, strict=True)]
+        skipped = [end - count for end, count in zip(ends, kept, strict=True)]
+        for places in _batches([*map(_joined, past, new, begins)], begins, self._batch_tokens):
+            self._decode(context, places)
+            for number, place in enumerate(places):
+                if (offset := place.position - firsts[place.row]) >= 0:
+                    hidden[place.row][offset] = context.state(number, self.hidden_size)
+                if (offset := place.position - skipped[place.row]) >= 0:
+                    own[place.row][offset] = context.logits(number, self.vocab_size)
+        return [Read(*both) for both in zip(hidden, own, strict=True)]
+
+    def _decode(self, context: "_Context", places: Sequence["_Place"]) -> None:
+        batch = self._batch
+        batch.n_tokens = len(places)
+        for number, place in enumerate(places):
+            batch.token[number] = place.token_id
+            batch.pos[number] = place.position
+            batch.n_seq_id[number] = 1
+            batch.seq_id[number][0] = place.row
+            batch.logits[number] = 1
+        code = self._lib.llama_decode(context.handle, batch)
+        if code:
+            self._context = None
+            raise ModelError(
+                f"llama.cpp failed to read with {self._path} (code {code}): {last_words()}",
+                hint="give a shorter text or fewer prompts at once, if memory is short",
+            )
+        for place in places:
+            context.held[place.row].append(place.token_id)
+
+    def _ready(
+        self, past: Sequence[Sequence[int]], new: Sequence[Sequence[int]], room: int
+    ) -> "_Context":
+        """A context with room for these rows: the one that is there, or a larger one."""
+        longest = max((len(old) + len(ids) for old, ids in zip(past, new, strict=True)), default=0)
+        if self.max_tokens and longest > self.max_tokens:
+            raise InputError(
+                f"{self._path.name} is to read {longest} tokens and has positions for"
+                f" {self.max_tokens}",
+                hint="give a shorter text, or shorter windows",
+            )
+        if len(new) > MAX_ROWS:
+            raise ModelError(
+                f"llama.cpp was given {len(new)} rows at once and keeps {MAX_ROWS}",
+                hint="give fewer prompts at once",
+            )
+        found = self._context
+        if found is None or found.rows < len(new) or found.row_tokens < longest:
+            wanted = max(longest, room, MIN_CONTEXT_TOKENS)
+            tokens = 1 << (wanted - 1).bit_length()
+            # The old one goes first: both may not fit into memory.
+            self._context = found = None
+            found = self._new_context(len(new), min(tokens, self.max_tokens or tokens))
+            self._context = found
+        return found
+
+    def _new_context(self, rows: int, row_tokens: int) -> "_Context":
+        lib = self._lib
+        params = lib.llama_context_default_params()
+        params.n_seq_max, params.n_ctx = rows, rows * row_tokens
+        params.n_batch = params.n_ubatch = self._batch_tokens
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        if self._in_float32:
+            params.type_k = params.type_v = lib.GGML_TYPE_F32
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # States of every token, not one of a text.
+        params.embeddings, params.pooling_type = True, lib.LLAMA_POOLING_TYPE_NONE
+        handle = lib.llama_init_from_model(self._model.handle, params)
+        if not handle:
+            raise ModelError(
+                f"llama.cpp has no room for {rows} x {row_tokens} tokens of {self._path.name}:"
+                f" {last_words()}",
+                hint="give shorter texts or fewer prompts at once",
+            )
+        return _Context(self._model, handle, rows)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A token of a row to be read."""
+
+    row: int
+    position: int
+    token_id: int
+
+
+def _joined(past: Sequence[int], new: Sequence[int], begin: int) -> list[int]:
+    return [*past[begin:], *new]
+
+
+def _batches(
+    rows: Sequence[Sequence[int]], begins: Sequence[int], size: int
+) -> Iterator[list[_Place]]:
+    """All tokens of all rows, in the order of each row, some at a time."""
+    places = [
+        _Place(row, begin + offset, token_id)
+        for row, (ids, begin) in enumerate(zip(rows, begins, strict=True))
+        for offset, token_id in enumerate(ids)
+    ]
+    for first in range(0, len(places), size):
+        yield places[first : first + size]
+
+
+@final
+class _Model:
+    """A model in llama.cpp, freed when nothing refers to it any more."""
+
+    def __init__(self, lib: Any, handle: Any) -> None:
+        self.lib = lib
+        self.handle = handle
+        if handle:
+            weakref.finalize(self, lib.llama_model_free, handle)
+
+
+@final
+class _Context:
+    """Keys and values of some rows in llama.cpp, and the tokens that they are of."""
+
+    def __init__(self, model: _Model, handle: Any, rows: int) -> None:
+        self._lib = lib = model.lib
+        self.handle = handle
+        self.rows = rows
+        self.row_tokens = int(lib.llama_n_ctx_seq(handle))
+        self.held: list[list[int]] = [[] for _ in range(rows)]
+        weakref.finalize(self, _free_context, model, handle)
+
+    def rewind(self, row: int, past: Sequence[int]) -> int:
+        """Forget what of a row does not begin these tokens; how many of them are left."""
+        held = self.held[row]
+        shared = _shared(held, past)
+        memory = self._lib.llama_get_memory(self.handle)
+        # Asked even where nothing is to go: an interrupted decode may have left more than is held.
+        if not self._lib.llama_memory_seq_rm(memory, row, shared, -1):
+            # A recurrent state cannot go back.
+            self._lib.llama_memory_seq_rm(memory, row, -1, -1)
+            shared = 0
+        del held[shared:]
+        return shared
+
+    def state(self, place: int, size: int) -> NDArray[np.float32]:
+        """The state of a token of the last decode; the next one overwrites it."""
+        found = self._lib.llama_get_embeddings_ith(self.handle, place)
+        return np.ctypeslib.as_array(found, (size,))
+
+    def logits(self, place: int, size: int) -> NDArray[np.float32]:
+        """The logits after a token of the last decode; the next one overwrites them."""
+        found = self._lib.llama_get_logits_ith(self.handle, place)
+        return np.ctypeslib.as_array(found, (size,))
+
+
+def _free_context(model: _Model, handle: Any) -> None:
+    """Free a context while its model, which is given for that, is still there."""
+    model.lib.llama_free(handle)
+
+
+def _shared(held: Sequence[int], past: Sequence[int]) -> int:
+    """How many tokens two sequences begin alike with."""
+    if list(held[: len(past)]) == list(past):
+        return len(past)
+    pairs = enumerate(zip(held, past, strict=False))
+    return next((place for place, (ours, theirs) in pairs if ours != theirs), len(held))
