@@ -77,7 +77,8 @@ def generate(
         InputError: A prompt is empty or too long, a stop string is empty, or carriers are named
             without an adapter.
         AdapterError: The adapter is broken or lacks a carrier.
-        ModelError: The host cannot be opened, or has no chat template and is to chat.
+        ModelError: The host cannot be opened, has no chat template and is to chat, or reads the
+            padding that prompts of different lengths need.
     """
     _check_words(config)
     if is_hosted(config.host):
@@ -93,9 +94,7 @@ def generate(
     encode = chat_ids if config.chat else prompt_ids
     prompts = [encode(host, prompt) for prompt in config.prompt]
     limit = _new_tokens(host, prompts, config.max_new_tokens)
-    with quiet_transformers():
-        check_padding(host, prompts)
-    start_sec = time.monotonic()
+    check_padding(host, prompts)
     with (
         _ready(config, host, carriers, progress) as model,
         progress("generating (tokens)", limit) as advance,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from trimtab.backends.hf import HFModel
+from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.errors import ModelError
 
 PROBE_TOKENS = 4
@@ -36,7 +36,8 @@ def check_padding(host: HFModel, prompts: Sequence[Sequence[int]]) -> None:
         return
     probe = list(prompts[lengths.index(max(lengths))][: 2 * PROBE_TOKENS])
     few = probe[: len(probe) // 2]
-    steps = zip(_written(host, [few]), _written(host, [few, probe]), strict=True)
+    with quiet_transformers():
+        steps = zip(_written(host, [few]), _written(host, [few, probe]), strict=True)
     worst_nats = max(float(_apart_nats(alone[0], beside[0])) for alone, beside in steps)
     if worst_nats > TOLERANCE_NATS.get(host.unembedding.weight.dtype, HALF_TOLERANCE_NATS):
         raise ModelError(
