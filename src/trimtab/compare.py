@@ -20,7 +20,8 @@ from trimtab.comparing.figures import (
 )
 from trimtab.comparing.measure import memory_bytes
 from trimtab.comparing.page import page
-from trimtab.comparing.run import FOLDER, ORDER, in_order, run_method
+from trimtab.comparing.kept import FOLDER
+from trimtab.comparing.run import ORDER, in_order, run_method
 from trimtab.comparing.sizes import shape_of
 from trimtab.comparing.split import Split, split_data, write_split
 from trimtab.comparing.table import markdown, terminal_table, usd_per_million

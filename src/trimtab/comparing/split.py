@@ -56,9 +56,9 @@ def split_data(config: CompareConfig) -> Split:
     Raises:
         InputError: A text or a question cannot be read, or nothing is left to learn from.
     """
-    documents = read_documents(config.data)
+    documents = _plain(read_documents(config.data))
     if config.test:
-        train, test = documents, read_documents(config.test)
+        train, test = documents, _plain(read_documents(config.test))
     else:
         train, test = split_held_out(documents, config.test_share, config.seed)
     train = list(drop_near_duplicates(train, test).kept)
@@ -82,6 +82,17 @@ def split_data(config: CompareConfig) -> Split:
     )
 
 
+def _plain(documents: list[Document]) -> list[Document]:
+    for document in documents:
+        if document.source is not None:
+            raise InputError(
+                f"{document.name} has a source, and hosts that continue a text are compared:"
+                " none of them would read it",
+                hint="write source and target into one text, or as prompt and answer into --task",
+            )
+    return documents
+
+
 def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None]:
     if config.task is None:
         return (), None
@@ -100,7 +111,7 @@ def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None
 
 def _general(config: CompareConfig) -> tuple[dict[str, list[Document]], list[Document]]:
     """General text by kind, of which half is measured and half may be learnt from."""
-    texts = read_by_kind(config.general) or {"probe": probe_documents()}
+    texts = {kind: _plain(d) for kind, d in read_by_kind(config.general).items()} or {"probe": probe_documents()}
     measured: dict[str, list[Document]] = {}
     learnt: list[Document] = []
     for kind, documents in texts.items():
