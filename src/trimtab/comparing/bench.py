@@ -14,6 +14,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair, open_pair
 from trimtab.comparing import sizes
 from trimtab.comparing.budget import Budget
+from trimtab.comparing.kept import STEPS
 from trimtab.comparing.measure import watched
 from trimtab.comparing.split import TEST_NAME, TRAIN_NAME, Split, key_of
 from trimtab.comparing.values import Step
@@ -113,11 +114,12 @@ class Bench:
         path, kept = self._step_path(name), self._kept_step(name)
         if "step" in kept:
             return Step.model_validate(kept["step"])
-        before, started = float(kept.get("sec", 0.0)), time.perf_counter()
+        before, used_before = (float(kept.get(unit, 0.0)) for unit in ("sec", "cpu_sec"))
+        started, used = time.perf_counter() - before, time.process_time() - used_before
 
         def save() -> None:
-            took = before + time.perf_counter() - started
-            write_json(path, {"key": self._step_key(name), "sec": took})
+            took = {"sec": time.perf_counter() - started, "cpu_sec": time.process_time() - used}
+            write_json(path, {"key": self._step_key(name), **took})
 
         try:
             with watched() as watch:
@@ -127,6 +129,7 @@ class Bench:
             save()
             raise
         watch.sec += before
+        watch.cpu_sec += used_before
         done = watch.step(name, needed, serves_all_hosts=serves_all_hosts)
         write_json(path, {"key": self._step_key(name), "step": done.model_dump(mode="json")})
         return done
@@ -149,7 +152,7 @@ class Bench:
         return key_of(self._learnt_key, name)
 
     def _step_path(self, name: str) -> Path:
-        return self.folder / "steps" / f"{name}.json"
+        return self.folder / STEPS / f"{name}.json"
 
     @property
     def key(self) -> str:

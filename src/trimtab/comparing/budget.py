@@ -60,9 +60,14 @@ class Budget:
         self._started = self.clock()
 
     @property
+    def spent_sec(self) -> float:
+        """Seconds since the beginning."""
+        return self.clock() - self._started
+
+    @property
     def left_sec(self) -> float:
         """Seconds that are left, at least 0."""
-        return max(self.total_sec - (self.clock() - self._started), 0.0)
+        return max(self.total_sec - self.spent_sec, 0.0)
 
     def training_sec(self, needed: float) -> float:
         """Seconds that training is predicted to take: by training if some was measured.

@@ -10,7 +10,9 @@ from trimtab.comparing.values import MethodResult, Part, TextScore, Unfinished
 from trimtab.errors import InputError
 from trimtab.store.files import read_json, write_json
 
-FOLDER = "methods"
+FOLDER, STEPS = "methods", "steps"
+"""Folders of a comparison: what each method gave, and what each step took."""
+
 _UNFINISHED = ".unfinished.json"
 
 Read = TypeVar("Read", bound=Part)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from trimtab.comparing.figures import MethodFigures, advantage, pareto, quality, quality_of
+from trimtab.comparing.kept import FOLDER, STEPS
 from trimtab.comparing.table import body, notes
 from trimtab.comparing.words import METHOD_WORDS
 from trimtab.report.html import page_html, scroll_html, sentence_html, text_html
@@ -31,12 +32,9 @@ def page(
         _cost_section(rows),
         _loss_section(rows),
         _better_section(better),
+        _files_section(rows),
     ]
-    footer = (
-        "Written by Trimtab. The same figures for programs: comparison.json; every document’s and"
-        " question’s figures: the folder methods."
-    )
-    return page_html(title, parts, footer)
+    return page_html(title, parts, "Written by Trimtab.")
 
 
 def _table_section(rows: Sequence[MethodFigures], price: float | None) -> str:
@@ -106,4 +104,21 @@ def _better_section(better: Sequence[tuple[str, str, float]]) -> str:
     return (
         "<section><h2>Which is better than which</h2><p>Share of paired resamples in which a"
         f" method is ahead of the next one in rank.</p><ul>{lines}</ul></section>"
+    )
+
+
+def _files_section(rows: Sequence[MethodFigures]) -> str:
+    """Where each figure lies; files are named and not linked, since a page travels alone."""
+    lines = []
+    for row in rows:
+        steps = [f"{STEPS}/{step.name}.json" for step in row.result.steps if not step.is_estimated]
+        found = ", ".join(f"<code>{text_html(path)}</code>" for path in steps)
+        file = f"<code>{text_html(f'{FOLDER}/{row.name}.json')}</code>"
+        lines.append(f"<li>{file}{f', made by {found}' if found else ''}</li>")
+    return (
+        "<section><h2>Where the figures come from</h2><p>Each lies in a file of the comparison’s"
+        " folder: in <code>comparison.json</code> as it stands here, with its standard error; and"
+        " below it, by method, the nats and bytes of each document and the answer to each question"
+        " from which it follows, and the seconds, operations and memory of each step.</p>"
+        f"<ul>{''.join(lines)}</ul></section>"
     )

@@ -1,8 +1,11 @@
 """What a model, bare or steered, pays for texts, and what it answers to questions."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
 
 from trimtab.backends.hf import HFModel
 from trimtab.comparing.kept import Kept
@@ -16,7 +19,7 @@ from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
 from trimtab.steering.processor import steered_by
 from trimtab.steering.scoring import score_document
-from trimtab.types import Document, Progress, silent
+from trimtab.types import Advance, Document, Progress, silent
 
 TIMED_PROMPT_BYTES, TIMED_TOKENS = 240, 16
 """Of the generation that is timed."""
@@ -116,8 +119,7 @@ def _chosen(subject: Subject, question: Question) -> int:
 
 def _written(subject: Subject, question: Question) -> str:
     longest = max(8, 2 * len(subject.model.encode(question.answer)))
-    text, _ = _generated(subject, subject.before + question.prompt, longest, ("\n",))
-    return text.strip()
+    return _generated(subject, subject.before + question.prompt, longest, ("\n",)).strip()
 
 
 def _generated(
@@ -126,28 +128,44 @@ def _generated(
     limit: int,
     stop: tuple[str, ...] = (),
     progress: Progress = silent,
-) -> tuple[str, int]:
+) -> str:
     config = GenerateConfig(
         host=subject.model.ref, prompt=(prompt,), max_new_tokens=limit, stop=stop
     )
-    model, steering = subject.model, nullcontext()
-    if subject.steering is not None:
-        steering = steered_by(model, subject.mixture)
+    model = subject.model
+    steering = nullcontext() if subject.steering is None else steered_by(model, subject.mixture)
     with steering:
-        result = generate(config, host=model, progress=progress)
-    return result.texts[0], result.tokens[0]
+        return generate(config, host=model, progress=progress).texts[0]
 
 
 def timed_use(subject: Subject, text: str, progress: Progress) -> Use:
-    """Time one short generation that goes on from the beginning of a text."""
-    prompt = text[:TIMED_PROMPT_BYTES]
+    """Time one short generation that goes on from the beginning of a text.
+
+    The first token takes what the prompt takes; each further one the median of them, which a
+    moment of other work on the machine does not move.
+    """
+    prompt, ends = text[:TIMED_PROMPT_BYTES], list[float]()
+
+    @contextmanager
+    def timed(label: str, total: int) -> Iterator[Advance]:
+        with progress(label, total) as advance:
+
+            def told(units: int) -> None:
+                ends.append(time.perf_counter())
+                advance(units)
+
+            yield told
+
     with watched() as watch:
-        _, tokens = _generated(subject, subject.before + prompt, TIMED_TOKENS, progress=progress)
+        started = time.perf_counter()
+        _generated(subject, subject.before + prompt, TIMED_TOKENS, progress=timed)
     model = subject.model
     read = len(model.context_ids()) + len(model.encode(subject.before + prompt))
-    written = max(tokens, 1)
+    written = max(len(ends), 1)
+    steps = [after - before for before, after in pairwise(ends)]
+    first = ends[0] - started if ends else watch.sec
     return Use(
-        sec_per_token=watch.sec / written,
+        sec_per_token=(first + (written - 1) * median(steps or [0.0])) / written,
         prompt_tokens=read,
         answer_tokens=written,
         peak_bytes=watch.peak_bytes,

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trimtab.comparing.questions import Question, Task, read_questions
 from trimtab.config import CompareConfig
 from trimtab.errors import InputError
-from trimtab.store.files import sha256_bytes, sha256_file
+from trimtab.store.files import sha256_bytes, sha256_file, write_atomic
 from trimtab.text.corpus import (
     drop_near_duplicates,
     save_documents,
@@ -21,6 +21,7 @@ from trimtab.text.probe import probe_documents
 from trimtab.types import Document
 
 TRAIN_NAME, TEST_NAME = "train.jsonl", "test.jsonl"
+ASKED_NAME = "asked.jsonl"
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ def write_split(split: Split, folder: Path) -> None:
     save_documents(folder / TRAIN_NAME, split.train)
     save_documents(folder / TEST_NAME, split.test)
     save_documents(folder / "general.jsonl", split.general_train)
+    if split.task is not None:
+        lines = (json.dumps(asdict(q), ensure_ascii=False) for q in split.task.questions)
+        write_atomic(folder / ASKED_NAME, "".join(f"{line}\n" for line in lines).encode())
 
 
 def excerpts(

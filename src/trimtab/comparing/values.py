@@ -35,6 +35,7 @@ class Step(Part):
         name: What it is.
         flops: Floating-point operations, as `trimtab.costing` counts them.
         sec: Seconds of this machine by the clock.
+        cpu_sec: Processor-seconds of all threads; far below `sec` the machine did other work.
         peak_bytes: Greatest memory of the process during it; None where it was not run.
         is_estimated: Whether the seconds follow from measured throughput and were not taken.
         serves_all_hosts: Whether it is done once, whatever the number of hosts.
@@ -43,6 +44,7 @@ class Step(Part):
     name: str
     flops: float
     sec: float
+    cpu_sec: float | None = None
     peak_bytes: int | None = None
     is_estimated: bool = False
     serves_all_hosts: bool = False
@@ -52,7 +54,8 @@ class Use(Part):
     """What using a method costs.
 
     Attributes:
-        sec_per_token: Seconds of this machine for a generated token, prompt included.
+        sec_per_token: Seconds of this machine for a generated token, with its share of what the
+            prompt takes.
         prompt_tokens: Tokens of the prompt that was timed, with what the method adds to it.
         answer_tokens: Tokens that were generated.
         peak_bytes: Greatest memory of the process meanwhile.
