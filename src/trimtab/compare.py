@@ -37,6 +37,9 @@ from trimtab.store.files import lock, package_versions, refuse_others, write_ato
 from trimtab.types import Document, Progress, silent
 
 REPORT_NAME = "comparison.json"
+_NAMELESS = ("model", "train", "data", "text", "task")
+"""What files are called whose folder has the name."""
+
 RESERVE = 0.03
 """Share of the budget that is left for what shows no progress: opening models, the report."""
 
@@ -161,7 +164,7 @@ def _cut(
 
 def _write(found: CompareResult, bench: Bench) -> None:
     config, rows = bench.config, found.rows
-    title = f"Ways to adapt {config.host} to {Path(config.data[0]).name}"
+    title = f"Ways to adapt {_name(config.host)} to {_name((*config.data, str(config.task))[0])}"
     content = {
         "schema": SCHEMA,
         "config": config.model_dump(mode="json"),
@@ -187,6 +190,14 @@ def _write(found: CompareResult, bench: Bench) -> None:
     write_atomic(config.out / "comparison.md", text.encode())
     html = page(rows, title, found.verdict, found.better, config.price)
     write_atomic(config.out / "comparison.html", html.encode())
+
+
+def _name(ref: str) -> str:
+    """A model's or a text's name in a title: a file is called as its folder where that says more."""
+    path = Path(ref)
+    if path.stem in _NAMELESS and path.parent.name:
+        path = path.parent
+    return path.name if path.exists() else ref
 
 
 def _as_json(row: MethodFigures, bench: Bench) -> Mapping[str, Any]:

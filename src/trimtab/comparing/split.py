@@ -52,26 +52,21 @@ def split_data(config: CompareConfig) -> Split:
 
     Test documents are drawn by name and seed, unless --test names them; training documents that
     nearly repeat one are removed. Solved training questions are training text too, so that every
-    method that learns has seen them.
+    method that learns has seen them. Without text, the asked questions with their answers are
+    what is scored.
 
     Raises:
         InputError: A text or a question cannot be read, or nothing is left to learn from.
     """
-    documents = _plain(read_documents(config.data))
-    if config.test:
-        train, test = documents, _plain(read_documents(config.test))
-    else:
-        train, test = split_held_out(documents, config.test_share, config.seed)
+    examples, task = _questions(config)
+    train, test = _texts(config, task)
     train = list(drop_near_duplicates(train, test).kept)
+    train += _as_text(config, "learnt", examples)
     if not train:
         raise InputError(
             "every training document nearly repeats a test document",
             hint="give other text in --test, or more text",
         )
-    examples, task = _questions(config)
-    train += [
-        Document(f"{config.task}#{n}", f"{q.prompt}{q.answer}\n") for n, q in enumerate(examples)
-    ]
     general, general_train = _general(config)
     parts = [train, test, general_train, *general.values()]
     digest = hashlib.sha256("".join(map(sha256_of_documents, parts)).encode())
@@ -81,6 +76,21 @@ def split_data(config: CompareConfig) -> Split:
     return Split(
         tuple(train), tuple(test), kinds, tuple(general_train), examples, task, digest.hexdigest()
     )
+
+
+def _texts(config: CompareConfig, task: Task | None) -> tuple[list[Document], list[Document]]:
+    """Text to learn from besides solved questions, and text that is scored."""
+    documents = _plain(read_documents(config.data)) if config.data else []
+    if config.test:
+        return documents, _plain(read_documents(config.test))
+    if task is not None and not documents:
+        return [], _as_text(config, "asked", task.questions)
+    return split_held_out(documents, config.test_share, config.seed)
+
+
+def _as_text(config: CompareConfig, part: str, questions: Sequence[Question]) -> list[Document]:
+    name = f"{config.task}#{part}"
+    return [Document(f"{name}-{n}", f"{q.prompt}{q.answer}\n") for n, q in enumerate(questions)]
 
 
 def _plain(documents: list[Document]) -> list[Document]:
