@@ -1,4 +1,4 @@
-"""Write the task: `python -m bench.classify --out build/classify`, then
+"""Write the task: `python -m bench.classify --out build/classify`, then read it with compare.
 
 `trimtab compare --task build/classify/task.jsonl --small MODEL --host MODEL --out FOLDER`.
 """

@@ -106,8 +106,7 @@ def questions(found: Mapping[str, list[str]], each: int, *, seed: int) -> list[d
                 hint="ask for fewer of each, with --each",
             )
         lines += [
-            {"prompt": f"{text}\nField:", "answer": f" {label}"}
-            for text in rng.sample(texts, each)
+            {"prompt": f"{text}\nField:", "answer": f" {label}"} for text in rng.sample(texts, each)
         ]
     rng.shuffle(lines)
     return lines

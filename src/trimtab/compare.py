@@ -20,9 +20,9 @@ from trimtab.comparing.figures import (
     ranked,
     share_ahead,
 )
+from trimtab.comparing.kept import FOLDER, STEPS
 from trimtab.comparing.measure import memory_bytes
 from trimtab.comparing.page import page
-from trimtab.comparing.kept import FOLDER, STEPS
 from trimtab.comparing.run import ORDER, in_order, run_method
 from trimtab.comparing.sizes import shape_of
 from trimtab.comparing.split import ASKED_NAME, Split, split_data, write_split
@@ -193,7 +193,7 @@ def _write(found: CompareResult, bench: Bench) -> None:
 
 
 def _name(ref: str) -> str:
-    """A model's or a text's name in a title: a file is called as its folder where that says more."""
+    """A name for a title: that of the file, or of its folder where that says more."""
     path = Path(ref)
     if path.stem in _NAMELESS and path.parent.name:
         path = path.parent

@@ -154,9 +154,7 @@ def _steered(carriers: Sequence[CarrierName]) -> Callable[[Bench], Iterator[Made
 def _label_head(bench: Bench) -> Iterator[Made]:
     steps = _recorded(bench)
     estimate = estimates.label_head(bench)[-1]
-    fitted = _asked(
-        bench, "fitting", estimate, lambda: bench.fit_step(LABEL_ADAPTER, labels=True)
-    )
+    fitted = _asked(bench, "fitting", estimate, lambda: bench.fit_step(LABEL_ADAPTER, labels=True))
     steps += (fitted, bench.mount_step(LABEL_ADAPTER))
     mounted = bench.mounted(LABEL_ADAPTER)
     mixture = mixture_of(bench.host, mounted, ("head",), 1.0, None)

@@ -122,7 +122,9 @@ def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None
 
 def _general(config: CompareConfig) -> tuple[dict[str, list[Document]], list[Document]]:
     """General text by kind, of which half is measured and half may be learnt from."""
-    texts = {kind: _plain(d) for kind, d in read_by_kind(config.general).items()} or {"probe": probe_documents()}
+    texts = {kind: _plain(d) for kind, d in read_by_kind(config.general).items()} or {
+        "probe": probe_documents()
+    }
     measured: dict[str, list[Document]] = {}
     learnt: list[Document] = []
     for kind, documents in texts.items():

@@ -118,9 +118,7 @@ class SteeredLM(HFLM):
                 scores = score_answers(self._host, self._mixture, context, answers)
                 for number, score in zip(part, scores, strict=True):
                     found[number] = (float(score.logprobs.sum()), score.is_greedy)
-                    self.cache_hook.add_partial(
-                        "loglikelihood", requests[number][0], found[number]
-                    )
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return [found[number] for number in range(len(requests))]
 
     def _cut(self, context: Sequence[int], answer: Sequence[int]) -> tuple[list[int], list[int]]:
