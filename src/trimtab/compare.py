@@ -194,10 +194,12 @@ def _write(found: CompareResult, bench: Bench) -> None:
 
 def _name(ref: str) -> str:
     """A name for a title: that of the file, or of its folder where that says more."""
+    if ref.startswith("tiny:"):
+        return ref
     path = Path(ref)
-    if path.stem in _NAMELESS and path.parent.name:
+    if (path.stem in _NAMELESS or set(path.name) & set("*?[")) and path.parent.name:
         path = path.parent
-    return path.name if path.exists() else ref
+    return path.name
 
 
 def _as_json(row: MethodFigures, bench: Bench) -> Mapping[str, Any]:

@@ -92,6 +92,16 @@ class Bench:
         tokens = 0.9 * size * self.test_tokens / max(test, 1)
         return min(tokens, self.config.train_tokens or tokens) * self.config.epochs
 
+    @cached_property
+    def general_tokens(self) -> int:
+        """Host tokens of the general text that the adapter is told to leave alone."""
+        return sum(len(self.host.encode(document.text)) for document in self.split.general_train)
+
+    @property
+    def read_tokens(self) -> float:
+        """Tokens that are recorded, predicted: training text once, and general text."""
+        return self.train_tokens / self.config.epochs + self.general_tokens
+
     def guarded(self, work: str) -> Progress:
         """Progress of work that ends where the budget would not suffice for the rest of it."""
         return self.budget.guarded(self.progress, work)
@@ -242,9 +252,10 @@ class Bench:
         settings = FitConfig(recording=self.folder / "recording", out=self.folder / ADAPTER)
         shape = self.host_shape if labels else self.small_shape
         active = min(settings.active_tokens, shape.vocab)
-        positions = self.train_tokens / self.config.epochs
-        head = flops.HeadFit(positions, shape.hidden, active, settings.rank, settings.epochs)
-        read = positions * flops.hidden_flops(shape, 256) if labels else 0.0
+        head = flops.HeadFit(
+            self.read_tokens, shape.hidden, active, settings.rank, settings.epochs
+        )
+        read = self.read_tokens * flops.hidden_flops(shape, 256) if labels else 0.0
         return flops.head_fit_flops(head) + read
 
     def hidden_and_logits(self, token_ids: Sequence[int]) -> None:
@@ -278,8 +289,7 @@ class Bench:
     @property
     def mount_flops(self) -> float:
         """Operations of the host's pass over the adapter's general text."""
-        tokens = sum(len(self.host.encode(d.text)) for d in self.split.general_train)
-        return tokens * flops.hidden_flops(self.host_shape, 256)
+        return self.general_tokens * flops.hidden_flops(self.host_shape, 256)
 
     @contextmanager
     def tuned_model(self, name: str) -> Iterator[HFModel]:

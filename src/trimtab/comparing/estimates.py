@@ -36,8 +36,7 @@ def expert(bench: Bench) -> tuple[Step, ...]:
 
 def recorded(bench: Bench) -> tuple[Step, ...]:
     """Tuning the small model and recording it."""
-    tokens = bench.train_tokens / bench.config.epochs
-    needed = 2 * sizes.reading_flops(bench.small_shape, tokens, 512)
+    needed = 2 * sizes.reading_flops(bench.small_shape, bench.read_tokens, 512)
     return (*expert(bench), _read(bench, "record", needed, serves_all_hosts=True))
 
 

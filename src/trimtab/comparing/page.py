@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from trimtab.comparing.figures import MethodFigures, advantage, pareto, quality, quality_of
 from trimtab.comparing.kept import FOLDER, STEPS
-from trimtab.comparing.table import body, notes
+from trimtab.comparing.table import notes, parts
 from trimtab.comparing.words import METHOD_WORDS
 from trimtab.report.html import page_html, scroll_html, sentence_html, text_html
 from trimtab.report.plots import Point, scatter_svg
@@ -26,7 +26,7 @@ def page(
         better: Pairs of methods, the first ahead of the second in this share of resamples.
         price: US dollars for an hour of the machine, or None.
     """
-    parts = [
+    sections = [
         f'<p class="lead">{sentence_html(verdict)}</p>',
         _table_section(rows, price),
         _cost_section(rows),
@@ -34,26 +34,31 @@ def page(
         _better_section(better),
         _files_section(rows),
     ]
-    return page_html(title, parts, "Written by Trimtab.")
+    return page_html(title, sections, "Written by Trimtab.")
 
 
 def _table_section(rows: Sequence[MethodFigures], price: float | None) -> str:
-    names, lines = body(rows, price)
-    head = "".join(f'<th scope="col">{text_html(name)}</th>' for name in names)
-    parts = []
-    for line in lines:
-        words = METHOD_WORDS.get(line[0], "")
-        first = f'<th scope="row">{text_html(line[0])}<small>{text_html(words)}</small></th>'
-        rest = "".join(f"<td>{sentence_html(cell)}</td>" for cell in line[1:])
-        parts.append(f"<tr>{first}{rest}</tr>")
-    table = (
-        f'<table class="figures"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(parts)}</tbody></table>"
+    titles = ("What each method is worth", "What each method costs")
+    tables = (
+        f"<h2>{title}</h2>{scroll_html(_table(*part, with_words=title == titles[0]), title)}"
+        for title, part in zip(titles, parts(rows, price), strict=False)
     )
     said = "".join(f"<li>{text_html(note)}</li>" for note in notes(rows))
+    return f'<section>{"".join(tables)}<ul class="note">{said}</ul></section>'
+
+
+def _table(names: Sequence[str], lines: Sequence[Sequence[str]], *, with_words: bool) -> str:
+    head = "".join(f'<th scope="col">{text_html(name)}</th>' for name in names)
+    drawn = []
+    for line in lines:
+        words = METHOD_WORDS.get(line[0], "") if with_words else ""
+        small = f"<small>{text_html(words)}</small>" if words else ""
+        first = f'<th scope="row">{text_html(line[0])}{small}</th>'
+        rest = "".join(f"<td>{sentence_html(cell)}</td>" for cell in line[1:])
+        drawn.append(f"<tr>{first}{rest}</tr>")
     return (
-        f"<section><h2>All methods</h2>{scroll_html(table, 'All methods')}"
-        f'<ul class="note">{said}</ul></section>'
+        f'<table class="figures"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(drawn)}</tbody></table>"
     )
 
 

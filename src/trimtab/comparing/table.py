@@ -92,29 +92,40 @@ def notes(rows: Sequence[MethodFigures]) -> list[str]:
     return found
 
 
-def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
-    """Two tables for a terminal, what methods are worth and what they cost, with notes."""
+def parts(
+    rows: Sequence[MethodFigures], price: float | None
+) -> list[tuple[list[str], list[list[str]]]]:
+    """Two tables, what methods are worth and what they cost, each with the methods' names."""
     names, lines = body(rows, price)
     first_cost = next((n for n, name in enumerate(names) if name == _FIRST_COST), len(names))
     worth, costs = range(1, first_cost), range(first_cost, len(names))
-    parts = (_drawn(names, lines, [0, *chosen]) for chosen in (worth, costs) if chosen)
-    return "\n\n".join([*parts, "\n".join(f"  {note}" for note in notes(rows))])
+    return [
+        ([names[n] for n in (0, *chosen)], [[line[n] for n in (0, *chosen)] for line in lines])
+        for chosen in (worth, costs)
+        if chosen
+    ]
 
 
-def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]], chosen: Sequence[int]) -> str:
+def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
+    """Two tables for a terminal, what methods are worth and what they cost, with notes."""
+    drawn = (_drawn(names, lines) for names, lines in parts(rows, price))
+    return "\n\n".join([*drawn, "\n".join(f"  {note}" for note in notes(rows))])
+
+
+def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     drawn = Table(box=box.SIMPLE_HEAD)
-    for number in chosen:
-        drawn.add_column(names[number], justify="right" if number else "left", no_wrap=True)
+    for number, name in enumerate(names):
+        drawn.add_column(name, justify="right" if number else "left", no_wrap=True)
     for line in lines:
-        drawn.add_row(*(line[number] for number in chosen))
+        drawn.add_row(*line)
     return drawn_text(drawn, width=_WIDTH)
 
 
 def markdown(rows: Sequence[MethodFigures], title: str, verdict: str, price: float | None) -> str:
     """The comparison for a paper or a README."""
-    names, lines = body(rows, price)
-    table = [names, ["---", *["---:"] * (len(names) - 1)], *lines]
     text = [f"# {title}", "", verdict, ""]
-    text += ["| " + " | ".join(line) + " |" for line in table]
-    text += ["", *(f"* {note}" for note in notes(rows))]
+    for names, lines in parts(rows, price):
+        table = [names, ["---", *["---:"] * (len(names) - 1)], *lines]
+        text += [*("| " + " | ".join(line) + " |" for line in table), ""]
+    text += [f"* {note}" for note in notes(rows)]
     return "\n".join(text) + "\n"

@@ -42,6 +42,8 @@ _VARIABLES = {
 _WIDTH = 410
 _ROW = 24
 _GAP = 12
+_LINE, _LETTER = 13.0, 6.3
+"""Height of a line and width of a letter beside a point."""
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trimtab",
@@ -303,8 +305,6 @@ def scatter_svg(
                 color=_STEERED, ecolor=_MUTED, elinewidth=1,
                 markerfacecolor=_STEERED if point.is_filled else "none",
             )  # fmt: skip
-            words = {"textcoords": "offset points", "fontsize": 10.5, "parse_math": False}
-            axes.annotate(_plain(point.name), (x, point.y.mean), (7, 4), **words)
         if log_x:
             axes.set_xscale("log")
             front = sorted((p for p in points if p.is_filled), key=lambda p: p.x)
@@ -316,4 +316,28 @@ def scatter_svg(
         axes.set_xlabel(_plain(axes_names[0]))
         axes.set_ylabel(_plain(axes_names[1]))
         axes.margins(x=0.1, y=0.15)
+        _name_points(axes, [(p.name, max(p.x, least / 10) if log_x else p.x, p.y) for p in points])
         return _svg(figure, name)
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[str, float, Estimate]]) -> None:
+    """Write names beside points, from above; where two would meet, the lower one moves down."""
+    # Asking for the limits settles them, and with them where points lie.
+    axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float, float]] = []
+    places = [(axes.transData.transform((x, y.mean)), name, (x, y.mean)) for name, x, y in points]
+    for (left, height), name, point in sorted(places, key=lambda place: -place[0][1]):
+        right, level = left + 7 + _LETTER * len(name), height + 4
+        while met := [
+            other
+            for start, end, other in taken
+            if start < right and left < end and abs(other - level) < _LINE
+        ]:
+            level = min(met) - _LINE
+        taken.append((left, right, level))
+        line = {"arrowstyle": "-", "color": _RULE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
+        axes.annotate(
+            _plain(name), point, (7, level - height), textcoords="offset points", fontsize=10.5,
+            va="center_baseline", parse_math=False,
+            arrowprops=line if height + 4 - level > _LINE else None,
+        )  # fmt: skip
