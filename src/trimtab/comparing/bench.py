@@ -252,9 +252,7 @@ class Bench:
         settings = FitConfig(recording=self.folder / "recording", out=self.folder / ADAPTER)
         shape = self.host_shape if labels else self.small_shape
         active = min(settings.active_tokens, shape.vocab)
-        head = flops.HeadFit(
-            self.read_tokens, shape.hidden, active, settings.rank, settings.epochs
-        )
+        head = flops.HeadFit(self.read_tokens, shape.hidden, active, settings.rank, settings.epochs)
         read = self.read_tokens * flops.hidden_flops(shape, 256) if labels else 0.0
         return flops.head_fit_flops(head) + read
 

@@ -6,6 +6,7 @@ from trimtab.comparing.figures import MethodFigures, advantage, pareto, quality,
 from trimtab.comparing.kept import FOLDER, STEPS
 from trimtab.comparing.table import notes, parts
 from trimtab.comparing.words import METHOD_WORDS
+from trimtab.metrics import Estimate
 from trimtab.report.html import page_html, scroll_html, sentence_html, text_html
 from trimtab.report.plots import Point, scatter_svg
 
@@ -66,7 +67,7 @@ def _cost_section(rows: Sequence[MethodFigures]) -> str:
     by = quality(rows)
     front = pareto(rows, by, lambda row: row.result.sec)
     points = [
-        Point(row.name, row.result.sec, value, row.name in front)
+        Point(row.name, row.result.sec, Estimate(value.mean, _error(row, by)), row.name in front)
         for row in rows
         if (value := quality_of(row, by)) is not None
     ]
@@ -77,8 +78,15 @@ def _cost_section(rows: Sequence[MethodFigures]) -> str:
         "<section><h2>Quality against cost</h2><figure class='plot'>"
         f'<div role="img" aria-label="{text_html(alt)}">{drawn}</div>'
         f"<figcaption>{words} Filled points are the Pareto front: no other method is better at no"
-        " greater cost. Bars: one standard error.</figcaption></figure></section>"
+        " greater cost. Bars: one standard error of the difference from the bare host.</figcaption>"
+        "</figure></section>"
     )
+
+
+def _error(row: MethodFigures, by: str) -> float:
+    """Of the paired difference from the bare host, which itself has none."""
+    change = row.domain_change if by == "bits per byte" else row.task_change.get(by)
+    return 0.0 if change is None else change.stderr
 
 
 def _loss_section(rows: Sequence[MethodFigures]) -> str:

@@ -19,7 +19,7 @@ _FIRST_COST = "training FLOPs"
 
 def headings(tasks: Sequence[str], price: float | None) -> list[str]:
     """Names of the columns; those of a task stand where there is one."""
-    cost = "$ 1M tokens" if price else "sec 1M tokens"
+    cost = "$ 1M tokens" if price else "1M tokens"
     return [
         *("method", "domain bits/byte", "against host", *tasks, "general against host"),
         *(_FIRST_COST, "device-seconds", "peak memory", "artefact", cost, "another host"),
@@ -57,7 +57,7 @@ def _use(row: MethodFigures, price: float | None) -> str:
     if row.result.use is None:
         return ""
     usd = usd_per_million(row, price)
-    return f"{row.result.use.sec_per_token * 1e6:.2g}" if usd is None else f"{usd:.2f}"
+    return duration(row.result.use.sec_per_token * 1e6) if usd is None else f"{usd:.2f}"
 
 
 def _figure(value: Estimate | None) -> str:

@@ -159,4 +159,7 @@ def _not_run(rows: Sequence[MethodFigures]) -> str:
     names = [row.name for row in rows if row.result.status == "estimated"]
     if not names:
         return ""
-    return f"Not measured, for the reasons below the tables: {', '.join(names)}."
+    return (
+        "Not measured, for the reasons below the tables, and no part of this choice:"
+        f" {', '.join(names)}."
+    )
