@@ -110,7 +110,10 @@ def test_every_method_is_measured_or_says_why_not(
         if row.domain is not None and name != "zero-shot":
             assert row.domain_change and row.general_change and row.domain_change.stderr > 0
     assert rows["trimtab"].result.artefact_bytes and rows["lora"].result.artefact_bytes
-    assert [step.name for step in rows["trimtab"].result.steps][-1] == "mount domain.adapter"
+    steps = {name: [step.name for step in row.result.steps] for name, row in rows.items()}
+    assert steps["trimtab"][:2] == steps["live"] == steps["label-head"][:2]
+    assert steps["trimtab"][2:] == ["fit domain.adapter", "mount domain.adapter"]
+    assert steps["label-head"][2:] == ["fit label-head.adapter", "mount label-head.adapter"]
     assert min(rows[name].result.flops for name in ("lora", "expert", "full", "trimtab")) > 0
     # The tuned small model's first step is one step, whose time all that use it share.
     assert rows["live"].result.steps[0] == rows["expert"].result.steps[0]

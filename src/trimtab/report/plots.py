@@ -328,8 +328,9 @@ def scatter_svg(
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, Estimate]]) -> None:
     """Write names beside points, from above; where two would meet, the lower one moves down."""
-    # Asking for the limits settles them, and with them where points lie.
-    axes.get_xlim(), axes.get_ylim()
+    # Limits that could still move would move the points, and not the names.
+    axes.set_xlim(axes.get_xlim())
+    axes.set_ylim(axes.get_ylim())
     taken: list[tuple[float, float, float]] = []
     places = [(axes.transData.transform((x, y.mean)), name, (x, y.mean)) for name, x, y in points]
     for (left, height), name, point in sorted(places, key=lambda place: -place[0][1]):
