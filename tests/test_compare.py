@@ -395,17 +395,22 @@ def test_a_killed_comparison_goes_on(
     words += ["--few-shot-tokens", "24", "--examples", "2", "--train-window-tokens", "64"]
     words += ["--general", *config.general, "--dtype", "float32", "--out", str(config.out)]
     with emptied(config.out) as aside:
-        begun = config.out / "methods" / "few-shot.unfinished.json"
+        result = config.out / "methods" / "zero-shot.json"
+        begun = result.with_suffix(".unfinished.json")
         killed = subprocess.Popen(words, stderr=subprocess.DEVNULL)
         while not begun.is_file() and killed.poll() is None:
             time.sleep(0.01)
         killed.kill()
         assert killed.wait() == -signal.SIGKILL
-        kept = json.loads(begun.read_text())["texts"][""]
+        # On a busy machine the method may have come to its end before the signal came.
+        if begun.is_file():
+            kept = json.loads(begun.read_text())["texts"][""]
+        else:
+            kept = json.loads(result.read_text())["domain"]
         compare(config)
         whole = figures(aside)
         assert figures(config.out) == {name: whole[name] for name in ("zero-shot", "few-shot")}
-        ours = json.loads((config.out / "methods" / "few-shot.json").read_text())
+        ours = json.loads(result.read_text())
         assert kept and ours["domain"][: len(kept)] == kept
 
 
