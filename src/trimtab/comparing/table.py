@@ -14,6 +14,8 @@ ESTIMATED = "~"
 """Before a figure that follows from measured throughput instead of a clock."""
 
 _WIDTH = 120
+_BUSY = 0.7
+"""Share of the clock's seconds under which processors waited."""
 _FIRST_COST = "training FLOPs"
 
 
@@ -87,6 +89,7 @@ def notes(rows: Sequence[MethodFigures]) -> list[str]:
     """Why methods were not run, how the others were, and what the mark means."""
     found = [f"{row.name}: {row.result.reason}" for row in rows if row.result.reason]
     found += [f"{row.name}: {row.result.note}" for row in rows if row.result.note]
+    found += [note for row in rows if (note := _waited(row))]
     if any(row.result.is_sec_estimated for row in rows):
         found.insert(0, f"{ESTIMATED} estimated from the throughput that was measured here")
     return found
@@ -104,6 +107,18 @@ def parts(
         for chosen in (worth, costs)
         if chosen
     ]
+
+
+def _waited(row: MethodFigures) -> str:
+    """How much longer than the processors worked a method took; "" where that was the same."""
+    taken = [step for step in row.result.steps if step.cpu_sec is not None]
+    sec, cpu_sec = sum(step.sec for step in taken), sum(step.cpu_sec or 0.0 for step in taken)
+    if cpu_sec > _BUSY * sec or sec < 1:
+        return ""
+    return (
+        f"{row.name}: {duration(sec)} by the clock, {duration(cpu_sec)} of processors: the machine"
+        " did other work meanwhile, or waited for its accelerator"
+    )
 
 
 def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
