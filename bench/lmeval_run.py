@@ -50,7 +50,7 @@ def main() -> None:
     found = evaluate(config, host=host, is_named=True, progress=display.progress)
     assert found.tasks is not None
     kept = json.loads((config.out / "tasks" / "host.json").read_text())["tasks"]
-    own = {path.stem: _harness(host, path) for path in paths}
+    own = _harness(host, paths)
     value = {
         "host": Path(given.host).parent.name,
         "adapter": read_manifest(given.adapter).name,
@@ -73,21 +73,28 @@ def main() -> None:
     print({name: value[name] for name in ("lm_eval", "same_answers_as_lm_eval")})
 
 
-def _harness(host: HFModel, task: Path) -> tuple[dict[str, float], list[Any]]:
-    """What lm-eval's own model of transformers hosts gives, with every answer."""
+def _harness(host: HFModel, paths: list[Path]) -> dict[str, tuple[dict[str, float], list[Any]]]:
+    """What lm-eval's own model of transformers hosts gives, with every answer, by task.
+
+    All tasks at once, as `evaluate` asks them: in other batches sums are rounded otherwise.
+    """
     found = evaluator.simple_evaluate(
         model=HFLM(pretrained=host.model, tokenizer=host.tokenizer, batch_size=8),
-        tasks=[dict(read_task(task).config)],
+        tasks=[dict(read_task(path).config) for path in paths],
         task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=1_000,
     )
     assert found
+    return {path.stem: _answered(found, path.stem) for path in paths}
+
+
+def _answered(found: Any, task: str) -> tuple[dict[str, float], list[Any]]:
     figures = {
         name: value
-        for name, value in found["results"][task.stem].items()
+        for name, value in found["results"][task].items()
         if isinstance(value, int | float)
     }
-    samples = found["samples"][task.stem]
+    samples = found["samples"][task]
     return figures, [[list(one) for one in sample["filtered_resps"]] for sample in samples]
 
 
