@@ -3,7 +3,14 @@
 import itertools
 import json
 import random
-from dataclasses import replace
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +34,7 @@ from trimtab.config import CompareConfig, EvaluateConfig
 from trimtab.costing.flops import lora_params, lora_training_flops
 from trimtab.errors import InputError
 from trimtab.evaluate import evaluate
+from trimtab.types import Advance
 
 SMALL, HOST = "tiny:llama?hidden=32", "tiny:qwen3?vocab=bpe&hidden=32"
 WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
@@ -102,7 +110,10 @@ def test_every_method_is_measured_or_says_why_not(
         if row.domain is not None and name != "zero-shot":
             assert row.domain_change and row.general_change and row.domain_change.stderr > 0
     assert rows["trimtab"].result.artefact_bytes and rows["lora"].result.artefact_bytes
-    assert [step.name for step in rows["trimtab"].result.steps][-1] == "mount domain.adapter"
+    steps = {name: [step.name for step in row.result.steps] for name, row in rows.items()}
+    assert steps["trimtab"][:2] == steps["live"] == steps["label-head"][:2]
+    assert steps["trimtab"][2:] == ["fit domain.adapter", "mount domain.adapter"]
+    assert steps["label-head"][2:] == ["fit label-head.adapter", "mount label-head.adapter"]
     assert min(rows[name].result.flops for name in ("lora", "expert", "full", "trimtab")) > 0
     # The tuned small model's first step is one step, whose time all that use it share.
     assert rows["live"].result.steps[0] == rows["expert"].result.steps[0]
@@ -283,10 +294,186 @@ def test_durations_and_budgets() -> None:
         budget.ask_for("much", 90)
     with pytest.raises(NotRun, match=r"6\.0 GB of memory, and 5\.0 GB"):
         budget.ask_for_memory("it", 6e9)
-    told = replace(budget, total_sec=1000).guard("it")
-    told(0.5)
-    with pytest.raises(NotRun, match="the rest of it"):
-        told(0.01)
+
+
+def test_work_ends_when_its_pace_would_outlast_the_budget() -> None:
+    now = [0.0]
+    budget = Budget(100, 5e9, clock=lambda: now[0])
+    seen: list[int] = []
+
+    @contextmanager
+    def shown(label: str, total: int) -> Iterator[Advance]:
+        assert (label, total) == ("reading", 100)
+        yield seen.append
+
+    guarded = budget.guarded(shown, "reading it")
+    with guarded("reading", 100) as advance:
+        # What an earlier run has done is told at once, and says nothing of the pace.
+        for sec, units in ((0, 40), (10, 10), (20, 10), (30, 20)):
+            now[0] = sec
+            advance(units)
+    assert seen == [40, 10, 10, 20]
+    with (
+        pytest.raises(NotRun, match="the rest of reading it would take about 58 s, and 50 s of"),
+        guarded("reading", 100) as advance,
+    ):
+        advance(10)
+        now[0] = 50
+        advance(23)
+    with pytest.raises(NotRun, match="no time"), guarded("reading", 100) as advance:
+        now[0] = 100
+        advance(99)
+    # The last unit is never too late, and nothing begins after the end.
+    now[0] = 0
+    with guarded("reading", 100) as advance:
+        now[0] = 101
+        advance(100)
+    with pytest.raises(NotRun, match="no time"), guarded("reading", 100):
+        raise AssertionError("it began")
+
+
+def figures(folder: Path) -> dict[str, object]:
+    """What a comparison found, without what its clock and its memory meter said."""
+    told = json.loads((folder / "comparison.json").read_text())
+    names = ("status", "domain_bits_per_byte", "general_bits_per_byte", "task", "training_flops")
+    return {name: [row[n] for n in names] for name, row in told["methods"].items()}
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """Make room in a folder's place: what tune holds out follows from names, and so from it."""
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(folder)
+        aside.rename(folder)
+
+
+def test_an_interrupted_comparison_finds_the_same(
+    run: tuple[CompareConfig, CompareResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(run[0].out.parent / "home"))
+    config = run[0].model_copy(update={"methods": ("trimtab", "lora")})
+    left = 0
+
+    @contextmanager
+    def broken(label: str, total: int) -> Iterator[Advance]:
+        def advance(units: int) -> None:
+            nonlocal left
+            left -= bool(units)
+            if left < 0:
+                raise KeyboardInterrupt
+
+        del label, total
+        yield advance
+
+    with emptied(config.out) as aside:
+        tries = 0
+        for tries in range(1, 20):
+            left = 20 * tries
+            try:
+                compare(config, progress=broken)
+                break
+            except KeyboardInterrupt:
+                continue
+        assert tries > 3
+        whole, names = figures(aside), ("zero-shot", "trimtab", "lora")
+        assert figures(config.out) == {name: whole[name] for name in names}
+        assert not list((config.out / "methods").glob("*unfinished*"))
+
+
+def test_a_killed_comparison_goes_on(
+    run: tuple[CompareConfig, CompareResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(run[0].out.parent / "home"))
+    config = run[0].model_copy(update={"methods": ("few-shot",)})
+    words = [sys.executable, "-m", "trimtab", "compare", *config.data, "--methods", "few-shot"]
+    for name in ("small", "host", "task", "test_tokens", "window_tokens", "context_tokens"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    words += ["--few-shot-tokens", "24", "--examples", "2", "--train-window-tokens", "64"]
+    words += ["--general", *config.general, "--dtype", "float32", "--out", str(config.out)]
+    with emptied(config.out) as aside:
+        result = config.out / "methods" / "zero-shot.json"
+        begun = result.with_suffix(".unfinished.json")
+        killed = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        while not begun.is_file() and killed.poll() is None:
+            time.sleep(0.01)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+        # On a busy machine the method may have come to its end before the signal came.
+        if begun.is_file():
+            kept = json.loads(begun.read_text())["texts"][""]
+        else:
+            kept = json.loads(result.read_text())["domain"]
+        compare(config)
+        whole = figures(aside)
+        assert figures(config.out) == {name: whole[name] for name in ("zero-shot", "few-shot")}
+        ours = json.loads(result.read_text())
+        assert kept and ours["domain"][: len(kept)] == kept
+
+
+def test_what_outlasts_the_budget_is_gone_on_with(
+    run: tuple[CompareConfig, CompareResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(run[0].out.parent / "home"))
+    shutil.copytree(run[0].out, tmp_path / "out")
+    path = tmp_path / "out" / "methods" / "lora.json"
+    result = json.loads(path.read_text())
+    config = run[0].model_copy(update={"out": tmp_path / "out", "methods": ("lora",)})
+    part = {"texts": {"": result["domain"][:1]}, "answers": [], "key": result["key"]}
+    (path.parent / "lora.unfinished.json").write_text(json.dumps(part))
+    path.unlink()
+    short = config.model_copy(update={"budget": "0.01s"})
+    found = {row.name: row for row in compare(short).rows}["lora"].result
+    assert found.status == "estimated" and "budget" in found.reason
+    # The training is done: what it took is known, and is not estimated.
+    assert found.sec == MethodResult.model_validate(result).sec and not found.is_sec_estimated
+    # What is missing is the timing alone: a short budget does not undo what was measured.
+    path.write_text(json.dumps({**result, "use": None, "reason": "its use was not timed"}))
+    assert {row.name: row for row in compare(short).rows}["lora"].result.status == "measured"
+    whole = {row.name: row for row in compare(config).rows}["lora"].result
+    assert whole.use and not whole.reason and whole.domain == run[1].rows[5].result.domain
+
+
+def test_every_figure_follows_from_the_files(run: tuple[CompareConfig, CompareResult]) -> None:
+    folder = run[0].out
+    told = json.loads((folder / "comparison.json").read_text())
+    lines = (folder / told["data"]["asked"]).read_text().splitlines()
+    asked = [json.loads(line) for line in lines]
+    classes = tuple(asked[0]["choices"])
+    task = Task("classes", tuple(Question(q["prompt"], q["answer"], classes) for q in asked))
+    results = [
+        MethodResult.model_validate_json((folder / told["methods"][name]["file"]).read_text())
+        for name in ORDER
+    ]
+    rows = {row.name: row for row in figures_of(results, task, seed=0)}
+    for name, row in told["methods"].items():
+        ours = rows[name]
+        assert (ours.domain and asdict(ours.domain)) == row["domain_bits_per_byte"]
+        assert {n: asdict(value) for n, value in ours.task.items()} == row["task"]
+        steps = [json.loads((folder / path).read_text())["step"] for path in row["step_files"]]
+        assert steps == row["steps"] or name in ("qlora", "embeddings")
+        if row["domain_bits_per_byte"]:
+            nats = sum(text.nats for text in ours.result.domain)
+            size = sum(text.bytes for text in ours.result.domain)
+            assert row["domain_bits_per_byte"]["mean"] == pytest.approx(nats / size / np.log(2))
+            assert len(ours.result.domain) == len(told["data"]["scored"]["domain"])
+    assert verdict(list(rows.values()), task) == told["verdict"]
+    page = (folder / "comparison.html").read_text()
+    assert all(row["file"] in page for row in told["methods"].values())
+
+
+def test_text_with_a_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    config = write_data(tmp_path)
+    pair = json.dumps({"source": "Das Ruder.", "target": "The rudder turns the keel."})
+    (tmp_path / "pairs.jsonl").write_text(f"{pair}\n" * 3)
+    for name in ("data", "test", "general"):
+        wrong = config.model_copy(update={name: (str(tmp_path / "pairs.jsonl"),)})
+        with pytest.raises(InputError, match="has a source"):
+            compare(wrong)
 
 
 def test_questions_are_read_and_wrong_lines_named(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from trimtab.steering.answers import score_answers, score_text
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.processor import mixture_of, steered
 from trimtab.steering.scoring import score_document
+from trimtab.types import Advance
 
 __all__ = ["adapter", "host", "live", "mounted"]
 ALL: tuple[CarrierName, ...] = ("head", "memory", "expert")
@@ -199,6 +202,38 @@ def test_other_rows_and_kinds_of_tasks(row: str, adapter: Path, tmp_path: Path) 
     figures = json.loads((tmp_path / "out" / "tasks.json").read_text())["figures"]
     assert {figure["task"] for figure in figures} == {"texts", "words"}
     assert {figure["row"] for figure in figures} == {"host", row}
+
+
+@needs_harness
+@pytest.mark.parametrize("carriers", [(), ("head", "memory")])
+def test_progress_is_told_request_by_request(
+    carriers: tuple[CarrierName, ...], host: HFModel, mounted: Mounted
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    from trimtab.lmeval.model import SteeredLM
+
+    told: dict[str, list[int]] = {}
+
+    @contextmanager
+    def shown(label: str, total: int) -> Iterator[Advance]:
+        del total
+        told[label] = []
+        yield told[label].append
+
+    def asked(kind: str, *arguments: object) -> Any:
+        return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+    mixture = mixture_of(host, mounted, carriers, 1.0, None) if carriers else None
+    model = SteeredLM(host, mixture, batch_size=2, progress=shown)
+    choices = [asked("loglikelihood", "The keel", f" {word}") for word in WORDS[:4]]
+    assert len(model.loglikelihood([*choices, choices[0]])) == 5
+    texts = [asked("loglikelihood_rolling", domain_text(n)[:40]) for n in range(2)]
+    assert len(model.loglikelihood_rolling(texts)) == 2
+    stops = {"until": ["\n"], "max_gen_toks": 3}
+    written = [asked("generate_until", f"The {word}", stops) for word in WORDS[:3]]
+    assert len(model.generate_until(written)) == 3
+    assert told == {"answers": [1] * 5, "texts": [1] * 2, "continuations": [1] * 3}
 
 
 def test_a_task_that_brings_code_or_a_hub_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.comparing.bench import Bench
@@ -18,11 +20,12 @@ from trimtab.comparing.figures import (
     ranked,
     share_ahead,
 )
+from trimtab.comparing.kept import FOLDER, STEPS
 from trimtab.comparing.measure import memory_bytes
 from trimtab.comparing.page import page
-from trimtab.comparing.run import FOLDER, ORDER, in_order, run_method
+from trimtab.comparing.run import ORDER, in_order, run_method
 from trimtab.comparing.sizes import shape_of
-from trimtab.comparing.split import Split, split_data, write_split
+from trimtab.comparing.split import ASKED_NAME, Split, split_data, write_split
 from trimtab.comparing.table import markdown, terminal_table, usd_per_million
 from trimtab.comparing.values import SCHEMA
 from trimtab.comparing.words import verdict
@@ -34,6 +37,11 @@ from trimtab.store.files import lock, package_versions, refuse_others, write_ato
 from trimtab.types import Document, Progress, silent
 
 REPORT_NAME = "comparison.json"
+_NAMELESS = ("model", "train", "data", "text", "task")
+"""What files are called whose folder has the name."""
+
+RESERVE = 0.03
+"""Share of the budget that is left for what shows no progress: opening models, the report."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +116,13 @@ def compare(config: CompareConfig, *, progress: Progress = silent) -> CompareRes
 def _budget(config: CompareConfig) -> Budget:
     free = memory_bytes() if config.memory_gb is None else config.memory_gb * 1e9
     try:
-        return Budget(seconds_of(config.budget), free)
+        return Budget(seconds_of(config.budget) * (1 - RESERVE), free)
     except ValueError as error:
         raise InputError(f"--budget {config.budget}: {error}", hint="for example 20min") from error
 
 
 def _check_out(out: Path) -> None:
-    ours = {REPORT_NAME, "data", FOLDER, "steps"}
+    ours = {REPORT_NAME, "data", FOLDER, STEPS}
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if not ours & set(others):
         refuse_others(out, others, "comparison")
@@ -156,7 +164,7 @@ def _cut(
 
 def _write(found: CompareResult, bench: Bench) -> None:
     config, rows = bench.config, found.rows
-    title = f"Ways to adapt {config.host} to {Path(config.data[0]).name}"
+    title = f"Ways to adapt {_name(config.host)} to {_name((*config.data, str(config.task))[0])}"
     content = {
         "schema": SCHEMA,
         "config": config.model_dump(mode="json"),
@@ -164,14 +172,18 @@ def _write(found: CompareResult, bench: Bench) -> None:
         "data": {
             "sha256": bench.split.sha256,
             "train_documents": len(bench.split.train),
-            "test_documents": {kind or "domain": len(d) for kind, d in bench.texts.items()},
+            "scored": {kind or "domain": [d.name for d in ds] for kind, ds in bench.texts.items()},
+            "scored_tokens": bench.test_tokens,
             "questions": len(bench.split.task.questions) if bench.split.task else 0,
+            "asked": f"data/{ASKED_NAME}" if bench.split.task else None,
         },
+        "this_run_sec": bench.budget.spent_sec,
+        "threads": torch.get_num_threads(),
         "verdict": found.verdict,
         "ranked_by": quality(rows),
         "better": [list(pair) for pair in found.better],
         "pareto": sorted(pareto(rows, quality(rows), lambda row: row.result.sec)),
-        "methods": {row.name: _as_json(row, config.price) for row in rows},
+        "methods": {row.name: _as_json(row, bench) for row in rows},
     }
     write_json(config.out / REPORT_NAME, content)
     text = markdown(rows, title, found.verdict, config.price)
@@ -180,8 +192,19 @@ def _write(found: CompareResult, bench: Bench) -> None:
     write_atomic(config.out / "comparison.html", html.encode())
 
 
-def _as_json(row: MethodFigures, price: float | None) -> Mapping[str, Any]:
+def _name(ref: str) -> str:
+    """A name for a title: that of the file, or of its folder where that says more."""
+    if ref.startswith("tiny:"):
+        return ref
+    path = Path(ref)
+    if (path.stem in _NAMELESS or set(path.name) & set("*?[")) and path.parent.name:
+        path = path.parent
+    return path.name
+
+
+def _as_json(row: MethodFigures, bench: Bench) -> Mapping[str, Any]:
     result = row.result
+    taken = [step.name for step in result.steps if bench.done(step.name)]
     return {
         "status": result.status,
         "reason": result.reason,
@@ -199,9 +222,10 @@ def _as_json(row: MethodFigures, price: float | None) -> Mapping[str, Any]:
         "peak_bytes": result.peak_bytes,
         "artefact_bytes": result.artefact_bytes,
         "use": result.use.model_dump(mode="json") if result.use else None,
-        "usd_per_million_tokens": usd_per_million(row, price),
+        "usd_per_million_tokens": usd_per_million(row, bench.config.price),
         "further_hosts": result.further_hosts,
         "file": f"{FOLDER}/{row.name}.json",
+        "step_files": [f"{STEPS}/{name}.json" for name in taken],
     }
 
 

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair, open_pair
 from trimtab.comparing import sizes
 from trimtab.comparing.budget import Budget
+from trimtab.comparing.kept import STEPS
 from trimtab.comparing.measure import watched
 from trimtab.comparing.split import TEST_NAME, TRAIN_NAME, Split, key_of
 from trimtab.comparing.values import Step
@@ -27,7 +29,10 @@ from trimtab.store.expert import read_expert
 from trimtab.store.files import read_json, write_json
 from trimtab.text.corpus import sha256_of_documents
 from trimtab.tune import tune
-from trimtab.types import Document, Progress
+from trimtab.types import Advance, Document, Progress
+
+SAVE_EVERY_SEC = 15.0
+"""A killed run loses at most so much of the time that a step has taken."""
 
 ADAPTER, LABEL_ADAPTER = "domain.adapter", "label-head.adapter"
 
@@ -54,6 +59,7 @@ class Bench:
         small_shape: Sizes of the small model.
         budget: Time and memory.
         progress: Shows the work.
+        seated: Adapters that this run has mounted, by name.
     """
 
     config: CompareConfig
@@ -64,6 +70,7 @@ class Bench:
     small_shape: Shape
     budget: Budget
     progress: Progress
+    seated: dict[str, Mounted] = field(default_factory=dict, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -85,40 +92,77 @@ class Bench:
         tokens = 0.9 * size * self.test_tokens / max(test, 1)
         return min(tokens, self.config.train_tokens or tokens) * self.config.epochs
 
-    def step(self, name: str, work: Callable[[], float], *, serves_all_hosts: bool = False) -> Step:
+    @cached_property
+    def general_tokens(self) -> int:
+        """Host tokens of the general text that the adapter is told to leave alone."""
+        return sum(len(self.host.encode(document.text)) for document in self.split.general_train)
+
+    @property
+    def read_tokens(self) -> float:
+        """Tokens that are recorded, predicted: training text once, and general text."""
+        return self.train_tokens / self.config.epochs + self.general_tokens
+
+    def guarded(self, work: str) -> Progress:
+        """Progress of work that ends where the budget would not suffice for the rest of it."""
+        return self.budget.guarded(self.progress, work)
+
+    def step(
+        self, name: str, work: Callable[[Progress], float], *, serves_all_hosts: bool = False
+    ) -> Step:
         """Do a piece of work unless it is done, and say what it took.
 
         What an interrupted attempt took counts too.
 
         Args:
             name: Of the step; one of the folder `steps`.
-            work: Does it, and says how many operations it was.
+            work: Does it under a progress display, and says how many operations it was.
             serves_all_hosts: Whether it is done once, whatever the number of hosts.
+
+        Raises:
+            NotRun: The budget does not suffice for the rest of it; the next run goes on from there.
         """
-        path, key = self._step_path(name), key_of(self._learnt_key, name)
-        kept = read_json(path, "step") if path.is_file() else {}
-        kept = kept if kept.get("key") == key else {}
+        path, kept = self._step_path(name), self._kept_step(name)
         if "step" in kept:
             return Step.model_validate(kept["step"])
-        before, started = float(kept.get("sec", 0.0)), time.perf_counter()
+        before, used_before = (float(kept.get(unit, 0.0)) for unit in ("sec", "cpu_sec"))
+        started, used = time.perf_counter() - before, time.process_time() - used_before
+
+        def save() -> None:
+            took = {"sec": time.perf_counter() - started, "cpu_sec": time.process_time() - used}
+            write_json(path, {"key": self._step_key(name), **took})
+
         try:
             with watched() as watch:
-                needed = work()
+                needed = work(_telling(self.guarded(name), save))
         # However it ends, by Ctrl-C above all: the next attempt goes on from here.
         except BaseException:
-            write_json(path, {"key": key, "sec": before + time.perf_counter() - started})
+            save()
             raise
         watch.sec += before
+        watch.cpu_sec += used_before
         done = watch.step(name, needed, serves_all_hosts=serves_all_hosts)
-        write_json(path, {"key": key, "step": done.model_dump(mode="json")})
+        write_json(path, {"key": self._step_key(name), "step": done.model_dump(mode="json")})
         return done
+
+    def done(self, name: str) -> Step | None:
+        """A step that is done, with what it took; None where it is not."""
+        kept = self._kept_step(name)
+        return Step.model_validate(kept["step"]) if "step" in kept else None
 
     def has_begun(self, name: str) -> bool:
         """Whether a step is done, or was once interrupted."""
-        return self._step_path(name).is_file()
+        return bool(self._kept_step(name))
+
+    def _kept_step(self, name: str) -> Mapping[str, Any]:
+        path = self._step_path(name)
+        kept = read_json(path, "step") if path.is_file() else {}
+        return kept if kept.get("key") == self._step_key(name) else {}
+
+    def _step_key(self, name: str) -> str:
+        return key_of(self._learnt_key, name)
 
     def _step_path(self, name: str) -> Path:
-        return self.folder / "steps" / f"{name}.json"
+        return self.folder / STEPS / f"{name}.json"
 
     @property
     def key(self) -> str:
@@ -136,8 +180,7 @@ class Bench:
 
     # Every step below is one of Trimtab's verbs in a folder of its own, which goes on where it was.
 
-    def tuned(self, model: str, name: str, method: str = "lora") -> Path:
-        """Tune a model on the training text."""
+    def _tuned(self, model: str, name: str, method: str, progress: Progress) -> Path:
         config = TuneConfig.model_validate(
             {
                 "model": model,
@@ -153,14 +196,14 @@ class Bench:
                 "seed": self.config.seed,
             }
         )
-        tune(config, progress=self.progress)
+        tune(config, progress=progress)
         return config.out
 
     def tune_step(self, model: str, name: str, shape: Shape, method: str = "lora") -> Step:
-        """Tuning as a step, whose operations follow from the tokens that it trained on."""
+        """Tune a model on the training text; the operations follow from the tokens of it."""
 
-        def work() -> float:
-            folder = self.tuned(model, name, method)
+        def work(progress: Progress) -> float:
+            folder = self._tuned(model, name, method, progress)
             tokens, window = read_expert(folder).train_tokens, self.config.train_window_tokens
             if method == "full":
                 return sizes.full_flops(shape, tokens, window)
@@ -173,7 +216,7 @@ class Bench:
     def record_step(self) -> Step:
         """Record expert and reference over the training text and general text."""
 
-        def work() -> float:
+        def work(progress: Progress) -> float:
             config = RecordConfig(
                 expert=self.folder / "expert",
                 out=self.folder / "recording",
@@ -181,7 +224,7 @@ class Bench:
                 dtype=self.config.dtype,
                 seed=self.config.seed,
             )
-            done = record(config, progress=self.progress)
+            done = record(config, progress=progress)
             return 2 * done.tokens * flops.hidden_flops(self.small_shape, 256)
 
         return self.step("record", work, serves_all_hosts=True)
@@ -198,16 +241,20 @@ class Bench:
             settings |= {"carriers": ("head",), "host": self.config.host, "targets": "labels"}
         config = FitConfig.model_validate(settings)
 
-        def work() -> float:
-            fit(config, progress=self.progress)
-            shape = self.host_shape if labels else self.small_shape
-            active = min(config.active_tokens, shape.vocab)
-            positions = self.train_tokens / self.config.epochs
-            head = flops.HeadFit(positions, shape.hidden, active, config.rank, config.epochs)
-            needed = flops.head_fit_flops(head)
-            return needed + (positions * flops.hidden_flops(shape, 256) if labels else 0.0)
+        def work(progress: Progress) -> float:
+            fit(config, progress=progress)
+            return self.fit_flops(labels=labels)
 
         return self.step(f"fit {name}", work, serves_all_hosts=not labels)
+
+    def fit_flops(self, *, labels: bool = False) -> float:
+        """Operations of fitting a head with the default settings, and of what the host reads."""
+        settings = FitConfig(recording=self.folder / "recording", out=self.folder / ADAPTER)
+        shape = self.host_shape if labels else self.small_shape
+        active = min(settings.active_tokens, shape.vocab)
+        head = flops.HeadFit(self.read_tokens, shape.hidden, active, settings.rank, settings.epochs)
+        read = self.read_tokens * flops.hidden_flops(shape, 256) if labels else 0.0
+        return flops.head_fit_flops(head) + read
 
     def hidden_and_logits(self, token_ids: Sequence[int]) -> None:
         """Let the host read some tokens, as scoring does."""
@@ -216,21 +263,31 @@ class Bench:
             self.host.unembedding.logits(states[0])
 
     def mounted(self, name: str) -> Mounted:
-        """Seat an adapter on the host."""
+        """Seat an adapter on the host, unless this run has done so."""
+        if name not in self.seated:
+            self.seated[name] = self._mounted(name, self.guarded("mounting"), cache=True)
+        return self.seated[name]
+
+    def _mounted(self, name: str, progress: Progress, *, cache: bool) -> Mounted:
         config = MountConfig(
-            adapter=self.folder / name, host=self.config.host, dtype=self.config.dtype
+            adapter=self.folder / name, host=self.config.host, dtype=self.config.dtype, cache=cache
         )
-        return mount(config, host=self.host, progress=self.progress)
+        return mount(config, host=self.host, progress=progress)
 
     def mount_step(self, name: str) -> Step:
-        """Mounting as a step."""
+        """Seat an adapter on the host, and say what that took."""
 
-        def work() -> float:
-            self.mounted(name)
-            tokens = sum(len(self.host.encode(d.text)) for d in self.split.general_train)
-            return tokens * flops.hidden_flops(self.host_shape, 256)
+        def work(progress: Progress) -> float:
+            # What other runs have kept of this host would make it look cheaper than it is.
+            self.seated[name] = self._mounted(name, progress, cache=False)
+            return self.mount_flops if self.seated[name].paired_positions else 0.0
 
         return self.step(f"mount {name}", work)
+
+    @property
+    def mount_flops(self) -> float:
+        """Operations of the host's pass over the adapter's general text."""
+        return self.general_tokens * flops.hidden_flops(self.host_shape, 256)
 
     @contextmanager
     def tuned_model(self, name: str) -> Iterator[HFModel]:
@@ -241,3 +298,23 @@ class Bench:
     def pair(self, name: str) -> Pair:
         """A tuned model and the one that it was before."""
         return open_pair(self.folder / name, dtype=self.config.dtype, progress=self.progress)
+
+
+def _telling(progress: Progress, save: Callable[[], None]) -> Progress:
+    """A progress display that saves now and then, which a killed process cannot at its end."""
+    saved = time.monotonic()
+
+    @contextmanager
+    def display(label: str, total: int) -> Iterator[Advance]:
+        with progress(label, total) as advance:
+
+            def told(units: int) -> None:
+                nonlocal saved
+                advance(units)
+                if time.monotonic() - saved >= SAVE_EVERY_SEC:
+                    save()
+                    saved = time.monotonic()
+
+            yield told
+
+    return display

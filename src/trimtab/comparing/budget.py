@@ -2,9 +2,15 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import final
+
+from trimtab.types import Advance, Progress
+
+PACE_SEC = 5.0
+"""A piece of work is judged by its pace after so many seconds of it."""
 
 _UNITS = {"s": 1, "sec": 1, "min": 60, "h": 3600, "d": 86400}
 _SPELLED = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h|d)\s*")
@@ -54,9 +60,14 @@ class Budget:
         self._started = self.clock()
 
     @property
+    def spent_sec(self) -> float:
+        """Seconds since the beginning."""
+        return self.clock() - self._started
+
+    @property
     def left_sec(self) -> float:
         """Seconds that are left, at least 0."""
-        return max(self.total_sec - (self.clock() - self._started), 0.0)
+        return max(self.total_sec - self.spent_sec, 0.0)
 
     def training_sec(self, needed: float) -> float:
         """Seconds that training is predicted to take: by training if some was measured.
@@ -83,15 +94,41 @@ class Budget:
                 " budget are left"
             )
 
-    def guard(self, work: str) -> Callable[[float], None]:
-        """Watch a piece of work: told which share of it is done, it ends what takes too long."""
-        started = self.clock()
+    def guarded(self, progress: Progress, work: str) -> Progress:
+        """A progress display that ends work which would take longer than what is left.
 
-        def told(share: float) -> None:
-            took = self.clock() - started
-            self.ask_for(f"the rest of {work}", took / max(share, 1e-9) * (1 - share))
+        Each piece of the work is judged by its own pace since the first units that it tells of,
+        for these an interrupted piece may have done before; and none goes on without any time.
 
-        return told
+        Args:
+            progress: Shows the work.
+            work: What it is, for the reason that is given.
+
+        Returns:
+            A display whose opening and whose units raise NotRun.
+        """
+
+        @contextmanager
+        def display(label: str, total: int) -> Iterator[Advance]:
+            pace = _Pace(total)
+            self._go_on(work, pace)
+            with progress(label, total) as advance:
+
+                def told(units: int) -> None:
+                    advance(units)
+                    pace.tell(units, self.clock())
+                    self._go_on(work, pace)
+
+                yield told
+
+        return display
+
+    def _go_on(self, work: str, pace: "_Pace") -> None:
+        if pace.is_done:
+            return
+        self.ask_for(f"the rest of {work}", pace.rest_sec)
+        if not self.left_sec:
+            raise NotRun(f"no time of the budget is left for the rest of {work}")
 
     def ask_for_memory(self, work: str, needed: float) -> None:
         """Go on only if there is so much memory.
@@ -104,6 +141,41 @@ class Budget:
                 f"{work} would take about {needed / 1e9:.1f} GB of memory, and"
                 f" {self.memory_bytes / 1e9:.1f} GB are free"
             )
+
+
+@dataclass
+class _Pace:
+    """How fast a piece of work goes.
+
+    Attributes:
+        total: Units of it; 0 if that is not known.
+    """
+
+    total: int
+    done: int = 0
+    _first: int | None = None
+    _began: float = 0.0
+    _took: float = 0.0
+
+    def tell(self, units: int, now: float) -> None:
+        """So many more units are done."""
+        self.done += units
+        if self._first is None:
+            self._first, self._began = self.done, now
+        self._took = now - self._began
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left."""
+        return 0 < self.total <= self.done
+
+    @property
+    def rest_sec(self) -> float:
+        """Seconds that the rest is predicted to take; 0 where nothing can be said yet."""
+        since = self.done - (self._first or 0)
+        if self._took < PACE_SEC or since <= 0 or not self.total:
+            return 0.0
+        return self._took / since * (self.total - self.done)
 
 
 def _spoken(sec: float) -> str:

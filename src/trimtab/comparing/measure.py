@@ -23,10 +23,12 @@ class Watch:
 
     Attributes:
         sec: Seconds by the clock.
+        cpu_sec: Processor-seconds of all threads of the process.
         peak_bytes: Greatest memory of the process, and of its accelerator.
     """
 
     sec: float = 0.0
+    cpu_sec: float = 0.0
     peak_bytes: int = 0
 
     def step(self, name: str, flops: float, *, serves_all_hosts: bool = False) -> Step:
@@ -35,6 +37,7 @@ class Watch:
             name=name,
             flops=flops,
             sec=self.sec,
+            cpu_sec=self.cpu_sec,
             peak_bytes=self.peak_bytes,
             serves_all_hosts=serves_all_hosts,
         )
@@ -48,11 +51,12 @@ def watched() -> Iterator[Watch]:
     """
     watch = Watch()
     _reset_peak()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     try:
         yield watch
     finally:
         watch.sec = time.perf_counter() - started
+        watch.cpu_sec = time.process_time() - used
         watch.peak_bytes = _peak_bytes()
 
 

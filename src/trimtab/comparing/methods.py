@@ -10,14 +10,13 @@ from typing import NoReturn
 import torch
 
 from trimtab.backends.live import Live
-from trimtab.comparing import sizes
+from trimtab.comparing import estimates, sizes
 from trimtab.comparing.bench import ADAPTER, LABEL_ADAPTER, Bench
 from trimtab.comparing.budget import NotRun
 from trimtab.comparing.scoring import Subject, with_preamble
 from trimtab.comparing.split import excerpts
 from trimtab.comparing.values import Step
 from trimtab.config import CarrierName
-from trimtab.costing.sheet import read_sheet
 from trimtab.steering.processor import DEFAULT_CARRIERS, mixture_of
 
 NOTHING, AGAIN, MOUNT = "nothing", "train again", "mount"
@@ -103,12 +102,27 @@ def _prompted(bench: Bench, ids: Sequence[int], note: str) -> Made:
     return Made(Subject(with_preamble(bench.host, ids)), (), size, note)
 
 
+def _asked(bench: Bench, work: str, estimate: Step, run: Callable[[], Step]) -> Step:
+    """Run a step if its predicted time is left, or if it was begun: its pace then decides."""
+    if not bench.has_begun(estimate.name):
+        bench.budget.ask_for(work, estimate.sec)
+    return run()
+
+
 def _small_steps(bench: Bench) -> tuple[Step, ...]:
     """Tuning the small model: what expert, head, memory and live have in common."""
-    training = _lora_estimate(bench, bench.small_shape, "tune expert")
-    if not bench.has_begun("tune expert"):
-        bench.budget.ask_for("tuning the small model", training.sec)
-    return (bench.tune_step(bench.config.small, "expert", bench.small_shape),)
+    (estimate,) = estimates.expert(bench)
+
+    def run() -> Step:
+        return bench.tune_step(bench.config.small, "expert", bench.small_shape)
+
+    return (_asked(bench, "tuning the small model", estimate, run),)
+
+
+def _recorded(bench: Bench) -> tuple[Step, ...]:
+    steps = _small_steps(bench)
+    estimate = estimates.recorded(bench)[-1]
+    return (*steps, _asked(bench, "recording", estimate, bench.record_step))
 
 
 def _expert(bench: Bench) -> Iterator[Made]:
@@ -120,11 +134,13 @@ def _expert(bench: Bench) -> Iterator[Made]:
 
 def _steered(carriers: Sequence[CarrierName]) -> Callable[[Bench], Iterator[Made]]:
     def make(bench: Bench) -> Iterator[Made]:
-        steps = (*_small_steps(bench), _recorded(bench))
-        made = (bench.fit_step(ADAPTER), bench.mount_step(ADAPTER))
+        steps = _recorded(bench)
+        *_, fit, mount = estimates.adapter(bench)
+        fitted = _asked(bench, "fitting", fit, lambda: bench.fit_step(ADAPTER))
+        seated = _asked(bench, "mounting", mount, lambda: bench.mount_step(ADAPTER))
         # The expert alone needs neither head nor memory, nor a seat on the host.
         is_seated = tuple(carriers) != ("expert",)
-        steps += made if is_seated else ()
+        steps += (fitted, seated) if is_seated else ()
         mounted = bench.mounted(ADAPTER)
         live = Live(bench.pair("expert"), bench.host) if "expert" in carriers else None
         mixture = mixture_of(bench.host, mounted, carriers, 1.0, live)
@@ -135,36 +151,37 @@ def _steered(carriers: Sequence[CarrierName]) -> Callable[[Bench], Iterator[Made
     return make
 
 
-def _recorded(bench: Bench) -> Step:
-    if not bench.has_begun("record"):
-        bench.budget.ask_for("recording", _adapter_estimate(bench)[-1].sec)
-    return bench.record_step()
-
-
 def _label_head(bench: Bench) -> Iterator[Made]:
-    _small_steps(bench)
-    _recorded(bench)
-    step = bench.fit_step(LABEL_ADAPTER, labels=True)
+    steps = _recorded(bench)
+    estimate = estimates.label_head(bench)[-1]
+    fitted = _asked(bench, "fitting", estimate, lambda: bench.fit_step(LABEL_ADAPTER, labels=True))
+    steps += (fitted, bench.mount_step(LABEL_ADAPTER))
     mounted = bench.mounted(LABEL_ADAPTER)
     mixture = mixture_of(bench.host, mounted, ("head",), 1.0, None)
-    note = "fitted on the host's states to the text's own next tokens, without soft targets"
+    note = (
+        "fitted on the host's states to the text's own next tokens, without soft targets; the"
+        " recording, which says what the text is, counts as its cost too"
+    )
     size = mounted.manifest.bytes_of("head")
-    yield Made(Subject(bench.host, mixture.steering), (step,), size, note)
+    yield Made(Subject(bench.host, mixture.steering), steps, size, note)
 
 
 def _tuned_host(method: str) -> Callable[[Bench], Iterator[Made]]:
     def make(bench: Bench) -> Iterator[Made]:
         shape, window = bench.host_shape, bench.config.train_window_tokens
         if method == "lora":
-            estimate = _lora_estimate(bench, shape, "tune lora")
+            estimate = estimates.lora(bench, shape, "lora")
             held = sizes.lora_bytes(shape, bench.config.rank, window)
         else:
-            estimate = _full_estimate(bench)
+            estimate = estimates.full(bench)
             held = sizes.full_bytes(shape, window)
-        if not bench.has_begun(f"tune {method}"):
+        if bench.done(estimate.name) is None:
             bench.budget.ask_for_memory("training the host", held)
-            bench.budget.ask_for("training the host", estimate.sec)
-        step = bench.tune_step(bench.config.host, method, shape, method)
+
+        def run() -> Step:
+            return bench.tune_step(bench.config.host, method, shape, method)
+
+        step = _asked(bench, "training the host", estimate, run)
         part = "lora" if method == "lora" else "model"
         note = "the small model's settings, one learning rate: tune's default"
         with bench.tuned_model(method) as model:
@@ -182,47 +199,6 @@ def _qlora(bench: Bench) -> NoReturn:
     raise NotRun("`trimtab tune` trains over weights of 16 or 32 bits, not of 4")
 
 
-def _estimated(bench: Bench, name: str, needed: float, factor: float = 1.0) -> Step:
-    sec = bench.budget.training_sec(needed) * factor
-    return Step(name=name, flops=needed, sec=sec, is_estimated=True)
-
-
-def _lora_estimate(bench: Bench, shape: sizes.Shape, name: str) -> Step:
-    window, rank = bench.config.train_window_tokens, bench.config.rank
-    return _estimated(bench, name, sizes.lora_flops(shape, bench.train_tokens, window, rank))
-
-
-def _full_estimate(bench: Bench) -> Step:
-    window = bench.config.train_window_tokens
-    needed = sizes.full_flops(bench.host_shape, bench.train_tokens, window)
-    return _estimated(bench, "tune full", needed)
-
-
-def _qlora_estimate(bench: Bench) -> Step:
-    slower = read_sheet().factor("qlora_slowdown").middle
-    lora = _lora_estimate(bench, bench.host_shape, "tune qlora")
-    return lora.model_copy(update={"sec": lora.sec * slower})
-
-
-def _small_estimate(bench: Bench) -> tuple[Step, ...]:
-    step = _lora_estimate(bench, bench.small_shape, "tune expert")
-    return (step.model_copy(update={"serves_all_hosts": True}),)
-
-
-def _adapter_estimate(bench: Bench) -> tuple[Step, ...]:
-    tokens = bench.train_tokens / bench.config.epochs
-    needed = 2 * sizes.reading_flops(bench.small_shape, tokens, 512)
-    sec = bench.budget.reading_sec(needed)
-    read = Step(name="record", flops=needed, sec=sec, is_estimated=True, serves_all_hosts=True)
-    return (*_small_estimate(bench), read)
-
-
-def _label_estimate(bench: Bench) -> tuple[Step, ...]:
-    needed = sizes.reading_flops(bench.host_shape, bench.train_tokens / bench.config.epochs, 512)
-    sec = bench.budget.reading_sec(needed)
-    return (Step(name="fit label head", flops=needed, sec=sec, is_estimated=True),)
-
-
 def _none(bench: Bench) -> tuple[Step, ...]:
     del bench
     return ()
@@ -236,18 +212,18 @@ METHODS: Mapping[str, Method] = {
     "zero-shot": Method(_zero_shot, _none, NOTHING),
     "few-shot": Method(_few_shot, _none, NOTHING),
     "context": Method(_context, _none, NOTHING),
-    "expert": Method(_expert, _small_estimate, "has no host"),
-    "trimtab": Method(_steered(DEFAULT_CARRIERS), _adapter_estimate, MOUNT),
+    "expert": Method(_expert, estimates.expert, "has no host"),
+    "trimtab": Method(_steered(DEFAULT_CARRIERS), estimates.adapter, MOUNT),
     "lora": Method(
         _tuned_host("lora"),
-        lambda bench: (_lora_estimate(bench, bench.host_shape, "tune lora"),),
+        lambda bench: (estimates.lora(bench, bench.host_shape, "lora"),),
         AGAIN,
     ),
-    "live": Method(_steered(("expert",)), _adapter_estimate, NOTHING),
-    "all": Method(_steered((*DEFAULT_CARRIERS, "expert")), _adapter_estimate, MOUNT),
-    "label-head": Method(_label_head, _label_estimate, "fit again"),
-    "qlora": Method(_qlora, lambda bench: (_qlora_estimate(bench),), AGAIN),
-    "full": Method(_tuned_host("full"), lambda bench: (_full_estimate(bench),), AGAIN),
+    "live": Method(_steered(("expert",)), estimates.recorded, NOTHING),
+    "all": Method(_steered((*DEFAULT_CARRIERS, "expert")), estimates.adapter, MOUNT),
+    "label-head": Method(_label_head, estimates.label_head, "fit again"),
+    "qlora": Method(_qlora, lambda bench: (estimates.qlora(bench),), AGAIN),
+    "full": Method(_tuned_host("full"), lambda bench: (estimates.full(bench),), AGAIN),
 }
 """By name, in the order in which they are run: the bare host, what needs no training, the small
 model, and LoRA on the host before what is slow to score, for it is what all are held against."""

@@ -1,24 +1,20 @@
 """Measure methods one after another; each result is kept, and a measured one is not run again."""
 
 from collections.abc import Sequence
-from pathlib import Path
-
-from pydantic import ValidationError
 
 from trimtab.comparing import sizes
 from trimtab.comparing.bench import Bench
 from trimtab.comparing.budget import NotRun
 from trimtab.comparing.embeddings import classify
 from trimtab.comparing.figures import BASELINE
+from trimtab.comparing.kept import Kept, read_result, result_path, write_result
 from trimtab.comparing.measure import watched
 from trimtab.comparing.methods import METHODS
-from trimtab.comparing.scoring import answer_all, score_texts, timed_use
+from trimtab.comparing.scoring import Subject, answer_all, score_texts, timed_use
 from trimtab.comparing.split import key_of
-from trimtab.comparing.values import SCHEMA, MethodResult
-from trimtab.errors import InputError
-from trimtab.store.files import read_json, write_json
+from trimtab.comparing.values import SCHEMA, MethodResult, Use
+from trimtab.types import Progress
 
-FOLDER = "methods"
 EMBEDDINGS = "embeddings"
 ORDER = (*METHODS, EMBEDDINGS)
 
@@ -29,54 +25,48 @@ def run_method(bench: Bench, name: str) -> MethodResult:
     Raises:
         TrimtabError: The method failed for another reason than time, memory or hardware.
     """
-    path = bench.folder / FOLDER / f"{name}.json"
-    key = key_of(bench.key, SCHEMA, name)
-    kept = _kept(path)
-    if kept is not None and kept.key == key and kept.status == "measured":
+    path, key = result_path(bench.folder, name), key_of(bench.key, SCHEMA, name)
+    before = read_result(path, key)
+    if before is not None and before.is_whole:
         if name == BASELINE:
             _learn_speed(bench)
-        return kept
+        return before
     try:
         result = _embedded(bench, key) if name == EMBEDDINGS else _measured(bench, name, key)
     except NotRun as why:
+        if before is not None and before.status == "measured":
+            return before
         result = _estimated(bench, name, key, why.reason)
-    write_json(path, result.model_dump(mode="json"))
+    write_result(path, result)
     return result
-
-
-def _kept(path: Path) -> MethodResult | None:
-    if not path.is_file():
-        return None
-    try:
-        return MethodResult.model_validate(read_json(path, "result of a method"))
-    except ValidationError as error:
-        raise InputError(
-            f"{path} is no result of a method: {error.error_count()} errors",
-            hint="delete the file, and the method is run again",
-        ) from error
 
 
 def _measured(bench: Bench, name: str, key: str) -> MethodResult:
     method, is_baseline = METHODS[name], name == BASELINE
-    guard = bench.budget.guard
-    window, progress = bench.config.window_tokens, bench.progress
+    kept = Kept(result_path(bench.folder, name), key)
+
+    def guarded(work: str) -> Progress:
+        # Without the bare host there is nothing to compare with.
+        return bench.progress if is_baseline else bench.guarded(work)
+
     with method.made(bench) as made:
-        scoring = (lambda _: None) if is_baseline else guard("scoring it")
-        texts = score_texts(made.subject, bench.texts, window, progress, scoring)
-        answers: tuple[int | str, ...] = ()
+        score_texts(
+            made.subject, bench.texts, bench.config.window_tokens, kept, guarded("scoring it")
+        )
         if bench.split.task is not None:
-            answering = (lambda _: None) if is_baseline else guard("answering the questions")
-            answers = answer_all(made.subject, bench.split.task, progress, answering)
-        use = timed_use(made.subject, bench.texts[""][0].text)
+            answer_all(made.subject, bench.split.task, kept, guarded("answering the questions"))
+        use, untimed = _timed(bench, made.subject, guarded("timing it"))
         if is_baseline:
             _learn_speed(bench)
+        texts = kept.texts
         return MethodResult(
             method=name,
             key=key,
             status="measured",
+            reason=untimed,
             domain=texts.pop(""),
             general=texts,
-            answers=answers,
+            answers=kept.answers,
             steps=made.steps,
             use=use,
             artefact_bytes=made.artefact_bytes,
@@ -85,14 +75,25 @@ def _measured(bench: Bench, name: str, key: str) -> MethodResult:
         )
 
 
+def _timed(bench: Bench, subject: Subject, progress: Progress) -> tuple[Use | None, str]:
+    """What using a method costs, or why that was not timed."""
+    try:
+        return timed_use(subject, bench.texts[""][0].text, progress), ""
+    except NotRun as why:
+        return None, f"its use was not timed: {why.reason}"
+
+
 def _learn_speed(bench: Bench) -> None:
-    """Time a pass of the host over one window, from which all other reading is predicted."""
+    """Time the host over one window, the fastest of three, to predict all other reading by."""
     document = max(bench.texts[""], key=lambda document: len(document.text))
     read = bench.host.encode(document.text)[: bench.config.window_tokens]
-    with watched() as watch:
-        bench.hidden_and_logits(read)
+    took = []
+    for _ in range(3):
+        with watched() as watch:
+            bench.hidden_and_logits(read)
+        took.append(watch.sec)
     needed = sizes.reading_flops(bench.host_shape, len(read), len(read))
-    bench.budget.reading = needed / max(watch.sec, 1e-9)
+    bench.budget.reading = needed / max(min(took), 1e-9)
 
 
 def _embedded(bench: Bench, key: str) -> MethodResult:

@@ -1,9 +1,14 @@
 """What a model, bare or steered, pays for texts, and what it answers to questions."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
 
 from trimtab.backends.hf import HFModel
+from trimtab.comparing.kept import Kept
 from trimtab.comparing.measure import watched
 from trimtab.comparing.questions import Question, Task
 from trimtab.comparing.values import TextScore, Use
@@ -14,10 +19,7 @@ from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
 from trimtab.steering.processor import steered_by
 from trimtab.steering.scoring import score_document
-from trimtab.types import Document, Progress
-
-Guard = Callable[[float], None]
-"""Told which share of some work is done; raises where the rest would take too long."""
+from trimtab.types import Advance, Document, Progress, silent
 
 TIMED_PROMPT_BYTES, TIMED_TOKENS = 240, 16
 """Of the generation that is timed."""
@@ -47,59 +49,56 @@ def score_texts(
     subject: Subject,
     texts: Mapping[str, Sequence[Document]],
     window: int,
+    kept: Kept,
     progress: Progress,
-    guard: Guard,
-) -> dict[str, tuple[TextScore, ...]]:
+) -> None:
     """Score texts in windows with half of each as context, as `evaluate` does.
 
     Args:
         subject: What is measured.
         texts: Documents by kind.
         window: Tokens of a window.
+        kept: Gets each document's score; what it has is not scored again.
         progress: Shows the bytes.
-        guard: Told after each document which share of the bytes is done; may end the work.
     """
-    done = 0
-    steering = subject.mixture.steering
-    (row,) = steering.rows
-    found: dict[str, tuple[TextScore, ...]] = {}
     total = sum(len(d.text.encode()) for documents in texts.values() for d in documents)
     with progress("scoring (bytes)", total) as advance:
         for kind, documents in texts.items():
-            scores = []
-            for document in documents:
-                scored = score_document(
-                    subject.model,
-                    document.text,
-                    steering,
-                    window_tokens=window,
-                    stride_tokens=max(window // 2, 1),
-                )
-                nats = -float(scored.rows[row].logprobs.sum())
-                scores.append(TextScore(nats=nats, bytes=sum(scored.sizes)))
-                size = len(document.text.encode())
-                done += size
-                advance(size)
-                guard(done / total)
-            found[kind] = tuple(scores)
-    return found
+            done = kept.scored(kind)
+            if done:
+                advance(sum(len(d.text.encode()) for d in documents[:done]))
+            for document in documents[done:]:
+                kept.add_score(kind, _score(subject, document, window))
+                advance(len(document.text.encode()))
 
 
-def answer_all(
-    subject: Subject, task: Task, progress: Progress, guard: Guard
-) -> tuple[int | str, ...]:
+def _score(subject: Subject, document: Document, window: int) -> TextScore:
+    steering = subject.mixture.steering
+    scored = score_document(
+        subject.model,
+        document.text,
+        steering,
+        window_tokens=window,
+        stride_tokens=max(window // 2, 1),
+    )
+    (row,) = steering.rows
+    nats = -float(scored.rows[row].logprobs.sum())
+    return TextScore(nats=nats, bytes=sum(scored.sizes))
+
+
+def answer_all(subject: Subject, task: Task, kept: Kept, progress: Progress) -> None:
     """Answer every question: the likeliest choice, or what is written up to the line's end.
 
     A choice's likelihood is that of its whole text after the prompt (`score_answers`).
     """
+    answer = _written if task.kind == "text" else _chosen
     with progress("answering (questions)", len(task.questions)) as advance:
-        found: list[int | str] = []
-        for number, question in enumerate(task.questions, start=1):
-            written = task.kind == "text"
-            found.append(_written(subject, question) if written else _chosen(subject, question))
+        done = kept.answered
+        if done:
+            advance(done)
+        for question in task.questions[done:]:
+            kept.add_answer(answer(subject, question))
             advance(1)
-            guard(number / len(task.questions))
-    return tuple(found)
 
 
 def _chosen(subject: Subject, question: Question) -> int:
@@ -120,32 +119,53 @@ def _chosen(subject: Subject, question: Question) -> int:
 
 def _written(subject: Subject, question: Question) -> str:
     longest = max(8, 2 * len(subject.model.encode(question.answer)))
-    text, _ = _generated(subject, subject.before + question.prompt, longest, ("\n",))
-    return text.strip()
+    return _generated(subject, subject.before + question.prompt, longest, ("\n",)).strip()
 
 
-def _generated(subject: Subject, prompt: str, limit: int, stop: tuple[str, ...]) -> tuple[str, int]:
+def _generated(
+    subject: Subject,
+    prompt: str,
+    limit: int,
+    stop: tuple[str, ...] = (),
+    progress: Progress = silent,
+) -> str:
     config = GenerateConfig(
         host=subject.model.ref, prompt=(prompt,), max_new_tokens=limit, stop=stop
     )
-    if subject.steering is None:
-        result = generate(config, host=subject.model)
-    else:
-        with steered_by(subject.model, subject.mixture):
-            result = generate(config, host=subject.model)
-    return result.texts[0], result.tokens[0]
+    model = subject.model
+    steering = nullcontext() if subject.steering is None else steered_by(model, subject.mixture)
+    with steering:
+        return generate(config, host=model, progress=progress).texts[0]
 
 
-def timed_use(subject: Subject, text: str) -> Use:
-    """Time one short generation that goes on from the beginning of a text."""
-    prompt = text[:TIMED_PROMPT_BYTES]
+def timed_use(subject: Subject, text: str, progress: Progress) -> Use:
+    """Time one short generation that goes on from the beginning of a text.
+
+    The first token takes what the prompt takes; each further one the median of them, which a
+    moment of other work on the machine does not move.
+    """
+    prompt, ends = text[:TIMED_PROMPT_BYTES], list[float]()
+
+    @contextmanager
+    def timed(label: str, total: int) -> Iterator[Advance]:
+        with progress(label, total) as advance:
+
+            def told(units: int) -> None:
+                ends.append(time.perf_counter())
+                advance(units)
+
+            yield told
+
     with watched() as watch:
-        _, tokens = _generated(subject, subject.before + prompt, TIMED_TOKENS, ())
+        started = time.perf_counter()
+        _generated(subject, subject.before + prompt, TIMED_TOKENS, progress=timed)
     model = subject.model
     read = len(model.context_ids()) + len(model.encode(subject.before + prompt))
-    written = max(tokens, 1)
+    written = max(len(ends), 1)
+    steps = [after - before for before, after in pairwise(ends)]
+    first = ends[0] - started if ends else watch.sec
     return Use(
-        sec_per_token=watch.sec / written,
+        sec_per_token=(first + (written - 1) * median(steps or [0.0])) / written,
         prompt_tokens=read,
         answer_tokens=written,
         peak_bytes=watch.peak_bytes,

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trimtab.comparing.questions import Question, Task, read_questions
 from trimtab.config import CompareConfig
 from trimtab.errors import InputError
-from trimtab.store.files import sha256_bytes, sha256_file
+from trimtab.store.files import sha256_bytes, sha256_file, write_atomic
 from trimtab.text.corpus import (
     drop_near_duplicates,
     save_documents,
@@ -21,6 +21,7 @@ from trimtab.text.probe import probe_documents
 from trimtab.types import Document
 
 TRAIN_NAME, TEST_NAME = "train.jsonl", "test.jsonl"
+ASKED_NAME = "asked.jsonl"
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,21 @@ def split_data(config: CompareConfig) -> Split:
 
     Test documents are drawn by name and seed, unless --test names them; training documents that
     nearly repeat one are removed. Solved training questions are training text too, so that every
-    method that learns has seen them.
+    method that learns has seen them. Without text, the asked questions with their answers are
+    what is scored.
 
     Raises:
         InputError: A text or a question cannot be read, or nothing is left to learn from.
     """
-    documents = read_documents(config.data)
-    if config.test:
-        train, test = documents, read_documents(config.test)
-    else:
-        train, test = split_held_out(documents, config.test_share, config.seed)
+    examples, task = _questions(config)
+    train, test = _texts(config, task)
     train = list(drop_near_duplicates(train, test).kept)
+    train += _as_text(config, "learnt", examples)
     if not train:
         raise InputError(
             "every training document nearly repeats a test document",
             hint="give other text in --test, or more text",
         )
-    examples, task = _questions(config)
-    train += [
-        Document(f"{config.task}#{n}", f"{q.prompt}{q.answer}\n") for n, q in enumerate(examples)
-    ]
     general, general_train = _general(config)
     parts = [train, test, general_train, *general.values()]
     digest = hashlib.sha256("".join(map(sha256_of_documents, parts)).encode())
@@ -80,6 +76,32 @@ def split_data(config: CompareConfig) -> Split:
     return Split(
         tuple(train), tuple(test), kinds, tuple(general_train), examples, task, digest.hexdigest()
     )
+
+
+def _texts(config: CompareConfig, task: Task | None) -> tuple[list[Document], list[Document]]:
+    """Text to learn from besides solved questions, and text that is scored."""
+    documents = _plain(read_documents(config.data)) if config.data else []
+    if config.test:
+        return documents, _plain(read_documents(config.test))
+    if task is not None and not documents:
+        return [], _as_text(config, "asked", task.questions)
+    return split_held_out(documents, config.test_share, config.seed)
+
+
+def _as_text(config: CompareConfig, part: str, questions: Sequence[Question]) -> list[Document]:
+    name = f"{config.task}#{part}"
+    return [Document(f"{name}-{n}", f"{q.prompt}{q.answer}\n") for n, q in enumerate(questions)]
+
+
+def _plain(documents: list[Document]) -> list[Document]:
+    for document in documents:
+        if document.source is not None:
+            raise InputError(
+                f"{document.name} has a source, and hosts that continue a text are compared:"
+                " none of them would read it",
+                hint="write source and target into one text, or as prompt and answer into --task",
+            )
+    return documents
 
 
 def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None]:
@@ -100,7 +122,9 @@ def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None
 
 def _general(config: CompareConfig) -> tuple[dict[str, list[Document]], list[Document]]:
     """General text by kind, of which half is measured and half may be learnt from."""
-    texts = read_by_kind(config.general) or {"probe": probe_documents()}
+    texts = {kind: _plain(d) for kind, d in read_by_kind(config.general).items()} or {
+        "probe": probe_documents()
+    }
     measured: dict[str, list[Document]] = {}
     learnt: list[Document] = []
     for kind, documents in texts.items():
@@ -114,6 +138,9 @@ def write_split(split: Split, folder: Path) -> None:
     save_documents(folder / TRAIN_NAME, split.train)
     save_documents(folder / TEST_NAME, split.test)
     save_documents(folder / "general.jsonl", split.general_train)
+    if split.task is not None:
+        lines = (json.dumps(asdict(q), ensure_ascii=False) for q in split.task.questions)
+        write_atomic(folder / ASKED_NAME, "".join(f"{line}\n" for line in lines).encode())
 
 
 def excerpts(

@@ -14,12 +14,14 @@ ESTIMATED = "~"
 """Before a figure that follows from measured throughput instead of a clock."""
 
 _WIDTH = 120
+_BUSY = 0.7
+"""Share of the clock's seconds under which processors waited."""
 _FIRST_COST = "training FLOPs"
 
 
 def headings(tasks: Sequence[str], price: float | None) -> list[str]:
     """Names of the columns; those of a task stand where there is one."""
-    cost = "$ 1M tokens" if price else "sec 1M tokens"
+    cost = "$ 1M tokens" if price else "1M tokens"
     return [
         *("method", "domain bits/byte", "against host", *tasks, "general against host"),
         *(_FIRST_COST, "device-seconds", "peak memory", "artefact", cost, "another host"),
@@ -57,7 +59,7 @@ def _use(row: MethodFigures, price: float | None) -> str:
     if row.result.use is None:
         return ""
     usd = usd_per_million(row, price)
-    return f"{row.result.use.sec_per_token * 1e6:.2g}" if usd is None else f"{usd:.2f}"
+    return duration(row.result.use.sec_per_token * 1e6) if usd is None else f"{usd:.2f}"
 
 
 def _figure(value: Estimate | None) -> str:
@@ -87,34 +89,58 @@ def notes(rows: Sequence[MethodFigures]) -> list[str]:
     """Why methods were not run, how the others were, and what the mark means."""
     found = [f"{row.name}: {row.result.reason}" for row in rows if row.result.reason]
     found += [f"{row.name}: {row.result.note}" for row in rows if row.result.note]
+    found += [note for row in rows if (note := _waited(row))]
     if any(row.result.is_sec_estimated for row in rows):
         found.insert(0, f"{ESTIMATED} estimated from the throughput that was measured here")
     return found
 
 
-def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
-    """Two tables for a terminal, what methods are worth and what they cost, with notes."""
+def parts(
+    rows: Sequence[MethodFigures], price: float | None
+) -> list[tuple[list[str], list[list[str]]]]:
+    """Two tables, what methods are worth and what they cost, each with the methods' names."""
     names, lines = body(rows, price)
     first_cost = next((n for n, name in enumerate(names) if name == _FIRST_COST), len(names))
     worth, costs = range(1, first_cost), range(first_cost, len(names))
-    parts = (_drawn(names, lines, [0, *chosen]) for chosen in (worth, costs) if chosen)
-    return "\n\n".join([*parts, "\n".join(f"  {note}" for note in notes(rows))])
+    return [
+        ([names[n] for n in (0, *chosen)], [[line[n] for n in (0, *chosen)] for line in lines])
+        for chosen in (worth, costs)
+        if chosen
+    ]
 
 
-def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]], chosen: Sequence[int]) -> str:
+def _waited(row: MethodFigures) -> str:
+    """How much longer than the processors worked a method took; "" where that was the same."""
+    taken = [step for step in row.result.steps if step.cpu_sec is not None]
+    sec, cpu_sec = sum(step.sec for step in taken), sum(step.cpu_sec or 0.0 for step in taken)
+    if cpu_sec > _BUSY * sec or sec < 1:
+        return ""
+    return (
+        f"{row.name}: {duration(sec)} by the clock, {duration(cpu_sec)} of processors: the machine"
+        " did other work meanwhile, or waited for its accelerator"
+    )
+
+
+def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
+    """Two tables for a terminal, what methods are worth and what they cost, with notes."""
+    drawn = (_drawn(names, lines) for names, lines in parts(rows, price))
+    return "\n\n".join([*drawn, "\n".join(f"  {note}" for note in notes(rows))])
+
+
+def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     drawn = Table(box=box.SIMPLE_HEAD)
-    for number in chosen:
-        drawn.add_column(names[number], justify="right" if number else "left", no_wrap=True)
+    for number, name in enumerate(names):
+        drawn.add_column(name, justify="right" if number else "left", no_wrap=True)
     for line in lines:
-        drawn.add_row(*(line[number] for number in chosen))
+        drawn.add_row(*line)
     return drawn_text(drawn, width=_WIDTH)
 
 
 def markdown(rows: Sequence[MethodFigures], title: str, verdict: str, price: float | None) -> str:
     """The comparison for a paper or a README."""
-    names, lines = body(rows, price)
-    table = [names, ["---", *["---:"] * (len(names) - 1)], *lines]
     text = [f"# {title}", "", verdict, ""]
-    text += ["| " + " | ".join(line) + " |" for line in table]
-    text += ["", *(f"* {note}" for note in notes(rows))]
+    for names, lines in parts(rows, price):
+        table = [names, ["---", *["---:"] * (len(names) - 1)], *lines]
+        text += [*("| " + " | ".join(line) + " |" for line in table), ""]
+    text += [f"* {note}" for note in notes(rows)]
     return "\n".join(text) + "\n"

@@ -35,6 +35,7 @@ class Step(Part):
         name: What it is.
         flops: Floating-point operations, as `trimtab.costing` counts them.
         sec: Seconds of this machine by the clock.
+        cpu_sec: Processor-seconds of all threads; far below `sec` the machine did other work.
         peak_bytes: Greatest memory of the process during it; None where it was not run.
         is_estimated: Whether the seconds follow from measured throughput and were not taken.
         serves_all_hosts: Whether it is done once, whatever the number of hosts.
@@ -43,6 +44,7 @@ class Step(Part):
     name: str
     flops: float
     sec: float
+    cpu_sec: float | None = None
     peak_bytes: int | None = None
     is_estimated: bool = False
     serves_all_hosts: bool = False
@@ -52,7 +54,8 @@ class Use(Part):
     """What using a method costs.
 
     Attributes:
-        sec_per_token: Seconds of this machine for a generated token, prompt included.
+        sec_per_token: Seconds of this machine for a generated token, with its share of what the
+            prompt takes.
         prompt_tokens: Tokens of the prompt that was timed, with what the method adds to it.
         answer_tokens: Tokens that were generated.
         peak_bytes: Greatest memory of the process meanwhile.
@@ -64,6 +67,20 @@ class Use(Part):
     peak_bytes: int
 
 
+class Unfinished(Part):
+    """What is known of a method while it is measured, so that an interruption loses nothing.
+
+    Attributes:
+        key: As of the result.
+        texts: Scored documents by kind, the domain's under the empty one, in order.
+        answers: Answers to the first questions.
+    """
+
+    key: str
+    texts: dict[str, tuple[TextScore, ...]] = {}
+    answers: tuple[int | str, ...] = ()
+
+
 class MethodResult(Part):
     """Everything about one method.
 
@@ -71,13 +88,13 @@ class MethodResult(Part):
         method: Its name.
         key: Names all that decides the result; a kept result with another key is not used.
         status: Whether it was run, or its cost was estimated only.
-        reason: Why it was not run; "" where it was.
+        reason: Why it, or the timing of its use, was not run; "" where all was.
         domain: Domain text, by document; empty where it was not run.
         general: General text, by kind and document.
         answers: What it answered to each question of the task: index of the chosen answer, or
             the text that it wrote; empty without a task.
         steps: What it takes before use.
-        use: What using it costs; None where it was not run.
+        use: What using it costs; None where that was not timed.
         artefact_bytes: Size of what has to be kept to use it.
         further_hosts: What another host takes: nothing, a mount, or the training again.
         note: What is to be known of how it was run.
@@ -95,6 +112,11 @@ class MethodResult(Part):
     artefact_bytes: int | None = None
     further_hosts: str = ""
     note: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is left to measure."""
+        return self.status == "measured" and self.use is not None
 
     @property
     def flops(self) -> float:

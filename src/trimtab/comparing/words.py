@@ -131,6 +131,8 @@ def _use(row: MethodFigures, bare: MethodFigures) -> str:
     if row is bare or row.result.use is None or bare.result.use is None:
         return ""
     times = row.result.use.sec_per_token / bare.result.use.sec_per_token
+    if 0.95 < times < 1.05:
+        return "A token then takes as long as with the host as it is."
     return f"A token then takes {times:.2g} times as long as with the host as it is."
 
 
@@ -159,4 +161,7 @@ def _not_run(rows: Sequence[MethodFigures]) -> str:
     names = [row.name for row in rows if row.result.status == "estimated"]
     if not names:
         return ""
-    return f"Not measured, their cost estimated at most: {', '.join(names)}."
+    return (
+        "Not measured, for the reasons below the tables, and no part of this choice:"
+        f" {', '.join(names)}."
+    )

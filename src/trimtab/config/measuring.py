@@ -102,8 +102,9 @@ class EvaluateConfig(Config):
 class CompareConfig(Config):
     """Compare ways to adapt a host on your own data: quality, cost, time, flexibility."""
 
-    data: tuple[str, ...] = Field(min_length=1)
-    """Text or source files, folders, globs, .jsonl or .parquet files: your domain."""
+    data: tuple[str, ...] = ()
+    """Text or source files, folders, globs, .jsonl or .parquet files: your domain. It may be left
+    out where there is a --task, whose questions are then the text."""
     small: str
     """Small model: hub name[@revision], folder, GGUF file, or tiny:NAME."""
     host: str
@@ -153,6 +154,12 @@ class CompareConfig(Config):
     """Arithmetic of the models."""
     seed: int = 0
     """Seed of the split, of all training and of the bootstrap."""
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> "CompareConfig":
+        if not self.data and self.task is None:
+            raise ValueError("there is nothing to learn from: give text, or --task")
+        return self
 
 
 class CostConfig(Config):

@@ -1,8 +1,8 @@
 """A host, bare or steered, as a model of lm-evaluation-harness."""
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any, final
 
@@ -14,13 +14,27 @@ from trimtab.errors import ModelError
 from trimtab.steering.answers import score_answers, score_text
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.processor import steered_by
-from trimtab.types import Progress, silent
+from trimtab.types import Advance, Progress, silent
 
 HFLM: Any = huggingface.HFLM
 """lm-eval's registration hides the class from type checkers."""
 
 Encoded = tuple[Any, list[int], list[int]]
 """A question as lm-eval hands it over: its text, its context's tokens, its answer's tokens."""
+
+
+@final
+class _Told:
+    """Takes the place of lm-eval's cache, which is told of every request as it is answered."""
+
+    def __init__(self, advance: Advance) -> None:
+        """Say so to a progress display."""
+        self._advance = advance
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        """One more request is answered."""
+        del attr, req, res
+        self._advance(1)
 
 
 @final
@@ -72,10 +86,19 @@ class SteeredLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Natural-log likelihood of each answer given its context, and whether it is greedy."""
         del disable_tqdm
-        with self._progress("answers", len(requests)) as advance:
-            found = super().loglikelihood(requests, disable_tqdm=True)
-            advance(len(requests))
-        return found
+        with self._shown("answers", len(requests)):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    @contextmanager
+    def _shown(self, label: str, total: int) -> Iterator[None]:
+        """Show requests as they are answered."""
+        before = self.cache_hook
+        with self._progress(label, total) as advance:
+            self.cache_hook = _Told(advance)
+            try:
+                yield
+            finally:
+                self.cache_hook = before
 
     def _loglikelihood_tokens(
         self, requests: list[Encoded], disable_tqdm: bool = True, override_bs: int | None = None
@@ -95,6 +118,7 @@ class SteeredLM(HFLM):
                 scores = score_answers(self._host, self._mixture, context, answers)
                 for number, score in zip(part, scores, strict=True):
                     found[number] = (float(score.logprobs.sum()), score.is_greedy)
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return [found[number] for number in range(len(requests))]
 
     def _cut(self, context: Sequence[int], answer: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -105,13 +129,13 @@ class SteeredLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Natural-log likelihood of each whole text."""
         del disable_tqdm
-        if self._mixture is None:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-        with self._progress("texts", len(requests)) as advance:
+        with self._shown("texts", len(requests)):
+            if self._mixture is None:
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
             found = []
             for request in requests:
                 found.append(self._text_nats(request.args[0], self._mixture))
-                advance(1)
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
         return found
 
     def _text_nats(self, text: str, mixture: Mixture) -> float:
@@ -133,7 +157,5 @@ class SteeredLM(HFLM):
         del disable_tqdm
         mixture = self._mixture
         steering = nullcontext() if mixture is None else steered_by(self._host, mixture)
-        with self._progress("continuations", len(requests)) as advance, steering:
-            found = super().generate_until(requests, disable_tqdm=True)
-            advance(len(requests))
-        return found
+        with self._shown("continuations", len(requests)), steering:
+            return super().generate_until(requests, disable_tqdm=True)

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, floor, log10
 from typing import Any
 
 from matplotlib import rc_context
@@ -42,6 +43,8 @@ _VARIABLES = {
 _WIDTH = 410
 _ROW = 24
 _GAP = 12
+_LINE, _LETTER = 13.0, 6.3
+"""Height of a line and width of a letter beside a point."""
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trimtab",
@@ -271,7 +274,7 @@ class Point:
 
     Attributes:
         name: What it is.
-        x: Its place to the right; a logarithmic axis shows 0 at its left end.
+        x: Its place to the right; a logarithmic axis shows 0 at its left end, and says so.
         y: Its height, with the error that its bar shows.
         is_filled: Whether it is one of those that matter most.
     """
@@ -293,22 +296,25 @@ def scatter_svg(
         name: Prefix of the ids in the picture; unique within a page.
         log_x: Whether the x axis is logarithmic.
     """
-    least = min((point.x for point in points if point.x > 0), default=1.0)
+    costs = [point.x for point in points if point.x > 0] or [1.0]
+    nothing = min(costs) / 10
     with rc_context(_SETTINGS):
         figure, axes = _canvas(300, left=58, right=92)
         for point in points:
-            x = max(point.x, least / 10) if log_x else point.x
+            x = max(point.x, nothing) if log_x else point.x
             axes.errorbar(
                 x, point.y.mean, yerr=point.y.stderr, fmt="o", markersize=6, capsize=2.5,
                 color=_STEERED, ecolor=_MUTED, elinewidth=1,
                 markerfacecolor=_STEERED if point.is_filled else "none",
             )  # fmt: skip
-            words = {"textcoords": "offset points", "fontsize": 10.5, "parse_math": False}
-            axes.annotate(_plain(point.name), (x, point.y.mean), (7, 4), **words)
         if log_x:
             axes.set_xscale("log")
             front = sorted((p for p in points if p.is_filled), key=lambda p: p.x)
-            xs = [max(point.x, least / 10) for point in front]
+            xs = [max(point.x, nothing) for point in front]
+            decades = range(ceil(log10(min(costs))), floor(log10(max(costs))) + 1)
+            named = [nothing, *(10.0**power for power in decades)]
+            axes.set_xticks(named, ["0", *(f"{10.0**power:,g}" for power in decades)])
+            axes.set_xticks([], minor=True)
             axes.plot(xs, [p.y.mean for p in front], color=_RULE, linewidth=1, zorder=0)
         else:
             axes.axhline(0, color=_RULE, linewidth=0.8, zorder=0)
@@ -316,4 +322,29 @@ def scatter_svg(
         axes.set_xlabel(_plain(axes_names[0]))
         axes.set_ylabel(_plain(axes_names[1]))
         axes.margins(x=0.1, y=0.15)
+        _name_points(axes, [(p.name, max(p.x, nothing) if log_x else p.x, p.y) for p in points])
         return _svg(figure, name)
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[str, float, Estimate]]) -> None:
+    """Write names beside points, from above; where two would meet, the lower one moves down."""
+    # Limits that could still move would move the points, and not the names.
+    axes.set_xlim(axes.get_xlim())
+    axes.set_ylim(axes.get_ylim())
+    taken: list[tuple[float, float, float]] = []
+    places = [(axes.transData.transform((x, y.mean)), name, (x, y.mean)) for name, x, y in points]
+    for (left, height), name, point in sorted(places, key=lambda place: -place[0][1]):
+        right, level = left + 7 + _LETTER * len(name), height + 4
+        while met := [
+            other
+            for start, end, other in taken
+            if start < right and left < end and abs(other - level) < _LINE
+        ]:
+            level = min(met) - _LINE
+        taken.append((left, right, level))
+        line = {"arrowstyle": "-", "color": _RULE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
+        axes.annotate(
+            _plain(name), point, (7, level - height), textcoords="offset points", fontsize=10.5,
+            va="center_baseline", parse_math=False,
+            arrowprops=line if height + 4 - level > _LINE else None,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""A classification of real text: which field a function is from, by its documentation."""
