@@ -151,6 +151,15 @@ def test_chats_whole_and_streamed(client: openai.OpenAI, adapter: Path) -> None:
     assert client.chat.completions.create(**(asked | {"messages": longer})).choices[0].message
 
 
+@pytest.mark.parametrize("model", ["host+sea", "host+sea:0.7+ship:0.3"])
+def test_what_holds_no_evidence_is_answered_by_the_prior(client: openai.OpenAI, model: str) -> None:
+    silent: Any = [{"role": "assistant", "content": PROMPT}, {"role": "user", "content": ""}]
+    asked: dict[str, Any] = {"model": model, "temperature": 0}
+    assert client.chat.completions.create(messages=silent, max_tokens=4, **asked).choices
+    echo: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 1}
+    assert client.completions.create(prompt=[5], **echo, **asked).choices[0].logprobs
+
+
 @pytest.mark.parametrize("model", ["host", "host+sea"])
 def test_an_echo_tells_how_likely_the_prompt_was(
     client: openai.OpenAI, host: HFModel, model: str
@@ -500,6 +509,7 @@ def test_the_document_of_the_interface(server: Running) -> None:
         for operation in operations.values():
             # Errors are of our shape, not of FastAPI's; without keys no route asks for one.
             assert set(operation["responses"]) == {"200", "4XX", "5XX"}
+            assert set(operation["responses"]["4XX"]["content"]) == {"application/json"}
             assert "security" not in operation
     streamed = paths["/v1/completions"]["post"]["responses"]["200"]["content"]
     assert set(streamed) == {"application/json", "text/event-stream"}

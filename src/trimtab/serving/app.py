@@ -42,6 +42,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorAnswer, "description": "The server could not answer"},
 }
 _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+# Of a route whose answer is plain text FastAPI would say that its errors are, too.
+_JSON_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"description": told["description"], "content": {"application/json": {}}}
+    for code, told in _ERRORS.items()
+}
 
 
 class LoadRequest(BaseModel):
@@ -143,7 +148,12 @@ def _add_health(app: FastAPI, service: Service) -> None:
         is_ready = service.engine.is_alive and not service.is_closing
         return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
-    @app.get("/metrics", dependencies=_keyed(service), response_class=PlainTextResponse)
+    @app.get(
+        "/metrics",
+        dependencies=_keyed(service),
+        responses=_JSON_ERRORS,
+        response_class=PlainTextResponse,
+    )
     async def metrics() -> Response:
         return Response(service.watch.metrics(), headers={"content-type": CONTENT_TYPE})
 

@@ -135,11 +135,13 @@ class Mixture:
         Args:
             unembedding: The host's.
             prompt: What the host has read.
-            asked: Positions whose states the prompt has, ascending.
+            asked: Positions whose states the prompt has, ascending; may be none.
 
         Yields:
             Some positions at a time, and what is said of the token after each.
         """
+        if not asked:
+            return
         start = prompt.text.start
         contexts = [text_before(prompt.token_bytes[start : p + 1]) for p in asked]
         reading = self._read(prompt, asked, contexts)

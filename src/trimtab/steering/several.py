@@ -59,12 +59,12 @@ class Several:
         if len(self.mixtures) == 1:
             return self.mixtures[0].weigh(unembedding, replace(prompt, chat=chats[0]))
         asked = evidence_positions(replace(prompt, chat=chats[0]))
+        if not asked:
+            return self.prior
         scores = []
         for mixture, chat in zip(self.mixtures, chats, strict=True):
             each = mixture.read(unembedding, replace(prompt, chat=chat), asked)
             scores.append([said.of_tokens(_after(prompt, places)) for places, said in each])
-        if not asked:
-            return self.prior
         joined = self._joined([torch.cat(parts, 1) for parts in scores])
         return evidence_weights(joined, self.prior, share=self.share)[:, -1].float()
 
