@@ -28,6 +28,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 PROMPT = "The rudder turns the hull.\nThe keel turns the"
 TOKENS = 12
+PICTURES = Path(__file__).parent.parent / "build" / "playground"
+"""How the page looked at the end of each test."""
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +81,12 @@ class Tab:
 
 
 @pytest.fixture
-def tab(browser: Any, server: Running) -> Iterator[Tab]:
+def tab(browser: Any, server: Running, request: pytest.FixtureRequest) -> Iterator[Tab]:
     found = Tab(browser, server.base_url)
     found.page.get_by_label("Prompt").fill(PROMPT)
     yield found
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    found.page.screenshot(path=PICTURES / f"{request.node.name}.png", full_page=True)
     assert found.errors == []
     # It works offline: everything came from the server itself.
     assert all(one.url.startswith((server.base_url, "data:")) for one in found.asked)

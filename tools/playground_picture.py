@@ -1,0 +1,65 @@
+"""Take the picture of the playground that the documentation shows.
+
+    python -m tools.playground_picture HOST ADAPTER PROMPT_FILE OUT.png
+
+Needs Chromium on the path and the extra `browser`. The page answers the prompt with all of the
+adapter's carriers, and of the tokens that the memory decided the one that moved most is explained.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import sync_playwright
+
+from trimtab.config import ServeConfig
+from trimtab.machine import use_large_pages
+from trimtab.serving.run import running
+
+WAIT_MS = 600_000
+TOKENS = 40
+
+
+def main() -> None:
+    """Serve, ask, and take the picture."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    for name in ("host", "adapter"):
+        parser.add_argument(name)
+    for name in ("prompt", "out"):
+        parser.add_argument(name, type=Path)
+    given = parser.parse_args()
+    use_large_pages()
+    config = ServeConfig(
+        host=given.host,
+        name="gemma-3-270m",
+        adapter=(f"zig={given.adapter}",),
+        carriers=("head", "memory", "expert"),
+        port=0,
+        time_limit_sec=WAIT_MS / 1000,
+    )
+    with running(config) as server, sync_playwright() as started:
+        # As root, and in containers, Chromium cannot make a sandbox of its own.
+        browser = started.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(WAIT_MS)
+        page.goto(server.base_url)
+        _ask(page, given.prompt.read_text(encoding="utf-8"))
+        page.screenshot(path=given.out, full_page=True)
+        browser.close()
+
+
+def _ask(page: Any, prompt: str) -> None:
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_label("Most tokens").fill(str(TOKENS))
+    page.get_by_role("button", name="Continue the text").click()
+    page.get_by_role("status").filter(has_text="Done").wait_for()
+    by_memory = page.locator("#steered-text [role=option].memory")
+    chosen = by_memory if by_memory.count() else page.locator("#steered-text [role=option]")
+    chosen.first.click()
+
+
+if __name__ == "__main__":
+    main()
