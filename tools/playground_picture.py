@@ -3,7 +3,7 @@
     python -m tools.playground_picture HOST ADAPTER PROMPT_FILE OUT.png
 
 Needs Chromium on the path and the extra `browser`. The page answers the prompt with all of the
-adapter's carriers, and of the tokens that the memory decided the one that moved most is explained.
+adapter's carriers; the first token that the memory decided, else the first, is explained.
 """
 
 import argparse
@@ -54,6 +54,7 @@ def main() -> None:
 def _ask(page: Any, prompt: str) -> None:
     page.get_by_label("Prompt").fill(prompt)
     page.get_by_label("Most tokens").fill(str(TOKENS))
+    page.get_by_role("checkbox", name="expert").check()
     page.get_by_role("button", name="Continue the text").click()
     page.get_by_role("status").filter(has_text="Done").wait_for()
     by_memory = page.locator("#steered-text [role=option].memory")
