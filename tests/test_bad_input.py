@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
+from saving import saved
 from test_imports import ENVIRONMENT
 
-from trimtab.backends.open import open_model
 from trimtab.cli import main
 from trimtab.config import FitConfig, RecordConfig, TuneConfig
 from trimtab.fit import fit
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Work:
     for n in range(8):
         lines = (f"pub fn add{n}{i}(a: u32) u32 {{ return a + {n * i}; }}\n" for i in range(6))
         (work.text / f"{n}.zig").write_text("".join(lines))
-    save(SMALL, work.base)
+    saved(SMALL, work.base)
     tune(
         TuneConfig(
             model=str(work.base), data=(str(work.text),), out=work.expert, window_tokens=32,
@@ -63,12 +63,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Work:
     )
     fit(FitConfig(recording=work.recording, out=work.adapter, rank=4, key_size=16, epochs=1))
     return work
-
-
-def save(ref: str, folder: Path) -> None:
-    model = open_model(ref, dtype="float32")
-    model.model.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -351,7 +345,7 @@ def test_an_adapter_whose_small_model_has_another_tokenizer(
 ) -> None:
     aside = work.folder / "aside"
     shutil.move(work.base, aside)
-    save(f"{SMALL}&vocab=bpe", work.base)
+    saved(f"{SMALL}&vocab=bpe", work.base)
     before = contents(work.adapter) | contents(work.recording)
     report, out = work.folder / "report", work.folder / "out"
     commands: list[tuple[object, ...]] = [
@@ -486,7 +480,7 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, text, out = (tmp_path / name for name in ("base", "text", "expert"))
-    save("tiny:gpt2?hidden=32&layers=1", base)
+    saved("tiny:gpt2?hidden=32&layers=1", base)
     with safe_open(base / "model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     tensors["transformer.wpe.weight"][30] = math.inf

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from saving import saved
 
 from bench.compatibility import families, measure, table
 from trimtab.backends.hf import HFModel, adopt_model
@@ -55,9 +56,7 @@ def test_a_small_model_that_reads_no_tree_is_refused(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["mamba", "qwen3_moe"])
 def test_a_model_that_takes_no_lora_is_refused(model_type: str, tmp_path: Path) -> None:
-    model = made(model_type)
-    model.model.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
+    saved(made(model_type), tmp_path / "model")
     (tmp_path / "text.txt").write_text(measure.TEXT * 12)
     settings: dict[str, Any] = {"model": str(tmp_path / "model"), "out": tmp_path / "expert"}
     settings |= {"data": (str(tmp_path / "text.txt"),), "held_out": 0, "dtype": "float32"}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from saving import saved
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -262,8 +263,7 @@ def test_strength_zero_is_the_host_itself(adapter: Path, options: dict[str, obje
 def test_accelerate_may_place_the_host(
     carriers: tuple[str, ...], adapter: Path, host: HFModel, tmp_path: Path
 ) -> None:
-    host.model.save_pretrained(tmp_path)
-    host.tokenizer.save_pretrained(tmp_path)
+    saved(host, tmp_path)
     asked = {"host": str(tmp_path), "prompt": ("The rudder",), "adapter": adapter}
     asked |= {"carriers": carriers, "max_new_tokens": 6, "dtype": "float32"}
     texts = [
@@ -642,8 +642,7 @@ def test_a_stop_string_is_cut_off_and_ends_its_prompt_only() -> None:
 def test_end_tokens_of_the_generation_settings_end_a_text(host: HFModel, tmp_path: Path) -> None:
     batch = inputs(host, PROMPTS[0])
     third = int(host.model.generate(**batch, max_new_tokens=3)[0, -1])
-    host.model.save_pretrained(tmp_path)
-    host.tokenizer.save_pretrained(tmp_path)
+    saved(host, tmp_path)
     GenerationConfig(eos_token_id=[257, third], temperature=0.1, do_sample=True).save_pretrained(
         tmp_path
     )

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from huggingface_hub import constants
+from saving import saved
 
 from trimtab.backends.open import open_model
 from trimtab.errors import ModelError
@@ -70,9 +71,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    made = open_model("tiny:llama?layers=1&hidden=32", dtype="float32")
-    made.model.save_pretrained(tmp_path / "model")
-    made.tokenizer.save_pretrained(tmp_path / "model")
+    saved("tiny:llama?layers=1&hidden=32", tmp_path / "model")
     files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
     handler = type("Hub", (_Hub,), {"files": files, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

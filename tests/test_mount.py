@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from saving import saved
 from test_fit import DOMAIN, SMALL, fitted, recorded, tuned, write_texts
 
 from trimtab.align.strings import Strings
@@ -400,10 +401,7 @@ def test_a_seat_that_is_kept_needs_the_head_alone(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
-    made = open_model("tiny:gemma2?hidden=32&seed=4", dtype="float32")
-    made.model.save_pretrained(tmp_path / "host")
-    made.tokenizer.save_pretrained(tmp_path / "host")
-    ref = str(tmp_path / "host")
+    ref = str(saved("tiny:gemma2?hidden=32&seed=4", tmp_path / "host"))
     config = MountConfig(adapter=adapter, host=ref, dtype="float32")
     alone = open_head(ref, dtype="float32")
     assert not is_kept(config, alone)

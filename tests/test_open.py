@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from saving import saved
 from test_gguf import write_gguf
 from transformers.utils import logging as transformers_logging
 
@@ -17,10 +18,7 @@ from trimtab.errors import MissingDependencyError, ModelError
 
 @pytest.fixture
 def folder(tmp_path):
-    made = open_model("tiny:llama?layers=1", dtype="float32")
-    made.model.save_pretrained(tmp_path / "model")
-    made.tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return saved("tiny:llama?layers=1", tmp_path / "model")
 
 
 def _refused(ref, finding):
@@ -147,9 +145,7 @@ def test_a_device_map_gives_the_same_logits(folder):
     "ref", ["tiny:llama?layers=1", "tiny:qwen3?tied=0", "tiny:gemma2?tied=1", "tiny:gpt2?layers=1"]
 )
 def test_a_head_alone_is_that_of_the_whole_model(ref, tmp_path):
-    made = open_model(ref, dtype="float32")
-    made.model.save_pretrained(tmp_path)
-    made.tokenizer.save_pretrained(tmp_path)
+    saved(ref, tmp_path)
     whole = open_model(str(tmp_path), dtype="float32")
     alone = open_head(str(tmp_path), dtype="float32")
     for name, value in vars(whole.unembedding).items():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from saving import saved
 
 from trimtab.backends.chat import chat_renderer
 from trimtab.backends.hf import HFModel
@@ -321,8 +322,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
     with torch.no_grad():
         model.model.get_parameter("transformer.wpe.weight")[30] = math.inf
     broken, corpus = tmp_path / "broken", tmp_path / "corpus"
-    model.model.save_pretrained(broken)
-    model.tokenizer.save_pretrained(broken)
+    saved(model, broken)
     corpus.mkdir()
     for n in range(20):
         (corpus / f"{n}.txt").write_text("a text of 24 characters.")

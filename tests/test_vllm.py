@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from saving import saved
 from test_generate import PROMPTS, domain_text
 from test_generate import adapter as adapter  # a fixture
 from test_vllm_parts import SLOTS, Model, Request, Runner, check_answers, engine_of
@@ -72,10 +73,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(base: Path) -> Path:
     """A tiny host as vLLM wants it: a folder, and heads of 32."""
-    made = open_model("tiny:llama?vocab=bpe&hidden=64&heads=2&seed=5", dtype="float32")
-    made.model.save_pretrained(base / "host")
-    made.tokenizer.save_pretrained(base / "host")
-    return base / "host"
+    return saved("tiny:llama?vocab=bpe&hidden=64&heads=2&seed=5", base / "host")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saving import saved
 from test_generate import PROMPTS, domain_text
 from test_generate import adapter as adapter  # a fixture
 from test_imports import heavy_after
@@ -45,10 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(base: Path) -> Path:
-    made = open_model("tiny:qwen3?vocab=bpe&hidden=32", dtype="float32")
-    made.model.save_pretrained(base / "host")
-    made.tokenizer.save_pretrained(base / "host")
-    return base / "host"
+    return saved("tiny:qwen3?vocab=bpe&hidden=32", base / "host")
 
 
 @pytest.fixture(scope="module")

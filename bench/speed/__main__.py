@@ -7,14 +7,12 @@ bench/results/speed.json, row by row, so that any row can be measured alone.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import faiss
 import torch
-import typer
 
 from bench.speed.results import Outcome, check_machine, keep, machine
 from bench.speed.roofline import Peaks
@@ -24,9 +22,8 @@ from bench.speed.table import RESULTS, details_path, table
 from bench.transfer.domains import TEXTS
 from examples.demo import corpus, models
 from trimtab.backends.open import resolve_dtype
-from trimtab.cli_errors import reported
+from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
-from trimtab.machine import use_large_pages
 from trimtab.progress import Display
 
 FOLDER = Path("build/speed")
@@ -45,12 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="begin the results anew")
     parser.add_argument("--table", action="store_true", help="show the results, measure nothing")
     given = parser.parse_args(words)
-    use_large_pages()
-    try:
-        with reported():
-            _run(given)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+    run_program(lambda: _run(given))
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -2,18 +2,15 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import typer
 
 from bench.transfer.domains import DOMAINS
 from bench.transfer.pairs import PAIRS, pair_of
 from bench.transfer.results import RESULTS, add, table
 from bench.transfer.steps import STEPS
 from bench.transfer.suite import Run, prepare
-from trimtab.cli_errors import reported
+from trimtab.cli_errors import run_program
 from trimtab.progress import Display
 from trimtab.store.local import HOME_VARIABLE
 from trimtab.store.manifest import read_manifest
@@ -37,11 +34,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="print the results and end")
     given = parser.parse_args(words)
     os.environ.setdefault(HOME_VARIABLE, "build/cache")
-    try:
-        with reported():
-            _run(given)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+    run_program(lambda: _run(given))
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -2,20 +2,17 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-
-import typer
 
 from bench.transfer import sources
 from bench.transfer.debian import Package, is_fetched, sha256_of_texts
 from bench.transfer.sources import Corpus
 from bench.transfer.splits import Budget, Cut, middle, parts, size, split, whole
 from examples.demo import corpus
-from trimtab.cli_errors import reported
+from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
 
 TEXTS = Path("build/texts")
@@ -201,16 +198,16 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in sizes:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="BYTES")
     given = parser.parse_args(words)
-    try:
-        with reported():
-            domain = domain_of(given.name)
-            wanted = {name: getattr(given, name) for name in sizes}
-            changed = {name: value for name, value in wanted.items() if value is not None}
-            budget = replace(domain.budget, **changed)
-            _say_downloads(domain)
-            print(summary(lay_out(domain, given.to, seed=given.seed, budget=budget)))
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+    wanted = {name: getattr(given, name) for name in sizes}
+    changed = {name: value for name, value in wanted.items() if value is not None}
+
+    def lay() -> None:
+        domain = domain_of(given.name)
+        budget = replace(domain.budget, **changed)
+        _say_downloads(domain)
+        print(summary(lay_out(domain, given.to, seed=given.seed, budget=budget)))
+
+    run_program(lay)
 
 
 if __name__ == "__main__":

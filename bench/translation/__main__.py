@@ -2,14 +2,11 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import typer
-
 from bench.translation.run import STEPS, Settings, run
-from trimtab.cli_errors import reported
+from trimtab.cli_errors import run_program
 from trimtab.progress import Display
 from trimtab.store.local import HOME_VARIABLE
 
@@ -29,11 +26,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("build/translation/results.json"))
     given = parser.parse_args(words)
     os.environ.setdefault(HOME_VARIABLE, "build/cache")
-    try:
-        with reported():
-            run(Settings(**vars(given)), Display())
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+    run_program(lambda: run(Settings(**vars(given)), Display()))
 
 
 if __name__ == "__main__":

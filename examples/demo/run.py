@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import typer
-
 import trimtab
 from examples.demo import corpus, models
 from examples.demo.clock import Clock
@@ -27,9 +25,8 @@ from trimtab import (
 )
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.cli_errors import reported
+from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
-from trimtab.machine import use_large_pages
 from trimtab.progress import Display
 from trimtab.report import (
     GrowthPoint,
@@ -118,12 +115,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the demo from the command line; exits with the same statuses as `trimtab`."""
     given = _arguments(words)
     os.environ.setdefault(HOME_VARIABLE, str(CACHE))
-    use_large_pages()
-    try:
-        with reported():
-            run(given.small, given.host, given.out)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+    run_program(lambda: run(given.small, given.host, given.out))
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:

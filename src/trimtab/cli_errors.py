@@ -4,12 +4,13 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
 
 from trimtab.errors import InputError, ModelError, StorageError, TrimtabError
+from trimtab.machine import use_large_pages
 
 DEBUG_VARIABLE = "TRIMTAB_DEBUG"
 UNEXPECTED, EXPECTED, STOPPED = 1, 2, 130
@@ -42,6 +43,20 @@ def reported() -> Iterator[None]:
             raise typer.Exit(UNEXPECTED) from None
         _say(error, f"error: {expected.message}\n  hint: {expected.hint}")
         raise typer.Exit(EXPECTED) from None
+
+
+def run_program(work: Callable[[], object]) -> None:
+    """Run a program beside the command line: its large pages, messages and exit statuses.
+
+    Args:
+        work: All that the program does.
+    """
+    use_large_pages()
+    try:
+        with reported():
+            work()
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

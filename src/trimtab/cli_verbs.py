@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from trimtab import config
+from trimtab.cli import OF_HOSTS
 from trimtab.cli_errors import reported, write
 from trimtab.config.reading import read_values
 from trimtab.errors import InputError
@@ -54,8 +55,6 @@ _ARGUMENTS = {
     "compare": ("data",),
     "probe": ("host",),
 }
-ABOUT_HOSTS = ("probe",)
-"""Verbs of the group `hosts`."""
 _WITH_JSON = ("cost",)
 """Verbs whose result can be printed as JSON."""
 _CONFIG_FILE = "config"
@@ -146,7 +145,7 @@ def _readable(error: ValidationError, verb: str) -> InputError:
 
 def words_of(verb: str) -> str:
     """What a user types for a verb."""
-    return f"hosts {verb}" if verb in ABOUT_HOSTS else verb
+    return f"hosts {verb}" if verb in OF_HOSTS else verb
 
 
 def _shown_name(verb: str, field: str) -> str:

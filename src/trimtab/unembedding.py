@@ -75,7 +75,7 @@ class Unembedding:
         is_followed = torch.is_grad_enabled() and (
             hidden.requires_grad or self.weight.requires_grad
         )
-        return self.weight.device.type == "cpu" and not is_followed
+        return self.device.type == "cpu" and not is_followed
 
     def _some(self, hidden: Tensor, chosen: Tensor | slice) -> Tensor:
         logits = hidden @ self.weight[chosen].T

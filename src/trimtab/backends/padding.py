@@ -1,11 +1,10 @@
 """Whether a model's answer to a prompt changes with the padding that a batch puts beside it."""
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.errors import ModelError
@@ -32,7 +31,8 @@ def check_padding(host: HFModel, prompts: Sequence[Sequence[int]]) -> None:
         ModelError: The two differ by more than rounding.
     """
     lengths = [len(prompt) for prompt in prompts]
-    if len(set(lengths)) == 1:
+    # An engine of its own is given the tokens of each row, and no padding.
+    if len(set(lengths)) == 1 or host.has_own_logits:
         return
     probe = list(prompts[lengths.index(max(lengths))][: 2 * PROBE_TOKENS])
     few = probe[: len(probe) // 2]
@@ -49,7 +49,7 @@ def check_padding(host: HFModel, prompts: Sequence[Sequence[int]]) -> None:
 
 def _written(host: HFModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     """Logits, shape [prompts, vocab], at each of a few places, all rows going on with one token."""
-    model: Any = host.model
+    model, written = cast(Any, host.model), min(host.end_ids, default=0)
     found = model.generate(
         **host.padded(prompts),
         max_new_tokens=WRITTEN_TOKENS,
@@ -57,7 +57,7 @@ def _written(host: HFModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, .
         num_beams=1,
         eos_token_id=None,
         pad_token_id=host.pad_id,
-        logits_processor=LogitsProcessorList([_Same(min(host.end_ids, default=0))]),
+        prefix_allowed_tokens_fn=lambda *_: [written],
         return_dict_in_generate=True,
         output_logits=True,
     )
@@ -69,17 +69,3 @@ def _apart_nats(one: Tensor, other: Tensor) -> Tensor:
     one, other = one.float().log_softmax(-1), other.float().log_softmax(-1)
     likely = torch.maximum(one, other) > LEAST_NATS
     return (one - other)[likely].abs().max()
-
-
-@final
-class _Same(LogitsProcessor):
-    """Writes one and the same token everywhere, so that what follows can be compared."""
-
-    def __init__(self, token_id: int) -> None:
-        self._token_id = token_id
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        del input_ids
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self._token_id] = 0
-        return forced

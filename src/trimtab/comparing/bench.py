@@ -134,10 +134,9 @@ class Bench:
         try:
             with watched() as watch:
                 needed = work(_telling(self.guarded(name), save))
-        # However it ends, by Ctrl-C above all: the next attempt goes on from here.
-        except BaseException:
+        finally:
+            # However it ends, by Ctrl-C above all: the next attempt goes on from here.
             save()
-            raise
         watch.sec += before
         watch.cpu_sec += used_before
         done = watch.step(name, needed, serves_all_hosts=serves_all_hosts)
