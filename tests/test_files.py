@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import safetensors.numpy
 from trimtab.errors import AdapterError, InputError, NumericalError, StorageError
 from trimtab.store.files import (
     lock,
+    names_in,
     package_versions,
     read_json,
     replace_directory,
@@ -24,6 +26,12 @@ from trimtab.store.files import (
     write_atomic,
     write_json,
     writing_atomically,
+)
+
+HALF_WRITTEN = (
+    "import pathlib, sys, time; from trimtab.store.files import writing_atomically\n"
+    "with writing_atomically(pathlib.Path(sys.argv[1])) as temp:\n"
+    "    temp.write_bytes(b'half'); print('ready', flush=True); time.sleep(60)"
 )
 
 
@@ -73,12 +81,7 @@ def test_write_follows_a_link(tmp_path: Path) -> None:
 def test_next_write_clears_what_a_killed_run_left(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write_atomic(path, b"old")
-    code = (
-        "import pathlib, sys, time; from trimtab.store.files import writing_atomically\n"
-        "with writing_atomically(pathlib.Path(sys.argv[1])) as temp:\n"
-        "    temp.write_bytes(b'half'); print('ready', flush=True); time.sleep(60)"
-    )
-    run_and_kill(code, str(path))
+    run_and_kill(HALF_WRITTEN, str(path))
     assert path.read_bytes() == b"old"
     assert len(names(tmp_path)) == 2
     write_atomic(tmp_path / "other.bin", b"")
@@ -185,6 +188,33 @@ def test_a_users_own_folder_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file"), replace_directory(tmp_path / "file"):
         raise AssertionError("must not be entered")
     assert (path / "chapter1.txt").read_text() == "years of work"
+
+
+def test_a_part_that_a_killed_writer_left_is_nobodys_own(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    run_and_kill(HALF_WRITTEN, str(path / "head.unfinished"))
+    assert len(names(path)) == 1
+    assert names_in(path) == []
+    with replace_directory(path, unfinished=("head.unfinished",)) as temp:
+        write_json(temp / "manifest.json", {})
+    assert names(path) == ["manifest.json"]
+    assert names_in(tmp_path / "nowhere") == []
+
+
+def test_ctrl_c_while_clearing_away_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, interruptions = shutil.rmtree, [KeyboardInterrupt()]
+
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        if interruptions:
+            raise interruptions.pop()
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "a.bin", b"new")
+    assert names(tmp_path) == ["a.bin"]
 
 
 def test_directory_is_restored_after_a_kill_between_the_renames(tmp_path: Path) -> None:

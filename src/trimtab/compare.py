@@ -33,7 +33,14 @@ from trimtab.config import CompareConfig
 from trimtab.errors import InputError, ModelError
 from trimtab.evaluate import MIN_DOCUMENT_BYTES, beginning
 from trimtab.metrics import Estimate
-from trimtab.store.files import lock, package_versions, refuse_others, write_atomic, write_json
+from trimtab.store.files import (
+    lock,
+    names_in,
+    package_versions,
+    refuse_others,
+    write_atomic,
+    write_json,
+)
 from trimtab.types import Document, Progress, silent
 
 REPORT_NAME = "comparison.json"
@@ -123,7 +130,7 @@ def _budget(config: CompareConfig) -> Budget:
 
 def _check_out(out: Path) -> None:
     ours = {REPORT_NAME, "data", FOLDER, STEPS}
-    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    others = names_in(out)
     if not ours & set(others):
         refuse_others(out, others, "comparison")
 

@@ -22,7 +22,7 @@ from trimtab.steering.mounted import Mounted
 from trimtab.steering.processor import DEFAULT_CARRIERS
 from trimtab.steering.rows import row_of
 from trimtab.steering.scoring import RowScore, ScoredDocument
-from trimtab.store.files import refuse_others, write_json
+from trimtab.store.files import names_in, refuse_others, write_json
 from trimtab.store.manifest import read_manifest
 from trimtab.text.documents import read_by_kind, read_documents
 from trimtab.types import Document, Progress, silent
@@ -175,8 +175,8 @@ def _check_out(out: Path) -> None:
             f"--out {out} is a file, and a report is a folder", hint="choose a new folder"
         )
     ours = ("report.json", "scores", TASKS_NAME, "tasks")
-    others = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if not any((out / name).exists() for name in ours):
+    others = names_in(out)
+    if not set(ours) & set(others):
         refuse_others(out, others, "report")
 
 

@@ -40,8 +40,8 @@ from trimtab.store.expert import (
     write_run,
 )
 from trimtab.store.files import (
-    LOCK_NAME,
     lock,
+    names_in,
     package_versions,
     refuse_others,
     replace_directory,
@@ -180,7 +180,7 @@ def _begun(asked: UnfinishedRun) -> UnfinishedRun:
     if found is not None and (folder / STATE_NAME).exists():
         check_same_run(folder, found, asked)
         return found
-    others = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME)
+    others = names_in(folder)
     if found is None and others != [CHECKPOINT_NAME]:
         refuse_others(folder, others, "run of tune")
     write_run(folder, asked)

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ _HINTS = {
 # Tells this process's temporary files from those of a killed one that had the same process id,
 # which is the rule in containers.
 _RUN = secrets.token_hex(4)
+_OWNER = r"(?P<pid>\d+)-(?P<run>[0-9a-f]{8})-[0-9a-f]{8}"
+_TEMPORARY = re.compile(rf"\..+\.tmp-{_OWNER}")
 
 
 @contextmanager
@@ -91,15 +93,22 @@ def writing_atomically(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target, "tmp")
         # A folder, because some libraries (safetensors) put temporary files beside the file.
-        folder = _beside(target, "tmp")
-        folder.mkdir()
-        try:
+        with _temporary_folder(target) as folder:
             yield folder / target.name
             _settle(folder)
             os.replace(folder / target.name, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         _sync(target.parent)
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    folder = _beside(target, "tmp")
+    with ExitStack() as ending:
+        # Twice: Ctrl-C may break off one removal, as it may the making.
+        for _ in range(2):
+            ending.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -136,14 +145,10 @@ def replace_directory(
         _restore(target)
         _refuse_foreign(path, marker, unfinished)
         _remove_leftovers(target, "tmp")
-        temp = _beside(target, "tmp")
-        temp.mkdir()
-        try:
+        with _temporary_folder(target) as temp:
             yield temp
             _settle(temp)
             _swap(temp, target)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
         _sync(target.parent)
 
 
@@ -152,13 +157,23 @@ def _refuse_foreign(path: Path, marker: str, unfinished: Collection[str]) -> Non
         raise InputError(
             f"{path} is a file, where a folder is to be written", hint="choose another output"
         )
-    ours = {LOCK_NAME, *unfinished}
-    entries = {entry.name for entry in path.iterdir()} - ours if path.exists() else set()
+    entries = set(names_in(path)) - set(unfinished)
     if entries and marker not in entries:
         raise InputError(
             f"{path} holds {len(entries)} entries but no {marker}: replacing it would lose them",
             hint="choose a new or empty output folder",
         )
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of what an output folder holds, in order; none where there is no such folder.
+
+    Without its writer's lock, and without what writers who were killed had begun to write: they
+    would make a folder of ours look like another's.
+    """
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = sorted(entry.name for entry in entries if entry.name != LOCK_NAME)
+    return [name for name in names if not _TEMPORARY.fullmatch(name)]
 
 
 def refuse_others(folder: Path, others: Sequence[str], lacking: str) -> None:
@@ -205,10 +220,10 @@ def _beside(target: Path, role: str) -> Path:
 
 
 def _leftovers(target: Path, role: str) -> list[Path]:
-    pattern = re.compile(re.escape(f".{target.name}.{role}-") + r"(\d+)-([0-9a-f]{8})-[0-9a-f]{8}")
+    pattern = re.compile(re.escape(f".{target.name}.{role}-") + _OWNER)
     found = ((pattern.fullmatch(entry.name), entry) for entry in target.parent.iterdir())
     return sorted(
-        entry for match, entry in found if match and not _lives(int(match[1]), run=match[2])
+        entry for match, entry in found if match and not _lives(int(match["pid"]), run=match["run"])
     )
 
 

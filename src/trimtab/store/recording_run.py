@@ -7,7 +7,7 @@ from pydantic import JsonValue, ValidationError
 
 from trimtab.errors import InputError
 from trimtab.store.adapter_schema import Part, Sha256
-from trimtab.store.files import LOCK_NAME, read_json, refuse_others, write_json
+from trimtab.store.files import names_in, read_json, refuse_others, write_json
 from trimtab.store.recording_schema import PARTIAL_NAME
 
 # The expert may have moved: its fingerprint is among the inputs.
@@ -47,8 +47,7 @@ def begin_run(folder: Path, asked: RecordingRun) -> None:
                 hint="choose another --out, or install those versions to continue",
             )
         return
-    others = sorted(path.name for path in folder.iterdir() if not _is_ours(path.name))
-    refuse_others(folder, others, "recording")
+    refuse_others(folder, names_in(folder), "recording")
     write_json(folder / PARTIAL_NAME, asked.model_dump(mode="json"))
 
 
@@ -72,11 +71,6 @@ def check_same_run(folder: Path, found: RecordingRun, asked: RecordingRun) -> No
         raise InputError(
             f"{' and '.join(others)} changed since the recording {folder} was begun", hint=_HINT
         )
-
-
-def _is_ours(name: str) -> bool:
-    # A killed first write leaves its temporary file.
-    return name == LOCK_NAME or name.startswith(f".{PARTIAL_NAME}.tmp-")
 
 
 def _read(path: Path) -> RecordingRun:
