@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
 )
 
 from trimtab.errors import ModelError, TrimtabError
-from trimtab.store.files import storage_errors
+from trimtab.store.storage_errors import storage_errors
 from trimtab.types import Progress
 
 CONNECT_SEC = 8.0

@@ -10,7 +10,7 @@ from trimtab.backends.gguf import PlainReader
 from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
 from trimtab.exporting.linear import Lora
-from trimtab.store.files import storage_errors
+from trimtab.store.storage_errors import storage_errors
 
 ADAPTER_NAME = "head.gguf"
 """File of the LoRA."""

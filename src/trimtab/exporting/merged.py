@@ -13,7 +13,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
 from trimtab.exporting.linear import Lora
 from trimtab.exporting.peft import bias_scale, head_name
-from trimtab.store.files import storage_errors
+from trimtab.store.storage_errors import storage_errors
 from trimtab.unembedding import Unembedding
 
 ROWS_AT_ONCE = 8192

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.errors import MissingDependencyError
 from trimtab.exporting.linear import Shift
-from trimtab.store.files import storage_errors
+from trimtab.store.storage_errors import storage_errors
 
 GRAPH_NAME = "head.onnx"
 """File of the graph."""

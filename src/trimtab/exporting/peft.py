@@ -10,7 +10,7 @@ from torch import Tensor
 from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
 from trimtab.exporting.linear import Lora
-from trimtab.store.files import storage_errors
+from trimtab.store.storage_errors import storage_errors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 """PEFT's own name for the weights; the configuration beside it is adapter_config.json."""
