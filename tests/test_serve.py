@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -692,6 +693,31 @@ def test_what_is_in_flight_ends_before_the_server_does(host: HFModel) -> None:
         texts += [chunk.choices[0].text for chunk in stream]
         client.close()
     assert len("".join(texts)) > 50
+
+
+def test_who_is_not_waited_for_any_longer_is_told(host: HFModel, log: io.StringIO) -> None:
+    config = served(slots=1, shutdown_sec=0.5, context_tokens=4000)
+    body = {"model": "host", "prompt": PROMPT, "max_tokens": 3900, "logit_bias": {"257": -100}}
+    statuses: list[int] = []
+
+    def queue_up(url: str) -> None:
+        found = http("POST", url, json=body)
+        assert found.json()["error"]["code"] == "shutting_down"
+        statuses.append(found.status_code)
+
+    with running(config, host=host, log=log) as server:
+        url = f"{server.base_url}/v1/completions"
+        with httpx2.stream("POST", url, json={**body, "stream": True}, timeout=300) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: {")
+            waiting = threading.Thread(target=queue_up, args=(url,))
+            waiting.start()
+            wait_until(lambda: server.service.engine.waiting == 1)
+            server.stop()
+            *_, last = (line for line in lines if line)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        waiting.join()
+    assert statuses == [503]
 
 
 def test_the_command_serves_until_it_is_asked_to_end(tmp_path: Path) -> None:
