@@ -717,7 +717,12 @@ def test_who_is_not_waited_for_any_longer_is_told(host: HFModel, log: io.StringI
             *_, last = (line for line in lines if line)
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
         waiting.join()
+        name = stream.headers["x-request-id"]
+        wait_until(lambda: name in log.getvalue())
     assert statuses == [503]
+    # The response began with 200, which is not how it ended.
+    told = json.loads(next(line for line in log.getvalue().splitlines() if name in line))
+    assert (told["status"], told["code"], told["error"]) == (503, "shutting_down", "Closing")
 
 
 def test_the_command_serves_until_it_is_asked_to_end(tmp_path: Path) -> None:

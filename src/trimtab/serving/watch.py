@@ -40,7 +40,7 @@ class Record:
 
     def failed(self, error: Exception) -> None:
         """Note what went wrong, for the log alone."""
-        self.fields["error"] = f"{type(error).__name__}: {error}"
+        self.fields["error"] = ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 @final
