@@ -271,6 +271,10 @@ def test_what_goes_wrong_is_said_in_plain_words(
         page.get_by_role("button", name="Continue the text").click()
         alert.filter(has_text="Write a prompt first").wait_for()
         page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("Most tokens").fill("99999")
+        page.keyboard.press("Control+Enter")
+        alert.filter(has_text="from 1 to 2048").wait_for()
+        page.get_by_label("Prompt").fill(PROMPT)
         tab.run(tokens=3)
         # A server with keys does not tell its adapters' text unless it is told to.
         page.locator("#steered-text [role=option]").first.click()

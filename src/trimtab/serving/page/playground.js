@@ -321,8 +321,9 @@ function obstacle(sides) {
   if (!hostName) return "The server has not said what it serves. Is it running?";
   if (!byId("prompt").value) return "Write a prompt first: the beginning of a text.";
   for (const name of ["tokens", "seed"]) {
-    if (!byId(name).checkValidity() || byId(name).value === "") {
-      return `${name === "tokens" ? "Most tokens" : "Seed"}: give a whole number that is in range.`;
+    const { min, max, value } = byId(name);
+    if (!byId(name).checkValidity() || value === "") {
+      return `${name === "tokens" ? "Most tokens" : "Seed"}: give a whole number from ${min} to ${max}.`;
     }
   }
   if (sides.includes("steered") && !carriers().length) return "Choose at least one carrier that is served.";
