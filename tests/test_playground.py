@@ -145,6 +145,9 @@ def test_a_token_explains_itself_with_file_and_line(
     tab.page.locator("#steered-text [role=option]").nth(number).click()
     page, token = tab.page, trace[number]
     assert page.locator("#inspector").is_visible()
+    # Whoever clicks sees the answer, without scrolling.
+    bars = page.locator("#inspector .bars").bounding_box()
+    assert bars and 0 <= bars["y"] and bars["y"] + bars["height"] <= 901
     assert f"{token['moved_nats']:.2f} nats" in page.locator("#verdict").inner_text()
     for side in ("before", "after"):
         shares = page.locator(f"#{side} .share").all_inner_texts()
@@ -214,6 +217,25 @@ def test_a_link_holds_the_state_and_no_key(browser: Any, tab: Tab, server: Runni
     other.context.close()
 
 
+def test_all_carriers_that_are_served_are_ticked(
+    browser: Any, host: HFModel, adapter: Path
+) -> None:
+    config = served(f"sea={adapter}", carriers=("head", "memory", "expert"))
+    with running(config, host=host) as server:
+        tab = Tab(browser, server.base_url)
+        tab.page.get_by_label("Strength of sea").wait_for()
+        tab.page.get_by_label("Prompt").fill(PROMPT)
+        tab.run()
+        # As a request does that names none.
+        assert tab.text("steered") == api(server, "host+sea")["text"]
+        tab.page.goto("about:blank")
+        tab.page.goto(f"{server.base_url}/#carriers=head")
+        tab.page.get_by_label("Strength of sea").wait_for()
+        boxes = tab.page.locator("[name=carrier]:checked").all()
+        assert [box.get_attribute("value") for box in boxes] == ["head"]
+        tab.context.close()
+
+
 def test_who_types_before_the_server_has_answered_keeps_the_adapters(
     tab: Tab, server: Running
 ) -> None:
@@ -248,6 +270,10 @@ def test_what_goes_wrong_is_said_in_plain_words(
         assert alert.is_hidden()
         page.get_by_role("button", name="Continue the text").click()
         alert.filter(has_text="Write a prompt first").wait_for()
+        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("Most tokens").fill("99999")
+        page.keyboard.press("Control+Enter")
+        alert.filter(has_text="from 1 to 2048").wait_for()
         page.get_by_label("Prompt").fill(PROMPT)
         tab.run(tokens=3)
         # A server with keys does not tell its adapters' text unless it is told to.

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -282,6 +283,46 @@ def test_what_is_wrong_is_told_in_openais_shape(server: Running, route: str, bod
     assert "Traceback" not in found.text and "trimtab/" not in found.text
 
 
+WORDS: list[tuple[str, dict[str, Any], str, str | None]] = [
+    ("completions", {"prompt": []}, "prompt: expected a text, a list of token", "prompt"),
+    ("completions", {"prompt": [-1]}, "prompt: expected a text, a list of token", "prompt"),
+    ("completions", {"stop": ""}, "stop: expected a text of 1 to", "stop"),
+    ("completions", {"stop": ["a"] * 17}, "stop: at most 16 strings", "stop"),
+    ("completions", {"suffix": "b"}, "suffix is not supported", "suffix"),
+    ("completions", {"colour": 1}, "colour is not supported", "colour"),
+    ("completions", {"model": "host+no"}, "no adapter 'no' is loaded (GET /v1/models", "model"),
+    ("chat/completions", {"tools": [{}]}, "tools is not supported", "tools"),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages.0.content: expected a text, or a list of parts",
+        "messages.0.content",
+    ),
+]
+
+
+@pytest.mark.parametrize(("route", "wrong", "words", "param"), WORDS)
+def test_a_refusal_says_what_was_expected(
+    server: Running, route: str, wrong: dict[str, Any], words: str, param: str | None
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    body = {"model": "host", **(chat if "chat" in route else {"prompt": "a"}), **wrong}
+    error = http("POST", f"{server.base_url}/v1/{route}", json=body).json()["error"]
+    assert words in error["message"] and error["param"] == param
+
+
+def test_a_host_without_a_chat_template_says_where_to_ask(
+    server: Running, host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.tokenizer, "chat_template", None)
+    body = {"model": "host+sea", "messages": [{"role": "user", "content": "a"}]}
+    found = http("POST", f"{server.base_url}/v1/chat/completions", json=body)
+    error = found.json()["error"]
+    assert found.status_code == 400 and error["code"] == "no_chat_template"
+    # The server's own name for the host, not where it lies on its disk.
+    assert error["message"].startswith("host has no chat template: ask /v1/completions")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -302,7 +343,7 @@ def test_other_content_types_ask_for_nothing(server: Running) -> None:
     body = json.dumps({"model": "host", "prompt": "a"})
     headers = {"content-type": "text/plain"}
     found = http("POST", f"{server.base_url}/v1/completions", content=body, headers=headers)
-    assert found.status_code == 400
+    assert found.status_code == 400 and "Content-Type" in found.json()["error"]["message"]
     other = {"host": "evil.example", "content-type": "application/json"}
     found = http("POST", f"{server.base_url}/v1/completions", content=body, headers=other)
     assert found.status_code == 403
@@ -481,6 +522,11 @@ def test_metrics_health_and_the_log(server: Running, log: io.StringIO, client: A
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     asked = [line for line in lines if line.get("model") == "host+sea"]
     assert asked[-1]["completion_tokens"] > 0 and asked[-1]["status"] == 200
+    body = {"model": "host", "prompt": secret, secret: 1}
+    name = http("POST", f"{server.base_url}/v1/completions", json=body).headers["x-request-id"]
+    wait_until(lambda: name in log.getvalue())
+    refused = json.loads(next(line for line in log.getvalue().splitlines() if name in line))
+    assert (refused["status"], refused["code"]) == (400, "invalid_value")
     assert secret not in log.getvalue()
 
 
@@ -647,6 +693,36 @@ def test_what_is_in_flight_ends_before_the_server_does(host: HFModel) -> None:
         texts += [chunk.choices[0].text for chunk in stream]
         client.close()
     assert len("".join(texts)) > 50
+
+
+def test_who_is_not_waited_for_any_longer_is_told(host: HFModel, log: io.StringIO) -> None:
+    config = served(slots=1, shutdown_sec=0.5, context_tokens=4000)
+    body = {"model": "host", "prompt": PROMPT, "max_tokens": 3900, "logit_bias": {"257": -100}}
+    statuses: list[int] = []
+
+    def queue_up(url: str) -> None:
+        found = http("POST", url, json=body)
+        assert found.json()["error"]["code"] == "shutting_down"
+        statuses.append(found.status_code)
+
+    with running(config, host=host, log=log) as server:
+        url = f"{server.base_url}/v1/completions"
+        with httpx2.stream("POST", url, json={**body, "stream": True}, timeout=300) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: {")
+            waiting = threading.Thread(target=queue_up, args=(url,))
+            waiting.start()
+            wait_until(lambda: server.service.engine.waiting == 1)
+            server.stop()
+            *_, last = (line for line in lines if line)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        waiting.join()
+        name = stream.headers["x-request-id"]
+        wait_until(lambda: name in log.getvalue())
+    assert statuses == [503]
+    # The response began with 200, which is not how it ended.
+    told = json.loads(next(line for line in log.getvalue().splitlines() if name in line))
+    assert (told["status"], told["code"], told["error"]) == (503, "shutting_down", "Closing")
 
 
 def test_the_command_serves_until_it_is_asked_to_end(tmp_path: Path) -> None:

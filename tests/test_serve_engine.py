@@ -310,6 +310,14 @@ def test_draws_follow_the_distribution_and_the_biases() -> None:
     assert choose(logprobs, Choosing(0.0, logit_bias={2: 5.0}), {}, generator) == 2
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-38, 1e-6])
+def test_the_coldest_draws_take_the_likeliest_token(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.tensor([-9.0, -4.0, -torch.inf, -4.0 - 1e-4])
+    for by in (Choosing(temperature), Choosing(temperature, 0.9, 3), Choosing(temperature, 1e-9)):
+        assert choose(logprobs, by, {}, generator) == 1
+
+
 def read_prompt(host: HFModel, text: str) -> ReadPrompt:
     ids = torch.tensor(host.context_ids() + host.encode(text))
     pieces = tuple(host.vocabulary.token_bytes[i] for i in ids.tolist())

@@ -23,6 +23,7 @@ from trimtab.types import Progress, silent
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_STRENGTH = 2.0
 _KEPT = 64
+_LISTED = "GET /v1/models lists those that do"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +79,8 @@ class Adapters:
 
     @property
     def loaded(self) -> tuple[Loaded, ...]:
-        """In the order of their names."""
-        return tuple(self._loaded[name] for name in sorted(self._loaded))
+        """In the order in which they came; one that is replaced keeps its place."""
+        return tuple(self._loaded.values())
 
     def load(self, name: str, path: Path, *, progress: Progress = silent) -> Loaded:
         """Mount an adapter; one of the same name is replaced for requests to come.
@@ -169,14 +170,16 @@ class Adapters:
                 are asked for that are not served.
         """
         if model != self.host_name and not model.startswith(f"{self.host_name}+"):
-            raise UnknownModel(f"the model {model!r} does not exist")
+            raise UnknownModel(f"the model {model!r} does not exist ({_LISTED})")
         found: list[Chosen] = []
         words = model.removeprefix(self.host_name)[1:]
         asked = strengths_of(words) if model != self.host_name else {}
         for name, said in asked.items():
             loaded = self._loaded.get(name)
             if loaded is None:
-                raise UnknownModel(f"the model {model!r} does not exist: no adapter {name!r}")
+                raise UnknownModel(
+                    f"the model {model!r} does not exist: no adapter {name!r} is loaded ({_LISTED})"
+                )
             given = strength if said is None else said
             steers = _carriers(loaded, carriers)
             found.append(Chosen(loaded, steers, 1.0 if given is None else given))

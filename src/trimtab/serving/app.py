@@ -98,14 +98,14 @@ def _keyed(service: Service) -> Sequence[Any]:
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    del request
-    return refusal(error).response()
+    told = refusal(error)
+    request.state.record.fields["code"] = told.code
+    return told.response()
 
 
 async def _told_invalid(request: Request, error: Exception) -> Response:
-    del request
     assert isinstance(error, RequestValidationError)
-    return invalid(error.errors()).response()
+    return await _told(request, invalid(error.errors()))
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-30
+"""Any gap between two float32 scores, divided by this, leaves nothing for the smaller one."""
+
 
 @dataclass(frozen=True)
 class Choosing:
     """How a request wants its tokens to be chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token; a tiny one does the same, with ties drawn.
         top_p: Smallest set of tokens with this much probability, in (0, 1].
         top_k: That many likeliest tokens; 0 is all.
         logit_bias: Added to the log-probabilities, in nats, by token id.
@@ -44,7 +47,10 @@ def choose(
     scores = _shifted(logprobs.float(), by, counts)
     if by.temperature == 0:
         return int(scores.argmax())
-    kept = keep_likely((scores / by.temperature).cpu(), by.top_k, by.top_p)
+    # From the likeliest on, and no colder than float32 can tell: a quotient that is no number, or
+    # has -inf for every token, would be no distribution.
+    below_best = scores - scores.max()
+    kept = keep_likely((below_best / max(by.temperature, _COLDEST)).cpu(), by.top_k, by.top_p)
     return int(torch.multinomial(kept.softmax(-1), 1, generator=generator))
 
 

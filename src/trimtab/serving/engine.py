@@ -107,11 +107,15 @@ class Engine:
         """Begin to answer."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End what is in the making, with an error for those who wait, and the thread."""
+    def close(self) -> None:
+        """Take nothing more, and have those who wait told so; returns at once."""
         with self._wake:
             self._closing = True
             self._wake.notify()
+
+    def stop(self) -> None:
+        """End what is in the making, as `close` does, and the thread."""
+        self.close()
         if self._thread.ident is not None:
             self._thread.join()
 

@@ -113,5 +113,5 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
             line = await anext(lines, None)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-        if self._job.has_ended:
+        if self._job.has_ended and self._record.fields["status"] == GONE:
             del self._record.fields["status"]

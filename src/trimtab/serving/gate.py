@@ -92,6 +92,7 @@ class Gate:
             await self._app(scope, self._limited(headers, receive), counted)
         except Exception as error:
             told = refusal(error)
+            record.fields["code"] = told.code
             if told.status_code >= 500:
                 record.failed(error)
             if not has_begun:

@@ -51,6 +51,9 @@ def read_keys(path: Path) -> tuple[KeyEntry, ...]:
     Raises:
         InputError: It is not there, or not such a file.
     """
+    hint = "make one with `trimtab key NAME --keys FILE`"
+    if not path.is_file():
+        raise InputError(f"there is no file of API keys {path}", hint=hint)
     try:
         return KeyFile.model_validate(read_json(path, "file of API keys")).keys
     except ValidationError as error:
@@ -58,7 +61,7 @@ def read_keys(path: Path) -> tuple[KeyEntry, ...]:
         where = ".".join(map(str, problem["loc"]))
         raise InputError(
             f"{path} is no file of API keys: {where}: {problem['msg']}",
-            hint="make one with `trimtab key NAME --keys FILE`",
+            hint=hint,
         ) from error
 
 
@@ -83,10 +86,14 @@ def add_key(
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.parent):
         entries = read_keys(path) if path.exists() else ()
-        if any(entry.name == name for entry in entries) or not name.strip() or len(name) > 64:
+        if not name.strip() or len(name) > 64:
             raise InputError(
-                f"a key cannot be called {name!r}, or there is one already",
-                hint="take another name of at most 64 characters, or delete the old entry",
+                f"a key cannot be called {name!r}", hint="give a name of 1 to 64 characters"
+            )
+        if any(entry.name == name for entry in entries):
+            raise InputError(
+                f"{path} has a key called {name!r} already",
+                hint="take another name, or delete the old entry from the file",
             )
         entry: dict[str, Any] = {"name": name, "salt": salt, "sha256": _digest(salt, key)}
         entry |= {"admin": admin, "requests_per_minute": requests_per_minute}

@@ -93,6 +93,14 @@ class Preparer:
         return Prompt(tuple(ids))
 
     def _chat(self, request: ChatRequest, several: Several | None) -> tuple[Prompt, Steered | None]:
+        if not self._host.tokenizer.chat_template:
+            raise ApiError(
+                400,
+                f"{self._adapters.host_name} has no chat template: ask /v1/completions, or serve an"
+                " instruction-tuned host",
+                param="model",
+                code="no_chat_template",
+            )
         roles = {"developer": "system"}
         messages = [
             {"role": roles.get(message.role, message.role), "content": message.text}

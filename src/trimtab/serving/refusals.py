@@ -13,6 +13,13 @@ from trimtab.serving.work import Busy, Closing, TimeUp, UnknownModel
 # Clients that repeat what took too long make it worse.
 _DO_NOT_RETRY = {"x-should-retry": "false"}
 
+_FORMS = {
+    "prompt": "a text, a list of token ids, or a list of several texts or lists of token ids",
+    "stop": "a text of 1 to 1,024 characters, or a list of such texts",
+    "content": "a text, or a list of parts of type 'text'",
+}
+"""Fields of more than one form; pydantic says of each form in turn why it is not that one."""
+
 
 @final
 class ApiError(HTTPException):
@@ -88,6 +95,8 @@ def refusal(error: Exception) -> ApiError:
     if isinstance(error, TimeUp):
         message = "the request took longer than this server allows"
         return ApiError(504, message, code="timeout", headers=_DO_NOT_RETRY)
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return ApiError(404, "there is no such path; GET /openapi.json says what there is")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "something went wrong in the server; its log says what")
@@ -96,14 +105,27 @@ def refusal(error: Exception) -> ApiError:
 def invalid(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """What is wrong with a request's body, of which the first problem is told."""
     first = problems[0]
-    places = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(places)
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    if first["type"] == "extra_forbidden":
-        message = f"{param} is not supported"
-    elif first["type"] == "missing":
-        message = f"{param or 'a JSON body'} is needed"
+    places = [str(part) for part in first["loc"] if part != "body"]
+    several = next((n for n, place in enumerate(places[:-1]) if place in _FORMS), None)
+    if several is not None:
+        places = places[: several + 1]
+        message = f"{'.'.join(places)}: expected {_FORMS[places[-1]]}"
     else:
-        message = f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
-    return ApiError(400, message[:500], param=param[:200] or None, code="invalid_value")
+        message = _wrong(first, ".".join(places))
+    param = ".".join(places)[:200]
+    return ApiError(400, message[:500], param=param or None, code="invalid_value")
+
+
+def _wrong(problem: Mapping[str, Any], param: str) -> str:
+    kind = problem["type"]
+    # Some fields may be there only as long as they say nothing.
+    says_nothing = kind == "none_required" or problem.get("ctx", {}).get("max_length") == 0
+    if kind == "extra_forbidden" or says_nothing:
+        return f"{param} is not supported"
+    if kind == "missing":
+        return f"{param or 'a JSON body'} is needed"
+    if kind == "model_attributes_type" and not param:
+        return "the body is no JSON object, or came without Content-Type: application/json"
+    return f"{param or 'the body'}: {problem['msg'].removeprefix('Value error, ')}"

@@ -1,6 +1,8 @@
 """A server that listens: in the foreground, or in a thread of its own."""
 
+import asyncio
 import logging
+import math
 import signal
 import socket
 import threading
@@ -27,6 +29,8 @@ from trimtab.types import Progress, silent
 
 _START_SEC = 120.0
 _BACKLOG = 2048
+_TELLING_SEC = 5
+"""Time to tell requests that the server does not wait for them any longer."""
 KEEP_ALIVE_SEC = 15
 """Idle connections end later than the clients' own, five seconds in OpenAI's client and in
 uvicorn: where both end at once, a request meets with a connection that is just being closed."""
@@ -35,7 +39,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @final
 class _Uvicorn(uvicorn.Server):
-    """Says at once that it is not ready any more when it is asked to end."""
+    """Says that it is not ready any more when it is asked to end, and tells those it waits for."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -44,6 +48,15 @@ class _Uvicorn(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.is_closing = True
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """What has not ended in time is told so: uvicorn alone would cut it off without a word."""
+        engine, patience_sec = self._service.engine, self._service.config.shutdown_sec
+        timer = asyncio.get_running_loop().call_later(patience_sec, engine.close)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -175,7 +188,7 @@ def _server(config: ServeConfig, service: Service) -> uvicorn.Server:
         ws="none",
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SEC,
-        timeout_graceful_shutdown=max(1, round(config.shutdown_sec)),
+        timeout_graceful_shutdown=math.ceil(config.shutdown_sec) + _TELLING_SEC,
     )
     return _Uvicorn(settings, service)
 

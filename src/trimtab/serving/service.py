@@ -126,7 +126,10 @@ class Service:
                     record.failed(event.error)
                     if not has_begun:
                         raise event.error
-                    yield as_json(refusal(event.error).content)
+                    told = refusal(event.error)
+                    # The response has begun with 200; the log and the metrics know better.
+                    record.fields |= {"status": told.status_code, "code": told.code}
+                    yield as_json(told.content)
                     return
                 has_begun = True
         finally:

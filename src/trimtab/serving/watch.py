@@ -26,7 +26,7 @@ class Record:
         id: Names the request in the log and in the response.
         key: Name of the API key, if one was given.
         model: As the request has it, once it is known to be served.
-        fields: More for the log.
+        fields: More for the log; of a refusal its `code`, since its words may quote the request.
         began_sec: When it came.
     """
 
@@ -40,7 +40,7 @@ class Record:
 
     def failed(self, error: Exception) -> None:
         """Note what went wrong, for the log alone."""
-        self.fields["error"] = f"{type(error).__name__}: {error}"
+        self.fields["error"] = ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 @final

@@ -4,6 +4,7 @@
 const byId = (id) => document.getElementById(id);
 const made = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
 const BOXES = [...document.querySelectorAll("[name=carrier]")];
+const EXPERT = BOXES.find((box) => box.value === "expert");
 const SIDES = ["plain", "steered"];
 const CARRIERS = ["head", "memory", "expert"];
 const SHOWN_PROMPT = 240; // characters of the prompt that stand before the text
@@ -13,7 +14,7 @@ const FULL_NATS = 3; // a move of so much has the strongest colour
 let adapters = []; // {name, carriers, on, strength}
 let hostName = null;
 let running = null; // an AbortController while text is written
-const told = { plain: null, steered: null }; // what each side has written: {tokens, first, last}
+const told = { plain: null, steered: null }; // what each side has written: {tokens, times, run}
 let chosen = null; // the token that is explained: {side, place}
 
 // ---- words ----
@@ -103,7 +104,11 @@ async function loadModels() {
       const known = before.get(name) ?? { on: true, strength: 1 };
       return { ...known, name, carriers: model.trimtab?.carriers ?? CARRIERS };
     });
-  if (!before.size) adapters.forEach((one, place) => (one.on = place === 0));
+  if (!before.size) {
+    adapters.forEach((one, place) => (one.on = place === 0));
+    // As for a request that names no carriers: all that are served.
+    EXPERT.checked = adapters.some((one) => one.carriers.includes("expert"));
+  }
   byId("tagline").textContent = `A small model steers ${hostName}. Watch where, and ask why.`;
 }
 
@@ -141,8 +146,10 @@ function toLink() {
   const state = linked();
   state.set("prompt", byId("prompt").value);
   // Before the server has said what it serves, nothing is chosen but what the link has.
-  if (hostName) state.set("adapters", on().map((one) => `${one.name}:${one.strength}`).join(","));
-  state.set("carriers", ticked().join(","));
+  if (hostName) {
+    state.set("adapters", on().map((one) => `${one.name}:${one.strength}`).join(","));
+    state.set("carriers", ticked().join(","));
+  }
   for (const name of ["temperature", "tokens", "seed"]) state.set(name, byId(name).value);
   return state.toString();
 }
@@ -243,7 +250,7 @@ function begin(side) {
   while (text.nextSibling) text.nextSibling.remove();
   text.classList.add("writing-now");
   text.setAttribute("aria-busy", "true");
-  told[side] = { tokens: [], first: null, last: null };
+  told[side] = { tokens: [], times: [], run: running };
   byId(`${side}-rate`).textContent = "";
   if (chosen?.side === side) close();
 }
@@ -271,11 +278,16 @@ function draw(side, token) {
   if (atEnd) frame.scrollTop = frame.scrollHeight;
 }
 
+/** Tokens a second since both columns write: one that begins earlier waits while the other's prompt is read. */
 function rate(side) {
-  const { tokens, first, last } = told[side];
+  const { tokens, times, run } = told[side];
   const count = `${tokens.length} ${tokens.length === 1 ? "token" : "tokens"}`;
-  if (tokens.length < 2 || last <= first) return count;
-  return `${((tokens.length - 1) / ((last - first) / 1000)).toFixed(1)} tokens/s · ${count}`;
+  const together = SIDES.map((one) => told[one]).filter((one) => one?.run === run && one.times.length);
+  const from = Math.max(...together.map((one) => one.times[0]));
+  const shared = times.filter((time) => time >= from);
+  const counted = shared.length > 1 ? shared : times;
+  const took = (counted.at(-1) - counted[0]) / 1000;
+  return took > 0 ? `${((counted.length - 1) / took).toFixed(1)} tokens/s · ${count}` : count;
 }
 
 function receive(side, choice) {
@@ -284,12 +296,11 @@ function receive(side, choice) {
   for (const token of choice.trimtab?.trace ?? []) {
     draw(side, token);
     rest = rest.startsWith(token.text) ? rest.slice(token.text.length) : "";
-    told[side].first ??= now;
-    told[side].last = now;
+    told[side].times.push(now);
   }
   // What no token explains: a character that the end cuts.
   if (rest) byId(`${side}-text`).after(rest);
-  byId(`${side}-rate`).textContent = rate(side);
+  for (const one of SIDES) if (told[one]) byId(`${one}-rate`).textContent = rate(one);
 }
 
 async function write(side, signal) {
@@ -310,8 +321,9 @@ function obstacle(sides) {
   if (!hostName) return "The server has not said what it serves. Is it running?";
   if (!byId("prompt").value) return "Write a prompt first: the beginning of a text.";
   for (const name of ["tokens", "seed"]) {
-    if (!byId(name).checkValidity() || byId(name).value === "") {
-      return `${name === "tokens" ? "Most tokens" : "Seed"}: give a whole number that is in range.`;
+    const { min, max, value } = byId(name);
+    if (!byId(name).checkValidity() || value === "") {
+      return `${name === "tokens" ? "Most tokens" : "Seed"}: give a whole number from ${min} to ${max}.`;
     }
   }
   if (sides.includes("steered") && !carriers().length) return "Choose at least one carrier that is served.";
@@ -426,6 +438,8 @@ function explain(side, number) {
   byId("neighbours-box").hidden = !near.length;
   byId("neighbours").replaceChildren(...near.map((one) => place(one, token)));
   panel.hidden = false;
+  // No further than to the bars: the token stays in sight where the window is high enough.
+  panel.querySelector(".bars").scrollIntoView({ block: "nearest" });
   say(`${visible(token.text)}: decided by the ${token.by}, moved ${token.moved_nats.toFixed(2)} nats.`);
 }
 
