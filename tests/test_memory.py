@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from trimtab.carriers.memory import (
 from trimtab.carriers.recall import Answer, MountedMemory
 from trimtab.carriers.search import (
     BYTE_NEIGHBOURS,
+    LISTED_ENTRIES,
     MAPPED_MATCH_WEIGHT,
     NEIGHBOURS,
     OWN_MATCH_WEIGHT,
@@ -149,6 +151,35 @@ def test_a_small_memory_gives_all_its_entries() -> None:
     assert sorted(found.entries[0, :3].tolist()) == [0, 1, 2]
     torch.testing.assert_close(found.weights.sum(1), torch.ones(2))
     assert float(found.weights[:, 3:].sum()) == 0
+
+
+def test_a_large_memory_is_searched_by_lists_and_loses_little() -> None:
+    generator = torch.Generator().manual_seed(6)
+    document = torch.randint(32, 127, (LISTED_ENTRIES,), generator=generator, dtype=torch.uint8)
+    text, starts = lay_out([document.numpy().tobytes()])
+    # States come in groups, as those of a text do.
+    groups = draw(600, 24, seed=7)[torch.randint(600, (LISTED_ENTRIES,), generator=generator)]
+    keys = torch.nn.functional.normalize(groups + 0.7 * draw(LISTED_ENTRIES, 24, seed=8), dim=-1)
+    positions = starts[0] + torch.arange(LISTED_ENTRIES)
+    entries = Memory(keys.half(), torch.eye(24), torch.zeros(24), text, positions)
+    index = build_index(entries)
+    assert isinstance(index.keys, faiss.IndexIVF)
+    assert index.keys.ntotal == LISTED_ENTRIES
+    asked = groups[:200] + 0.7 * draw(200, 24, seed=9)
+    weight, before = torch.full((200,), MAPPED_MATCH_WEIGHT), contexts_before(text, positions[:200])
+    found = look_up(entries, index, asked, before, weight, finds="state")
+
+    cosines = torch.nn.functional.normalize(asked, dim=-1) @ entries.keys.float().T
+    nearest = cosines.topk(NEIGHBOURS)
+    shares = (nearest.values / TEMPERATURE).softmax(-1)
+    is_found = (nearest.indices[:, :, None] == found.entries[:, None]).any(-1)
+    assert float((shares * is_found).sum(1).mean()) > 0.95
+    # What is found has its exact cosine, whichever list it lay in.
+    scores = cosines.gather(1, found.entries) / TEMPERATURE
+    matched = weight[:, None] * found.matched_bytes
+    torch.testing.assert_close(found.weights, (scores + matched).softmax(-1), rtol=5e-3, atol=1e-5)
+    again = look_up(entries, build_index(entries), asked, before, weight, finds="state")
+    assert torch.equal(again.entries, found.entries)
 
 
 def hand_made() -> tuple[Found, Tensor, Tensor]:

@@ -6,6 +6,7 @@ means the same, but crosses to another model through a map that blurs it; bytes 
 know only what was said before in the same words.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,17 +35,32 @@ OWN_MATCH_WEIGHT = 0.3
 so that it can be trusted further against the bytes."""
 
 
+LISTED_ENTRIES = 131_072
+"""From here on keys are searched by lists of those near each other: comparing each with all of a
+million keys would read 0.8 GB a question."""
+
+PROBED_SHARE = 8
+"""One of so many lists is looked into; more find little more, and take as much longer."""
+
+_ADDED_KEYS = 65_536
+"""Keys that are widened to float32 at once."""
+
+_KMEANS_STEPS = 10
+_KMEANS_POINTS = 64
+"""Keys that each list's centre is found from, at most."""
+
+
 @dataclass(frozen=True)
 class Index:
     """Search over a memory's entries.
 
     Attributes:
-        keys: Exact inner products with the keys.
+        keys: Inner products with the keys; exact below LISTED_ENTRIES.
         contexts: The bytes before each entry, last byte first, in byte order, shape [entries].
         entries: The entry of each of `contexts`, shape [entries].
     """
 
-    keys: faiss.IndexFlatIP
+    keys: faiss.Index
     contexts: np.ndarray
     entries: Tensor
 
@@ -65,12 +81,48 @@ class Found:
 
 
 def build_index(memory: Memory) -> Index:
-    """Prepare both searches."""
-    keys = faiss.IndexFlatIP(memory.keys.shape[1])
-    keys.add(memory.keys.float().numpy())  # pyright: ignore[reportCallIssue]
+    """Prepare both searches.
+
+    Keys are searched by lists from LISTED_ENTRIES on, bytes always exactly.
+    """
+    keys = listed_keys(memory.keys) if len(memory) >= LISTED_ENTRIES else exact_keys(memory.keys)
     contexts = _as_strings(contexts_before(memory.text, memory.positions))
     order = np.argsort(contexts, kind="stable")
     return Index(keys, contexts[order], torch.from_numpy(order))
+
+
+def exact_keys(keys: Tensor) -> faiss.IndexFlatIP:
+    """Compare each question with every key; unit vectors, shape [entries, key]."""
+    index = faiss.IndexFlatIP(keys.shape[1])
+    index.add(keys.float().numpy())  # pyright: ignore[reportCallIssue]
+    return index
+
+
+def listed_keys(keys: Tensor) -> faiss.IndexIVF:
+    """Compare each question with the keys in the nearest lists alone.
+
+    An inverted file (Sivic and Zisserman 2003), as faiss makes it, of about as many lists as keys
+    in each, which together are the fewest to compare with. Keys stay in float16, as memories have
+    them. On text, what is missed are the farthest of NEIGHBOURS, which weigh little.
+
+    Args:
+        keys: Unit vectors, shape [entries, key].
+    """
+    entries, size = keys.shape
+    lists = 2 ** round(math.log2(entries) / 2)
+    kind, measure = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    # By residue, keys would be rounded again, and centres be read with each.
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(size), size, lists, kind, measure, False
+    )
+    index.cp.spherical, index.cp.niter = True, _KMEANS_STEPS
+    index.cp.max_points_per_centroid = _KMEANS_POINTS
+    index.nprobe = lists // PROBED_SHARE
+    sample = keys[:: max(1, entries // (lists * _KMEANS_POINTS))]
+    index.train(sample.float().numpy())  # pyright: ignore[reportCallIssue]
+    for part in keys.split(_ADDED_KEYS):
+        index.add(part.float().numpy())  # pyright: ignore[reportCallIssue]
+    return index
 
 
 def look_up(
