@@ -15,7 +15,7 @@ from trimtab.comparing.questions import Kind, Question
 from trimtab.comparing.scoring import Subject, choice_logprobs, written_logprobs
 from trimtab.comparing.trust import learnt_trust
 from trimtab.config import CarrierName
-from trimtab.steering.answers import answer_evidence, score_answers
+from trimtab.steering.answers import alternatives_nats, answer_evidence, score_answers
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Steering
@@ -78,6 +78,27 @@ def test_a_choice_is_as_likely_as_among_the_choices(host: HFModel, mounted: Moun
     # Written, an answer ends with its line.
     written = written_logprobs(subject, question)
     assert (written < 0).all() and len(written) == len(subject.mixture.members)
+
+
+def test_alternatives_share_what_they_have_together(host: HFModel, mounted: Mounted) -> None:
+    mixture = mixture_of(host, mounted, LIGHT, 1.0, None)
+    context = host.context_ids() + host.encode(domain_text(8)[:40])
+    answers = [host.encode_following(text) for text in (" rudder", " keel turns", " xyz")]
+    scores = score_answers(host, mixture, context, answers)
+    # What each predictor alone gives is the same, however they are asked.
+    evidence = answer_evidence(host, mixture, context, answers)
+    torch.testing.assert_close(torch.stack([score.alone for score in scores], 1), evidence)
+    own = torch.stack([score.logprobs.sum() for score in scores])
+    found = alternatives_nats(scores, mixture.prior)
+    assert float(found.logsumexp(0)) == pytest.approx(float(own.logsumexp(0)))
+    probs = evidence.exp()
+    shares = (mixture.prior[:, None] * probs / probs.sum(1, keepdim=True)).sum(0)
+    torch.testing.assert_close((found - found.logsumexp(0)).exp(), shares)
+    # With the host alone trusted they are told apart as the host does; one keeps its own.
+    bare = alternatives_nats(scores, torch.eye(len(mixture.members))[0])
+    torch.testing.assert_close(bare - bare[0], evidence[0] - evidence[0, 0])
+    single = alternatives_nats(scores[:1], mixture.prior)
+    assert float(single[0]) == pytest.approx(float(own[0]))
 
 
 @pytest.mark.parametrize("kind", ["choice", "text"])

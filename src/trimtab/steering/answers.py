@@ -28,10 +28,12 @@ class AnswerScore:
     Attributes:
         logprobs: Of each of its tokens, in nats, shape [tokens].
         is_greedy: Whether each token is the likeliest one at its place.
+        alone: What each predictor by itself gives to the whole of it, in nats, shape [predictors].
     """
 
     logprobs: Tensor
     is_greedy: bool
+    alone: Tensor
 
 
 @torch.no_grad()
@@ -56,6 +58,7 @@ def score_answers(
     weights = mixture.weigh(host.unembedding, prompt)[:, None]
     logprobs = [list[Tensor]() for _ in answers]
     is_greedy = [True for _ in answers]
+    alone = torch.zeros(len(mixture.members), len(answers), dtype=torch.double)
     for place, said in _said(host, mixture, context_ids, places, states):
         steered = said.mixed(weights)[0]
         likeliest = int(steered.argmax())
@@ -63,10 +66,28 @@ def score_answers(
             token_id = answers[number][len(place.before)]
             logprobs[number].append(steered[token_id].double())
             is_greedy[number] &= likeliest == token_id
-    return [
-        AnswerScore(torch.stack(found), greedy)
-        for found, greedy in zip(logprobs, is_greedy, strict=True)
-    ]
+            alone[:, number] += said.of_tokens(torch.tensor([token_id]))[:, 0]
+    each = zip(logprobs, is_greedy, alone.unbind(1), strict=True)
+    return [AnswerScore(torch.stack(nats), *others) for nats, *others in each]
+
+
+def alternatives_nats(scores: Sequence[AnswerScore], weights: Tensor) -> Tensor:
+    """Log-likelihoods of alternatives: together as `generate` has them, each its share of that.
+
+    The shares are the predictors' mixture *given that the answer is one of these*. That it is one
+    of a few labels, say, is known, and what a predictor pays for knowing it too says nothing
+    about which. An answer that has no alternative keeps its own log-likelihood.
+
+    Args:
+        scores: Of the answers to one context.
+        weights: Trust in each predictor where answers are told apart, shape [predictors].
+
+    Returns:
+        In nats, shape [alternatives].
+    """
+    together = torch.stack([score.logprobs.sum() for score in scores]).logsumexp(0)
+    alone = torch.stack([score.alone for score in scores], 1)
+    return together + mixture_logprobs(alone.log_softmax(-1), weights[:, None])
 
 
 @torch.no_grad()
