@@ -68,7 +68,7 @@ def score_answers(
             is_greedy[number] &= likeliest == token_id
             alone[:, number] += said.of_tokens(torch.tensor([token_id]))[:, 0]
     each = zip(logprobs, is_greedy, alone.unbind(1), strict=True)
-    return [AnswerScore(torch.stack(nats), *others) for nats, *others in each]
+    return [AnswerScore(torch.stack(nats), greedy, own) for nats, greedy, own in each]
 
 
 def alternatives_nats(scores: Sequence[AnswerScore], weights: Tensor) -> Tensor:
