@@ -110,6 +110,11 @@ def test_every_method_is_measured_or_says_why_not(
         if row.domain is not None and name != "zero-shot":
             assert row.domain_change and row.general_change and row.domain_change.stderr > 0
     assert rows["trimtab"].result.artefact_bytes and rows["lora"].result.artefact_bytes
+    for name, row in rows.items():
+        trust = row.result.trust
+        assert bool(trust) == (name in ("trimtab", "live", "all", "label-head"))
+        assert not trust or (sum(trust.values()) == pytest.approx(1) and "host" in trust)
+        assert report["methods"][name]["trust"] == trust
     steps = {name: [step.name for step in row.result.steps] for name, row in rows.items()}
     assert steps["trimtab"][:2] == steps["live"] == steps["label-head"][:2]
     assert steps["trimtab"][2:] == ["fit domain.adapter", "mount domain.adapter"]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trimtab.text.duplicates import drop_near_duplicates
+from trimtab.text.duplicates import drop_near_duplicates, near_repeats
 from trimtab.types import Document
 
 WORDS = [f"w{i}" for i in range(400)]
@@ -56,6 +56,17 @@ def test_deduplication_equals_brute_force(seed: int, threshold: float) -> None:
         seen.add(document.text)
     assert list(result.kept) == kept
     assert 0 < len(kept) < len(train) or threshold == 0.05
+
+
+def test_all_repetitions_of_a_text_are_named() -> None:
+    documents, texts = related_texts(3)
+    slow = [
+        [n for n, d in enumerate(documents) if brute_force_jaccard(d.text, text.text, 5) >= 0.5]
+        for text in texts
+    ]
+    assert near_repeats(documents, texts) == slow
+    assert max(map(len, slow)) > 1
+    assert near_repeats([], texts) == [[] for _ in texts]
 
 
 def test_repetitions_within_training_text_are_dropped_once() -> None:

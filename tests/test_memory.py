@@ -255,6 +255,30 @@ def test_a_mounted_memory_remembers_its_own_states() -> None:
     torch.testing.assert_close(mixed.exp().sum(1), torch.ones(5))
 
 
+def test_a_part_of_a_memory_answers_as_if_the_rest_had_never_been() -> None:
+    entries = replace(
+        memory(),
+        gate=(0.0,) * len(GATE_FEATURES),
+        soft_ids=torch.arange(len(memory()))[:, None],
+        soft_probs=torch.ones(len(memory()), 1),
+    )
+    values = entries.text[entries.positions].long()[:, None]
+    reading = Reading(draw(KEY, 7, seed=23), draw(KEY, seed=24))
+    shares = torch.rand(values.shape, generator=torch.Generator().manual_seed(2))
+    whole = MountedMemory(entries, build_index(entries), reading, values, shares)
+    # Fewer than are found: every entry is, and those that stay keep their proportions.
+    kept = torch.arange(len(entries)) % 3 > 0
+    hidden, asked = draw(4, 7, seed=25), contexts_before(entries.text, entries.positions[3:7])
+    answer, part = whole.ask(hidden, asked), whole.only(kept).ask(hidden, asked)
+    weights = torch.zeros(4, len(entries)).scatter_add(
+        1, answer.found.entries, answer.found.weights
+    )
+    weights = weights * kept / (weights * kept).sum(1, keepdim=True)
+    slow = torch.zeros(4, 256).index_add(1, values[:, 0], weights * shares[:, 0])
+    torch.testing.assert_close(part.probs(256), slow)
+    assert whole.only(kept).memory.soft_ids is not None
+
+
 def test_who_asks_decides_how_bytes_count_and_which_gate_opens() -> None:
     gates = [tuple(draw(len(GATE_FEATURES), seed=seed).tolist()) for seed in (20, 21, 22)]
     entries = replace(memory(), gate=gates[0], own_gate=gates[1], bytes_gate=gates[2])

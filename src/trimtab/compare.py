@@ -222,6 +222,7 @@ def _as_json(row: MethodFigures, bench: Bench) -> Mapping[str, Any]:
         "general_change": _pair(row.general_change),
         "task": {name: _pair(value) for name, value in row.task.items()},
         "task_change": {name: _pair(value) for name, value in row.task_change.items()},
+        "trust": result.trust,
         "training_flops": result.flops,
         "device_sec": result.sec,
         "device_sec_estimated": result.is_sec_estimated,

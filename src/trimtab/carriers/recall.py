@@ -15,6 +15,7 @@ from trimtab.carriers.search import (
     Finds,
     Found,
     Index,
+    build_index,
     look_up,
 )
 
@@ -67,6 +68,20 @@ class MountedMemory:
         return Answer(
             found, self.values[found.entries], self.shares[found.entries], gates[own.long()]
         )
+
+    def only(self, kept: Tensor) -> "MountedMemory":
+        """A memory of some of the entries, found as before.
+
+        Args:
+            kept: True for them, at least one, shape [entries].
+        """
+        memory = self.memory
+        parts = {"keys": memory.keys[kept], "positions": memory.positions[kept]}
+        if memory.soft_ids is not None and memory.soft_probs is not None:
+            parts |= {"soft_ids": memory.soft_ids[kept], "soft_probs": memory.soft_probs[kept]}
+        memory = replace(memory, **parts)
+        values, shares = self.values[kept], self.shares[kept]
+        return replace(self, memory=memory, index=build_index(memory), values=values, shares=shares)
 
     def _gate(self, *, is_own: bool) -> tuple[float, ...]:
         """Weights of the gate that belongs to what entries are found by; one always is there."""

@@ -71,6 +71,11 @@ class Kept:
         """How many questions are answered."""
         return len(self._found.answers)
 
+    @property
+    def solved(self) -> tuple[tuple[float, ...], ...]:
+        """What each predictor gives to the answers of solved questions, in their order."""
+        return self._found.solved
+
     def scored(self, kind: str) -> int:
         """How many documents of a kind are scored."""
         return len(self._found.texts.get(kind, ()))
@@ -83,6 +88,10 @@ class Kept:
     def add_answer(self, answer: int | str) -> None:
         """Keep the answer to the next question."""
         self._write(answers=(*self._found.answers, answer))
+
+    def add_solved(self, nats: Sequence[float]) -> None:
+        """Keep what each predictor gives to the answer of the next solved question."""
+        self._write(solved=(*self._found.solved, tuple(nats)))
 
     def _write(self, **changed: object) -> None:
         self._found = self._found.model_copy(update=changed)

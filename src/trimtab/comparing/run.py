@@ -1,6 +1,7 @@
 """Measure methods one after another; each result is kept, and a measured one is not run again."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trimtab.comparing import sizes
 from trimtab.comparing.bench import Bench
@@ -12,6 +13,7 @@ from trimtab.comparing.measure import watched
 from trimtab.comparing.methods import METHODS
 from trimtab.comparing.scoring import Subject, answer_all, score_texts, timed_use
 from trimtab.comparing.split import key_of
+from trimtab.comparing.trust import learnt_trust
 from trimtab.comparing.values import SCHEMA, MethodResult, Use
 from trimtab.types import Progress
 
@@ -53,8 +55,12 @@ def _measured(bench: Bench, name: str, key: str) -> MethodResult:
         score_texts(
             made.subject, bench.texts, bench.config.window_tokens, kept, guarded("scoring it")
         )
-        if bench.split.task is not None:
-            answer_all(made.subject, bench.split.task, kept, guarded("answering the questions"))
+        subject, task = made.subject, bench.split.task
+        if task is not None:
+            guard = guarded("learning whom to trust")
+            found = learnt_trust(made.subject, task.kind, bench.split.examples, kept, guard)
+            subject = replace(made.subject, trust=found)
+            answer_all(subject, task, kept, guarded("answering the questions"))
         use, untimed = _timed(bench, made.subject, guarded("timing it"))
         if is_baseline:
             _learn_speed(bench)
@@ -67,12 +73,20 @@ def _measured(bench: Bench, name: str, key: str) -> MethodResult:
             domain=texts.pop(""),
             general=texts,
             answers=kept.answers,
+            trust=_named(subject),
             steps=made.steps,
             use=use,
             artefact_bytes=made.artefact_bytes,
             further_hosts=method.further_hosts,
             note=made.note,
         )
+
+
+def _named(subject: Subject) -> dict[str, float]:
+    """How far each predictor is trusted for an answer, where that was learnt."""
+    if subject.trust is None:
+        return {}
+    return dict(zip(subject.mixture.members, subject.trust.tolist(), strict=True))
 
 
 def _timed(bench: Bench, subject: Subject, progress: Progress) -> tuple[Use | None, str]:

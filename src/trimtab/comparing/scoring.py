@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
+from torch import Tensor
+
 from trimtab.backends.hf import HFModel
+from trimtab.blend import mixture_logprobs
 from trimtab.comparing.kept import Kept
 from trimtab.comparing.measure import watched
 from trimtab.comparing.questions import Question, Task
 from trimtab.comparing.values import TextScore, Use
 from trimtab.config import GenerateConfig
 from trimtab.generate import generate
-from trimtab.steering.answers import score_answers
+from trimtab.steering.answers import answer_evidence
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
 from trimtab.steering.processor import steered_by
@@ -33,16 +36,19 @@ class Subject:
         model: What reads and writes: the host, or another model in its place.
         steering: What steers it, in one row; None for nothing.
         before: What stands before every question, after the model's preamble.
+        trust: How far each predictor is trusted for an answer, shape [predictors]; None where
+            nothing is known of that.
     """
 
     model: HFModel
     steering: Steering | None = None
     before: str = ""
+    trust: Tensor | None = None
 
     @property
     def mixture(self) -> Mixture:
         """What answers: with nothing that steers, the model itself alone."""
-        return Mixture(self.steering or Steering(("host",)))
+        return Mixture(self.steering or Steering(("host",)), self.trust)
 
 
 def score_texts(
@@ -89,7 +95,8 @@ def _score(subject: Subject, document: Document, window: int) -> TextScore:
 def answer_all(subject: Subject, task: Task, kept: Kept, progress: Progress) -> None:
     """Answer every question: the likeliest choice, or what is written up to the line's end.
 
-    A choice's likelihood is that of its whole text after the prompt (`score_answers`).
+    A choice is as likely as the predictors find it *among the choices*, each trusted as far as
+    the subject says (`choice_logprobs`).
     """
     answer = _written if task.kind == "text" else _chosen
     with progress("answering (questions)", len(task.questions)) as advance:
@@ -102,19 +109,58 @@ def answer_all(subject: Subject, task: Task, kept: Kept, progress: Progress) -> 
 
 
 def _chosen(subject: Subject, question: Question) -> int:
-    model, prompt = subject.model, subject.before + question.prompt
+    weights = subject.mixture.prior if subject.trust is None else subject.trust
+    return int(mixture_logprobs(choice_logprobs(subject, question), weights[:, None]).argmax())
+
+
+def choice_logprobs(subject: Subject, question: Question) -> Tensor:
+    """How likely each predictor finds each choice, given that it is one of them.
+
+    That the answer is one of a few labels is known, and what a predictor pays for knowing it too
+    says nothing about which. Without this a memory that has seen the labels, and hardly tells
+    them apart, outvotes a host that tells them apart and expects none of them.
+
+    Args:
+        subject: Whose predictors are asked.
+        question: One with choices.
+
+    Returns:
+        Natural-log probabilities, shape [predictors, choices]; each row sums to one.
+    """
+    context, choices = _encoded(subject, question.prompt, question.choices)
+    return answer_evidence(subject.model, subject.mixture, context, choices).log_softmax(-1)
+
+
+def written_logprobs(subject: Subject, question: Question) -> Tensor:
+    """How likely each predictor finds an answer that is written, and the line's end behind it.
+
+    Args:
+        subject: Whose predictors are asked.
+        question: One without choices.
+
+    Returns:
+        Natural-log probabilities, shape [predictors].
+    """
+    context, answer = _encoded(subject, question.prompt, [f"{question.answer}\n"])
+    return answer_evidence(subject.model, subject.mixture, context, answer)[:, 0]
+
+
+def _encoded(
+    subject: Subject, asked: str, texts: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens before the answers, and of each answer."""
+    model, prompt = subject.model, subject.before + asked
     # A space at the end of a prompt is part of the word that follows: tokenizers say so.
     bare = prompt.rstrip(" ")
     context = model.encode(bare)
     answers = []
-    for choice in question.choices:
-        whole = model.encode(f"{prompt}{choice}")
+    for text in texts:
+        whole = model.encode(f"{prompt}{text}")
         answers.append(whole[len(context) :] or whole[-1:])
     before = [*model.context_ids(), *context]
     if not before:
         before, answers = answers[0][:1], [answer[1:] or answer for answer in answers]
-    scores = score_answers(model, subject.mixture, before, answers)
-    return max(range(len(scores)), key=lambda number: float(scores[number].logprobs.sum()))
+    return before, answers
 
 
 def _written(subject: Subject, question: Question) -> str:

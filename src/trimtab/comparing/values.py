@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of comparison.json and of the files in `methods`."""
 
 Status = Literal["measured", "estimated"]
@@ -74,11 +74,14 @@ class Unfinished(Part):
         key: As of the result.
         texts: Scored documents by kind, the domain's under the empty one, in order.
         answers: Answers to the first questions.
+        solved: What each predictor gives to the right answers of the first solved questions, in
+            nats, by question.
     """
 
     key: str
     texts: dict[str, tuple[TextScore, ...]] = {}
     answers: tuple[int | str, ...] = ()
+    solved: tuple[tuple[float, ...], ...] = ()
 
 
 class MethodResult(Part):
@@ -93,6 +96,8 @@ class MethodResult(Part):
         general: General text, by kind and document.
         answers: What it answered to each question of the task: index of the chosen answer, or
             the text that it wrote; empty without a task.
+        trust: How far each of its predictors was trusted for an answer, by name, as the solved
+            questions have taught; empty without a task, and where there is one predictor.
         steps: What it takes before use.
         use: What using it costs; None where that was not timed.
         artefact_bytes: Size of what has to be kept to use it.
@@ -107,6 +112,7 @@ class MethodResult(Part):
     domain: tuple[TextScore, ...] = ()
     general: dict[str, tuple[TextScore, ...]] = {}
     answers: tuple[int | str, ...] = ()
+    trust: dict[str, float] = {}
     steps: tuple[Step, ...] = ()
     use: Use | None = None
     artefact_bytes: int | None = None

@@ -11,7 +11,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
-from trimtab.steering.answers import score_answers, score_text
+from trimtab.steering.answers import AnswerScore, alternatives_nats, score_answers, score_text
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.processor import steered_by
 from trimtab.types import Advance, Progress, silent
@@ -43,7 +43,8 @@ class SteeredLM(HFLM):
 
     Without a mixture every figure is that of lm-eval's own model of transformers' hosts, which
     this class inherits. With one, `loglikelihood` is what the steered `generate` would give the
-    answer after the context, `loglikelihood_rolling` what `evaluate` gives a document, and
+    answer after the context (answers to one context share what they have together, see
+    `alternatives_nats`), `loglikelihood_rolling` what `evaluate` gives a document, and
     `generate_until` runs the steered `generate` itself.
     """
 
@@ -111,14 +112,15 @@ class SteeredLM(HFLM):
         order = sorted(range(len(cut)), key=lambda number: cut[number])
         found: dict[int, tuple[float, bool]] = {}
         for context, numbers in groupby(order, key=lambda number: cut[number][0]):
-            same = list(numbers)
+            same, scores = list(numbers), list[AnswerScore]()
             for first in range(0, len(same), int(self.batch_size)):
-                part = same[first : first + int(self.batch_size)]
-                answers = [cut[number][1] for number in part]
-                scores = score_answers(self._host, self._mixture, context, answers)
-                for number, score in zip(part, scores, strict=True):
-                    found[number] = (float(score.logprobs.sum()), score.is_greedy)
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                answers = [cut[n][1] for n in same[first : first + int(self.batch_size)]]
+                scores += score_answers(self._host, self._mixture, context, answers)
+            # A task file has no solved questions: nothing but the prior says whom to trust.
+            nats = alternatives_nats(scores, self._mixture.prior).tolist()
+            for number, score, own in zip(same, scores, nats, strict=True):
+                found[number] = (own, score.is_greedy)
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return [found[number] for number in range(len(requests))]
 
     def _cut(self, context: Sequence[int], answer: Sequence[int]) -> tuple[list[int], list[int]]:

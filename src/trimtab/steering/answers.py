@@ -28,10 +28,12 @@ class AnswerScore:
     Attributes:
         logprobs: Of each of its tokens, in nats, shape [tokens].
         is_greedy: Whether each token is the likeliest one at its place.
+        alone: What each predictor by itself gives to the whole of it, in nats, shape [predictors].
     """
 
     logprobs: Tensor
     is_greedy: bool
+    alone: Tensor
 
 
 @torch.no_grad()
@@ -50,14 +52,66 @@ def score_answers(
         context_ids: Tokens that all answers follow, special ones included; at least one.
         answers: Tokens of each answer, at least one each.
     """
-    states = _states(host, [[*context_ids, *answer[:-1]] for answer in answers])
+    places, states = _places(answers), _read(host, context_ids, answers)
     first = len(context_ids)
     prompt = ReadPrompt(torch.tensor(context_ids), _pieces(host, context_ids), states[0][:first])
     weights = mixture.weigh(host.unembedding, prompt)[:, None]
-    return [
-        _scored(host, mixture, weights, [*context_ids, *answer], first, row)
-        for answer, row in zip(answers, states, strict=True)
-    ]
+    logprobs = [list[Tensor]() for _ in answers]
+    is_greedy = [True for _ in answers]
+    alone = torch.zeros(len(mixture.members), len(answers), dtype=torch.double)
+    for place, said in _said(host, mixture, context_ids, places, states):
+        steered = said.mixed(weights)[0]
+        likeliest = int(steered.argmax())
+        for number in place.answers:
+            token_id = answers[number][len(place.before)]
+            logprobs[number].append(steered[token_id].double())
+            is_greedy[number] &= likeliest == token_id
+            alone[:, number] += said.of_tokens(torch.tensor([token_id]))[:, 0]
+    each = zip(logprobs, is_greedy, alone.unbind(1), strict=True)
+    return [AnswerScore(torch.stack(nats), greedy, own) for nats, greedy, own in each]
+
+
+def alternatives_nats(scores: Sequence[AnswerScore], weights: Tensor) -> Tensor:
+    """Log-likelihoods of alternatives: together as `generate` has them, each its share of that.
+
+    The shares are the predictors' mixture *given that the answer is one of these*. That it is one
+    of a few labels, say, is known, and what a predictor pays for knowing it too says nothing
+    about which. An answer that has no alternative keeps its own log-likelihood.
+
+    Args:
+        scores: Of the answers to one context.
+        weights: Trust in each predictor where answers are told apart, shape [predictors].
+
+    Returns:
+        In nats, shape [alternatives].
+    """
+    together = torch.stack([score.logprobs.sum() for score in scores]).logsumexp(0)
+    alone = torch.stack([score.alone for score in scores], 1)
+    return together + mixture_logprobs(alone.log_softmax(-1), weights[:, None])
+
+
+@torch.no_grad()
+def answer_evidence(
+    host: HFModel, mixture: Mixture, context_ids: Sequence[int], answers: Sequence[Sequence[int]]
+) -> Tensor:
+    """What each predictor by itself gives to some continuations of one context.
+
+    Args:
+        host: The host, a decoder-only model.
+        mixture: The predictors; how far they are trusted plays no part.
+        context_ids: As for `score_answers`.
+        answers: Likewise.
+
+    Returns:
+        Log-probabilities of whole answers, in nats, shape [predictors, answers].
+    """
+    states = _read(host, context_ids, answers)
+    found = torch.zeros(len(mixture.members), len(answers), dtype=torch.double)
+    for place, said in _said(host, mixture, context_ids, _places(answers), states):
+        for number in place.answers:
+            token_id = torch.tensor([answers[number][len(place.before)]])
+            found[:, number] += said.of_tokens(token_id)[:, 0]
+    return found
 
 
 @torch.no_grad()
@@ -104,37 +158,69 @@ def _read_on(
         yield from mixture.read(host.unembedding, read, asked[begin : begin + LOGIT_ROWS])
 
 
-def _scored(
+@dataclass(frozen=True)
+class _Place:
+    """A place in the answers to one context, where some of them go on.
+
+    Attributes:
+        before: Tokens of the answer before it.
+        answers: Numbers of the answers that begin with these, and go on.
+    """
+
+    before: tuple[int, ...]
+    answers: tuple[int, ...]
+
+
+def _places(answers: Sequence[Sequence[int]]) -> list[_Place]:
+    """Every place once: alternatives of one token each, above all, have one in common."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number, answer in enumerate(answers):
+        for end in range(len(answer)):
+            found.setdefault(tuple(answer[:end]), []).append(number)
+    return [_Place(before, tuple(numbers)) for before, numbers in found.items()]
+
+
+def _read(
+    host: HFModel, context_ids: Sequence[int], answers: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """The host's states of the context with each answer, but for its last token."""
+    rows = [(*context_ids, *answer[:-1]) for answer in answers]
+    # Alternatives of one token each are asked after the same text.
+    distinct = list(dict.fromkeys(rows))
+    found = dict(zip(distinct, _states(host, distinct), strict=True))
+    return [found[row] for row in rows]
+
+
+def _said(
     host: HFModel,
     mixture: Mixture,
-    weights: Tensor,
-    token_ids: Sequence[int],
-    first: int,
-    states: Tensor,
-) -> AnswerScore:
-    """Score the tokens from `first` on, given the states of all but the last."""
-    ids, pieces, head = torch.tensor(token_ids), _pieces(host, token_ids), host.unembedding
-    ends = range(first, len(token_ids))
-    contexts = [text_before(pieces[:end]) for end in ends]
-    hidden = states[first - 1 :].to(head.weight.device)
-    logits = head.logits(hidden).float()
+    context_ids: Sequence[int],
+    places: Sequence[_Place],
+    states: Sequence[Tensor],
+) -> Iterator[tuple[_Place, Said]]:
+    """What the predictors say at each place; those of an answer come in its order."""
+    read = [torch.tensor([*context_ids, *place.before]) for place in places]
+    pieces = [_pieces(host, ids.tolist()) for ids in read]
+    contexts = [text_before(each) for each in pieces]
     live, reading = mixture.steering.live, None
     if live is not None:
+        each = list(zip(places, read, pieces, strict=True))
         reading = live.read(
             [readable(context) for context in contexts],
-            host_ids=[text_ids(ids, pieces, 0, end) for end in ends],
+            host_ids=[text_ids(ids, texts, 0, len(ids)) for _, ids, texts in each],
             # Where a prompt ends says nothing about how the host would read what follows it.
-            host_lasts=[None, *(last_text(ids, pieces, end) for end in ends[1:])],
+            host_lasts=[
+                last_text(ids, texts, len(ids)) if place.before else None
+                for place, ids, texts in each
+            ],
         )
-    logprobs, likeliest = [], []
-    for number, token_id in enumerate(token_ids[first:]):
-        one = slice(number, number + 1)
+    head = host.unembedding
+    for number, place in enumerate(places):
+        end = len(context_ids) + len(place.before)
+        hidden = states[place.answers[0]][end - 1 : end].to(head.weight.device)
         questions = ((reading, range(number, number + 1)),) if reading else ()
-        asked = Rows(logits[one], hidden[one], contexts[one], questions)
-        steered = mixture.logprobs(asked, weights)[0]
-        logprobs.append(steered[token_id].double())
-        likeliest.append(int(steered.argmax()) == token_id)
-    return AnswerScore(torch.stack(logprobs), all(likeliest))
+        rows = Rows(head.logits(hidden).float(), hidden, contexts[number : number + 1], questions)
+        yield place, mixture.said(rows)
 
 
 def _pieces(host: HFModel, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:

@@ -81,9 +81,12 @@ class Mixture:
 
     Attributes:
         steering: What steers, in one row.
+        trust: How far each predictor is trusted, whatever a prompt says, shape [predictors]; None
+            where each prompt says it.
     """
 
     steering: Steering
+    trust: Tensor | None = None
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -109,6 +112,8 @@ class Mixture:
         Returns:
             Weights that sum to one, shape [predictors]; the prior without evidence.
         """
+        if self.trust is not None:
+            return self.trust
         asked = evidence_positions(prompt)
         if not asked:
             return self.prior

@@ -91,6 +91,22 @@ def drop_near_duplicates(
     return Deduplicated(tuple(kept), tuple(dropped))
 
 
+def near_repeats(documents: Sequence[Document], of: Sequence[Document]) -> list[list[int]]:
+    """Which documents nearly repeat each of some texts.
+
+    Similarity and threshold are those that `drop_near_duplicates` has by default.
+
+    Args:
+        documents: Where repetitions are sought.
+        of: The texts.
+
+    Returns:
+        For each text the places of the documents that repeat it, ascending.
+    """
+    nearest = _Nearest(documents, threshold=0.5, shingle_tokens=5)
+    return [sorted(nearest.all_near(document)) for document in of]
+
+
 def _shingles(text: str, shingle_tokens: int, hashes: _Hashes) -> Shingles:
     tokens = np.array([hashes[token] for token in _TOKEN.findall(text)], dtype=np.uint64)
     if tokens.size == 0:
@@ -136,12 +152,15 @@ class _Nearest:
         """The most similar test document, the first of equals; None below the threshold."""
         if document.text in self._same_text:
             return Dropped(document.name, self._same_text[document.text], 1.0)
-        shingles = _shingles(document.text, self._shingle_tokens, self._hashes)
-        near = [(_jaccard(shingles, self._tests[i]), -i) for i in self._candidates(shingles)]
+        near = [(jaccard, -i) for i, jaccard in self.all_near(document).items()]
         jaccard, position = max(near, default=(0.0, 0))
-        if jaccard < self._threshold:
-            return None
-        return Dropped(document.name, self._names[-position], jaccard)
+        return Dropped(document.name, self._names[-position], jaccard) if near else None
+
+    def all_near(self, document: Document) -> dict[int, float]:
+        """Similarity of each test document, by place, that is at the threshold or above it."""
+        shingles = _shingles(document.text, self._shingle_tokens, self._hashes)
+        found = {i: _jaccard(shingles, self._tests[i]) for i in self._candidates(shingles)}
+        return {i: jaccard for i, jaccard in found.items() if jaccard >= self._threshold}
 
     def _candidates(self, shingles: Shingles) -> list[int]:
         if shingles.size == 0:
