@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from trimtab.carriers.search import LISTED_ENTRIES, PROBED_SHARE
 from trimtab.costing import flops, memory, serving
 from trimtab.costing.memory import Load
 from trimtab.costing.ranges import Range
@@ -158,6 +159,8 @@ def test_textbook_numbers_by_hand() -> None:
         2 * 70.553706496e9 + 16 * 207_093_760
     )
     assert flops.memory_search_flops(1000, 192) == 384_000
+    assert flops.memory_search_flops(2**20, 192) == 2 * 192 * (1024 + 131_072)
+    assert (flops.LISTED_ENTRIES, flops.PROBED_SHARE) == (LISTED_ENTRIES, PROBED_SHARE)
     assert flops.map_flops(10, shape, shape, 0) == pytest.approx(
         2 * 10 * 8192 * 16384 + (1 / 3 + 2) * 8192**3 * 2
     )

@@ -125,7 +125,7 @@ def memory_fit_flops(fit: MemoryFit, shape: Shape) -> float:
     """Operations of making a memory and learning its gates (`fitting/memory.py`).
 
     Whitening takes 2 hidden^2 an entry, its key 2 * hidden * key_size. Each position that the gates
-    are learnt on costs the reference's logits, and two searches through all entries by state
+    are learnt on costs the reference's logits, and two searches by state
     (`memory_search_flops`).
     """
     hidden = shape.hidden
@@ -134,9 +134,19 @@ def memory_fit_flops(fit: MemoryFit, shape: Shape) -> float:
     return fit.entries * entry + fit.asked * (2.0 * hidden * shape.vocab + 2.0 * search)
 
 
+LISTED_ENTRIES, PROBED_SHARE = 131_072, 8
+"""As `carriers/search.py` has them, which this module does not load."""
+
+
 def memory_search_flops(entries: float, key_size: int = 192) -> float:
-    """Operations of one exact search by state: an inner product with every key."""
-    return 2.0 * entries * key_size
+    """Operations of one search by state: an inner product with every key.
+
+    Of a large memory with the centre of every list, about sqrt(entries), and with the keys of one
+    list in PROBED_SHARE.
+    """
+    if entries < LISTED_ENTRIES:
+        return 2.0 * entries * key_size
+    return 2.0 * (entries**0.5 + entries / PROBED_SHARE) * key_size
 
 
 def map_flops(anchors: float, small: Shape, host: Shape, probe_tokens: float) -> float:

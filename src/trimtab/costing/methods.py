@@ -204,7 +204,7 @@ def _headed(question: Question) -> Request:
 
 
 def _steered(question: Question) -> Request:
-    """A request to a host with head and memory: the search by state compares with every key."""
+    """A request to a host with head and memory: the search by state is by processor."""
     search = flops.memory_search_flops(question.fit_tokens)
     return _beside(question, flops.head_use_flops(question.host) + search)
 
