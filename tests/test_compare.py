@@ -228,6 +228,13 @@ def test_the_share_ahead_is_that_of_resampled_documents() -> None:
     assert share_ahead(rows[0], rows[0], "bits per byte", None) == 0.5
 
 
+def test_one_document_makes_nothing_sure() -> None:
+    rows = rows_of(result("zero-shot", [80.0]), result("lora", [40.0]))
+    assert share_ahead(rows[1], rows[0], "bits per byte", None) == 0.5
+    said = verdict(rows, None)
+    assert "but not surely better" in said and "one document" in said
+
+
 @given(st.lists(st.tuples(st.floats(1, 9), st.floats(0.1, 9)), min_size=1, max_size=6, unique=True))
 @settings(max_examples=20, deadline=None)
 def test_the_front_is_what_nothing_dominates(points: list[tuple[float, float]]) -> None:

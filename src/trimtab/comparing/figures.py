@@ -139,8 +139,11 @@ def share_ahead(
     """Share of paired resamples in which the first method is ahead of the second.
 
     Documents, or questions, are resampled for both together; a tie counts a half. 0.5 says that
-    nothing is known, 1 that no resample speaks against it.
+    nothing is known, as of a single document, which resampled is always itself; 1 that no
+    resample speaks against it.
     """
+    if len(ours.result.domain if by == "bits per byte" else ours.result.answers) < 2:
+        return 0.5
     if by == "bits per byte":
         pair = [_scores(row.result.domain) for row in (ours, theirs)]
         drawn = draws(len(pair[0]), seed)
