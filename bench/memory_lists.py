@@ -12,7 +12,7 @@ that lies on entries which the lists find too.
 import argparse
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import faiss
@@ -138,7 +138,7 @@ def _compared(
     return found | {"lists": each}
 
 
-def _milliseconds(index: faiss.Index, questions: Sequence[np.ndarray] | np.ndarray) -> float:
+def _milliseconds(index: faiss.Index, questions: np.ndarray) -> float:
     """Of a question that is asked alone, as in a generation."""
     single = [questions[n : n + 1] for n in range(min(SINGLE, len(questions)))]
     started = time.perf_counter()

@@ -13,8 +13,8 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
+from trimtab.cli_errors import run_program
 from trimtab.config import ServeConfig
-from trimtab.machine import use_large_pages
 from trimtab.serving.run import running
 
 WAIT_MS = 600_000
@@ -22,18 +22,22 @@ TOKENS = 40
 
 
 def main() -> None:
-    """Serve, ask, and take the picture."""
+    """Take the picture from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for name in ("host", "adapter"):
         parser.add_argument(name)
     for name in ("prompt", "out"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
-    use_large_pages()
+    run_program(lambda: take(given.host, given.adapter, given.prompt, given.out))
+
+
+def take(host: str, adapter: str, prompt: Path, out: Path) -> None:
+    """Serve a host with an adapter, ask it to go on with a file's text, and write the picture."""
     config = ServeConfig(
-        host=given.host,
+        host=host,
         name="gemma-3-270m",
-        adapter=(f"zig={given.adapter}",),
+        adapter=(f"zig={adapter}",),
         carriers=("head", "memory", "expert"),
         port=0,
         time_limit_sec=WAIT_MS / 1000,
@@ -46,8 +50,8 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(WAIT_MS)
         page.goto(server.base_url)
-        _ask(page, given.prompt.read_text(encoding="utf-8"))
-        page.screenshot(path=given.out, full_page=True)
+        _ask(page, prompt.read_text(encoding="utf-8"))
+        page.screenshot(path=out, full_page=True)
         browser.close()
 
 

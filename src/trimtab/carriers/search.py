@@ -103,7 +103,8 @@ def listed_keys(keys: Tensor) -> faiss.IndexIVF:
 
     An inverted file (Sivic and Zisserman 2003), as faiss makes it, of about as many lists as keys
     in each, which together are the fewest to compare with. Keys stay in float16, as memories have
-    them. On text, what is missed are the farthest of NEIGHBOURS, which weigh little.
+    them. Of what the exact search weighs it found 94.5 % on text, which cost as many bits by either
+    (bench/memory_lists.py).
 
     Args:
         keys: Unit vectors, shape [entries, key].

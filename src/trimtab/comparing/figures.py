@@ -133,6 +133,11 @@ def ranked(rows: Sequence[MethodFigures], by: str) -> list[MethodFigures]:
     return [row for row, _ in found]
 
 
+def drawn_from(row: MethodFigures, by: str) -> int:
+    """How many documents, or questions, a figure is resampled from."""
+    return len(row.result.domain if by == "bits per byte" else row.result.answers)
+
+
 def share_ahead(
     ours: MethodFigures, theirs: MethodFigures, by: str, task: Task | None, *, seed: int = 0
 ) -> float:
@@ -142,7 +147,7 @@ def share_ahead(
     nothing is known, as of a single document, which resampled is always itself; 1 that no
     resample speaks against it.
     """
-    if len(ours.result.domain if by == "bits per byte" else ours.result.answers) < 2:
+    if drawn_from(ours, by) < 2:
         return 0.5
     if by == "bits per byte":
         pair = [_scores(row.result.domain) for row in (ours, theirs)]

@@ -6,6 +6,7 @@ from trimtab.comparing.figures import (
     BASELINE,
     SURE,
     MethodFigures,
+    drawn_from,
     quality,
     quality_of,
     ranked,
@@ -77,8 +78,8 @@ def _best(best: MethodFigures, bare: MethodFigures, by: str, task: Task | None, 
     share = share_ahead(best, bare, by, task, seed=seed)
     sure = "surely" if share >= SURE else "but not surely"
     known = f"ahead in {100 * share:.0f} % of resamples"
-    if by == "bits per byte" and len(best.result.domain) < 2:
-        known = "on one document of test text, whose errors nobody can tell: give more"
+    if drawn_from(best, by) < 2:
+        known = "on one document or question, whose errors nobody can tell: give more"
     return (
         f"Best on this data is {named}, {sure} better than the host as it is ({spoken(by, bare)};"
         f" {known})."

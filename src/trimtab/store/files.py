@@ -244,21 +244,19 @@ def lock(folder: Path) -> Iterator[None]:
 def _locked(folder: Path) -> int:
     while True:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise InputError(
-                f"another run is writing {folder}",
-                hint="wait until it ends, or choose another output folder",
-            ) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-        # The former owner may have removed the file between our opening and locking it.
-        if _is_at(descriptor, folder / LOCK_NAME):
-            return descriptor
-        os.close(descriptor)
+        with ExitStack() as unless_held:
+            unless_held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another run is writing {folder}",
+                    hint="wait until it ends, or choose another output folder",
+                ) from error
+            # The former owner may have removed the file between our opening and locking it.
+            if _is_at(descriptor, folder / LOCK_NAME):
+                unless_held.pop_all()
+                return descriptor
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

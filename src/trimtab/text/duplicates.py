@@ -15,6 +15,9 @@ Shingles = np.ndarray
 """Sorted distinct 64-bit fingerprints of a text's shingles."""
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
+THRESHOLD, SHINGLE_TOKENS = 0.5, 5
+"""Similarity from which on a text repeats another, over sets of runs of so many tokens."""
+
 _PERMUTATIONS = 128
 _SEED = 1
 _MISSED_PROBABILITY = 1e-6
@@ -58,8 +61,8 @@ def drop_near_duplicates(
     train: Sequence[Document],
     test: Sequence[Document],
     *,
-    threshold: float = 0.5,
-    shingle_tokens: int = 5,
+    threshold: float = THRESHOLD,
+    shingle_tokens: int = SHINGLE_TOKENS,
 ) -> Deduplicated:
     """Remove training documents that repeat a test document or an earlier training document.
 
@@ -103,7 +106,7 @@ def near_repeats(documents: Sequence[Document], of: Sequence[Document]) -> list[
     Returns:
         For each text the places of the documents that repeat it, ascending.
     """
-    nearest = _Nearest(documents, threshold=0.5, shingle_tokens=5)
+    nearest = _Nearest(documents, THRESHOLD, SHINGLE_TOKENS)
     return [sorted(nearest.all_near(document)) for document in of]
 
 
