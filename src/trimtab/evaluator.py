@@ -93,6 +93,11 @@ class Evaluator:
         )
         return Evaluator(config, host, mounted, rows, steering, pair, settings.cache)
 
+    @property
+    def is_shared(self) -> bool:
+        """Copies of this process may score too: it is torch that computes, and scores are kept."""
+        return self.keeps and not self.host.has_own_logits
+
     def score(self, document: Document) -> Kept:
         """Score one document under every row, unless it is scored already."""
         path = self.config.out / "scores" / f"{self._key(document)}.safetensors"

@@ -221,6 +221,8 @@ class Bench:
                 out=self.folder / "recording",
                 general=(str(self.folder / "data" / "general.jsonl"),),
                 dtype=self.config.dtype,
+                # Time and memory are measured of this process.
+                processes=1,
                 seed=self.config.seed,
             )
             done = record(config, progress=progress)

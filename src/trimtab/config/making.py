@@ -94,6 +94,8 @@ class RecordConfig(Config):
     """Tokens in one shard, the unit of resuming."""
     dtype: Dtype = "auto"
     """Arithmetic of the forward passes."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes of one thread that share the work (default: as many as pay, on a processor)."""
     seed: int = 0
     """Seed of the sampled encoding."""
 

@@ -83,6 +83,9 @@ class EvaluateConfig(Config):
     """Name of the domain in the report (default: that of the first file or folder of --data)."""
     dtype: Dtype = "auto"
     """Arithmetic of the models."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes of one thread that share the documents (default: as many as pay, on a processor).
+    """
     seed: int = 0
     """Seed of the bootstrap and of the shuffled controls."""
 
