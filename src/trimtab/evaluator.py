@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import Live, OwnReading
+from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair, PairStates
+from trimtab.backends.reading import OwnReading
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.recall import MountedMemory
 from trimtab.config import EvaluateConfig, MountConfig
