@@ -6,8 +6,9 @@ Requests go over HTTP to a server of this process. Each asks for the same number
 with the end token banned; prompts differ in length. Ways take turns in each repetition, so that
 what else the machine does meets them alike. Figures are tokens a second: the median over
 repetitions, and the lowest and highest one; and the same by the processor time of server and
-client together, which other work on the machine touches less. With an adapter the same requests are
-steered by its carriers, so many at once, and compared with the bare host's at once.
+client together, which other work on the machine touches less. With an adapter the same requests
+are steered by its carriers, so many at once, and compared with the bare host's at once: as they
+are, and without the time until each has one token, which grows with prompts and not with answers.
 """
 
 import argparse
@@ -108,6 +109,20 @@ def ratios(times_sec: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return found
 
 
+def token_costs(
+    times_sec: Mapping[str, Sequence[float]], firsts_sec: Mapping[str, Sequence[float]]
+):
+    """What steering costs after the first tokens, in each repetition."""
+    _, together, *steered = times_sec
+    after = {
+        name: [
+            all_sec - first_sec for all_sec, first_sec in zip(found, firsts_sec[name], strict=True)
+        ]
+        for name, found in times_sec.items()
+    }
+    return {name: ratio(after[name], after[together]) for name in steered}
+
+
 def arguments() -> argparse.Namespace:
     """From the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -148,12 +163,15 @@ def main() -> None:
     host = open_model(given.host, dtype=given.dtype)
     times_sec: dict[str, list[float]] = {way.name: [] for way in ways}
     cpu_times_sec: dict[str, list[float]] = {way.name: [] for way in ways}
+    firsts_sec: dict[str, list[float]] = {way.name: [] for way in ways}
     texts: dict[str, list[list[str]]] = {way.name: [] for way in ways}
     with running(config, host=host) as server:
         for way in ways:
             timed(server, way, [way.body(host, one, 2) for one in prompts(way.at_once)])
         for _ in range(given.repetitions):
             for way in ways:
+                bodies = [way.body(host, one, 1) for one in prompts(given.requests)]
+                firsts_sec[way.name].append(timed(server, way, bodies)[0])
                 bodies = [way.body(host, one, given.tokens) for one in prompts(given.requests)]
                 sec, cpu_sec, said = timed(server, way, bodies)
                 times_sec[way.name].append(sec)
@@ -173,6 +191,8 @@ def main() -> None:
             "ways_by_cpu": {name: summary(found, total) for name, found in cpu_times_sec.items()},
             **ratios(times_sec),
             **{f"{name}_by_cpu": found for name, found in ratios(cpu_times_sec).items()},
+            "first_token_sec": firsts_sec,
+            "cost_of_a_token": token_costs(times_sec, firsts_sec),
             "texts_equal": all(one == same[0] for same in (bare, *texts.values()) for one in same),
             "threads": torch.get_num_threads(),
             "processor": processor(),
