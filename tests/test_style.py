@@ -42,7 +42,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "show",
     ),
     ("vllm",),
-    ("cli", "cli_errors", "cli_verbs", "progress", "server", "__main__", "__init__"),
+    (
+        "cli",
+        "cli_errors",
+        "cli_summaries",
+        "cli_verbs",
+        "progress",
+        "server",
+        "__main__",
+        "__init__",
+    ),
 )
 MEET_ONLY_IN_FILES = {"tune", "record", "fit", "mount"}
 
