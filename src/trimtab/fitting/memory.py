@@ -108,7 +108,7 @@ def _soft(memory: Memory, base: HFModel, head: Unembedding, train: Columns) -> M
     strings = tuple(base.vocabulary.token_bytes[i] or b"" for i in kept.tolist())
     # As the adapter stores them, so that the gate is learnt on what a host will see.
     return replace(
-        memory, soft_ids=places.int(), soft_probs=probs.half().float(), soft_strings=strings
+        memory, soft_ids=places.int(), soft_probs=probs.half(), soft_strings=strings
     )
 
 
