@@ -3,7 +3,7 @@ r"""What it takes to open a large memory, and to ask it: made anew in RAM, or ke
     python -m bench.memory_opening --adapter FOLDER --entries 1000000 --folder FOLDER --out RESULT.json
 
 The adapter gives its text, repeated, and the form of its keys; the keys themselves are drawn, in
-groups. With `--host` its own memory is mounted on that host as well, again and again. Each
+groups. With `--host` the adapter itself is mounted on that host as well. Each
 measurement is in a process of its own. RAM is what a process adds to what it had before: its own,
 and pages of mapped files, which the system can take back at any time.
 """
@@ -76,6 +76,7 @@ def measure(given: argparse.Namespace) -> None:
         grow(given.adapter, grown, given.entries)
         # A file must have lain still for this long to be kept in mind.
         time.sleep(2 * SETTLED_SEC)
+    _index_file(grown).unlink(missing_ok=True)
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "made and kept": partial(open_memory, grown, is_kept=True),
         "kept": partial(open_memory, grown, is_kept=True),
@@ -84,10 +85,10 @@ def measure(given: argparse.Namespace) -> None:
         steps = {"in RAM": partial(open_memory, grown, is_kept=False)} | steps
     if given.host:
         steps |= {
-            f"mount, {name}": partial(mounted, given.adapter, given.host)
-            for name in ("first", "again")
+            "mount, index made": partial(mounted, given.adapter, given.host, is_kept=False),
+            "mount, kept": partial(mounted, given.adapter, given.host, is_kept=True),
         }
-    result = {
+    result: dict[str, Any] = {
         "entries": given.entries,
         "threads": given.threads,
         "disk_bytes": {"memory": (grown / MEMORY_FILE).stat().st_size},
@@ -183,7 +184,7 @@ def open_memory(adapter: Path, *, is_kept: bool) -> dict[str, Any]:
     ask(features, contexts, weight)
     clock.lap("questions at once")
     return {
-        "sec": clock.laps,
+        "laps": clock.laps,
         "questions": QUESTIONS,
         "ram_mb": {name: opened[name] - before[name] for name in opened},
         "ram_after_questions_mb": {name: _ram_mb()[name] - before[name] for name in opened},
@@ -199,31 +200,35 @@ def _questions(memory: Memory) -> tuple[Tensor, Tensor]:
     return chosen + noise / size**0.5, contexts_before(memory.text, memory.positions[places] - 1)
 
 
-def mounted(adapter: Path, host: str) -> dict[str, Any]:
-    """The whole mount on a host that is open."""
-    model = open_model(host, dtype="float32")
+def mounted(adapter: Path, host: str, *, is_kept: bool) -> dict[str, Any]:
+    """A mount of which the seats are kept, on a host that is open."""
+    model, config = open_model(host), MountConfig(adapter=adapter, host=host)
+    if not is_kept:
+        mount(config, host=model)
+        _index_file(adapter).unlink(missing_ok=True)
     before, clock = _ram_mb(), _Clock()
-    seated = mount(MountConfig(adapter=adapter, host=host, dtype="float32"), host=model)
+    seated = mount(config, host=model)
     clock.lap("mount")
     assert seated.memory is not None
     after = _ram_mb()
     return {
-        "sec": clock.laps,
+        "laps": clock.laps,
         "entries": len(seated.memory.memory),
         "ram_mb": {name: after[name] - before[name] for name in after},
     }
 
 
 class _Clock:
-    """Seconds since the last lap."""
+    """Seconds since the last lap, and the processor's seconds among them."""
 
-    def __init__(self, laps: dict[str, float] | None = None) -> None:
-        self.laps: dict[str, float] = laps or {}
-        self._last = time.perf_counter()
+    def __init__(self, laps: dict[str, dict[str, float]] | None = None) -> None:
+        self.laps: dict[str, dict[str, float]] = laps or {}
+        self._last = time.perf_counter(), time.process_time()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        now = time.perf_counter(), time.process_time()
+        self.laps[name] = {"sec": now[0] - self._last[0], "cpu_sec": now[1] - self._last[1]}
+        self._last = now
 
 
 def _index_file(adapter: Path) -> Path:

@@ -113,17 +113,13 @@ def _places(keys: Tensor, centres: Tensor, progress: Progress) -> Tensor:
 
 def _lists_on_disk(scratch: Path, keys: Tensor, places: Tensor, ends: Tensor) -> Tensor:
     """For each list its keys, then their entries, as bytes of a mapped file."""
-    row = keys.shape[1] * keys.element_size()
-    size = len(keys) * (row + _ENTRY_BYTES)
-    lists = torch.from_file(str(scratch), shared=True, size=size, dtype=torch.uint8)
     order = places.sort(stable=True).indices
-    start = 0
-    for entries in order.tensor_split(ends[:-1]):
-        middle, end = start + len(entries) * row, start + len(entries) * (row + _ENTRY_BYTES)
-        lists[start:middle] = keys[entries].view(torch.uint8).flatten()
-        lists[middle:end] = entries.view(torch.uint8)
-        start = end
-    return lists
+    with open(scratch, "wb") as file:
+        for entries in order.tensor_split(ends[:-1]):
+            file.write(keys[entries].numpy())
+            file.write(entries.numpy())
+    size = scratch.stat().st_size
+    return torch.from_file(str(scratch), shared=False, size=size, dtype=torch.uint8)
 
 
 def read_index(path: Path, memory: Memory) -> Index | None:
