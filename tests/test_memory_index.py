@@ -3,6 +3,7 @@
 import gc
 from pathlib import Path
 
+import faiss
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -77,7 +78,7 @@ def test_kept_lists_find_what_lists_made_anew_find(
 
 def test_all_lists_together_are_the_exact_search(memory: Memory, written: Path) -> None:
     index = read_index(written, memory)
-    assert index is not None
+    assert index is not None and isinstance(index.keys, faiss.IndexIVF)
     index.keys.nprobe = index.keys.nlist
     asked = torch.nn.functional.normalize(draw(20, KEY, seed=3), dim=-1)
     cosines, entries = index.keys.search(asked.numpy(), NEIGHBOURS)  # pyright: ignore

@@ -116,8 +116,8 @@ def _lists_on_disk(scratch: Path, keys: Tensor, places: Tensor, ends: Tensor) ->
     order = places.sort(stable=True).indices
     with open(scratch, "wb") as file:
         for entries in order.tensor_split(ends[:-1]):
-            file.write(keys[entries].numpy())
-            file.write(entries.numpy())
+            file.write(keys[entries].numpy().tobytes())
+            file.write(entries.numpy().tobytes())
     size = scratch.stat().st_size
     return torch.from_file(str(scratch), shared=False, size=size, dtype=torch.uint8)
 
