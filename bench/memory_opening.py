@@ -1,6 +1,6 @@
 r"""What it takes to open a large memory, and to ask it: made anew in RAM, or kept and mapped.
 
-    python -m bench.memory_opening --adapter FOLDER --entries 1000000 --folder FOLDER --out RESULT.json
+    python -m bench.memory_opening --adapter FOLDER --entries 1000000 --folder FOLDER --out RESULT
 
 The adapter gives its text, repeated, and the form of its keys; the keys themselves are drawn, in
 groups. With `--host` the adapter itself is mounted on that host as well. Each
