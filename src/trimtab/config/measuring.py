@@ -130,8 +130,10 @@ class CompareConfig(Config):
     """Share of the documents that are drawn as test text."""
     test_tokens: int = Field(default=8192, ge=64)
     """Score at most this many host tokens of test text, and half as many of general text."""
-    document_tokens: int = Field(default=1024, ge=32)
-    """Score at most the first so many host tokens of each document."""
+    document_tokens: int | None = Field(default=None, ge=32)
+    """Score at most the first so many host tokens of each document (default: --test-tokens shared
+    out among 8 documents, or among all where there are fewer; general text likewise, each
+    kind)."""
     window_tokens: int = Field(default=512, ge=16)
     """Window of the measurement."""
     examples: int = Field(default=4, ge=1)
