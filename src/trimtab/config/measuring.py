@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trimtab.config.base import MIN_WINDOW_TOKENS, Config, Dtype
+from trimtab.config.base import MIN_WINDOW_TOKENS, Config, Dtype, check_stride
 
 MethodName = Literal[
     "zero-shot",
@@ -86,11 +86,7 @@ class EvaluateConfig(Config):
     seed: int = 0
     """Seed of the bootstrap and of the shuffled controls."""
 
-    @model_validator(mode="after")
-    def _stride_fits(self) -> "EvaluateConfig":
-        if self.stride_tokens > self.window_tokens:
-            raise ValueError("stride_tokens must be at most window_tokens")
-        return self
+    _stride_fits = model_validator(mode="after")(check_stride)
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvaluateConfig":
