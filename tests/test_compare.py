@@ -108,8 +108,8 @@ def test_every_method_is_measured_or_says_why_not(
             continue
         assert row.result.status == "measured", row.result.reason
         assert row.result.use
-        assert bool(told["usd_per_million_tokens"]) == row.result.writes_text == (
-            name != "embeddings"
+        assert (
+            bool(told["usd_per_million_tokens"]) == row.result.writes_text == (name != "embeddings")
         )
         assert set(row.task) == {"accuracy", "macro-F1"} and row.result.peak_bytes
         assert (row.domain is None) == (name == "embeddings")
@@ -309,9 +309,7 @@ def test_the_share_ahead_is_that_of_resampled_documents() -> None:
 
 
 def test_one_document_makes_nothing_sure() -> None:
-    rows = rows_of(
-        result("zero-shot", [80.0]), result("lora", [40.0]), result("trimtab", [60.0])
-    )
+    rows = rows_of(result("zero-shot", [80.0]), result("lora", [40.0]), result("trimtab", [60.0]))
     assert share_ahead(rows[1], rows[0], "bits per byte", None) == 0.5
     said = verdict(rows, None)
     assert "but not surely better" in said and "one document" in said

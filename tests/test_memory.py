@@ -328,9 +328,7 @@ def test_what_is_left_out_is_passed_over_as_by_a_memory_made_anew(
         answer, slow = found.ask(hidden, asked), rebuilt(whole, kept).ask(hidden, asked)
         torch.testing.assert_close(answer.probs(256), slow.probs(256), rtol=1e-3, atol=1e-5)
         assert bool(kept[answer.found.entries].all())
-        assert torch.equal(
-            answer.found.matched_bytes.amax(1), slow.found.matched_bytes.amax(1)
-        )
+        assert torch.equal(answer.found.matched_bytes.amax(1), slow.found.matched_bytes.amax(1))
     # Its own document is what it would have found.
     assert not torch.allclose(whole.ask(hidden, asked).probs(256), slow.probs(256))
     nothing = whole.only(first).only(owner == 0).ask(hidden, asked)

@@ -137,8 +137,9 @@ def ranked(rows: Sequence[MethodFigures], by: str) -> list[MethodFigures]:
 
 
 def drawn_from(row: MethodFigures, by: str) -> int:
-    """How many documents, or questions, a figure is resampled from; of fewer than two no error
-    can be told. Of general text it is the kind with the fewest that counts.
+    """How many documents, or questions, a figure is resampled from; one alone tells no error.
+
+    Of general text the kind with the fewest documents counts.
     """
     if by == GENERAL:
         return min(map(len, row.result.general.values()), default=0)

@@ -118,7 +118,9 @@ def _columns(rows: Sequence[MethodFigures]) -> list[str]:
     """What the columns of cost mean, of those that are shown."""
     found = []
     if any(row.result.steps for row in rows):
-        found.append("device-seconds: all steps that a method needs, also what it shares with others")
+        found.append(
+            "device-seconds: all steps that a method needs, also what it shares with others"
+        )
     if any(row.result.peak_bytes for row in rows):
         found.append("peak memory: of the process, the open host included, made and used")
     if any(row.result.use for row in rows):
