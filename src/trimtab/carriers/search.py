@@ -8,7 +8,7 @@ know only what was said before in the same words.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -186,27 +186,26 @@ def _by_state(index: Index, features: Tensor) -> tuple[Tensor, Tensor]:
     """The entries with the nearest states, and their cosines."""
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     questions, keys = np.ascontiguousarray(unit.numpy()), index.keys
-    options, count = _options(index), min(NEIGHBOURS, len(index.entries))
+    count = min(NEIGHBOURS, len(index.entries))
+    probed = keys.nprobe if isinstance(keys, faiss.IndexIVF) else 0
     cosines, entries = keys.search(  # pyright: ignore[reportCallIssue]
-        questions, count, params=options
+        questions, count, params=_options(index, probed)
     )
-    if isinstance(options, faiss.SearchParametersIVF) and (entries < 0).any():
+    if isinstance(keys, faiss.IndexIVF) and (entries < 0).any():
         # The nearest lists hold too few of the entries that are kept.
-        options.nprobe = keys.nlist
         cosines, entries = keys.search(  # pyright: ignore[reportCallIssue]
-            questions, count, params=options
+            questions, count, params=_options(index, keys.nlist)
         )
     return torch.from_numpy(entries), torch.from_numpy(cosines)
 
 
-def _options(index: Index) -> faiss.SearchParameters | None:
-    """What makes a search of keys pass over entries; None where it need not."""
-    if index.kept is None:
-        return None
-    selector = faiss.IDSelectorBitmap(np.packbits(index.kept.numpy(), bitorder="little"))
-    if isinstance(index.keys, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(sel=selector, nprobe=index.keys.nprobe)
-    return faiss.SearchParameters(sel=selector)
+def _options(index: Index, probed: int) -> faiss.SearchParameters:
+    """Passes over what is not kept, and looks into so many lists; 0 where there are none."""
+    found: dict[str, Any] = {"nprobe": probed} if probed else {}
+    if index.kept is not None:
+        kept = np.packbits(index.kept.numpy(), bitorder="little")
+        found["sel"] = faiss.IDSelectorBitmap(kept)  # pyright: ignore[reportCallIssue]
+    return faiss.SearchParametersIVF(**found) if probed else faiss.SearchParameters(**found)
 
 
 def _cosines(memory: Memory, entries: Tensor, features: Tensor) -> Tensor:

@@ -93,9 +93,10 @@ def notes(rows: Sequence[MethodFigures]) -> list[str]:
     """What figures mean, why methods were not run, and how the others were."""
     found = [f"{row.name}: {row.result.reason}" for row in rows if row.result.reason]
     found += [f"{row.name}: {row.result.note}" for row in rows if row.result.note]
-    found += [note for row in rows if (note := _waited(row))]
+    found += _waited(rows)
     if any(row.result.is_sec_estimated for row in rows):
-        found.insert(0, f"{ESTIMATED} estimated from the throughput that was measured here")
+        how = "operations from sizes, seconds from the throughput that was measured here"
+        found.insert(0, f"{ESTIMATED} estimated: {how}")
     return [*_scored(rows), *_columns(rows), *found]
 
 
@@ -122,7 +123,9 @@ def _columns(rows: Sequence[MethodFigures]) -> list[str]:
             "device-seconds: all steps that a method needs, also what it shares with others"
         )
     if any(row.result.peak_bytes for row in rows):
-        found.append("peak memory: of the process, the open host included, made and used")
+        found.append(
+            "peak memory: of the process, the open host included, while a method is made and used"
+        )
     if any(row.result.use for row in rows):
         found.append("1M tokens: to generate so many on this machine, one request at a time")
     return found
@@ -142,24 +145,30 @@ def parts(
     ]
 
 
-def _waited(row: MethodFigures) -> str:
-    """How much longer than the processors worked a method took; "" where that was the same."""
-    taken = [step for step in row.result.steps if step.cpu_sec is not None]
-    sec, cpu_sec = sum(step.sec for step in taken), sum(step.cpu_sec or 0.0 for step in taken)
-    if cpu_sec > _BUSY * sec or sec < 1:
-        return ""
-    return (
-        f"{row.name}: {duration(sec)} by the clock, {duration(cpu_sec)} of processors: the machine"
-        " did other work meanwhile, or waited for its accelerator"
-    )
+def _waited(rows: Sequence[MethodFigures]) -> list[str]:
+    """How much longer than the processors worked methods took, where that was not the same."""
+    found = []
+    for row in rows:
+        taken = [step for step in row.result.steps if step.cpu_sec is not None]
+        sec, cpu_sec = sum(step.sec for step in taken), sum(step.cpu_sec or 0.0 for step in taken)
+        if cpu_sec <= _BUSY * sec and sec >= 1:
+            found.append(f"{row.name} {duration(cpu_sec)} of {duration(sec)}")
+    if not found:
+        return []
+    return [
+        "processors worked for a part of the clock's time, since the machine did other work"
+        f" meanwhile or waited for its accelerator: {'; '.join(found)}"
+    ]
 
 
 def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
     """Two tables for a terminal, what methods are worth and what they cost, with notes."""
     drawn = (_drawn(names, lines) for names, lines in parts(rows, price))
-    indents = {"initial_indent": "  ", "subsequent_indent": "    "}
-    said = (fill(note, _WIDTH, break_on_hyphens=False, **indents) for note in notes(rows))
-    return "\n\n".join([*drawn, "\n".join(said)])
+    return "\n\n".join([*drawn, "\n".join(map(_wrapped, notes(rows)))])
+
+
+def _wrapped(note: str) -> str:
+    return fill(note, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

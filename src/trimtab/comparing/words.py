@@ -7,6 +7,7 @@ from trimtab.comparing.figures import (
     GENERAL,
     SURE,
     MethodFigures,
+    advantage,
     drawn_from,
     quality,
     quality_of,
@@ -73,16 +74,14 @@ def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) 
     if order == [bare]:
         return f"{_nothing(bare, by)} {_not_run(rows)}".strip()
     even = [row for row in order if share_ahead(best, row, by, task, seed=seed) < SURE]
-    cheap = min(even, key=lambda row: row.result.sec)
+    # The bare host takes nothing, of which prompts that take no time before use add something.
+    cheap = min(even, key=lambda row: (row.result.sec, row is not bare))
     parts = [_best(best, bare, by, task, seed)]
-    if cheap is not best:
-        parts.append(
-            f"But {METHOD_WORDS[cheap.name]} ({cheap.name}, {spoken(by, cheap)}) is not surely"
-            f" worse, and takes {_time(cheap)} before use instead of {_time(best)}: choose"
-            f" {cheap.name}."
-        )
+    if drawn_from(best, by) < 2:
+        # What cannot be told apart is no reason to choose.
+        cheap = best
     else:
-        parts.append(f"Choose {best.name}: it takes {_time(best)} before use.")
+        parts.append(_choice(best, cheap, bare, by))
     parts += [_use(cheap, bare), _against_lora(rows, by, task, seed)]
     parts += [_against_regression(rows, by, task, seed), _general(cheap)]
     parts.append(_not_run(rows))
@@ -92,7 +91,7 @@ def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) 
 def _nothing(bare: MethodFigures, by: str) -> str:
     return (
         f"Nothing was measured but the host as it is ({bare.name}, {spoken(by, bare)}): there is"
-        " nothing to choose from. The same command goes on, with the whole --budget anew."
+        " nothing to choose from."
     )
 
 
@@ -109,6 +108,36 @@ def _best(best: MethodFigures, bare: MethodFigures, by: str, task: Task | None, 
         f"Best on this data is {named}, {sure} better than the host as it is ({spoken(by, bare)};"
         f" {known})."
     )
+
+
+def _choice(best: MethodFigures, cheap: MethodFigures, bare: MethodFigures, by: str) -> str:
+    if cheap is best:
+        return f"Choose {best.name}: it takes {_time(best)} before use."
+    if cheap is bare:
+        return (
+            f"Choose the host as it is ({bare.name}), which takes nothing, or give more to"
+            " measure on."
+        )
+    return (
+        f"But {METHOD_WORDS[cheap.name]} ({cheap.name}, {spoken(by, cheap)}) is not surely"
+        f" worse, and takes {_time(cheap)} before use instead of {_time(best)}: choose"
+        f" {cheap.name}."
+    )
+
+
+def _stands(row: MethodFigures, rival: MethodFigures, by: str, task: Task | None, seed: int) -> str:
+    """How a method stands to another one."""
+    ours, theirs = quality_of(row, by), quality_of(rival, by)
+    if drawn_from(row, by) < 2 or ours is None or theirs is None:
+        return "not to be told from"
+    ahead = share_ahead(row, rival, by, task, seed=seed)
+    if ahead >= SURE or ahead <= 1 - SURE:
+        return "better than" if ahead >= SURE else "worse than"
+    if ours.mean == theirs.mean:
+        return "even with"
+    is_ahead = advantage(by) * (ours.mean - theirs.mean) > 0
+    place, better = ("ahead", "better") if is_ahead else ("behind", "worse")
+    return f"{place}, but not surely {better} than"
 
 
 def _time(row: MethodFigures) -> str:
@@ -128,10 +157,7 @@ def _against_lora(rows: Sequence[MethodFigures], by: str, task: Task | None, see
             f"LoRA on the host was not run; it would take about {duration(lora.result.sec)}"
             f" for each host, where {row.name} took {_time(row)}."
         )
-    ahead = share_ahead(row, lora, by, task, seed=seed)
-    how = "better than" if ahead >= SURE else "worse than" if ahead <= 1 - SURE else "even with"
-    if drawn_from(row, by) < 2:
-        how = "not to be told from"
+    how = _stands(row, lora, by, task, seed)
     bare = next(row for row in rows if row.name == BASELINE)
     gains = by == "bits per byte" and share_ahead(lora, bare, by, task, seed=seed) >= SURE
     reached = share_of_gain(row, lora, bare) if gains else None
@@ -150,11 +176,9 @@ def _against_regression(
     ours = [row for row in ranked(rows, by) if row.name in TRIMTAB]
     if simple is None or not ours:
         return ""
-    ahead = share_ahead(simple, ours[0], by, task, seed=seed)
-    how = "wins" if ahead >= SURE else "loses" if ahead <= 1 - SURE else "is even"
     return (
-        f"The simple baseline, {METHOD_WORDS['embeddings']} ({spoken(by, simple)}), {how} against"
-        f" {ours[0].name} ({spoken(by, ours[0])})."
+        f"The simple baseline, {METHOD_WORDS['embeddings']} ({spoken(by, simple)}), is"
+        f" {_stands(simple, ours[0], by, task, seed)} {ours[0].name} ({spoken(by, ours[0])})."
     )
 
 
