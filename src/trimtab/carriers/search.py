@@ -7,8 +7,8 @@ know only what was said before in the same words.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -58,11 +58,26 @@ class Index:
         keys: Inner products with the keys; exact below LISTED_ENTRIES.
         contexts: The bytes before each entry, last byte first, in byte order, shape [entries].
         entries: The entry of each of `contexts`, shape [entries].
+        kept: Which of all entries are found at all, shape [all entries]; None for every one.
+            `contexts` and `entries` then are of those, `keys` of all.
     """
 
     keys: faiss.Index
     contexts: np.ndarray
     entries: Tensor
+    kept: Tensor | None = None
+
+    def only(self, kept: Tensor) -> "Index":
+        """A search that passes over the other entries; nothing is built anew.
+
+        Args:
+            kept: True for entries that are found if they were before, shape [all entries].
+        """
+        kept = kept if self.kept is None else kept & self.kept
+        stays = kept[self.entries]
+        return replace(
+            self, contexts=self.contexts[stays.numpy()], entries=self.entries[stays], kept=kept
+        )
 
 
 @dataclass(frozen=True)
@@ -201,12 +216,28 @@ def look_up(
 
 def _by_state(index: Index, features: Tensor) -> tuple[Tensor, Tensor]:
     """The entries with the nearest states, and their cosines."""
-    questions = torch.nn.functional.normalize(features.float(), dim=-1)
-    count = min(NEIGHBOURS, index.keys.ntotal)
-    cosines, entries = index.keys.search(  # pyright: ignore[reportCallIssue]
-        np.ascontiguousarray(questions.numpy()), count
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    questions, keys = np.ascontiguousarray(unit.numpy()), index.keys
+    count = min(NEIGHBOURS, len(index.entries))
+    probed = keys.nprobe if isinstance(keys, faiss.IndexIVF) else 0
+    cosines, entries = keys.search(  # pyright: ignore[reportCallIssue]
+        questions, count, params=_options(index, probed)
     )
+    if isinstance(keys, faiss.IndexIVF) and (entries < 0).any():
+        # The nearest lists hold too few of the entries that are kept.
+        cosines, entries = keys.search(  # pyright: ignore[reportCallIssue]
+            questions, count, params=_options(index, keys.nlist)
+        )
     return torch.from_numpy(entries), torch.from_numpy(cosines)
+
+
+def _options(index: Index, probed: int) -> faiss.SearchParameters:
+    """Passes over what is not kept, and looks into so many lists; 0 where there are none."""
+    found: dict[str, Any] = {"nprobe": probed} if probed else {}
+    if index.kept is not None:
+        kept = np.packbits(index.kept.numpy(), bitorder="little")
+        found["sel"] = faiss.IDSelectorBitmap(kept)  # pyright: ignore[reportCallIssue]
+    return faiss.SearchParametersIVF(**found) if probed else faiss.SearchParameters(**found)
 
 
 def _cosines(memory: Memory, entries: Tensor, features: Tensor) -> Tensor:
@@ -216,10 +247,11 @@ def _cosines(memory: Memory, entries: Tensor, features: Tensor) -> Tensor:
 
 def _by_bytes(memory: Memory, index: Index, contexts: Tensor) -> Tensor:
     """In byte order the entries with the longest common context lie around the question's own."""
-    count = min(BYTE_NEIGHBOURS, len(memory))
+    some = len(index.entries)
+    count = min(BYTE_NEIGHBOURS, some)
     place = torch.from_numpy(np.searchsorted(index.contexts, as_strings(contexts)))
-    room = min(2 * count, len(memory))
-    first = (place - count).clamp(0, len(memory) - room)
+    room = min(2 * count, some)
+    first = (place - count).clamp(0, some - room)
     around = index.entries[first[:, None] + torch.arange(room)]
     longest = _matched_bytes(memory, around, contexts).topk(count, dim=1).indices
     return around.gather(1, longest)

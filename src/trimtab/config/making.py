@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype
+from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype, check_stride
 
 
 class TuneConfig(Config):
@@ -99,11 +99,7 @@ class RecordConfig(Config):
     seed: int = 0
     """Seed of the sampled encoding."""
 
-    @model_validator(mode="after")
-    def _stride_fits(self) -> "RecordConfig":
-        if self.stride_tokens > self.window_tokens:
-            raise ValueError("stride_tokens must be at most window_tokens")
-        return self
+    _stride_fits = model_validator(mode="after")(check_stride)
 
 
 class FitConfig(Config):
