@@ -110,17 +110,20 @@ def main() -> None:
     print(given.out.read_text())
 
 
-def zig_documents(folder: Path, left_out: Sequence[Path], count: int) -> list[Document]:
-    """Middles of files that nobody has trained on or tests on, unlike any of those."""
+def free_zig(folder: Path, left_out: Sequence[Path]) -> list[Document]:
+    """Whole files that nobody has trained on or tests on, unlike any of those, shuffled."""
     used = {p.relative_to(f).as_posix(): p for f in left_out for p in f.rglob("*.zig")}
-    choice = corpus.Choice(test_files=10**6)
-    whole = corpus.choose(folder, choice)["test"]
+    whole = corpus.choose(folder, corpus.Choice(test_files=10**6))["test"]
     free = [Document(name, text) for name, text in whole.items() if name not in used]
-    free = free[: 4 * count]
     against = [Document(name, path.read_text()) for name, path in used.items()]
-    unlike = drop_near_duplicates(free, against).kept
-    pieces = [Document(one.name, corpus.middle(one.text, 3_000)) for one in unlike]
-    return [piece for piece in pieces if len(piece.text) > 1_000][:count]
+    return [*drop_near_duplicates(free, against).kept]
+
+
+def zig_documents(folder: Path, left_out: Sequence[Path]) -> list[Document]:
+    """Middles of the free files that are long enough."""
+    free = free_zig(folder, left_out)
+    pieces = [Document(one.name, corpus.middle(one.text, 3_000)) for one in free]
+    return [piece for piece in pieces if len(piece.text) > 1_000]
 
 
 def python_documents(count: int) -> list[Document]:
