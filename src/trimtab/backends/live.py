@@ -36,6 +36,9 @@ FEW_NODES = 64
 """Contexts' ends whose logits are computed at once and kept until the next reading."""
 
 
+LEAST_ASKED_SHARE = 0.05
+"""Covers that are less likely are not asked to tell one token from others."""
+
 Who = Literal["expert", "reference"]
 """One of the pair."""
 
@@ -162,7 +165,12 @@ class Live:
         self._rows.pop(row, None)
 
     def score(
-        self, reading: "LiveReading", questions: range, host_probs: Tensor, token_ids: Tensor
+        self,
+        reading: "LiveReading",
+        questions: range,
+        host_probs: Tensor,
+        token_ids: Tensor,
+        told_apart: Sequence[int] = (),
     ) -> PairProbs:
         """Score candidate host tokens after some contexts under expert and reference.
 
@@ -171,6 +179,9 @@ class Live:
             questions: Which of its contexts.
             host_probs: The host's own probabilities, shape [questions, candidates].
             token_ids: The candidates, shape [candidates].
+            told_apart: For each question a host token which both models are asked to tell from
+                others that begin with the same small token, however unlikely these are (default:
+                where that matters to what is likely).
         """
         candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
         ways = [
@@ -186,6 +197,7 @@ class Live:
         over = (host_probs, candidates)
         # One model asks for both, so that a blend's ratio compares like with like.
         asked = self._asked(reading, replies[0], host_probs, candidates)
+        asked += self._also_asked(reading, replies[0], asked, told_apart)
         carried = [
             carry_replies(
                 self.alignment, side, deal_out(self.alignment, asked, after, *over), *over
@@ -225,7 +237,7 @@ class Live:
         ]
         if not nodes:
             return torch.zeros(0, dtype=torch.long)
-        logits = self._logits(reading, "expert", nodes)
+        logits = self.logits(reading, "expert", nodes)
         return logits.topk(min(count, logits.shape[1]), -1).indices.unique()
 
     def _asked(
@@ -242,6 +254,27 @@ class Live:
         return [
             one for one in found if longest is None or reading.tree.depths[one.node] + 1 < longest
         ]
+
+    def _also_asked(
+        self,
+        reading: "LiveReading",
+        replies: Sequence[Sequence[Reply]],
+        asked: Sequence[Asked],
+        told_apart: Sequence[int],
+    ) -> list[Asked]:
+        if self.is_one_vocabulary or not told_apart:
+            return []
+        longest = self._pair.reference.max_tokens
+        firsts = self.alignment.first_small(torch.tensor(told_apart)).tolist()
+        found = [
+            Asked(question, reply.node, first)
+            for question, (first, of_question) in enumerate(zip(firsts, replies, strict=True))
+            for reply in of_question
+            if first >= 0 and not reply.cover.rest and reply.share >= LEAST_ASKED_SHARE
+            if longest is None or reading.tree.depths[reply.node] + 1 < longest
+        ]
+        known = set(asked)
+        return [one for one in found if one not in known]
 
     def _cuts(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, candidates: Candidates
@@ -266,11 +299,11 @@ class Live:
         asked = sorted({node for way in ways for node in way.nodes})
         if not asked:
             return [[] for _ in ways]
-        logprobs = self._logits(reading, who, asked).log_softmax(-1)
+        logprobs = self.logits(reading, who, asked).log_softmax(-1)
         place = {node: number for number, node in enumerate(asked)}
         return [way.replies(logprobs, place, self.alignment.small) for way in ways]
 
-    def _logits(self, reading: "LiveReading", who: Who, nodes: Sequence[int]) -> Tensor:
+    def logits(self, reading: "LiveReading", who: Who, nodes: Sequence[int]) -> Tensor:
         """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab].
 
         Where few contexts were read they are asked one by one, and each more than once: as a head's
