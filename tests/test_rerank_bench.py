@@ -19,7 +19,7 @@ from trimtab.store.manifest import read_manifest
 from trimtab.types import Document
 
 ZIG = "".join(
-    f"    const value_{i} = try reader.readAll(buffer[{i}..]);\n    // A remark {i} of some length\n"
+    f"    const value_{i} = try reader.readAll(buffer[{i}..]);\n    // Remark {i} of some length\n"
     for i in range(12)
 )
 
@@ -84,7 +84,7 @@ def test_a_tree_of_candidates_is_read_as_each_alone(
     pair = open_beside(read_manifest(adapter), adapter, dtype="float32")
     texts = [" hull", " hull and the mast", "", " tide"]
     tree = judged(pair, PROMPTS[0], texts, None)
-    monkeypatch.setattr(reranking, "_reads_trees", lambda pair: False)
+    monkeypatch.setattr(reranking, "_reads_trees", lambda _: False)
     for ours, alone in zip(tree, judged(pair, PROMPTS[0], texts, None), strict=True):
         assert ours.size == alone.size
         assert ours.expert_nats == pytest.approx(alone.expert_nats, abs=1e-4)

@@ -12,7 +12,14 @@ from trimtab.align.candidates import Candidates
 from trimtab.align.carry import Alignment
 from trimtab.align.covers import Cover, covers_of
 from trimtab.align.cut import HostCut
-from trimtab.align.replies import Asked, Reply, carry_replies, deal_out, still_undecided
+from trimtab.align.replies import (
+    Asked,
+    Reply,
+    asked_to_tell,
+    carry_replies,
+    deal_out,
+    still_undecided,
+)
 from trimtab.backends.base import GivesStrings
 from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.token_tree import ModelCache, TokenTree, check_tree, run_after, run_tree
@@ -35,9 +42,6 @@ EXPECTED_TOKENS = 16
 FEW_NODES = 64
 """Contexts' ends whose logits are computed at once and kept until the next reading."""
 
-
-LEAST_ASKED_SHARE = 0.05
-"""Covers that are less likely are not asked to tell one token from others."""
 
 Who = Literal["expert", "reference"]
 """One of the pair."""
@@ -196,8 +200,7 @@ class Live:
         )
         over = (host_probs, candidates)
         # One model asks for both, so that a blend's ratio compares like with like.
-        asked = self._asked(reading, replies[0], host_probs, candidates)
-        asked += self._also_asked(reading, replies[0], asked, told_apart)
+        asked = self._asked(reading, replies[0], over, told_apart)
         carried = [
             carry_replies(
                 self.alignment, side, deal_out(self.alignment, asked, after, *over), *over
@@ -244,37 +247,19 @@ class Live:
         self,
         reading: "LiveReading",
         replies: Sequence[Sequence[Reply]],
-        host_probs: Tensor,
-        candidates: Candidates,
+        over: tuple[Tensor, Candidates],
+        told_apart: Sequence[int],
     ) -> list[Asked]:
         if self.is_one_vocabulary:
             return []
-        found = still_undecided(self.alignment, replies, host_probs, candidates)
+        found = still_undecided(self.alignment, replies, *over)
+        also = asked_to_tell(self.alignment, replies, told_apart)
         longest = self._pair.reference.max_tokens
         return [
-            one for one in found if longest is None or reading.tree.depths[one.node] + 1 < longest
+            one
+            for one in dict.fromkeys([*found, *also])
+            if longest is None or reading.tree.depths[one.node] + 1 < longest
         ]
-
-    def _also_asked(
-        self,
-        reading: "LiveReading",
-        replies: Sequence[Sequence[Reply]],
-        asked: Sequence[Asked],
-        told_apart: Sequence[int],
-    ) -> list[Asked]:
-        if self.is_one_vocabulary or not told_apart:
-            return []
-        longest = self._pair.reference.max_tokens
-        firsts = self.alignment.first_small(torch.tensor(told_apart)).tolist()
-        found = [
-            Asked(question, reply.node, first)
-            for question, (first, of_question) in enumerate(zip(firsts, replies, strict=True))
-            for reply in of_question
-            if first >= 0 and not reply.cover.rest and reply.share >= LEAST_ASKED_SHARE
-            if longest is None or reading.tree.depths[reply.node] + 1 < longest
-        ]
-        known = set(asked)
-        return [one for one in found if one not in known]
 
     def _cuts(
         self, reading: "LiveReading", questions: range, host_probs: Tensor, candidates: Candidates

@@ -94,10 +94,9 @@ def made_whole(logprobs: Tensor, stand_in: Tensor) -> Tensor:
 
 
 def _dealt(left: Tensor, weights: Tensor, tail: Tensor, most: Tensor) -> Tensor:
-    """Deal out what is left in proportion to weights, the tail's beside them, to each at most so
-    much.
+    """Deal out what is left in proportion to weights, but to nothing more than the most.
 
-    What goes beyond the most is dealt out again among those that have less.
+    What goes beyond that is dealt out again among those that have less.
 
     Args:
         left: Shape [contexts, 1].
@@ -143,9 +142,7 @@ def truncated(
     known = live.alignment.is_known[shown.token_ids]
     first = made_whole(shown.logprobs, shown.prior.expand_as(shown.logprobs))
     host_probs = of_text(first, known)[:, :-1].exp()
-    pair = live.score(
-        reading, questions, host_probs, shown.token_ids[known], shown.told_apart
-    )
+    pair = live.score(reading, questions, host_probs, shown.token_ids[known], shown.told_apart)
     pair = PairProbs(pair.expert.float(), pair.reference.float())
     special = shown.logprobs[:, ~known].exp().nan_to_num(0.0)
     stand_in = torch.zeros_like(shown.logprobs)
@@ -153,4 +150,3 @@ def truncated(
     stand_in[:, ~known] = special
     host = made_whole(shown.logprobs, stand_in)
     return {"host": host} | live_blends(steering, host, known, pair)
-
