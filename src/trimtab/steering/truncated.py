@@ -107,7 +107,7 @@ def _dealt(left: Tensor, weights: Tensor, tail: Tensor, most: Tensor) -> Tensor:
     Returns:
         Shape [contexts, candidates].
     """
-    is_full = torch.zeros_like(weights, dtype=torch.bool)
+    is_full, dealt = torch.zeros_like(weights, dtype=torch.bool), torch.zeros_like(weights)
     for _ in range(DEALS):
         rest = (left - most.nan_to_num(posinf=0.0) * is_full.sum(-1, keepdim=True)).clamp_min(0.0)
         total = weights.masked_fill(is_full, 0.0).sum(-1, keepdim=True) + tail
