@@ -239,7 +239,7 @@ def result(
     given: argparse.Namespace, lines: Sequence[Line], found: Sequence[Sequence[Candidate]]
 ) -> dict[str, object]:
     """What is recorded."""
-    files, measures = [line.file for line in lines], {}
+    files, measures, over_reference = [line.file for line in lines], {}, {}
     for name, measure in MEASURES.items():
         scores = [
             [measure(one.text, line.rest) for one in some]
@@ -250,6 +250,8 @@ def result(
         ways |= {way: [row[of(some)] for row, some in pairs] for way, of in CHOICES.items()}
         ways["best of all"] = [max(row) for row in scores]
         measures[name] = gained(files, ways, "random")
+        by_tuning = {way: ways[way] for way in ("reference / byte", "expert / byte")}
+        over_reference[name] = gained(files, by_tuning, "reference / byte")["expert / byte"]
     return {
         "question": "What does choosing among a host's candidates gain, by the small models alone?",
         "task": "the rest of a line of Zig",
@@ -264,6 +266,7 @@ def result(
         ),
         "gain": "against the mean over all candidates; standard errors over whole files",
         "measures": measures,
+        "expert_over_reference": over_reference,
         "packages": package_versions(),
     }
 
