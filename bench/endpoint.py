@@ -23,8 +23,9 @@ from torch import Tensor
 
 from examples.demo import corpus
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import Live, LiveReading
+from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
+from trimtab.backends.reading import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.metrics import DocumentScore, bits_per_byte, draws
 from trimtab.progress import Display

@@ -16,8 +16,9 @@ from test_imports import ENVIRONMENT
 from test_manifest import full_manifest, payload
 
 from trimtab import config
-from trimtab.cli import OF_HOSTS, VERBS, main
+from trimtab.cli import main
 from trimtab.cli_errors import reported
+from trimtab.cli_summaries import OF_HOSTS, VERBS
 from trimtab.cli_verbs import CONFIGS, configured, stream, words_of
 from trimtab.errors import InputError
 from trimtab.progress import Display

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -22,18 +24,22 @@ from torch import nn
 from trimtab.backends.open import open_model
 from trimtab.cli import main
 from trimtab.compare import CompareResult, compare
+from trimtab.comparing.bench import model_key
 from trimtab.comparing.budget import Budget, NotRun, seconds_of
 from trimtab.comparing.figures import MethodFigures, figures_of, pareto, ranked, share_ahead
+from trimtab.comparing.page import page
 from trimtab.comparing.questions import Question, Task, metric, read_questions
 from trimtab.comparing.run import ORDER
 from trimtab.comparing.sizes import shape_of
-from trimtab.comparing.table import terminal_table
+from trimtab.comparing.table import markdown, terminal_table
 from trimtab.comparing.values import MethodResult, Step, TextScore
 from trimtab.comparing.words import verdict
 from trimtab.config import CompareConfig, EvaluateConfig
 from trimtab.costing.flops import lora_params, lora_training_flops
 from trimtab.errors import InputError
 from trimtab.evaluate import evaluate
+from trimtab.metrics import Estimate
+from trimtab.report.plots import Point, scatter_svg
 from trimtab.types import Advance
 
 SMALL, HOST = "tiny:llama?hidden=32", "tiny:qwen3?vocab=bpe&hidden=32"
@@ -104,7 +110,10 @@ def test_every_method_is_measured_or_says_why_not(
             assert row.domain is None and row.result.flops > 0
             continue
         assert row.result.status == "measured", row.result.reason
-        assert row.result.use and told["usd_per_million_tokens"] > 0
+        assert row.result.use
+        assert (
+            bool(told["usd_per_million_tokens"]) == row.result.writes_text == (name != "embeddings")
+        )
         assert set(row.task) == {"accuracy", "macro-F1"} and row.result.peak_bytes
         assert (row.domain is None) == (name == "embeddings")
         if row.domain is not None and name != "zero-shot":
@@ -169,6 +178,77 @@ def test_a_comparison_goes_on_where_it_was(
         assert path.stem == "qlora" or path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("documents", "test_tokens", "document_tokens", "least", "most"),
+    [
+        (10, 512, None, 8, 10),  # An eighth each.
+        (3, 512, None, 3, 3),  # A third each.
+        (10, 512, 512, 1, 1),  # As asked.
+        (10, 64, None, 2, 2),  # No shorter than what shows how a text goes on.
+    ],
+)
+def test_the_test_text_is_shared_out_among_documents(
+    documents: int,
+    test_tokens: int,
+    document_tokens: int | None,
+    least: int,
+    most: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    for number in range(documents):
+        text = "".join(domain_text(20 * number + part) for part in range(12))
+        (tmp_path / f"{number}.test").write_text(text)
+    config = write_data(tmp_path)
+    given = {"test_tokens": test_tokens, "document_tokens": document_tokens, "task": None}
+    given |= {"test": (str(tmp_path / "*.test"),), "methods": ("zero-shot",)}
+    (row,) = compare(config.model_copy(update=given)).rows
+    assert least <= len(row.result.domain) <= most
+    host = open_model(HOST)
+    scored = json.loads((config.out / "comparison.json").read_text())["data"]
+    assert len(scored["scored"]["domain"]) == len(row.result.domain)
+    # Scored tokens: all but a document's first.
+    texts = [Path(name).read_text() for name in scored["scored"]["domain"]]
+    per_byte = sum(map(len, map(host.encode, texts))) / sum(map(len, texts))
+    tokens = per_byte * sum(score.bytes for score in row.result.domain)
+    assert 0.7 * test_tokens < tokens < 1.2 * test_tokens
+
+
+def test_a_model_is_what_it_is_wherever_it_lies(
+    run: tuple[CompareConfig, CompareResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = run
+    monkeypatch.setenv("TRIMTAB_HOME", str(config.out.parent / "home"))
+    kept = {path: path.read_bytes() for path in (config.out / "steps").iterdir()}
+    scheme, _, settings = HOST.partition("?")
+    typed = f"{scheme}?{'&'.join(reversed(settings.split('&')))}"
+    assert typed != HOST
+    again = compare(config.model_copy(update={"host": typed, "budget": "1s"}))
+    assert [row.domain for row in again.rows] == [row.domain for row in found.rows]
+    for path, content in kept.items():
+        assert path.read_bytes() == content
+    # With another host its steps would be done in no time, and cost nothing.
+    with pytest.raises(InputError, match="has learnt with other"):
+        compare(config.model_copy(update={"host": "tiny:gemma3", "methods": ("trimtab",)}))
+
+
+def test_any_training_is_told_from_the_model_that_it_began_with() -> None:
+    model = open_model(SMALL)
+    key = model_key(model)
+    assert key == model_key(open_model(SMALL)) != model_key(open_model(HOST))
+    inner = model.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    before = inner.detach().clone()
+    with torch.no_grad():
+        inner.mul_(1.05)
+    assert model_key(model) != key
+    with torch.no_grad():
+        inner.copy_(before)
+    assert model_key(model) == key
+    model.model.config.rms_norm_eps *= 2
+    assert model_key(model) != key
+
+
 def test_what_does_not_fit_is_estimated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +287,9 @@ def result(name: str, nats: list[float], sec: float = 0.0, **more: object) -> Me
     return MethodResult.model_validate({**values, "general": {"prose": texts[::-1]}, **more})
 
 
+T = {"nats": 7.0, "bytes": 50}
+
+
 def rows_of(*results: MethodResult) -> list[MethodFigures]:
     return figures_of(results, None, seed=0)
 
@@ -229,10 +312,38 @@ def test_the_share_ahead_is_that_of_resampled_documents() -> None:
 
 
 def test_one_document_makes_nothing_sure() -> None:
-    rows = rows_of(result("zero-shot", [80.0]), result("lora", [40.0]))
+    rows = rows_of(result("zero-shot", [80.0]), result("lora", [40.0]), result("trimtab", [60.0]))
     assert share_ahead(rows[1], rows[0], "bits per byte", None) == 0.5
     said = verdict(rows, None)
     assert "but not surely better" in said and "one document" in said
+    assert "is not to be told from it" in said and "no error known" in said
+    for shown in (
+        said,
+        terminal_table(rows, None),
+        markdown(rows, "Ways", said, None),
+        page(rows, "Ways", said, (), None),
+    ):
+        assert "±" not in shown and "−50.0" in shown
+    notes = [line for line in terminal_table(rows, None).splitlines() if "alone was scored" in line]
+    assert [note.split(" one ")[0].strip() for note in notes] == [
+        "Of domain text", "Of general text (prose)",
+    ]  # fmt: skip
+    assert "hoose" not in said
+    two = rows_of(result("zero-shot", [80.0, 82.0]), result("lora", [40.0, 50.0]))
+    assert "alone was scored" not in terminal_table(two, None)
+    half = rows_of(result("zero-shot", [80.0, 82.0], general={"a": [T, T], "b": [T]}))
+    assert "(b) one document alone" in terminal_table(half, None)
+
+
+@pytest.mark.parametrize("costs", [(196.0, 405.0), (3.0, 4.0), (1.0, 1.0), (2.0, 90_000.0)])
+def test_a_cost_axis_has_numbers(costs: tuple[float, float]) -> None:
+    named = enumerate((0.0, *costs))
+    points = [Point(f"m{n}", cost, Estimate(1.0, 0.1), True) for n, cost in named]
+    ticks = re.findall(r">([\d,]+)</text>", scatter_svg(points, ("cost", "b"), "p", log_x=True))
+    numbers = [float(tick.replace(",", "")) for tick in ticks]
+    assert 0 in numbers
+    for cost in costs:
+        assert any(cost / 10 <= number <= 10 * cost for number in numbers if number)
 
 
 @given(st.lists(st.tuples(st.floats(1, 9), st.floats(0.1, 9)), min_size=1, max_size=6, unique=True))
@@ -277,7 +388,7 @@ def test_the_verdict_follows_from_the_figures() -> None:
     said = verdict(rows, None)
     assert said.startswith("Best on this data is LoRA on the host") and "surely better" in said
     assert "choose trimtab" in said and "10 s before use instead of 10 min" in said
-    assert "is even with it" in said
+    assert "is behind, but not surely worse than it" in said
     far = rows_of(
         result("zero-shot", base), result("trimtab", base, 10.0), result("lora", better, 600.0)
     )
@@ -289,8 +400,14 @@ def test_the_verdict_follows_from_the_figures() -> None:
     assert sum(line.split()[:1] == ["zero-shot"] for line in shown) == 2
     assert max(map(len, shown)) <= 120 and "…" not in "".join(shown)
     assert [row.name for row in ranked(nothing, "bits per byte")] == ["zero-shot", "lora"]
+    # A prompt that is not surely better is no reason to leave the host as it is.
+    unsure = [value + 3 * (-1) ** n - 0.7 for n, value in enumerate(base)]
+    prompt = verdict(rows_of(result("zero-shot", base), result("few-shot", unsure)), None)
+    assert "but not surely better" in prompt and "Choose the host as it is (zero-shot)" in prompt
     unmeasured = MethodResult(method="full", key="", status="estimated", reason="time")
-    assert verdict(rows_of(result("zero-shot", base), unmeasured), None).endswith(": full.")
+    alone = verdict(rows_of(result("zero-shot", base), unmeasured), None)
+    assert alone.startswith("Nothing was measured but the host as it is")
+    assert alone.endswith(": full.") and "hoose zero" not in alone
 
 
 def test_durations_and_budgets() -> None:
@@ -534,5 +651,5 @@ def test_the_verdict_says_if_the_simple_baseline_wins() -> None:
         result("embeddings", [], 1.0, answers=right, general={}),
     ]
     said = verdict(figures_of(results, task, seed=0), task)
-    assert "wins against trimtab (accuracy 50.0 ± " in said
+    assert "is better than trimtab (accuracy 50.0 ± " in said
     assert said.startswith("Best on this data is logistic regression")

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trimtab.align.covers import covers_of
+from trimtab.backends import token_tree
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair, open_pair
+from trimtab.backends.reading import RowText
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
 from trimtab.config import TuneConfig
 from trimtab.tune import tune
@@ -215,6 +217,68 @@ def test_rows_keep_their_own_caches(pair: Pair, byte_host: HFModel) -> None:
     for row, context in ((0, b"The ship"), (1, b"A rudder"), (0, b"The ship is"), (1, b"A rud")):
         found, oracle = scores(live, [context], probs, row=row), scores(plain, [context], probs)
         torch.testing.assert_close(found[0], oracle[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("host", ["same_host", "byte_host"])
+@pytest.mark.parametrize("together_tokens", [token_tree.JOINT_TOKENS, 30])
+def test_rows_that_are_read_together_are_read_as_alone(
+    pair: Pair,
+    host: str,
+    together_tokens: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_tree, "JOINT_TOKENS", together_tokens)
+    model = request.getfixturevalue(host)
+    together, alone = Live(pair, model), Live(pair, model)
+    every = torch.arange(len(model.vocabulary))
+    # Rows grow, end, begin with nothing, stand in another order, and one goes on from a chat.
+    chat = tuple(pair.reference.encode("<user>a<eos>", markup=True))
+    steps = [
+        {0: b"The small rudder", 1: b"", 2: b"A"},
+        {0: b"The small rudder t", 1: b"T", 2: b"A "},
+        {2: b"A ship", 0: b"The small rudder turns"},
+        {3: b"The small", 2: b"A ship ", 0: b"The small rudder turns "},
+        {0: b"The small rudder turns the"},
+    ]
+    for step in steps:
+        texts = [
+            RowText(
+                row,
+                text,
+                model.encode(text.decode()),
+                model.encode(text.decode())[-1] if text else None,
+                chat if row == 2 else None,
+            )
+            for row, text in step.items()
+        ]
+        probs = host_probs(len(texts), len(model.vocabulary))
+        readings = together.read_rows(texts)
+        expected = [together.expected(reading, range(1)) for reading in readings]
+        found = together.score_all([(one, range(1)) for one in readings], probs, every)
+        for number, text in enumerate(texts):
+            reading = alone.read(
+                [text.context],
+                host_ids=[text.host_ids],
+                host_lasts=[text.host_last],
+                start=text.start,
+                row=text.row,
+            )
+            oracle = alone.score(reading, range(1), probs[number : number + 1], every)
+            for side, other in zip(found, oracle, strict=True):
+                torch.testing.assert_close(side[number], other[0], atol=1e-5, rtol=1e-3)
+            assert torch.equal(expected[number], alone.expected(reading, range(1)))
+
+
+def test_rows_share_passes(pair: Pair, byte_host: HFModel) -> None:
+    live, passes = Live(pair, byte_host), []
+    texts = [RowText(row, f"{row}: The ship".encode(), []) for row in range(5)]
+    handle = pair.reference.model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        live.read_rows(texts)
+    finally:
+        handle.remove()
+    assert len(passes) == 2  # one as the reference, one as the expert
 
 
 @pytest.mark.parametrize("family", FAMILIES)

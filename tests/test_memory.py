@@ -31,6 +31,7 @@ from trimtab.carriers.search import (
     Finds,
     Found,
     build_index,
+    listed_keys,
     look_up,
 )
 
@@ -276,7 +277,75 @@ def test_a_part_of_a_memory_answers_as_if_the_rest_had_never_been() -> None:
     weights = weights * kept / (weights * kept).sum(1, keepdim=True)
     slow = torch.zeros(4, 256).index_add(1, values[:, 0], weights * shares[:, 0])
     torch.testing.assert_close(part.probs(256), slow)
-    assert whole.only(kept).memory.soft_ids is not None
+
+
+def noisy_memory(documents: int) -> tuple[Memory, Tensor]:
+    """A memory in which hardly two entries are alike, and each entry's document."""
+    generator = torch.Generator().manual_seed(30)
+    texts = torch.randint(97, 100, (documents, 40), generator=generator, dtype=torch.uint8)
+    text, starts = lay_out([row.numpy().tobytes() for row in texts])
+    positions = (torch.tensor(starts)[:, None] + torch.arange(40)).flatten()
+    keys = torch.nn.functional.normalize(draw(len(positions), KEY, seed=31), dim=-1).half()
+    owner = torch.arange(documents).repeat_interleave(40)
+    return Memory(keys, torch.eye(KEY), torch.zeros(KEY), text, positions), owner
+
+
+def rebuilt(whole: MountedMemory, kept: Tensor) -> MountedMemory:
+    """The slow way: a memory of these entries alone, with searches of its own."""
+    few = replace(
+        whole.memory, keys=whole.memory.keys[kept], positions=whole.memory.positions[kept]
+    )
+    values, shares = whole.values[kept], whole.shares[kept]
+    return replace(whole, memory=few, index=build_index(few), values=values, shares=shares)
+
+
+@pytest.mark.parametrize("finds", ["both", "state", "bytes"])
+@pytest.mark.parametrize("are_listed", [False, True])
+def test_what_is_left_out_is_passed_over_as_by_a_memory_made_anew(
+    finds: Finds, are_listed: bool
+) -> None:
+    entries, owner = noisy_memory(20)
+    index = build_index(entries)
+    if are_listed:
+        lists = listed_keys(entries.keys)
+        assert lists.nprobe < lists.nlist
+        # Looking into all lists is exact.
+        lists.nprobe = lists.nlist
+        index = replace(index, keys=lists)
+    entries = replace(entries, gate=(0.0,) * len(GATE_FEATURES))
+    entries = replace(entries, bytes_gate=entries.gate)
+    values = entries.text[entries.positions].long()[:, None]
+    reading = Reading(draw(KEY, 7, seed=32), draw(KEY, seed=33))
+    whole = MountedMemory(entries, index, reading, values, torch.ones(values.shape), finds)
+    hidden, asked = draw(40, 7, seed=34), contexts_before(entries.text, entries.positions[:40])
+    first, both = owner != 0, (owner != 0) & (owner < 15)
+    few = owner == 19
+    for kept, found in (
+        (first, whole.only(first)),
+        (both, whole.only(first).only(owner < 15)),
+        (few, whole.only(few)),
+    ):
+        answer, slow = found.ask(hidden, asked), rebuilt(whole, kept).ask(hidden, asked)
+        torch.testing.assert_close(answer.probs(256), slow.probs(256), rtol=1e-3, atol=1e-5)
+        assert bool(kept[answer.found.entries].all())
+        assert torch.equal(answer.found.matched_bytes.amax(1), slow.found.matched_bytes.amax(1))
+    # Its own document is what it would have found.
+    assert not torch.allclose(whole.ask(hidden, asked).probs(256), slow.probs(256))
+    nothing = whole.only(first).only(owner == 0).ask(hidden, asked)
+    assert float(nothing.probs(256).sum()) == 0
+
+
+def test_lists_that_hold_too_few_are_left_for_all() -> None:
+    entries, owner = noisy_memory(30)
+    index = replace(build_index(entries), keys=listed_keys(entries.keys))
+    assert isinstance(index.keys, faiss.IndexIVF) and index.keys.nprobe < index.keys.nlist
+    weight = torch.full((20,), MAPPED_MATCH_WEIGHT)
+    asked = contexts_before(entries.text, entries.positions[:20])
+    found = look_up(
+        entries, index.only(owner == 3), draw(20, KEY, seed=35), asked, weight, finds="state"
+    )
+    assert [sorted(row) for row in found.entries.tolist()] == [list(range(120, 160))] * 20
+    torch.testing.assert_close(found.weights.sum(1), torch.ones(20))
 
 
 def test_who_asks_decides_how_bytes_count_and_which_gate_opens() -> None:

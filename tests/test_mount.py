@@ -13,6 +13,7 @@ from trimtab.align.strings import Strings
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_head, open_model
 from trimtab.carriers.memory import VALUE_BYTES, Memory, contexts_before, documents_of
+from trimtab.carriers.recall import Answer
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
 from trimtab.mount import is_kept, mount, mount_with_control
@@ -379,6 +380,61 @@ def test_keys_of_the_host_are_kept_and_can_be_shuffled(adapter: Path, host: HFMo
     assert torch.equal(first.memory.values, again.memory.values)
     assert not torch.equal(control.memory.memory.keys, first.memory.memory.keys)
     assert torch.equal(control.memory.values, first.memory.values)
+
+
+@pytest.fixture
+def by_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memories of any size are searched by lists, all of which are looked into."""
+    for module in ("carriers.search", "store.index"):
+        monkeypatch.setattr(f"trimtab.{module}.LISTED_ENTRIES", 1)
+    monkeypatch.setattr("trimtab.carriers.search.PROBED_SHARE", 1)
+
+
+def asked(mounted: Mounted, host: HFModel) -> Answer:
+    assert mounted.memory
+    states = host.hidden(torch.tensor([host.encode(DOMAIN)]))[0][:9].detach()
+    text = mounted.memory.memory.text
+    return mounted.memory.ask(states, contexts_before(text, 30 + torch.arange(9)))
+
+
+@pytest.mark.usefixtures("by_lists")
+def test_the_search_over_a_memory_is_kept_for_all_hosts(
+    hard_adapter: Path, host: HFModel, home: Path
+) -> None:
+    in_ram = mounted_on(host, hard_adapter, cache=False)
+    assert not (home / "indexes").exists()
+    first = mounted_on(host, hard_adapter)
+    (kept,) = (home / "indexes").iterdir()
+    good, stamp = kept.read_bytes(), kept.stat().st_mtime_ns
+    again = mounted_on(unrunnable(HOST), hard_adapter)
+    mounted_on(open_model(f"{HOST}&seed=1", dtype="float32"), hard_adapter)
+    mounted_on(host, hard_adapter, shuffle=True)
+    assert list((home / "indexes").iterdir()) == [kept] and kept.stat().st_mtime_ns == stamp
+    expected = asked(in_ram, host)
+    for mounted in (first, again):
+        answer = asked(mounted, host)
+        assert torch.equal(answer.found.entries, expected.found.entries)
+        assert torch.equal(answer.found.weights, expected.found.weights)
+    kept.write_bytes(good[: len(good) // 2])
+    assert torch.equal(asked(mounted_on(host, hard_adapter), host).values, expected.values)
+    assert kept.read_bytes() == good
+
+
+@pytest.mark.usefixtures("by_lists")
+def test_keys_of_the_host_have_a_search_of_their_own(
+    hard_adapter: Path, host: HFModel, home: Path
+) -> None:
+    mounted_on(host, hard_adapter)
+    assert len(list((home / "indexes").iterdir())) == 1
+    own = mounted_on(host, hard_adapter, host_keys=True)
+    assert len(list((home / "indexes").iterdir())) == 2
+    again = mounted_on(host, hard_adapter, host_keys=True)
+    in_ram = mounted_on(host, hard_adapter, host_keys=True, cache=False)
+    mounted_on(replace(host, source=None), hard_adapter, host_keys=True)
+    assert len(list((home / "indexes").iterdir())) == 2
+    expected = asked(in_ram, host).found
+    for mounted in (own, again):
+        assert torch.equal(asked(mounted, host).found.entries, expected.entries)
 
 
 def test_a_soft_gate_reads_all_proposals(adapter: Path, host: HFModel) -> None:

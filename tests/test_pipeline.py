@@ -1,6 +1,7 @@
 """The main job between two small models that were trained apart, and the adapter it leaves."""
 
 import json
+import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -118,6 +119,22 @@ def _adapt(small: str, folder: Path) -> None:
         recording=folder / "recording", out=folder / "adapter", rank=16, key_size=32, seed=SEED
     )
     fit(settings)
+
+
+def test_several_processes_score_what_one_does(job: Job, tmp_path: Path) -> None:
+    test = (str(job.adapter.parent / "test"),)
+    settings = EvaluateConfig(
+        adapter=job.adapter, host=job.host, data=test, rows=ROWS, out=tmp_path / "report",
+        max_tokens=3000, dtype="float32", seed=SEED, processes=3,
+    )  # fmt: skip
+    found, before = (
+        evaluate(settings).report.hosts[0].domain,
+        len(os.listdir(job.report / "scores")),
+    )
+    assert {row: estimate.mean for row, estimate in found.items()} == pytest.approx(
+        {row: estimate.mean for row, estimate in job.bits_per_byte.items()}, rel=1e-5
+    )
+    assert len(os.listdir(tmp_path / "report" / "scores")) == before > 1
 
 
 @pytest.mark.parametrize("carrier", ["head", "memory"])

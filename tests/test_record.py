@@ -300,10 +300,11 @@ def test_the_shipped_probe_text_is_recorded_by_default(expert: Path, tmp_path: P
     assert {document.name for document in recording.documents("general")} == names
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_gives_the_same_bytes(
-    exact: Recording, expert: Path, texts: Path, tmp_path: Path
+    exact: Recording, expert: Path, texts: Path, tmp_path: Path, processes: int
 ) -> None:
-    config = recorded(expert, texts, tmp_path / "recording")
+    config = recorded(expert, texts, tmp_path / "recording", processes=processes)
     code = """
 import contextlib, sys, time
 from trimtab.config import RecordConfig
@@ -324,14 +325,19 @@ record(RecordConfig.model_validate_json(sys.argv[1]), progress=slow)
     while not (config.out / "train-00001.safetensors").exists():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
+    copies = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    assert len(copies) < processes
     child.send_signal(signal.SIGKILL)
     child.wait()
+    while any(Path(f"/proc/{copy}").exists() for copy in copies):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
     assert not (config.out / "recording.json").exists()
     with pytest.raises(RecordingError, match="unfinished"):
         Recording.open(config.out)
-    first = (config.out / "train-00000.safetensors").stat().st_mtime_ns
-    record(config)
-    assert (config.out / "train-00000.safetensors").stat().st_mtime_ns == first
+    first = {path: path.stat().st_mtime_ns for path in config.out.glob("*.safetensors")}
+    record(config.model_copy(update={"processes": 3 - processes}))
+    assert {path: path.stat().st_mtime_ns for path in first} == first
     assert contents(config.out) == contents(exact.folder)
 
 

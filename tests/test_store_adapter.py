@@ -115,7 +115,7 @@ def memory_file(*, soft: bool) -> MemoryFile:
         OWN_GATE,
         BYTES_GATE,
         torch.tensor([[0, 1], [3, 2], [1, 1]], dtype=torch.int32) if soft else None,
-        torch.tensor([[0.5, 0.25], [0.75, 0.125], [1.0, 0.0]]) if soft else None,
+        torch.tensor([[0.5, 0.25], [0.75, 0.125], [1.0, 0.0]]).half() if soft else None,
         *((STRINGS,) if soft else ()),
         sources=Sources(("boats/rudder.txt", "äöü.txt"), tuple(starts)) if soft else None,
     )

@@ -16,7 +16,7 @@ ALLOWED_LARGER: dict[str, str] = {}
 
 # Each layer may import itself and the layers above it in this list, never one below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "machine", "types", "vocab", "unembedding"),
+    ("errors", "config", "machine", "processes", "types", "vocab", "unembedding"),
     ("acceptance", "align", "anchors", "blend", "costing", "encoding", "losses", "metrics"),
     ("carriers", "store", "text"),
     ("backends",),
@@ -42,7 +42,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "show",
     ),
     ("vllm",),
-    ("cli", "cli_errors", "cli_verbs", "progress", "server", "__main__", "__init__"),
+    (
+        "cli",
+        "cli_errors",
+        "cli_summaries",
+        "cli_verbs",
+        "progress",
+        "server",
+        "__main__",
+        "__init__",
+    ),
 )
 MEET_ONLY_IN_FILES = {"tune", "record", "fit", "mount"}
 

@@ -23,8 +23,8 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from trimtab import config
-from trimtab.cli import OF_HOSTS
 from trimtab.cli_errors import reported, write
+from trimtab.cli_summaries import OF_HOSTS
 from trimtab.config.reading import read_values
 from trimtab.errors import InputError
 from trimtab.progress import Display

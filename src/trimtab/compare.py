@@ -10,7 +10,7 @@ import torch
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.comparing.bench import Bench
+from trimtab.comparing.bench import Bench, model_key
 from trimtab.comparing.budget import Budget, seconds_of
 from trimtab.comparing.figures import (
     MethodFigures,
@@ -46,6 +46,12 @@ from trimtab.types import Document, Progress, silent
 REPORT_NAME = "comparison.json"
 _NAMELESS = ("model", "train", "data", "text", "task")
 """What files are called whose folder has the name."""
+
+MANY_DOCUMENTS = 8
+"""So many documents share the test text where a document's share of it is not given."""
+
+MIN_SHARE_TOKENS = 32
+"""Of a document; fewer hardly show how its text goes on."""
 
 RESERVE = 0.03
 """Share of the budget that is left for what shows no progress: opening models, the report."""
@@ -99,6 +105,7 @@ def compare(config: CompareConfig, *, progress: Progress = silent) -> CompareRes
         split = split_data(config)
         write_split(split, config.out / "data")
         bench = _bench(config, split, budget, progress)
+        bench.check_steps()
         asked = in_order(config.methods or ORDER)
         if split.task is None and not config.methods:
             asked.remove("embeddings")
@@ -136,7 +143,10 @@ def _check_out(out: Path) -> None:
 
 
 def _bench(config: CompareConfig, split: Split, budget: Budget, progress: Progress) -> Bench:
-    small = shape_of(open_model(config.small, dtype=config.dtype, progress=progress))
+    small = open_model(config.small, dtype=config.dtype, progress=progress)
+    small_shape, small_key = shape_of(small), model_key(small)
+    # Both at once would take memory that the comparison itself does not need.
+    del small
     host = open_model(config.host, dtype=config.dtype, progress=progress)
     if host.is_encoder_decoder:
         raise ModelError(
@@ -148,16 +158,17 @@ def _bench(config: CompareConfig, split: Split, budget: Budget, progress: Progre
     half = config.test_tokens // 2 // max(len(split.general), 1)
     limits = {kind: half if kind else config.test_tokens for kind in texts}
     cut = {kind: _cut(found, limits[kind], config, host) for kind, found in texts.items()}
-    return Bench(config, split, cut, host, shape_of(host), small, budget, progress)
+    models = f"{small_key} {model_key(host)}"
+    return Bench(config, split, cut, host, models, shape_of(host), small_shape, budget, progress)
 
 
 def _cut(
     documents: Sequence[Document], limit: int, config: CompareConfig, host: HFModel
 ) -> list[Document]:
     """The beginnings of documents that are scored: the same text for every model."""
-    kept = []
+    kept, most = [], config.document_tokens or _share(limit, len(documents))
     for document in documents:
-        tokens, raw = beginning(host, document.text, min(config.document_tokens, limit))
+        tokens, raw = beginning(host, document.text, min(most, limit))
         if len(raw) >= MIN_DOCUMENT_BYTES:
             limit -= tokens
             kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
@@ -167,6 +178,11 @@ def _cut(
             hint="give longer text, or raise --test-tokens",
         )
     return kept
+
+
+def _share(limit: int, documents: int) -> int:
+    """Tokens of a document at most: no error can be told from one document that takes them all."""
+    return max(limit // min(documents, MANY_DOCUMENTS), MIN_SHARE_TOKENS)
 
 
 def _write(found: CompareResult, bench: Bench) -> None:

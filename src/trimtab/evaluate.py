@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from trimtab.errors import InputError
 from trimtab.evaluator import Evaluator
 from trimtab.lmeval.tasks import LocalTask, read_task
 from trimtab.metrics import DocumentScore, Estimate, bootstrap, paired_difference, pool_kinds
+from trimtab.processes import Piece, do_pieces, process_count
 from trimtab.report import ROWS, HostResult, Report, TokenChange, table, write_report
 from trimtab.steering.kept import Kept
 from trimtab.steering.mounted import Mounted
@@ -25,7 +27,7 @@ from trimtab.steering.scoring import RowScore, ScoredDocument
 from trimtab.store.files import names_in, refuse_others, write_json
 from trimtab.store.manifest import read_manifest
 from trimtab.text.documents import read_by_kind, read_documents
-from trimtab.types import Document, Progress, silent
+from trimtab.types import Advance, Document, Progress, silent
 
 if TYPE_CHECKING:
     from trimtab.lmeval.values import TaskReport
@@ -120,15 +122,7 @@ def _score_texts(
     started: float,
     progress: Progress,
 ) -> Evaluation:
-    config, scored = evaluator.config, dict[str, list[Kept]]()
-    total = sum(len(document.text.encode()) for found in texts.values() for document in found)
-    with progress("scoring (bytes)", total) as advance:
-        for kind, documents in texts.items():
-            scored[kind] = []
-            for document in documents:
-                scored[kind].append(evaluator.score(document))
-                _check_rows(config.rows, scored[""][0])
-                advance(len(document.text.encode()))
+    config, scored = evaluator.config, _scored(evaluator, texts, progress)
     scores = {kind: _by_row(kept, evaluator.rows) for kind, kept in scored.items()}
     first = (texts[""][0].name, scored[""][0].on_host)
     report = _report(config, evaluator.mounted, scores, first, evaluator.host)
@@ -137,6 +131,35 @@ def _score_texts(
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
     return Evaluation(report, config.out, scored)
+
+
+def _scored(
+    evaluator: Evaluator, texts: Mapping[str, Sequence[Document]], progress: Progress
+) -> dict[str, list[Kept]]:
+    """Score all documents; several processes, where scores are kept for all of them to see."""
+    listed = [(kind, document) for kind, found in texts.items() for document in found]
+    pieces = [Piece(partial(_score, evaluator, d), len(d.text.encode())) for _, d in listed]
+    with progress("scoring (bytes)", sum(piece.size for piece in pieces)) as advance:
+        # What is made once for the first document, copies of this process have as well.
+        found = [evaluator.score(listed[0][1])]
+        _check_rows(evaluator.config.rows, found[0])
+        advance(pieces[0].size)
+        if evaluator.is_shared:
+            processes = evaluator.config.processes
+            do_pieces(pieces[1:], advance, process_count(len(pieces), processes))
+        for (_, document), piece in zip(listed[1:], pieces[1:], strict=True):
+            found.append(evaluator.score(document))
+            if not evaluator.is_shared:
+                advance(piece.size)
+    scored = {kind: list[Kept]() for kind in texts}
+    for (kind, _), kept in zip(listed, found, strict=True):
+        scored[kind].append(kept)
+    return scored
+
+
+def _score(evaluator: Evaluator, document: Document, advance: Advance) -> None:
+    del advance  # A document's scores come all at once.
+    evaluator.score(document)
 
 
 def _ask(evaluator: Evaluator, tasks: Sequence[LocalTask], progress: Progress) -> "TaskReport":

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import Live, OwnReading
+from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair, PairStates
+from trimtab.backends.reading import OwnReading
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.recall import MountedMemory
 from trimtab.config import EvaluateConfig, MountConfig
@@ -92,6 +93,11 @@ class Evaluator:
             blend=blend_on(manifest.blend, reads_source=host.is_encoder_decoder),
         )
         return Evaluator(config, host, mounted, rows, steering, pair, settings.cache)
+
+    @property
+    def is_shared(self) -> bool:
+        """Copies of this process may score too: it is torch that computes, and scores are kept."""
+        return self.keeps and not self.host.has_own_logits
 
     def score(self, document: Document) -> Kept:
         """Score one document under every row, unless it is scored already."""

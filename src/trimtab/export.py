@@ -85,7 +85,7 @@ def export(
         StorageError: The disk is full or the folder cannot be written.
     """
     _check_out(config.out)
-    manifest = read_manifest(config.adapter)
+    manifest = read_manifest(config.adapter, read_again=True)
     _check_head(manifest)
     host = host or open_model(config.host, dtype=config.dtype, progress=progress)
     check_in_torch(host, "trimtab export")

@@ -1,6 +1,9 @@
 """How programs of Trimtab's own use the machine that they run on."""
 
 import os
+from pathlib import Path
+
+_MEMORY = Path("/proc/meminfo")
 
 
 def use_large_pages() -> None:
@@ -11,3 +14,20 @@ def use_large_pages() -> None:
     at its first array. Called by programs, not on import: it changes the whole process.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def free_memory_bytes() -> int:
+    """Memory that is free for one more process; half of all where the system does not say."""
+    available = told_bytes(_MEMORY, "MemAvailable:")
+    if available is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available
+
+
+def told_bytes(path: Path, name: str) -> int | None:
+    """A size that a file of Linux's /proc tells in kibibytes; None where it does not."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)

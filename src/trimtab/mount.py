@@ -15,15 +15,16 @@ from trimtab.backends.open import open_model
 from trimtab.carriers.head import Head, MountedHead, seat_rows
 from trimtab.carriers.memory import Memory, sources_of
 from trimtab.carriers.recall import MountedMemory
-from trimtab.carriers.search import build_index
+from trimtab.carriers.search import Index
 from trimtab.config import CarrierName, MountConfig
 from trimtab.errors import AdapterError
 from trimtab.steering.host_keys import host_keys
 from trimtab.steering.host_states import HostStates, host_states, kept_host_states
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.seat import Seatable, find_seats
-from trimtab.store.adapter import Probe, read_head, read_memory, read_mount
+from trimtab.store.adapter import MEMORY_FILE, Probe, read_head, read_memory, read_mount
 from trimtab.store.adapter_schema import AdapterManifest, HeadCarrier
+from trimtab.store.index import index_path, kept_index
 from trimtab.store.manifest import read_manifest
 from trimtab.store.seats import HostKeys, Seats, read_seats, seats_path, write_seats
 from trimtab.types import Progress, silent
@@ -54,6 +55,7 @@ def mount(
         host,
         partial(_probe_states, config, host, progress=progress),
         partial(host_keys, host=host, progress=progress),
+        progress,
     )
 
 
@@ -84,7 +86,8 @@ def mount_with_control(
     states = _once(partial(_probe_states, config, host, progress=progress))
     keys = _once(partial(host_keys, host=host, progress=progress))
     shuffled = config.model_copy(update={"shuffle": True})
-    return _mount(config, host, states, keys), _mount(shuffled, host, states, keys)
+    first, second = (_mount(each, host, states, keys, progress) for each in (config, shuffled))
+    return first, second
 
 
 def _once(compute: Callable[[Asked], Found]) -> Callable[[Asked], Found]:
@@ -118,6 +121,7 @@ def _mount(
     host: HFModel,
     states_on: Callable[[Probe], HostStates],
     keys_on: Callable[[Memory], HostKeys],
+    progress: Progress,
 ) -> Mounted:
     manifest = read_manifest(config.adapter)
     config, path = _place(config, manifest, host)
@@ -132,6 +136,8 @@ def _mount(
     if parts.head and seats.head:
         rows = seat_rows(parts.head.strings, parts.head.string_rows, host.vocabulary)
         head = MountedHead(seats.head, *rows)
+    kept = _index_path(config, manifest, seats, path if cache else None)
+    index_of = partial(kept_index, path=kept, progress=progress)
     return Mounted(
         manifest,
         config.adapter,
@@ -139,7 +145,7 @@ def _mount(
         seats.state_map,
         seats.paired_positions,
         head,
-        _seat_memory(parts, seats),
+        _seat_memory(parts, seats, index_of),
         parts.probe.documents,
     )
 
@@ -167,20 +173,34 @@ def _read(
     return Seatable(*read_mount(config.adapter), head, memory), own
 
 
-def _seat_memory(parts: Seatable, seats: Seats) -> MountedMemory | None:
+def _index_path(
+    config: MountConfig, manifest: AdapterManifest, seats: Seats, kept: Path | None
+) -> Path | None:
+    """Where the search over a memory is kept: one for all hosts that ask the adapter's keys."""
+    if seats.host_keys:
+        return index_path(kept.stem) if kept else None
+    file = manifest.files.get(MEMORY_FILE)
+    return index_path(file.sha256) if config.cache and file else None
+
+
+def _seat_memory(
+    parts: Seatable, seats: Seats, index_of: Callable[[Memory], Index]
+) -> MountedMemory | None:
     if parts.memory is None:
         return None
     memory = parts.memory.memory
     memory = replace(memory, sources=sources_of(memory))
     if seats.host_keys:
-        return _seat_host_keys(memory, seats.host_keys)
+        return _seat_host_keys(memory, seats.host_keys, index_of)
     if seats.memory is None:
         return None
     assert seats.values is not None and seats.shares is not None
-    return MountedMemory(memory, build_index(memory), seats.memory, seats.values, seats.shares)
+    return MountedMemory(memory, index_of(memory), seats.memory, seats.values, seats.shares)
 
 
-def _seat_host_keys(memory: Memory, own: HostKeys) -> MountedMemory:
+def _seat_host_keys(
+    memory: Memory, own: HostKeys, index_of: Callable[[Memory], Index]
+) -> MountedMemory:
     """The same text under the host's keys; each entry is answered by the token that followed."""
     memory = replace(
         memory,
@@ -195,7 +215,7 @@ def _seat_host_keys(memory: Memory, own: HostKeys) -> MountedMemory:
     reading = Reading(own.projection, -own.projection @ own.mean)
     values = own.following[:, None]
     shares = torch.ones(values.shape)
-    return MountedMemory(memory, build_index(memory), reading, values, shares, is_own=True)
+    return MountedMemory(memory, index_of(memory), reading, values, shares, is_own=True)
 
 
 def _to_seat(config: MountConfig, manifest: AdapterManifest) -> tuple[CarrierName, ...]:

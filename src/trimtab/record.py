@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trimtab.backends.pair import Pair, open_pair
 from trimtab.config import RecordConfig
 from trimtab.encoding import bits_needed
 from trimtab.errors import InputError
+from trimtab.processes import Piece, do_pieces, process_count
 from trimtab.soft_targets import (
     Heads,
     encode_states,
@@ -52,7 +54,7 @@ from trimtab.store.recording_schema import (
 from trimtab.text.corpus import load_documents, read_documents, sha256_of_documents
 from trimtab.text.passages import DocumentTokens, Passage, cut_shards, tokenised
 from trimtab.text.probe import probe_documents
-from trimtab.types import Document, Progress, silent
+from trimtab.types import Advance, Document, Progress, silent
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _asked(config: RecordConfig) -> RecordingRun:
             inputs[name] = sha256_of_documents(documents)
     if not config.general:
         inputs["general"] = sha256_of_documents(probe_documents())
-    settings = config.model_dump(mode="json", exclude={"out"})
+    settings = config.model_dump(mode="json", exclude={"out", "processes"})
     return RecordingRun(config=settings, inputs=inputs, packages=package_versions())
 
 
@@ -285,19 +287,25 @@ def _write_shards(
     splits: Mapping[Split, _SplitWork],
     progress: Progress,
 ) -> None:
+    def write(path: Path, split: _SplitWork, shard: Sequence[Passage], advance: Advance) -> None:
+        states = run_passages(pair, split.documents, shard, advance=advance)
+        columns = passage_columns(split.documents, shard)
+        seed = shard_seed(config.seed, path.name)
+        write_shard(path, columns | encode_states(states, heads, encoding, seed=seed))
+
     with progress("recording (tokens)", sum(split.tokens for split in splits.values())) as advance:
+        missing = []
         for name, split in splits.items():
             for index, shard in enumerate(split.shards):
                 path = config.out / shard_name(name, index)
                 if path.is_file():
                     # Shards appear whole, so one that is there was finished by this same run.
                     advance(_rows(shard))
-                    continue
-                states = run_passages(pair, split.documents, shard, advance=advance)
-                columns = passage_columns(split.documents, shard)
-                seed = shard_seed(config.seed, path.name)
-                columns |= encode_states(states, heads, encoding, seed=seed)
-                write_shard(path, columns)
+                else:
+                    missing.append(Piece(partial(write, path, split, shard), _rows(shard)))
+        missing.sort(key=lambda piece: -piece.size)
+        shards = sum(len(split.shards) for split in splits.values())
+        do_pieces(missing, advance, process_count(shards, config.processes))
 
 
 def _write_head(config: RecordConfig, heads: Heads) -> MovedHead | None:

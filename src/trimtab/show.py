@@ -63,7 +63,7 @@ def show(adapter: Path) -> ShowResult:
     Raises:
         AdapterError: It is no adapter, or a file is missing, changed, unlisted, or a link.
     """
-    return ShowResult(adapter, read_manifest(adapter))
+    return ShowResult(adapter, read_manifest(adapter, read_again=True))
 
 
 def describe_list(adapters: list[LocalAdapter]) -> str:

@@ -23,7 +23,7 @@ from transformers import (
 
 from trimtab.errors import ModelError, TrimtabError
 from trimtab.store.files import replace_directory, sha256_file
-from trimtab.store.local import trimtab_home
+from trimtab.store.home import trimtab_home
 from trimtab.types import Progress
 
 UNEMBEDDING_NAME = "unembedding.safetensors"

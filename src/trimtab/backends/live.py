@@ -1,9 +1,9 @@
 """The expert run beside a host: what expert and reference think of the host's next token."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -21,11 +21,25 @@ from trimtab.align.replies import (
     still_undecided,
 )
 from trimtab.backends.base import GivesStrings
-from trimtab.backends.pair import Pair, PairStates
-from trimtab.backends.token_tree import ModelCache, TokenTree, check_tree, run_after, run_tree
+from trimtab.backends.pair import Pair
+from trimtab.backends.reading import (
+    WHO,
+    LiveReading,
+    PairCaches,
+    PairProbs,
+    Part,
+    Plan,
+    RowText,
+    Who,
+    keep_logits,
+    logits_after,
+    logits_of,
+)
+from trimtab.backends.token_tree import TokenTree, check_tree, run_all_after, run_trees
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
+from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
 DOUBT = 0.03
@@ -38,32 +52,6 @@ blend of their ratio without bounds.
 
 EXPECTED_TOKENS = 16
 """Likeliest tokens of the expert that a host is to consider."""
-
-FEW_NODES = 64
-"""Contexts' ends whose logits are computed at once and kept until the next reading."""
-
-
-Who = Literal["expert", "reference"]
-"""One of the pair."""
-
-
-class OwnReading(NamedTuple):
-    """A text as both models have read it, on their own tokens.
-
-    Attributes:
-        token_ids: All tokens, those before the text included.
-        states: What each model has made of them, two tensors of shape [tokens, hidden].
-    """
-
-    token_ids: list[int]
-    states: PairStates
-
-
-class PairProbs(NamedTuple):
-    """Probabilities of the candidates, each [contexts, candidates]; each row sums to <= 1."""
-
-    expert: Tensor
-    reference: Tensor
 
 
 @final
@@ -111,7 +99,7 @@ class Live:
         host_lasts: Sequence[int | None] | None = None,
         start: Sequence[int] | None = None,
         row: int | None = None,
-    ) -> "LiveReading":
+    ) -> LiveReading:
         """Run both models over contexts, as one tree: contexts that begin alike share tokens.
 
         Where host and small models have one vocabulary, the host's own tokens are the one cover:
@@ -133,6 +121,34 @@ class Live:
         Raises:
             ModelError: A context is longer than the small models can read.
         """
+        lasts = [None] * len(contexts) if host_lasts is None else host_lasts
+        caches = PairCaches() if row is None else self.caches(row)
+        return self._read([self._planned(contexts, host_ids, lasts, start, caches)])[0]
+
+    def read_rows(self, rows: Sequence[RowText]) -> list[LiveReading]:
+        """As `read` of each row's one context, both models passing over all rows together.
+
+        Raises:
+            ModelError: As `read`.
+        """
+        return self._read(
+            [
+                self._planned(
+                    [row.context], [row.host_ids], [row.host_last], row.start, self.caches(row.row)
+                )
+                for row in rows
+            ]
+        )
+
+    def _planned(
+        self,
+        contexts: Sequence[bytes],
+        host_ids: Sequence[Sequence[int]] | None,
+        lasts: Sequence[int | None],
+        start: Sequence[int] | None,
+        caches: PairCaches,
+    ) -> Plan:
+        """Contexts in the small models' tokens."""
         reference, vocabulary = self._pair.reference, self._pair.vocabulary
         encode = reference.encode if start is None else reference.encode_following
         start = reference.context_ids() if start is None else start
@@ -156,11 +172,9 @@ class Live:
             )
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
-        lasts = [None] * len(contexts) if host_lasts is None else host_lasts
-        caches = PairCaches() if row is None else self.caches(row)
-        return LiveReading(tree, covers, ends, lasts, *self._states(tree, caches), caches)
+        return Plan(tree, covers, ends, lasts, caches)
 
-    def caches(self, row: int) -> "PairCaches":
+    def caches(self, row: int) -> PairCaches:
         """What both models keep of a row of a generation."""
         return self._rows.setdefault(row, PairCaches())
 
@@ -170,7 +184,7 @@ class Live:
 
     def score(
         self,
-        reading: "LiveReading",
+        reading: LiveReading,
         questions: range,
         host_probs: Tensor,
         token_ids: Tensor,
@@ -187,32 +201,58 @@ class Live:
                 others that begin with the same small token, however unlikely these are (default:
                 where that matters to what is likely).
         """
+        return self._score([Part(reading, questions, host_probs, told_apart)], token_ids)
+
+    def score_all(
+        self,
+        questions: Sequence[tuple[LiveReading, range]],
+        host_probs: Tensor,
+        token_ids: Tensor,
+    ) -> PairProbs:
+        """As `score` of several readings, one after another; what both models run again, together.
+
+        Args:
+            questions: What `read` gave, each with those of its contexts that are asked.
+            host_probs: The host's own probabilities, a row each, shape [questions, candidates].
+            token_ids: The candidates, shape [candidates].
+        """
+        probs = host_probs.split([len(asked) for _, asked in questions])
+        parts = [
+            Part(reading, asked, some)
+            for (reading, asked), some in zip(questions, probs, strict=True)
+        ]
+        return self._score(parts, token_ids)
+
+    def _score(self, parts: Sequence[Part], token_ids: Tensor) -> PairProbs:
         candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
-        ways = [
-            Ways.of(reading.tree, reading.covers[question], reading.ends[question], cut)
-            for question, cut in zip(
-                questions, self._cuts(reading, questions, host_probs, candidates), strict=True
-            )
-        ]
-        replies = (
-            self._replies(reading, "expert", ways),
-            self._replies(reading, "reference", ways),
-        )
-        over = (host_probs, candidates)
+        replies = [self._replies_of(part, candidates) for part in parts]
         # One model asks for both, so that a blend's ratio compares like with like.
-        asked = self._asked(reading, replies[0], over, told_apart)
-        carried = [
-            carry_replies(
-                self.alignment, side, deal_out(self.alignment, asked, after, *over), *over
-            )
-            for side, after in zip(replies, self._ask_on(reading, asked), strict=True)
+        asked = [
+            self._asked(part, by["expert"], candidates)
+            for part, by in zip(parts, replies, strict=True)
         ]
-        if not self.is_one_vocabulary:
-            carried = [torch.lerp(side, host_probs, DOUBT) for side in carried]
-        return PairProbs(*carried)
+        found: dict[Who, Tensor] = {}
+        for who in WHO:
+            after = self._ask_on(who, parts, asked)
+            found[who] = torch.cat(
+                [
+                    carry_replies(
+                        self.alignment,
+                        by[who],
+                        deal_out(self.alignment, doubts, told, part.host_probs, candidates),
+                        part.host_probs,
+                        candidates,
+                    )
+                    for part, by, doubts, told in zip(parts, replies, asked, after, strict=True)
+                ]
+            )
+            if not self.is_one_vocabulary:
+                host_probs = torch.cat([part.host_probs for part in parts])
+                found[who] = torch.lerp(found[who], host_probs, DOUBT)
+        return PairProbs(**found)
 
     def expected(
-        self, reading: "LiveReading", questions: range, count: int = EXPECTED_TOKENS
+        self, reading: LiveReading, questions: range, count: int = EXPECTED_TOKENS
     ) -> Tensor:
         """Host tokens that the expert expects, whatever the host thinks of them, ascending.
 
@@ -231,7 +271,7 @@ class Live:
         first = self.alignment.first_host(likely).unique()
         return first[first >= 0]
 
-    def expected_small(self, reading: "LiveReading", questions: range, count: int) -> Tensor:
+    def expected_small(self, reading: LiveReading, questions: range, count: int) -> Tensor:
         """The small tokens of `expected`, ascending."""
         nodes = [
             reading.ends[question][0]
@@ -243,44 +283,60 @@ class Live:
         logits = self.logits(reading, "expert", nodes)
         return logits.topk(min(count, logits.shape[1]), -1).indices.unique()
 
+    def _replies_of(self, part: Part, candidates: Candidates) -> dict[Who, list[list[Reply]]]:
+        reading, cuts = part.reading, self._cuts(part, candidates)
+        ways = [
+            Ways.of(reading.tree, reading.covers[question], reading.ends[question], cut)
+            for question, cut in zip(part.questions, cuts, strict=True)
+        ]
+        return {who: self._replies(reading, who, ways) for who in WHO}
+
     def _asked(
-        self,
-        reading: "LiveReading",
-        replies: Sequence[Sequence[Reply]],
-        over: tuple[Tensor, Candidates],
-        told_apart: Sequence[int],
+        self, part: Part, replies: Sequence[Sequence[Reply]], candidates: Candidates
     ) -> list[Asked]:
         if self.is_one_vocabulary:
             return []
-        found = still_undecided(self.alignment, replies, *over)
-        also = asked_to_tell(self.alignment, replies, told_apart)
-        longest = self._pair.reference.max_tokens
+        found = still_undecided(self.alignment, replies, part.host_probs, candidates)
+        found += asked_to_tell(self.alignment, replies, part.told_apart)
+        longest, depths = self._pair.reference.max_tokens, part.reading.tree.depths
         return [
-            one
-            for one in dict.fromkeys([*found, *also])
-            if longest is None or reading.tree.depths[one.node] + 1 < longest
+            one for one in dict.fromkeys(found) if longest is None or depths[one.node] + 1 < longest
         ]
 
-    def _cuts(
-        self, reading: "LiveReading", questions: range, host_probs: Tensor, candidates: Candidates
-    ) -> list[HostCut | None]:
+    def _cuts(self, part: Part, candidates: Candidates) -> list[HostCut | None]:
         if self.is_one_vocabulary:
-            return [None] * len(questions)
+            return [None] * len(part.questions)
+        lasts = part.reading.host_lasts[part.questions.start : part.questions.stop]
         return [
             None if last is None else HostCut.of(self.alignment.host, last, probs, candidates)
-            for last, probs in zip(
-                reading.host_lasts[questions.start : questions.stop], host_probs, strict=True
-            )
+            for last, probs in zip(lasts, part.host_probs, strict=True)
         ]
 
-    def _states(self, tree: TokenTree, caches: "PairCaches") -> tuple[Tensor, Tensor]:
-        if not tree.tokens:
-            return torch.zeros(0, 1), torch.zeros(0, 1)
-        reference = run_tree(self._pair.reference, tree, caches.reference)
-        with self._pair.as_expert() as expert:
-            return run_tree(expert, tree, caches.expert), reference
+    def _read(self, plans: Sequence[Plan]) -> list[LiveReading]:
+        """Let both models pass over what is planned."""
+        some = [plan for plan in plans if plan.tree.tokens]
+        reference = run_trees(self._pair.reference, [(p.tree, p.caches.reference) for p in some])
+        with self._pair.as_expert() as model:
+            expert = run_trees(model, [(p.tree, p.caches.expert) for p in some])
+        states = zip(expert, reference, strict=True)
+        nothing = (torch.zeros(0, 1), torch.zeros(0, 1))
+        readings = [
+            LiveReading(
+                plan.tree,
+                plan.covers,
+                plan.ends,
+                plan.host_lasts,
+                *(next(states) if plan.tree.tokens else nothing),
+                plan.caches,
+            )
+            for plan in plans
+        ]
+        if len(readings) > 1:
+            for who in WHO:
+                keep_logits(who, self._head(who), readings)
+        return readings
 
-    def _replies(self, reading: "LiveReading", who: Who, ways: Sequence[Ways]) -> list[list[Reply]]:
+    def _replies(self, reading: LiveReading, who: Who, ways: Sequence[Ways]) -> list[list[Reply]]:
         asked = sorted({node for way in ways for node in way.nodes})
         if not asked:
             return [[] for _ in ways]
@@ -288,95 +344,39 @@ class Live:
         place = {node: number for number, node in enumerate(asked)}
         return [way.replies(logprobs, place, self.alignment.small) for way in ways]
 
-    def logits(self, reading: "LiveReading", who: Who, nodes: Sequence[int]) -> Tensor:
-        """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab].
+    def logits(self, reading: LiveReading, who: Who, nodes: Sequence[int]) -> Tensor:
+        """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab]."""
+        return logits_after(reading, who, self._head(who), nodes)
 
-        Where few contexts were read they are asked one by one, and each more than once: as a head's
-        matrix hardly fits through a processor's memory, it is read once for all of them.
-        """
-        states = reading.expert if who == "expert" else reading.reference
-        head = self._pair.expert_unembedding
-        head = head if who == "expert" else self._pair.reference_unembedding
-        ends = {node for ends in reading.ends for node in ends}
-        if len(ends) > FEW_NODES:
-            with torch.no_grad():
-                return head.logits(states[list(nodes)]).float().cpu()
-        kept = reading.kept_logits[who]
-        if missing := sorted({*nodes} - kept.keys()):
-            missing = sorted({*missing, *ends} - kept.keys())
-            with torch.no_grad():
-                found = head.logits(states[missing]).float().cpu()
-            kept.update(zip(missing, found, strict=True))
-        return torch.stack([kept[node] for node in nodes])
+    def _head(self, who: Who) -> Unembedding:
+        pair = self._pair
+        return pair.expert_unembedding if who == "expert" else pair.reference_unembedding
 
     def _ask_on(
-        self, reading: "LiveReading", asked: Sequence[Asked]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What expert and reference say after tokens that follow nodes: probabilities, [vocab]."""
-        if not asked:
-            return [], []
-        leaves = sorted({(one.node, one.token_id) for one in asked})
-        reference = run_after(self._pair.reference, reading.tree, leaves, reading.caches.reference)
-        with self._pair.as_expert() as model:
-            expert = run_after(model, reading.tree, leaves, reading.caches.expert)
-        rows = [leaves.index((one.node, one.token_id)) for one in asked]
-        with torch.no_grad():
-            expert = self._pair.expert_unembedding.logits(expert).float().cpu().softmax(-1)
-            reference = self._pair.reference_unembedding.logits(reference).float().cpu().softmax(-1)
-        return [expert[row] for row in rows], [reference[row] for row in rows]
-
-
-@dataclass
-class PairCaches:
-    """What both models keep of the last contexts that they have read."""
-
-    reference: ModelCache = field(default_factory=ModelCache)
-    expert: ModelCache = field(default_factory=ModelCache)
-
-
-@dataclass(frozen=True)
-class LiveReading:
-    """Contexts as both models have read them.
-
-    Attributes:
-        tree: All token sequences.
-        covers: Ways to read each context.
-        ends: Node of each way's last token.
-        host_lasts: As given to `read`.
-        expert: Final hidden states of the nodes, shape [nodes, hidden].
-        reference: Likewise.
-        caches: Keys and values of all nodes, until the same row is read again.
-        kept_logits: By model the logits after nodes that have been asked for, each [vocab].
-    """
-
-    tree: TokenTree
-    covers: list[list[Cover]]
-    ends: list[list[int]]
-    host_lasts: Sequence[int | None]
-    expert: Tensor
-    reference: Tensor
-    caches: PairCaches
-    kept_logits: dict[Who, dict[int, Tensor]] = field(
-        default_factory=lambda: {"expert": {}, "reference": {}}
-    )
-
-    def reference_states(self, questions: range) -> list[Tensor | None]:
-        """The reference's state after some contexts, read as its tokenizer cuts them.
-
-        None where a context ends inside a character, or where there is nothing to read.
-        """
-        return [
-            self.reference[self.ends[q][0]]
-            if self.covers[q] and not self.covers[q][0].rest
-            else None
-            for q in questions
+        self, who: Who, parts: Sequence[Part], asked: Sequence[Sequence[Asked]]
+    ) -> list[list[Tensor]]:
+        """What a model says after tokens that follow nodes: by part, probabilities [vocab]."""
+        leaves = [sorted({(one.node, one.token_id) for one in of_part}) for of_part in asked]
+        trees = [
+            (part.reading.tree, some, getattr(part.reading.caches, who))
+            for part, some in zip(parts, leaves, strict=True)
+            if some
         ]
-
-    def own(self, question: int) -> OwnReading:
-        """How the small models' tokenizer cuts a context, and what both models make of that."""
-        nodes = self.tree.line(self.ends[question][0])
-        states = PairStates(self.reference[nodes], self.expert[nodes])
-        return OwnReading([self.tree.tokens[node] for node in nodes], states)
+        if not trees:
+            return [[] for _ in parts]
+        with (
+            self._pair.as_expert()
+            if who == "expert"
+            else nullcontext(self._pair.reference) as model
+        ):
+            states = run_all_after(model, trees)
+        probs = logits_of(self._head(who), torch.cat(states)).softmax(-1)
+        each = iter(probs.split([len(some) for _, some, _ in trees]))
+        found = [next(each) if some else probs[:0] for some in leaves]
+        return [
+            [told[some.index((one.node, one.token_id))] for one in of_part]
+            for of_part, some, told in zip(asked, leaves, found, strict=True)
+        ]
 
 
 def _unpadded(vocabulary: Vocabulary) -> tuple[bytes | None, ...]:

@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from trimtab.backends.cache_layers import layers_of
 from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
+
+JOINT_TOKENS = 4_096
+"""Tokens of several trees, those in caches too, that a pass attends to at most: their keys and
+values are copied for it, and each new token is compared with all of them."""
 
 _PROBE = ((3, 5, 7, 9, 11), (3, 5, 7, 4), (3, 5, 8, 6, 10))
 _PROBE_TOLERANCE = 2.0
@@ -122,10 +127,21 @@ def run_tree(model: HFModel, tree: TokenTree, cached: ModelCache) -> Tensor:
         cached: Keeps what the sequences of this tree share, for the next tree that begins alike;
             and until then the keys and values of all nodes.
     """
-    past = cached.shared_with(tree)
-    visible = tree.visible()[past:]
-    states = _forward(model, tree.tokens[past:], tree.depths[past:], visible, cached)
-    return cached.keep(tree, states)
+    return run_trees(model, [(tree, cached)])[0]
+
+
+def run_trees(model: HFModel, trees: Sequence[tuple[TokenTree, ModelCache]]) -> list[Tensor]:
+    """As `run_tree` of each, with its own cache, in as few passes as memory allows.
+
+    A pass over some tokens takes as long as reading the model's weights, for one tree as for many.
+    """
+    parts = []
+    for tree, cached in trees:
+        past = cached.shared_with(tree)
+        tokens, depths = tree.tokens[past:], tree.depths[past:]
+        parts.append(_Part(tokens, depths, tree.visible()[past:], cached.cache))
+    states = _forward_all(model, parts)
+    return [cached.keep(tree, new) for (tree, cached), new in zip(trees, states, strict=True)]
 
 
 def run_line(model: HFModel, tokens: Sequence[int], cached: ModelCache) -> Tensor:
@@ -145,9 +161,13 @@ def run_line(model: HFModel, tokens: Sequence[int], cached: ModelCache) -> Tenso
     cached.cut(shared)
     new, depths = list(tokens[shared:]), list(range(shared, len(tokens)))
     visible = torch.ones(len(new), len(tokens), dtype=torch.bool).tril(shared)
-    states = _forward(model, new, depths, visible, cached)
+    [states] = _forward_all(model, [_Part(new, depths, visible, cached.cache)])
     cached.tokens, cached.states = [*cached.tokens, *new], [*cached.states, *states]
     return states[-1]
+
+
+Leaves = tuple[TokenTree, Sequence[tuple[int, int]], ModelCache]
+"""A tree, nodes of it each with a token that follows, and what ran the tree last has left."""
 
 
 def run_after(
@@ -164,16 +184,92 @@ def run_after(
     Raises:
         ValueError: Another tree was run with it since.
     """
-    if cached.cache.get_seq_length() != len(tree.tokens):
-        raise ValueError("another tree has been run since: only the last one can be gone on from")
-    nodes = [node for node, _ in leaves]
-    visible = torch.zeros(len(leaves), len(tree.tokens) + len(leaves), dtype=torch.bool)
-    for leaf, node in enumerate(nodes):
-        visible[leaf, [*tree.line(node), len(tree.tokens) + leaf]] = True
-    depths = [tree.depths[node] + 1 for node in nodes]
-    states = _forward(model, [token for _, token in leaves], depths, visible, cached)
-    cached.cut(len(tree.tokens))
+    return run_all_after(model, [(tree, leaves, cached)])[0]
+
+
+def run_all_after(model: HFModel, trees: Sequence[Leaves]) -> list[Tensor]:
+    """As `run_after` of each, in as few passes as memory allows."""
+    parts = []
+    for tree, leaves, cached in trees:
+        nodes = len(tree.tokens)
+        if cached.cache.get_seq_length() != nodes:
+            raise ValueError(
+                "another tree has been run since: only the last one can be gone on from"
+            )
+        visible = torch.zeros(len(leaves), nodes + len(leaves), dtype=torch.bool)
+        for leaf, (node, _) in enumerate(leaves):
+            visible[leaf, [*tree.line(node), nodes + leaf]] = True
+        depths = [tree.depths[node] + 1 for node, _ in leaves]
+        parts.append(_Part([token for _, token in leaves], depths, visible, cached.cache))
+    states = _forward_all(model, parts)
+    for tree, _, cached in trees:
+        cached.cut(len(tree.tokens))
     return states
+
+
+@dataclass(frozen=True)
+class _Part:
+    """New tokens of one tree: what each may attend to, [new, past + new], and keys and values."""
+
+    tokens: Sequence[int]
+    depths: Sequence[int]
+    visible: Tensor
+    cache: DynamicCache
+
+    @property
+    def past(self) -> int:
+        return self.visible.shape[1] - len(self.tokens)
+
+
+def _forward_all(model: HFModel, parts: Sequence[_Part]) -> list[Tensor]:
+    """Final hidden states of each part's tokens, whose keys and values its cache gets."""
+    found = list[Tensor]()
+    while len(found) < len(parts):
+        some, room = [parts[len(found)]], JOINT_TOKENS - parts[len(found)].visible.shape[1]
+        for part in parts[len(found) + 1 :]:
+            room -= part.visible.shape[1]
+            if room < 0:
+                break
+            some.append(part)
+        found += _forward_joint(model, some)
+    return found
+
+
+def _forward_joint(model: HFModel, parts: Sequence[_Part]) -> list[Tensor]:
+    """One pass over the tokens of all parts, none of which attends to those of another."""
+    sizes = [len(part.tokens) for part in parts]
+    if len(parts) == 1:
+        return [_forward(model, parts[0].tokens, parts[0].depths, parts[0].visible, parts[0].cache)]
+    past = sum(part.past for part in parts)
+    visible = torch.zeros(sum(sizes), past + sum(sizes), dtype=torch.bool)
+    before, first = 0, 0
+    for part, size in zip(parts, sizes, strict=True):
+        mine = slice(first, first + size)
+        visible[mine, before : before + part.past] = part.visible[:, : part.past]
+        visible[mine, past + first : past + first + size] = part.visible[:, part.past :]
+        before, first = before + part.past, first + size
+    joint = _joint_cache([part.cache for part in parts if part.past])
+    tokens = [token for part in parts for token in part.tokens]
+    depths = [depth for part in parts for depth in part.depths]
+    states = _forward(model, tokens, depths, visible, joint)
+    for number, layer in enumerate(layers_of(joint)):
+        # A layer without keys of its own uses those of another.
+        if layer is not None:
+            keys, values = (side[..., past:, :].split(sizes, -2) for side in layer)
+            for part, new_keys, new_values in zip(parts, keys, values, strict=True):
+                part.cache.update(new_keys, new_values, number)
+    return list(states.split(sizes))
+
+
+def _joint_cache(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """One cache with the keys and values of several, one after the other."""
+    joint = DynamicCache()
+    for number, layers in enumerate(zip(*map(layers_of, caches), strict=True)):
+        held = [layer for layer in layers if layer is not None]
+        if held:
+            keys, values = (torch.cat(side, -2) for side in zip(*held, strict=True))
+            joint.update(keys, values, number)
+    return joint
 
 
 def _forward(
@@ -181,7 +277,7 @@ def _forward(
     tokens: Sequence[int],
     depths: Sequence[int],
     visible: Tensor,
-    cached: ModelCache,
+    cache: DynamicCache,
 ) -> Tensor:
     mask = _masks(model, visible)
     with torch.no_grad():
@@ -189,7 +285,7 @@ def _forward(
             input_ids=torch.tensor([list(tokens)], device=model.device),
             position_ids=torch.tensor([list(depths)], device=model.device),
             attention_mask=mask,
-            past_key_values=cached.cache,
+            past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[0]
 
@@ -221,7 +317,7 @@ def _added(model: HFModel, visible: Tensor) -> Tensor:
 
 
 def check_tree(model: HFModel) -> None:
-    """Make sure that a model reads several texts as one tree as it reads each of them alone.
+    """Make sure that a model reads texts as one tree, or several, as it reads each of them alone.
 
     Args:
         model: A small model, which is to run beside a host.
@@ -233,14 +329,19 @@ def check_tree(model: HFModel) -> None:
     alone = [model.hidden(torch.tensor([sequence]))[0] for sequence in _PROBE]
     tree, cached = TokenTree(), ModelCache()
     lines = [tree.line(tree.add(sequence)) for sequence in _PROBE]
+    trees = [(TokenTree(), ModelCache()) for _ in _PROBE]
     try:
         states = run_tree(model, tree, cached)
         leaf = run_after(model, tree, [(lines[0][3], _PROBE[0][4])], cached)
+        for end in (3, None):
+            for (other, _), sequence in zip(trees, _PROBE, strict=True):
+                other.add(sequence[:end])
+            together = run_trees(model, trees)
     except Exception as error:
         # Families without such a cache or such a mask fail in many ways.
         raise _reads_no_tree(model) from error
     pairs = [(states[line], plain) for line, plain in zip(lines, alone, strict=True)]
-    pairs.append((leaf[0], alone[0][4]))
+    pairs += [(leaf[0], alone[0][4]), *zip(together, alone, strict=True)]
     for ours, plain in pairs:
         tolerance = (
             _PROBE_TOLERANCE * torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())

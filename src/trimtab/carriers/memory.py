@@ -33,7 +33,7 @@ class Memory:
         bytes_gate: The same for entries that are found by bytes alone.
         soft_ids: The expert's most likely tokens, as places in `soft_strings`, [entries, kept];
             None where entries answer only by what followed.
-        soft_probs: Their probabilities, shape [entries, kept].
+        soft_probs: Their probabilities in float16, shape [entries, kept].
         soft_strings: Bytes of the tokens; empty for one that stands for no text.
         sources: The documents by name; None in a memory that does not name them.
     """

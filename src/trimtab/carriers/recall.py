@@ -15,7 +15,6 @@ from trimtab.carriers.search import (
     Finds,
     Found,
     Index,
-    build_index,
     look_up,
 )
 
@@ -70,18 +69,16 @@ class MountedMemory:
         )
 
     def only(self, kept: Tensor) -> "MountedMemory":
-        """A memory of some of the entries, found as before.
+        """The memory that finds some of its entries alone, as if the others had never been.
 
         Args:
-            kept: True for them, at least one, shape [entries].
+            kept: True for them, shape [entries]. Of none the memory proposes nothing.
         """
-        memory = self.memory
-        parts = {"keys": memory.keys[kept], "positions": memory.positions[kept]}
-        if memory.soft_ids is not None and memory.soft_probs is not None:
-            parts |= {"soft_ids": memory.soft_ids[kept], "soft_probs": memory.soft_probs[kept]}
-        memory = replace(memory, **parts)
-        values, shares = self.values[kept], self.shares[kept]
-        return replace(self, memory=memory, index=build_index(memory), values=values, shares=shares)
+        index = self.index.only(kept)
+        if not len(index.entries):
+            # No search over no entries.
+            return replace(self, values=torch.full_like(self.values, -1))
+        return replace(self, index=index)
 
     def _gate(self, *, is_own: bool) -> tuple[float, ...]:
         """Weights of the gate that belongs to what entries are found by; one always is there."""

@@ -7,8 +7,8 @@ know only what was said before in the same words.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -42,8 +42,8 @@ million keys would read 0.8 GB a question."""
 PROBED_SHARE = 8
 """One of so many lists is looked into; more find little more, and take as much longer."""
 
-_ADDED_KEYS = 65_536
-"""Keys that are widened to float32 at once."""
+WIDENED_KEYS = 65_536
+"""Entries that are worked on at once: in float32 keys take twice the room."""
 
 _KMEANS_STEPS = 10
 _KMEANS_POINTS = 64
@@ -58,11 +58,26 @@ class Index:
         keys: Inner products with the keys; exact below LISTED_ENTRIES.
         contexts: The bytes before each entry, last byte first, in byte order, shape [entries].
         entries: The entry of each of `contexts`, shape [entries].
+        kept: Which of all entries are found at all, shape [all entries]; None for every one.
+            `contexts` and `entries` then are of those, `keys` of all.
     """
 
     keys: faiss.Index
     contexts: np.ndarray
     entries: Tensor
+    kept: Tensor | None = None
+
+    def only(self, kept: Tensor) -> "Index":
+        """A search that passes over the other entries; nothing is built anew.
+
+        Args:
+            kept: True for entries that are found if they were before, shape [all entries].
+        """
+        kept = kept if self.kept is None else kept & self.kept
+        stays = kept[self.entries]
+        return replace(
+            self, contexts=self.contexts[stays.numpy()], entries=self.entries[stays], kept=kept
+        )
 
 
 @dataclass(frozen=True)
@@ -81,14 +96,12 @@ class Found:
 
 
 def build_index(memory: Memory) -> Index:
-    """Prepare both searches.
+    """Prepare both searches, in RAM.
 
     Keys are searched by lists from LISTED_ENTRIES on, bytes always exactly.
     """
     keys = listed_keys(memory.keys) if len(memory) >= LISTED_ENTRIES else exact_keys(memory.keys)
-    contexts = _as_strings(contexts_before(memory.text, memory.positions))
-    order = np.argsort(contexts, kind="stable")
-    return Index(keys, contexts[order], torch.from_numpy(order))
+    return Index(keys, *byte_order(memory))
 
 
 def exact_keys(keys: Tensor) -> faiss.IndexFlatIP:
@@ -109,21 +122,55 @@ def listed_keys(keys: Tensor) -> faiss.IndexIVF:
     Args:
         keys: Unit vectors, shape [entries, key].
     """
-    entries, size = keys.shape
-    lists = 2 ** round(math.log2(entries) / 2)
-    kind, measure = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-    # By residue, keys would be rounded again, and centres be read with each.
-    index = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(size), size, lists, kind, measure, False
-    )
-    index.cp.spherical, index.cp.niter = True, _KMEANS_STEPS
-    index.cp.max_points_per_centroid = _KMEANS_POINTS
-    index.nprobe = lists // PROBED_SHARE
-    sample = keys[:: max(1, entries // (lists * _KMEANS_POINTS))]
-    index.train(sample.float().numpy())  # pyright: ignore[reportCallIssue]
-    for part in keys.split(_ADDED_KEYS):
+    index = empty_lists(list_centres(keys))
+    for part in keys.split(WIDENED_KEYS):
         index.add(part.float().numpy())  # pyright: ignore[reportCallIssue]
     return index
+
+
+def list_centres(keys: Tensor) -> Tensor:
+    """The centres of the lists of a memory's keys, by k-means over a part of them.
+
+    The same keys give the same centres.
+
+    Args:
+        keys: Unit vectors, shape [entries, key].
+
+    Returns:
+        Unit vectors in float32, shape [lists, key].
+    """
+    entries, size = keys.shape
+    lists = 2 ** round(math.log2(entries) / 2)
+    index = _lists(size, lists)
+    index.cp.spherical, index.cp.niter = True, _KMEANS_STEPS
+    index.cp.max_points_per_centroid = _KMEANS_POINTS
+    sample = keys[:: max(1, entries // (lists * _KMEANS_POINTS))]
+    index.train(sample.float().numpy())  # pyright: ignore[reportCallIssue]
+    return torch.from_numpy(index.quantizer.reconstruct_n(0, lists))  # pyright: ignore
+
+
+def empty_lists(centres: Tensor) -> faiss.IndexIVFScalarQuantizer:
+    """A search by lists that hold no keys yet; a question looks into one in PROBED_SHARE."""
+    lists, size = centres.shape
+    index = _lists(size, lists)
+    index.quantizer.add(centres.numpy())  # pyright: ignore[reportCallIssue]
+    index.is_trained = True
+    index.nprobe = lists // PROBED_SHARE
+    return index
+
+
+def _lists(size: int, lists: int) -> faiss.IndexIVFScalarQuantizer:
+    kind, measure = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    # By residue, keys would be rounded again, and centres be read with each.
+    return faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(size), size, lists, kind, measure, False)
+
+
+def byte_order(memory: Memory) -> tuple[np.ndarray, Tensor]:
+    """The bytes before each entry in byte order, and the entries in that order: as in Index."""
+    parts = memory.positions.split(WIDENED_KEYS)
+    contexts = as_strings(torch.cat([contexts_before(memory.text, part) for part in parts]))
+    order = np.argsort(contexts, kind="stable")
+    return contexts[order], torch.from_numpy(order)
 
 
 def look_up(
@@ -169,12 +216,28 @@ def look_up(
 
 def _by_state(index: Index, features: Tensor) -> tuple[Tensor, Tensor]:
     """The entries with the nearest states, and their cosines."""
-    questions = torch.nn.functional.normalize(features.float(), dim=-1)
-    count = min(NEIGHBOURS, index.keys.ntotal)
-    cosines, entries = index.keys.search(  # pyright: ignore[reportCallIssue]
-        np.ascontiguousarray(questions.numpy()), count
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    questions, keys = np.ascontiguousarray(unit.numpy()), index.keys
+    count = min(NEIGHBOURS, len(index.entries))
+    probed = keys.nprobe if isinstance(keys, faiss.IndexIVF) else 0
+    cosines, entries = keys.search(  # pyright: ignore[reportCallIssue]
+        questions, count, params=_options(index, probed)
     )
+    if isinstance(keys, faiss.IndexIVF) and (entries < 0).any():
+        # The nearest lists hold too few of the entries that are kept.
+        cosines, entries = keys.search(  # pyright: ignore[reportCallIssue]
+            questions, count, params=_options(index, keys.nlist)
+        )
     return torch.from_numpy(entries), torch.from_numpy(cosines)
+
+
+def _options(index: Index, probed: int) -> faiss.SearchParameters:
+    """Passes over what is not kept, and looks into so many lists; 0 where there are none."""
+    found: dict[str, Any] = {"nprobe": probed} if probed else {}
+    if index.kept is not None:
+        kept = np.packbits(index.kept.numpy(), bitorder="little")
+        found["sel"] = faiss.IDSelectorBitmap(kept)  # pyright: ignore[reportCallIssue]
+    return faiss.SearchParametersIVF(**found) if probed else faiss.SearchParameters(**found)
 
 
 def _cosines(memory: Memory, entries: Tensor, features: Tensor) -> Tensor:
@@ -184,10 +247,11 @@ def _cosines(memory: Memory, entries: Tensor, features: Tensor) -> Tensor:
 
 def _by_bytes(memory: Memory, index: Index, contexts: Tensor) -> Tensor:
     """In byte order the entries with the longest common context lie around the question's own."""
-    count = min(BYTE_NEIGHBOURS, len(memory))
-    place = torch.from_numpy(np.searchsorted(index.contexts, _as_strings(contexts)))
-    room = min(2 * count, len(memory))
-    first = (place - count).clamp(0, len(memory) - room)
+    some = len(index.entries)
+    count = min(BYTE_NEIGHBOURS, some)
+    place = torch.from_numpy(np.searchsorted(index.contexts, as_strings(contexts)))
+    room = min(2 * count, some)
+    first = (place - count).clamp(0, some - room)
     around = index.entries[first[:, None] + torch.arange(room)]
     longest = _matched_bytes(memory, around, contexts).topk(count, dim=1).indices
     return around.gather(1, longest)
@@ -201,6 +265,6 @@ def _matched_bytes(memory: Memory, entries: Tensor, contexts: Tensor) -> Tensor:
     return agree.to(torch.uint8).cumprod(-1).sum(-1)
 
 
-def _as_strings(contexts: Tensor) -> np.ndarray:
+def as_strings(contexts: Tensor) -> np.ndarray:
     """Rows of bytes as values that numpy can sort; zeros at the end count for nothing."""
     return np.ascontiguousarray(contexts.numpy()).view(f"S{CONTEXT_BYTES}")[:, 0]

@@ -21,6 +21,7 @@ from trimtab.comparing.values import Step
 from trimtab.config import CompareConfig, FitConfig, MountConfig, RecordConfig, TuneConfig
 from trimtab.costing import flops
 from trimtab.costing.sheet import Shape
+from trimtab.errors import InputError
 from trimtab.fit import fit
 from trimtab.mount import mount
 from trimtab.record import record
@@ -30,14 +31,18 @@ from trimtab.store.files import read_json, write_json
 from trimtab.text.corpus import sha256_of_documents
 from trimtab.tune import tune
 from trimtab.types import Advance, Document, Progress
+from trimtab.unembedding import weight_sha256
 
 SAVE_EVERY_SEC = 15.0
 """A killed run loses at most so much of the time that a step has taken."""
 
 ADAPTER, LABEL_ADAPTER = "domain.adapter", "label-head.adapter"
 
-_FREE = {"out", "budget", "memory_gb", "methods", "price"}
-"""Settings that change no result."""
+_FREE = {"out", "budget", "memory_gb", "methods", "price", "small", "host"}
+"""Settings that change no result; of models not their names count, but what they are."""
+
+_VALUES = 256
+"""Of a weight that name it."""
 
 _MEASURED = {
     *("test_tokens", "document_tokens", "window_tokens", "task_questions"),
@@ -55,6 +60,7 @@ class Bench:
         split: The data.
         texts: Test text under the empty kind, and general text by kind, cut for the host.
         host: The host.
+        models: Names what small model and host are (`model_key`).
         host_shape: Its sizes.
         small_shape: Sizes of the small model.
         budget: Time and memory.
@@ -66,6 +72,7 @@ class Bench:
     split: Split
     texts: Mapping[str, Sequence[Document]]
     host: HFModel
+    models: str
     host_shape: Shape
     small_shape: Shape
     budget: Budget
@@ -167,7 +174,7 @@ class Bench:
     def key(self) -> str:
         """Names data, models and settings; not the budget, nor which methods are asked for."""
         settings = self.config.model_dump(mode="json", exclude=_FREE)
-        return key_of(settings, self.split.sha256, self.host.source, self.host.fingerprint)
+        return key_of(settings, self.split.sha256, self.models)
 
     @cached_property
     def _learnt_key(self) -> str:
@@ -175,7 +182,21 @@ class Bench:
         settings = self.config.model_dump(mode="json", exclude=_FREE | _MEASURED)
         texts = (self.split.train, self.split.test, self.split.general_train)
         named = [sha256_of_documents(documents) for documents in texts]
-        return key_of(settings, named, self.host.source, self.host.fingerprint)
+        return key_of(settings, named, self.models)
+
+    def check_steps(self) -> None:
+        """Refuse a folder whose steps are others': done again, they would seem to take no time.
+
+        Raises:
+            InputError: One was taken with other data, models or training, or by another version.
+        """
+        for path in sorted((self.folder / STEPS).glob("*.json")):
+            if read_json(path, "step").get("key") != self._step_key(path.stem):
+                raise InputError(
+                    f"the comparison in {self.folder} has learnt with other data, models or"
+                    f" training than asked for now, or in another version ({STEPS}/{path.name})",
+                    hint="give another folder in --out, or delete this one to begin anew",
+                )
 
     # Every step below is one of Trimtab's verbs in a folder of its own, which goes on where it was.
 
@@ -221,6 +242,8 @@ class Bench:
                 out=self.folder / "recording",
                 general=(str(self.folder / "data" / "general.jsonl"),),
                 dtype=self.config.dtype,
+                # Time and memory are measured of this process.
+                processes=1,
                 seed=self.config.seed,
             )
             done = record(config, progress=progress)
@@ -297,6 +320,22 @@ class Bench:
     def pair(self, name: str) -> Pair:
         """A tuned model and the one that it was before."""
         return open_pair(self.folder / name, dtype=self.config.dtype, progress=self.progress)
+
+
+def model_key(model: HFModel) -> str:
+    """Name a model by what it is, wherever it lies and whatever it is called.
+
+    Its head and vocabulary count as a whole, of every other weight some evenly spaced values:
+    training moves nearly all of them.
+    """
+    weights = {
+        name: weight_sha256(weight.flatten()[:: weight.numel() // _VALUES + 1][None])
+        for name, weight in model.model.state_dict().items()
+    }
+    settings = model.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    return key_of(model.fingerprint, sorted(weights.items()), sorted(settings.items()))
 
 
 def _telling(progress: Progress, save: Callable[[], None]) -> Progress:

@@ -21,6 +21,9 @@ from trimtab.metrics import (
 BASELINE = "zero-shot"
 """All others are compared with it, and it is always measured."""
 
+GENERAL = "general text"
+"""All kinds of it, pooled."""
+
 SURE = 0.95
 """Share of resamples in which one method must be ahead to be called better."""
 
@@ -134,7 +137,12 @@ def ranked(rows: Sequence[MethodFigures], by: str) -> list[MethodFigures]:
 
 
 def drawn_from(row: MethodFigures, by: str) -> int:
-    """How many documents, or questions, a figure is resampled from."""
+    """How many documents, or questions, a figure is resampled from; one alone tells no error.
+
+    Of general text the kind with the fewest documents counts.
+    """
+    if by == GENERAL:
+        return min(map(len, row.result.general.values()), default=0)
     return len(row.result.domain if by == "bits per byte" else row.result.answers)
 
 

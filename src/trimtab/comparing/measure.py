@@ -1,6 +1,5 @@
 """Time and memory of a piece of work, as this process spends them."""
 
-import os
 import resource
 import sys
 import time
@@ -12,9 +11,9 @@ from pathlib import Path
 import torch
 
 from trimtab.comparing.values import Step
+from trimtab.machine import free_memory_bytes, told_bytes
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_MEMORY = Path("/proc/meminfo")
 
 
 @dataclass
@@ -72,7 +71,7 @@ def _reset_peak() -> None:
 
 def _peak_bytes() -> int:
     on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    peak = _told_bytes(_STATUS, "VmHWM:")
+    peak = told_bytes(_STATUS, "VmHWM:")
     if peak is None:
         # Kibibytes but on macOS, which counts bytes.
         unit = 1 if sys.platform == "darwin" else 1024
@@ -87,16 +86,4 @@ def memory_bytes() -> int:
     """
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    available = _told_bytes(_MEMORY, "MemAvailable:")
-    if available is None:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return available
-
-
-def _told_bytes(path: Path, name: str) -> int | None:
-    """A size that Linux tells in kibibytes; None where it does not."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+    return free_memory_bytes()

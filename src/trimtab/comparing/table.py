@@ -1,14 +1,16 @@
 """The figures of a comparison as a table: for a terminal, for Markdown, and for a page. Pure."""
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from rich import box
 from rich.table import Table
 
-from trimtab.comparing.figures import MethodFigures
+from trimtab.comparing.figures import BASELINE, GENERAL, MethodFigures, drawn_from
+from trimtab.comparing.words import spoken_bits, spoken_change
 from trimtab.metrics import Estimate
 from trimtab.report.table import drawn_text
-from trimtab.report.words import data_size, duration, signed
+from trimtab.report.words import data_size, duration, one_document
 
 ESTIMATED = "~"
 """Before a figure that follows from measured throughput instead of a clock."""
@@ -35,10 +37,10 @@ def cells(row: MethodFigures, tasks: Sequence[str], price: float | None) -> list
     memory = result.peak_bytes
     return [
         row.name,
-        _figure(row.domain),
-        _percent(row.domain_change, row.domain),
+        _figure(row),
+        _percent(row, "bits per byte"),
         *(_share(row.task.get(name)) for name in tasks),
-        _percent(row.general_change, row.general),
+        _percent(row, GENERAL),
         f"{mark}{result.flops:.1e}" if result.steps else "0",
         f"{mark}{duration(result.sec)}" if result.steps else "0",
         data_size(memory) if memory else "",
@@ -49,32 +51,34 @@ def cells(row: MethodFigures, tasks: Sequence[str], price: float | None) -> list
 
 
 def usd_per_million(row: MethodFigures, price: float | None) -> float | None:
-    """Price of a million generated tokens on this machine, prompts included."""
-    if row.result.use is None or price is None:
+    """Price of a million generated tokens on this machine, prompts included; None without any."""
+    if row.result.use is None or price is None or not row.result.writes_text:
         return None
     return row.result.use.sec_per_token * 1e6 / 3600 * price
 
 
 def _use(row: MethodFigures, price: float | None) -> str:
-    if row.result.use is None:
+    if row.result.use is None or not row.result.writes_text:
         return ""
     usd = usd_per_million(row, price)
     return duration(row.result.use.sec_per_token * 1e6) if usd is None else f"{usd:.2f}"
 
 
-def _figure(value: Estimate | None) -> str:
-    return "" if value is None else f"{value.mean:.3f} ± {value.stderr:.3f}"
+def _figure(row: MethodFigures) -> str:
+    return "" if row.domain is None else spoken_bits(row.domain, drawn_from(row, "bits per byte"))
 
 
 def _share(value: Estimate | None) -> str:
     return "" if value is None else f"{100 * value.mean:.1f} ± {100 * value.stderr:.1f} %"
 
 
-def _percent(change: Estimate | None, value: Estimate | None) -> str:
-    if change is None or value is None or value.mean - change.mean <= 0:
+def _percent(row: MethodFigures, by: str) -> str:
+    change, value = row.domain_change, row.domain
+    if by == GENERAL:
+        change, value = row.general_change, row.general
+    if change is None or value is None:
         return ""
-    scale = 100 / (value.mean - change.mean)
-    return f"{signed(change.mean * scale, 1)} ± {change.stderr * scale:.1f} %"
+    return spoken_change(change, value.mean - change.mean, drawn_from(row, by))
 
 
 def body(rows: Sequence[MethodFigures], price: float | None) -> tuple[list[str], list[list[str]]]:
@@ -86,12 +90,44 @@ def body(rows: Sequence[MethodFigures], price: float | None) -> tuple[list[str],
 
 
 def notes(rows: Sequence[MethodFigures]) -> list[str]:
-    """Why methods were not run, how the others were, and what the mark means."""
+    """What figures mean, why methods were not run, and how the others were."""
     found = [f"{row.name}: {row.result.reason}" for row in rows if row.result.reason]
     found += [f"{row.name}: {row.result.note}" for row in rows if row.result.note]
-    found += [note for row in rows if (note := _waited(row))]
+    found += _waited(rows)
     if any(row.result.is_sec_estimated for row in rows):
-        found.insert(0, f"{ESTIMATED} estimated from the throughput that was measured here")
+        how = "operations from sizes, seconds from the throughput that was measured here"
+        found.insert(0, f"{ESTIMATED} estimated: {how}")
+    return [*_scored(rows), *_columns(rows), *found]
+
+
+def _scored(rows: Sequence[MethodFigures]) -> list[str]:
+    """From how much text figures and errors follow, the same for all methods."""
+    bare = next(row.result for row in rows if row.name == BASELINE)
+    kinds = {f"{GENERAL} ({kind})": scores for kind, scores in bare.general.items()}
+    texts = {"domain text": bare.domain, **kinds}
+    counted = [
+        f"{name} {len(scores)} documents, {data_size(sum(score.bytes for score in scores))}"
+        for name, scores in texts.items()
+        if len(scores) > 1
+    ]
+    counted += [f"{len(bare.answers)} questions"] if bare.answers else []
+    said = [f"scored: {'; '.join(counted)}; ± is one standard error over them"] if counted else []
+    return said + [one_document(name) for name, scores in texts.items() if len(scores) == 1]
+
+
+def _columns(rows: Sequence[MethodFigures]) -> list[str]:
+    """What the columns of cost mean, of those that are shown."""
+    found = []
+    if any(row.result.steps for row in rows):
+        found.append(
+            "device-seconds: all steps that a method needs, also what it shares with others"
+        )
+    if any(row.result.peak_bytes for row in rows):
+        found.append(
+            "peak memory: of the process, the open host included, while a method is made and used"
+        )
+    if any(row.result.use for row in rows):
+        found.append("1M tokens: to generate so many on this machine, one request at a time")
     return found
 
 
@@ -109,22 +145,30 @@ def parts(
     ]
 
 
-def _waited(row: MethodFigures) -> str:
-    """How much longer than the processors worked a method took; "" where that was the same."""
-    taken = [step for step in row.result.steps if step.cpu_sec is not None]
-    sec, cpu_sec = sum(step.sec for step in taken), sum(step.cpu_sec or 0.0 for step in taken)
-    if cpu_sec > _BUSY * sec or sec < 1:
-        return ""
-    return (
-        f"{row.name}: {duration(sec)} by the clock, {duration(cpu_sec)} of processors: the machine"
-        " did other work meanwhile, or waited for its accelerator"
-    )
+def _waited(rows: Sequence[MethodFigures]) -> list[str]:
+    """How much longer than the processors worked methods took, where that was not the same."""
+    found = []
+    for row in rows:
+        taken = [step for step in row.result.steps if step.cpu_sec is not None]
+        sec, cpu_sec = sum(step.sec for step in taken), sum(step.cpu_sec or 0.0 for step in taken)
+        if cpu_sec <= _BUSY * sec and sec >= 1:
+            found.append(f"{row.name} {duration(cpu_sec)} of {duration(sec)}")
+    if not found:
+        return []
+    return [
+        "processors worked for a part of the clock's time, since the machine did other work"
+        f" meanwhile or waited for its accelerator: {'; '.join(found)}"
+    ]
 
 
 def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:
     """Two tables for a terminal, what methods are worth and what they cost, with notes."""
     drawn = (_drawn(names, lines) for names, lines in parts(rows, price))
-    return "\n\n".join([*drawn, "\n".join(f"  {note}" for note in notes(rows))])
+    return "\n\n".join([*drawn, "\n".join(map(_wrapped, notes(rows)))])
+
+
+def _wrapped(note: str) -> str:
+    return fill(note, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

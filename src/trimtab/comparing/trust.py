@@ -87,10 +87,6 @@ def _without(subject: Subject, left_out: Mapping[str, Tensor]) -> Subject:
         return subject
     memories = dict(steering.memories)
     for name, entries in left_out.items():
-        if entries.all():
-            # No search over no entries: they propose nothing.
-            silent = torch.full_like(memories[name].values, -1)
-            memories[name] = replace(memories[name], values=silent)
-        elif entries.any():
+        if entries.any():
             memories[name] = memories[name].only(~entries)
     return replace(subject, steering=replace(steering, memories=memories))

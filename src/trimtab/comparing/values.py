@@ -120,6 +120,11 @@ class MethodResult(Part):
     note: str = ""
 
     @property
+    def writes_text(self) -> bool:
+        """Whether it goes on with a text; what is measured and scores none answers alone."""
+        return bool(self.domain)
+
+    @property
     def is_whole(self) -> bool:
         """Whether nothing of it is left to measure."""
         return self.status == "measured" and self.use is not None

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from trimtab.comparing.figures import (
     BASELINE,
+    GENERAL,
     SURE,
     MethodFigures,
+    advantage,
     drawn_from,
     quality,
     quality_of,
@@ -14,6 +16,7 @@ from trimtab.comparing.figures import (
     share_of_gain,
 )
 from trimtab.comparing.questions import Task
+from trimtab.metrics import Estimate
 from trimtab.report.words import duration, signed
 
 METHOD_WORDS = {
@@ -40,8 +43,22 @@ def spoken(by: str, row: MethodFigures) -> str:
     if value is None:
         return ""
     if by == "bits per byte":
-        return f"{value.mean:.3f} ± {value.stderr:.3f} bits per byte"
+        return f"{spoken_bits(value, drawn_from(row, by))} bits per byte"
     return f"{by} {100 * value.mean:.1f} ± {100 * value.stderr:.1f} %"
+
+
+def spoken_bits(value: Estimate, documents: int) -> str:
+    """Bits per byte with their error, where so many documents can tell one."""
+    return f"{value.mean:.3f} ± {value.stderr:.3f}" if documents > 1 else f"{value.mean:.3f}"
+
+
+def spoken_change(change: Estimate, before: float, documents: int) -> str:
+    """A change in percent of what was before, with its error where documents can tell one."""
+    if before <= 0:
+        return ""
+    scale = 100 / before
+    error = f" ± {change.stderr * scale:.1f}" if documents > 1 else ""
+    return f"{signed(change.mean * scale, 1)}{error} %"
 
 
 def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) -> str:
@@ -54,21 +71,28 @@ def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) 
     by = quality(rows)
     order = ranked(rows, by)
     best, bare = order[0], next(row for row in rows if row.name == BASELINE)
+    if order == [bare]:
+        return f"{_nothing(bare, by)} {_not_run(rows)}".strip()
     even = [row for row in order if share_ahead(best, row, by, task, seed=seed) < SURE]
-    cheap = min(even, key=lambda row: row.result.sec)
+    # The bare host takes nothing, of which prompts that take no time before use add something.
+    cheap = min(even, key=lambda row: (row.result.sec, row is not bare))
     parts = [_best(best, bare, by, task, seed)]
-    if cheap is not best:
-        parts.append(
-            f"But {METHOD_WORDS[cheap.name]} ({cheap.name}, {spoken(by, cheap)}) is not surely"
-            f" worse, and takes {_time(cheap)} before use instead of {_time(best)}: choose"
-            f" {cheap.name}."
-        )
+    if drawn_from(best, by) < 2:
+        # What cannot be told apart is no reason to choose.
+        cheap = best
     else:
-        parts.append(f"Choose {best.name}: it takes {_time(best)} before use.")
+        parts.append(_choice(best, cheap, bare, by))
     parts += [_use(cheap, bare), _against_lora(rows, by, task, seed)]
     parts += [_against_regression(rows, by, task, seed), _general(cheap)]
     parts.append(_not_run(rows))
     return " ".join(part for part in parts if part)
+
+
+def _nothing(bare: MethodFigures, by: str) -> str:
+    return (
+        f"Nothing was measured but the host as it is ({bare.name}, {spoken(by, bare)}): there is"
+        " nothing to choose from."
+    )
 
 
 def _best(best: MethodFigures, bare: MethodFigures, by: str, task: Task | None, seed: int) -> str:
@@ -84,6 +108,36 @@ def _best(best: MethodFigures, bare: MethodFigures, by: str, task: Task | None, 
         f"Best on this data is {named}, {sure} better than the host as it is ({spoken(by, bare)};"
         f" {known})."
     )
+
+
+def _choice(best: MethodFigures, cheap: MethodFigures, bare: MethodFigures, by: str) -> str:
+    if cheap is best:
+        return f"Choose {best.name}: it takes {_time(best)} before use."
+    if cheap is bare:
+        return (
+            f"Choose the host as it is ({bare.name}), which takes nothing, or give more to"
+            " measure on."
+        )
+    return (
+        f"But {METHOD_WORDS[cheap.name]} ({cheap.name}, {spoken(by, cheap)}) is not surely"
+        f" worse, and takes {_time(cheap)} before use instead of {_time(best)}: choose"
+        f" {cheap.name}."
+    )
+
+
+def _stands(row: MethodFigures, rival: MethodFigures, by: str, task: Task | None, seed: int) -> str:
+    """How a method stands to another one."""
+    ours, theirs = quality_of(row, by), quality_of(rival, by)
+    if drawn_from(row, by) < 2 or ours is None or theirs is None:
+        return "not to be told from"
+    ahead = share_ahead(row, rival, by, task, seed=seed)
+    if ahead >= SURE or ahead <= 1 - SURE:
+        return "better than" if ahead >= SURE else "worse than"
+    if ours.mean == theirs.mean:
+        return "even with"
+    is_ahead = advantage(by) * (ours.mean - theirs.mean) > 0
+    place, better = ("ahead", "better") if is_ahead else ("behind", "worse")
+    return f"{place}, but not surely {better} than"
 
 
 def _time(row: MethodFigures) -> str:
@@ -103,8 +157,7 @@ def _against_lora(rows: Sequence[MethodFigures], by: str, task: Task | None, see
             f"LoRA on the host was not run; it would take about {duration(lora.result.sec)}"
             f" for each host, where {row.name} took {_time(row)}."
         )
-    ahead = share_ahead(row, lora, by, task, seed=seed)
-    how = "better than" if ahead >= SURE else "worse than" if ahead <= 1 - SURE else "even with"
+    how = _stands(row, lora, by, task, seed)
     bare = next(row for row in rows if row.name == BASELINE)
     gains = by == "bits per byte" and share_ahead(lora, bare, by, task, seed=seed) >= SURE
     reached = share_of_gain(row, lora, bare) if gains else None
@@ -123,17 +176,17 @@ def _against_regression(
     ours = [row for row in ranked(rows, by) if row.name in TRIMTAB]
     if simple is None or not ours:
         return ""
-    ahead = share_ahead(simple, ours[0], by, task, seed=seed)
-    how = "wins" if ahead >= SURE else "loses" if ahead <= 1 - SURE else "is even"
     return (
-        f"The simple baseline, {METHOD_WORDS['embeddings']} ({spoken(by, simple)}), {how} against"
-        f" {ours[0].name} ({spoken(by, ours[0])})."
+        f"The simple baseline, {METHOD_WORDS['embeddings']} ({spoken(by, simple)}), is"
+        f" {_stands(simple, ours[0], by, task, seed)} {ours[0].name} ({spoken(by, ours[0])})."
     )
 
 
 def _use(row: MethodFigures, bare: MethodFigures) -> str:
     if row is bare or row.result.use is None or bare.result.use is None:
         return ""
+    if not row.result.writes_text:
+        return "It answers questions, and writes no text."
     times = row.result.use.sec_per_token / bare.result.use.sec_per_token
     if 0.95 < times < 1.05:
         return "A token then takes as long as with the host as it is."
@@ -144,21 +197,21 @@ def _reach(row: MethodFigures) -> str:
     steps = row.result.steps
     again = [step for step in steps if not step.serves_all_hosts]
     took = duration(sum(step.sec for step in again)) if again else "no time"
-    return f"a further host takes it {took}."
+    return f"on a further host it takes {took}."
 
 
 def _general(row: MethodFigures) -> str:
     change = row.general_change
     if change is None or row.general is None:
         return ""
-    percent = 100 / (row.general.mean - change.mean)
+    drawn = drawn_from(row, GENERAL)
+    percent = spoken_change(change, row.general.mean - change.mean, drawn)
+    if drawn < 2:
+        return f"On general text {row.name} is at {percent} bits per byte, no error known."
     word = "pays more" if change.mean > 2 * change.stderr else "pays less"
     if abs(change.mean) <= 2 * change.stderr:
         word = "is unchanged within two standard errors"
-    return (
-        f"On general text {row.name} {word} ({signed(change.mean * percent, 1)} ±"
-        f" {change.stderr * percent:.1f} % bits per byte)."
-    )
+    return f"On general text {row.name} {word} ({percent} bits per byte)."
 
 
 def _not_run(rows: Sequence[MethodFigures]) -> str:

@@ -1,7 +1,7 @@
 """Base of all configurations, and what several of them name."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +18,34 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
     )
+
+
+class Strided(Protocol):
+    """What reads text in windows that overlap."""
+
+    @property
+    def window_tokens(self) -> int:
+        """Length of a window."""
+        ...
+
+    @property
+    def stride_tokens(self) -> int:
+        """New tokens in each."""
+        ...
+
+
+Windows = TypeVar("Windows", bound=Strided)
+
+
+def check_stride(config: Windows) -> Windows:
+    """Make sure that no token lies between two windows.
+
+    Raises:
+        ValueError: One would.
+    """
+    if config.stride_tokens > config.window_tokens:
+        raise ValueError("stride_tokens must be at most window_tokens")
+    return config
 
 
 def check_named(adapters: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype
+from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype, check_stride
 
 
 class TuneConfig(Config):
@@ -94,14 +94,12 @@ class RecordConfig(Config):
     """Tokens in one shard, the unit of resuming."""
     dtype: Dtype = "auto"
     """Arithmetic of the forward passes."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes of one thread that share the work (default: as many as pay, on a processor)."""
     seed: int = 0
     """Seed of the sampled encoding."""
 
-    @model_validator(mode="after")
-    def _stride_fits(self) -> "RecordConfig":
-        if self.stride_tokens > self.window_tokens:
-            raise ValueError("stride_tokens must be at most window_tokens")
-        return self
+    _stride_fits = model_validator(mode="after")(check_stride)
 
 
 class FitConfig(Config):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trimtab.config.base import MIN_WINDOW_TOKENS, Config, Dtype
+from trimtab.config.base import MIN_WINDOW_TOKENS, Config, Dtype, check_stride
 
 MethodName = Literal[
     "zero-shot",
@@ -83,14 +83,13 @@ class EvaluateConfig(Config):
     """Name of the domain in the report (default: that of the first file or folder of --data)."""
     dtype: Dtype = "auto"
     """Arithmetic of the models."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes of one thread that share the documents (default: as many as pay, on a processor).
+    """
     seed: int = 0
     """Seed of the bootstrap and of the shuffled controls."""
 
-    @model_validator(mode="after")
-    def _stride_fits(self) -> "EvaluateConfig":
-        if self.stride_tokens > self.window_tokens:
-            raise ValueError("stride_tokens must be at most window_tokens")
-        return self
+    _stride_fits = model_validator(mode="after")(check_stride)
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvaluateConfig":
@@ -130,8 +129,10 @@ class CompareConfig(Config):
     """Share of the documents that are drawn as test text."""
     test_tokens: int = Field(default=8192, ge=64)
     """Score at most this many host tokens of test text, and half as many of general text."""
-    document_tokens: int = Field(default=1024, ge=32)
-    """Score at most the first so many host tokens of each document."""
+    document_tokens: int | None = Field(default=None, ge=32)
+    """Score at most the first so many host tokens of each document (default: --test-tokens shared
+    out among 8 documents, or among all where there are fewer; general text likewise, each
+    kind)."""
     window_tokens: int = Field(default=512, ge=16)
     """Window of the measurement."""
     examples: int = Field(default=4, ge=1)

@@ -107,9 +107,7 @@ def _soft(memory: Memory, base: HFModel, head: Unembedding, train: Columns) -> M
     kept, places = torch.unique(ids, return_inverse=True)
     strings = tuple(base.vocabulary.token_bytes[i] or b"" for i in kept.tolist())
     # As the adapter stores them, so that the gate is learnt on what a host will see.
-    return replace(
-        memory, soft_ids=places.int(), soft_probs=probs.half().float(), soft_strings=strings
-    )
+    return replace(memory, soft_ids=places.int(), soft_probs=probs.half(), soft_strings=strings)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trimtab.backends.live import Live, LiveReading
+from trimtab.backends.live import Live
+from trimtab.backends.reading import LiveReading
 from trimtab.blend import mixture_logprobs
 from trimtab.hosted.answers import Place, Token
 from trimtab.hosted.tokens import KnownTokens, ToldTokens, expected_texts, is_whole, shown_ids

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from trimtab.align.strings import Strings
 from trimtab.backends.hf import quiet_transformers
-from trimtab.backends.live import Live, LiveReading
+from trimtab.backends.live import Live
 from trimtab.backends.open import open_tokenizer
+from trimtab.backends.reading import LiveReading
 from trimtab.backends.tiny import TINY_SCHEME
 from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary, special_ids
 from trimtab.errors import MissingDependencyError, ModelError

@@ -303,7 +303,7 @@ def scatter_svg(
         for point in points:
             x = max(point.x, nothing) if log_x else point.x
             axes.errorbar(
-                x, point.y.mean, yerr=point.y.stderr, fmt="o", markersize=6, capsize=2.5,
+                x, point.y.mean, yerr=point.y.stderr or None, fmt="o", markersize=6, capsize=2.5,
                 color=_STEERED, ecolor=_MUTED, elinewidth=1,
                 markerfacecolor=_STEERED if point.is_filled else "none",
             )  # fmt: skip
@@ -311,9 +311,8 @@ def scatter_svg(
             axes.set_xscale("log")
             front = sorted((p for p in points if p.is_filled), key=lambda p: p.x)
             xs = [max(point.x, nothing) for point in front]
-            decades = range(ceil(log10(min(costs))), floor(log10(max(costs))) + 1)
-            named = [nothing, *(10.0**power for power in decades)]
-            axes.set_xticks(named, ["0", *(f"{10.0**power:,g}" for power in decades)])
+            named = _round_costs(min(costs), max(costs))
+            axes.set_xticks([nothing, *named], ["0", *(f"{cost:,g}" for cost in named)])
             axes.set_xticks([], minor=True)
             axes.plot(xs, [p.y.mean for p in front], color=_RULE, linewidth=1, zorder=0)
         else:
@@ -324,6 +323,16 @@ def scatter_svg(
         axes.margins(x=0.1, y=0.15)
         _name_points(axes, [(p.name, max(p.x, nothing) if log_x else p.x, p.y) for p in points])
         return _svg(figure, name)
+
+
+def _round_costs(least: float, most: float) -> list[float]:
+    """Powers of ten from the least to the most; twice and five times these where they are few."""
+    powers = range(floor(log10(least)), ceil(log10(most)) + 1)
+    found = [10.0**power for power in powers if least <= 10.0**power <= most]
+    if len(found) > 1:
+        return found
+    fine = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    return [cost for cost in fine if least / 2 <= cost <= 2 * most]
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, Estimate]]) -> None:

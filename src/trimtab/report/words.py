@@ -139,11 +139,16 @@ def without_errors(result: HostResult, domain: str) -> list[str]:
     texts = {f"{domain} text": result.domain}
     texts |= {f"general text ({kind})": found for kind, found in result.general_kinds.items()}
     return [
-        f"Of {name} one document alone was scored: its errors of 0 mean that none can be told."
+        one_document(name)
         for name, figures in texts.items()
         # Resampling sums in another order, so that rounding may be left.
         if (host := figures.get("host")) and host.stderr < ROUNDING * host.mean
     ]
+
+
+def one_document(text: str) -> str:
+    """Say what errors are worth where one document of a text was scored."""
+    return f"Of {text} one document alone was scored: an error of 0 means that none can be told."
 
 
 def _first(result: HostResult, rows: tuple[str, ...]) -> str:

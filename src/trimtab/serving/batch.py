@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from trimtab.backends.cache_layers import Layer, layers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import check_in_torch
 from trimtab.errors import ModelError
@@ -95,10 +96,10 @@ class Batch:
         """Add rows that have all read the same, after those that are there."""
         length = cache.get_seq_length()
         longest = max([length, *self.lengths])
-        ours = _layers(self._cache) if self.lengths else [None] * len(cache.layers)
+        ours = layers_of(self._cache) if self.lengths else [None] * len(cache.layers)
         self._cache = _cache_of(
             None if new is None else _joined(old, new, longest, copies)
-            for old, new in zip(ours, _layers(cache), strict=True)
+            for old, new in zip(ours, layers_of(cache), strict=True)
         )
         self.lengths += [length] * copies
 
@@ -116,7 +117,7 @@ class Batch:
 
         self._cache = _cache_of(
             None if layer is None else (kept(layer[0]), kept(layer[1]))
-            for layer in _layers(self._cache)
+            for layer in layers_of(self._cache)
         )
 
     def step(self, token_ids: Sequence[int]) -> Tensor:
@@ -141,19 +142,7 @@ class Batch:
         ).last_hidden_state
 
 
-_Layer = tuple[Tensor, Tensor] | None
-"""Keys and values, shape [rows, heads, tokens, size]; None where a layer uses those of another."""
-
-
-def _layers(cache: DynamicCache) -> list[_Layer]:
-    found: list[_Layer] = []
-    for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        found.append(None if keys is None or values is None else (keys, values))
-    return found
-
-
-def _cache_of(layers: Iterable[_Layer]) -> DynamicCache:
+def _cache_of(layers: Iterable[Layer]) -> DynamicCache:
     cache = DynamicCache()
     cache.layers.extend(DynamicLayer() if layer is None else _Roomy(*layer) for layer in layers)
     return cache
@@ -183,7 +172,7 @@ class _Roomy(DynamicLayer):
         return self.keys, self.values
 
 
-def _joined(ours: _Layer, theirs: tuple[Tensor, Tensor], length: int, copies: int) -> _Layer:
+def _joined(ours: Layer, theirs: tuple[Tensor, Tensor], length: int, copies: int) -> Layer:
     if ours is None:
         return theirs[0].repeat(copies, 1, 1, 1), theirs[1].repeat(copies, 1, 1, 1)
     return _stacked(ours[0], theirs[0], length, copies), _stacked(

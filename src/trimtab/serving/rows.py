@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.chat import ChatPrompt
-from trimtab.backends.live import Live, LiveReading
+from trimtab.backends.reading import RowText
 from trimtab.serving.choose import choose
 from trimtab.serving.trace import Speller, Tracer
 from trimtab.serving.work import Finish, Job, Likely, Piece
-from trimtab.steering.evidence import Mixture, readable, text_before
+from trimtab.steering.evidence import readable, text_before
 from trimtab.steering.explain import Explanation
 from trimtab.steering.predictors import Rows
 from trimtab.text.stream import TextStream
@@ -122,29 +122,21 @@ class Row:
         if self.tracer and other.tracer:
             self.tracer.hear_as(other.tracer)
 
-    def asks(self, mixture: Mixture, chat: ChatPrompt | None) -> "Question":
+    def asks(self, chat: ChatPrompt | None) -> "Question":
         """What an adapter is to be asked about the next token.
 
         Args:
-            mixture: The adapter's.
             chat: How its small model reads the prompt, where it is a chat.
         """
         start = self.prompt_tokens if chat else 0
         answer = text_before(self.pieces[start:])
         said = text_before(self.pieces[chat.message.start : chat.message.stop]) if chat else b""
-        live = mixture.steering.live
-        reading = self._read(live, answer, start, chat) if live else None
-        return Question(said + answer, reading)
-
-    def _read(self, live: Live, text: bytes, start: int, chat: ChatPrompt | None) -> LiveReading:
         pairs = zip(self.token_ids[start:], self.pieces[start:], strict=True)
         ids = [token_id for token_id, piece in pairs if piece]
         # Where a prompt ends says nothing about how the host would read what follows it.
         last = self.token_ids[-1] if self.new_tokens and self.pieces[-1] else None
         small = chat.small_ids if chat else None
-        return live.read(
-            [readable(text)], host_ids=[ids], host_lasts=[last], start=small, row=self.number
-        )
+        return Question(said + answer, RowText(self.number, readable(answer), ids, last, small))
 
     def forget(self) -> None:
         """Let go of what small models keep of this answer."""
@@ -161,11 +153,11 @@ class Question:
 
     Attributes:
         context: The text before a next token.
-        reading: How the expert has read it, where there is one.
+        text: What the expert is to read of it, where there is one.
     """
 
     context: bytes
-    reading: LiveReading | None
+    text: RowText
 
 
 def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:
@@ -180,10 +172,12 @@ def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:
     assert first is not None
     asked = []
     for place, mixture in enumerate(first.several.mixtures):
-        each = [row.asks(mixture, chat) for row, chat in _chats(rows, place)]
-        readings = tuple((q.reading, range(1)) for q in each if q.reading is not None)
+        each = [row.asks(chat) for row, chat in _chats(rows, place)]
+        live = mixture.steering.live
+        readings = live.read_rows([question.text for question in each]) if live else ()
+        questions = tuple((reading, range(1)) for reading in readings)
         contexts = tuple(question.context for question in each)
-        asked.append(Rows(logits.float(), hidden, contexts, readings, strangers=True))
+        asked.append(Rows(logits.float(), hidden, contexts, questions, strangers=True))
     weights = [row.weights for row in rows if row.weights is not None]
     trust = torch.stack(weights, 1)
     said = first.several.said(asked)

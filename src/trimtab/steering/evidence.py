@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.chat import ChatPrompt
-from trimtab.backends.live import LiveReading
+from trimtab.backends.reading import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.steering.field import Field, logits_in_chunks
 from trimtab.steering.predictors import Predicted, Rows, Steering, predicted

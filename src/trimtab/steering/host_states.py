@@ -13,7 +13,7 @@ from torch import Tensor
 from trimtab.align.strings import token_lengths
 from trimtab.backends.hf import HFModel
 from trimtab.store.files import writing_atomically
-from trimtab.store.local import trimtab_home
+from trimtab.store.home import trimtab_home
 from trimtab.text.passages import passages
 from trimtab.types import Progress
 

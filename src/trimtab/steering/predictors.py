@@ -8,7 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trimtab.backends.live import Live, LiveReading, PairProbs
+from trimtab.backends.live import Live
+from trimtab.backends.reading import LiveReading, PairProbs
 from trimtab.blend import PROXY, BlendWeights, log_linear, mix
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import last_bytes
@@ -226,12 +227,8 @@ def _with_tail_column(known: Tensor) -> Tensor:
 
 def _scored(live: Live, rows: Rows, host_probs: Tensor, token_ids: Tensor) -> PairProbs:
     """Probabilities of expert and reference, each of host_probs' shape."""
-    sizes = [len(questions) for _, questions in rows.questions]
-    pairs = [
-        live.score(reading, questions, probs, token_ids)
-        for (reading, questions), probs in zip(rows.questions, host_probs.split(sizes), strict=True)
-    ]
-    return PairProbs(*(torch.cat(side).float() for side in zip(*pairs, strict=True)))
+    pair = live.score_all(rows.questions, host_probs, token_ids)
+    return PairProbs(*(side.float() for side in pair))
 
 
 def _with_tail(probs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 from trimtab.align.strings import token_lengths
 from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import LiveReading
+from trimtab.backends.reading import LiveReading, RowText
 from trimtab.errors import ModelError
 from trimtab.steering.drafting import Written
 from trimtab.steering.evidence import (
@@ -143,7 +143,8 @@ class SteeringProcessor(LogitsProcessor):
 
         Such as the language that a target begins with.
         """
-        return bool(scores[:, self._is_text.to(scores.device)].isneginf().all())
+        is_text = self._is_text.to(scores.device)
+        return bool(scores.masked_fill(~is_text, -torch.inf).amax() == -torch.inf)
 
     def _spelled(self, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:
         """The bytes of each token; of a target without the space that its tokenizer puts first."""
@@ -188,13 +189,13 @@ class SteeringProcessor(LogitsProcessor):
         if live is None:
             return ()
         starts = [chat.small_ids for chat in self._chats] or [None] * len(contexts)
-        readings = (
-            live.read([readable(context)], host_ids=[ids], host_lasts=[last], start=start, row=row)
+        texts = [
+            RowText(row, readable(context), ids, last, start)
             for row, (context, ids, last, start) in enumerate(
                 zip(contexts, host_ids, host_lasts, starts, strict=True)
             )
-        )
-        return tuple((reading, range(1)) for reading in readings)
+        ]
+        return tuple((reading, range(1)) for reading in live.read_rows(texts))
 
     def _ask_block(
         self, places: Sequence[Written], host_lasts: Sequence[int | None]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import Live, OwnReading
+from trimtab.backends.live import Live
+from trimtab.backends.reading import OwnReading
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.steering.field import Field, logits_in_chunks
 from trimtab.steering.predictors import Rows, Steering, predicted

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.backends.live import Live, LiveReading, PairProbs
+from trimtab.backends.live import Live
+from trimtab.backends.reading import LiveReading, PairProbs
 from trimtab.steering.field import LEAST_LOGPROB
 from trimtab.steering.predictors import Steering, live_blends, of_text
 

@@ -5,7 +5,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trimtab.backends.live import Live, LiveReading
+from trimtab.backends.live import Live
+from trimtab.backends.reading import LiveReading
 from trimtab.vocab import Vocabulary
 
 RANK_OFFSET = 1_000

@@ -211,7 +211,7 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
         carrier.own_gate.weights if carrier else (),
         carrier.bytes_gate.weights if carrier else (),
         found["soft_ids"] if soft else None,
-        found["soft_probs"].float() if soft else None,
+        found["soft_probs"] if soft else None,
         unpack_strings(found["soft_string_bytes"], found["soft_string_ends"]) if soft else (),
         _read_sources(found) if "source_starts" in found else None,
     )

@@ -1,17 +1,17 @@
 """What Trimtab keeps on this machine, and adapters: installed, or below the current folder."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from trimtab.errors import AdapterError, InputError
+from trimtab.errors import AdapterError
 from trimtab.store.adapter_schema import FORMAT, MANIFEST_NAME, AdapterManifest
 from trimtab.store.files import read_json
+from trimtab.store.home import HOME_VARIABLE as HOME_VARIABLE
+from trimtab.store.home import read_kept as read_kept
+from trimtab.store.home import trimtab_home as trimtab_home
 from trimtab.store.manifest import read_manifest
 
-HOME_VARIABLE = "TRIMTAB_HOME"
 SEARCH_DEPTH = 4
 """Folders below the current one in which adapters are looked for."""
 
@@ -31,24 +31,6 @@ class LocalAdapter:
     folder: Path
     manifest: AdapterManifest | None
     problem: str = ""
-
-
-def trimtab_home() -> Path:
-    """Tell where Trimtab keeps what it makes for itself.
-
-    Returns:
-        $TRIMTAB_HOME, or ~/.cache/trimtab. The folder need not exist.
-    """
-    named = os.environ.get(HOME_VARIABLE, "")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "trimtab"
-
-
-def read_kept(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object that can be made again; None where it is missing or damaged."""
-    try:
-        return read_json(path, "kept file")
-    except InputError:
-        return None
 
 
 def adapters_home() -> Path:

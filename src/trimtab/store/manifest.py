@@ -5,7 +5,7 @@ docs/format.md is the normative description of what is read and written here.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from trimtab.store.adapter_schema import HeadCarrier as HeadCarrier
 from trimtab.store.adapter_schema import Licences as Licences
 from trimtab.store.adapter_schema import MemoryCarrier as MemoryCarrier
 from trimtab.store.adapter_schema import Provenance as Provenance
+from trimtab.store.checked import checked_sha256
 from trimtab.store.files import read_json, sha256_file, write_json
 
 _FETCH_AGAIN = "fetch the adapter again from where it came, or make it anew with `trimtab fit`"
@@ -90,13 +91,15 @@ def with_files(folder: Path, manifest: AdapterManifest) -> AdapterManifest:
         ) from error
 
 
-def read_manifest(folder: Path, *, verify: bool = True) -> AdapterManifest:
+def read_manifest(
+    folder: Path, *, verify: bool = True, read_again: bool = False
+) -> AdapterManifest:
     """Read an adapter directory's manifest and check that the directory is what it says.
 
     Args:
         folder: Adapter directory.
-        verify: Also read every payload file and compare its sha256; without it only manifest.json
-            itself is checked.
+        verify: Also check every payload file; without it only manifest.json itself is checked.
+        read_again: As for `verify_files`.
 
     Returns:
         The manifest.
@@ -107,7 +110,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> AdapterManifest:
     """
     manifest = parse_manifest(_raw_manifest(folder), where=str(folder / MANIFEST_NAME))
     if verify:
-        verify_files(folder, manifest)
+        verify_files(folder, manifest, read_again=read_again)
     return manifest
 
 
@@ -136,7 +139,7 @@ def parse_manifest(raw: dict[str, Any], *, where: str) -> AdapterManifest:
     return manifest
 
 
-def verify_files(folder: Path, manifest: AdapterManifest) -> None:
+def verify_files(folder: Path, manifest: AdapterManifest, *, read_again: bool = False) -> None:
     """Check that an adapter directory holds exactly the files that its manifest lists.
 
     Names that begin with a dot are passed over: no reader opens them.
@@ -144,15 +147,18 @@ def verify_files(folder: Path, manifest: AdapterManifest) -> None:
     Args:
         folder: Adapter directory.
         manifest: Its manifest.
+        read_again: Read also large files that were found right before, and that the file system
+            has not seen change since.
 
     Raises:
         AdapterError: A file that is missing, changed, unlisted, or a link.
     """
+    hashed = sha256_file if read_again else checked_sha256
     present = set(_payload_paths(folder))
     for path, expected in manifest.files.items():
         if path not in present:
             raise AdapterError(f"{folder}: {path} is missing", hint=_FETCH_AGAIN)
-        found = _entry(folder / path)
+        found = _entry(folder / path, hashed)
         if found != expected:
             raise AdapterError(
                 f"{folder}: {path} has changed: found {found.bytes} bytes with sha256"
@@ -208,8 +214,8 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
+def _entry(path: Path, hashed: Callable[[Path], str] = sha256_file) -> FileEntry:
+    return FileEntry(sha256=hashed(path), bytes=path.stat().st_size)
 
 
 def _payload_paths(folder: Path) -> Iterator[str]:

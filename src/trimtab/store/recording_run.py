@@ -11,7 +11,7 @@ from trimtab.store.files import names_in, read_json, refuse_others, write_json
 from trimtab.store.recording_schema import PARTIAL_NAME
 
 # The expert may have moved: its fingerprint is among the inputs.
-_FREE_SETTINGS = {"expert", "out"}
+_FREE_SETTINGS = {"expert", "out", "processes"}
 _HINT = "choose another --out, or give the settings and the text of the first run"
 
 

@@ -14,7 +14,7 @@ from trimtab.anchors import Reading, StateMap
 from trimtab.config import MountConfig
 from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.files import writing_atomically
-from trimtab.store.local import trimtab_home
+from trimtab.store.home import trimtab_home
 
 VERSION = 6
 """Changes whenever the way in which seats are computed does."""

@@ -1,0 +1,138 @@
+"""The search over a large memory as it is kept on disk: the same as made anew, exact, or remade."""
+
+import gc
+from pathlib import Path
+
+import faiss
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimtab.carriers.memory import Memory, contexts_before, lay_out
+from trimtab.carriers.search import (
+    LISTED_ENTRIES,
+    MAPPED_MATCH_WEIGHT,
+    NEIGHBOURS,
+    Found,
+    Index,
+    build_index,
+    look_up,
+)
+from trimtab.store.index import index_path, kept_index, read_index, write_index
+from trimtab.types import silent
+
+KEY = 16
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def large(seed: int = 0, entries: int = LISTED_ENTRIES) -> Memory:
+    generator = torch.Generator().manual_seed(seed)
+    document = torch.randint(97, 102, (entries,), generator=generator, dtype=torch.uint8)
+    text, starts = lay_out([document.numpy().tobytes()])
+    keys = torch.nn.functional.normalize(draw(entries, KEY, seed=seed + 1), dim=-1).half()
+    positions = starts[0] + torch.randperm(entries, generator=generator)
+    return Memory(keys, torch.eye(KEY), torch.zeros(KEY), text, positions)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Memory:
+    return large()
+
+
+@pytest.fixture(scope="module")
+def built(memory: Memory) -> Index:
+    return build_index(memory)
+
+
+@pytest.fixture(scope="module")
+def written(memory: Memory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("indexes") / "kept.safetensors"
+    write_index(path, memory, silent)
+    return path
+
+
+def ask(memory: Memory, index: Index, count: int = 40) -> Found:
+    before = contexts_before(memory.text, memory.positions[:count] - 1)
+    weight = torch.full((count,), MAPPED_MATCH_WEIGHT)
+    return look_up(memory, index, draw(count, KEY, seed=9), before, weight)
+
+
+def test_kept_lists_find_what_lists_made_anew_find(
+    memory: Memory, built: Index, written: Path
+) -> None:
+    index = read_index(written, memory)
+    assert index is not None
+    # The mapping lives as long as the index alone.
+    gc.collect()
+    one, two = ask(memory, built), ask(memory, index)
+    assert torch.equal(one.entries, two.entries)
+    assert torch.equal(one.weights, two.weights)
+    assert torch.equal(one.matched_bytes, two.matched_bytes)
+    assert (built.contexts == index.contexts).all()
+    assert torch.equal(built.entries, index.entries)
+
+
+def test_all_lists_together_are_the_exact_search(memory: Memory, written: Path) -> None:
+    index = read_index(written, memory)
+    assert index is not None and isinstance(index.keys, faiss.IndexIVF)
+    index.keys.nprobe = index.keys.nlist
+    asked = torch.nn.functional.normalize(draw(20, KEY, seed=3), dim=-1)
+    cosines, entries = index.keys.search(asked.numpy(), NEIGHBOURS)  # pyright: ignore
+    exact = (asked @ memory.keys.float().T).topk(NEIGHBOURS)
+    torch.testing.assert_close(torch.from_numpy(cosines), exact.values)
+    # Neighbours of one cosine may change places.
+    gathered = (asked[:, None] * memory.keys[torch.from_numpy(entries)].float()).sum(-1)
+    torch.testing.assert_close(gathered, exact.values)
+    assert all(len(set(row)) == NEIGHBOURS for row in entries.tolist())
+
+
+def test_an_index_is_made_once(memory: Memory, tmp_path: Path) -> None:
+    path = tmp_path / "home" / "kept.safetensors"
+    first = kept_index(memory, path, silent)
+    stamp = path.stat().st_mtime_ns
+    again = kept_index(memory, path, silent)
+    assert path.stat().st_mtime_ns == stamp
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert torch.equal(ask(memory, first).entries, ask(memory, again).entries)
+
+
+def test_small_memories_are_searched_exactly_and_not_kept(tmp_path: Path) -> None:
+    small = large(entries=1000)
+    index = kept_index(small, tmp_path / "kept.safetensors", silent)
+    assert index.keys.ntotal == 1000 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["empty", "foreign", "cut", "lacking", "ends", "shape", "type"])
+def test_a_damaged_index_is_no_index(
+    damage: str, memory: Memory, written: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "kept.safetensors"
+    good = written.read_bytes()
+    found = load_file(written)
+    if damage == "lacking":
+        del found["list_ends"]
+    elif damage == "ends":
+        found["list_ends"] = found["list_ends"].flip(0)
+    elif damage == "shape":
+        found["entries"] = found["entries"][1:]
+    elif damage == "type":
+        found["centres"] = found["centres"].half()
+    save_file(found, path)
+    content = {"empty": b"", "foreign": b"not a tensor file", "cut": good[:-10]}
+    if damage in content:
+        path.write_bytes(content[damage])
+    assert read_index(path, memory) is None
+
+
+def test_an_index_of_another_memory_is_no_index(written: Path) -> None:
+    assert read_index(written, large(entries=LISTED_ENTRIES + 1)) is None
+
+
+def test_other_keys_have_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    one, two = index_path("a" * 64), index_path("b" * 64)
+    assert one != two and one == index_path("a" * 64) and one.is_relative_to(tmp_path)
