@@ -5,18 +5,19 @@ r"""How much of an expert's gain a host keeps that shows its likeliest tokens on
 
 The host runs here, and of its distribution at each place only the likeliest tokens are passed on,
 as an API would pass them. Its own bits per byte are those of its full distribution. A token that is
-neither shown nor expected shares the tail alike with all other tokens of the vocabulary. Text: the
-middles of Zig files that lie in none of the folders to leave out (give the demo's training and test
-files), and of modules of Python's library.
+not shown has what the small models make of it. Text: the middles of Zig files that lie in none of
+the folders to leave out (give the demo's training and test files), of modules of Python's library,
+and passages of Moby-Dick.
 """
 
 import argparse
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,23 +27,33 @@ from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.reading import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
-from trimtab.metrics import DocumentScore, bits_per_byte
+from trimtab.metrics import DocumentScore, bits_per_byte, draws
 from trimtab.progress import Display
 from trimtab.steering.beside import open_beside
 from trimtab.steering.predictors import Steering
 from trimtab.steering.rows import prior_of
 from trimtab.steering.scoring import score_document
 from trimtab.steering.truncated import EXPECTED, Shown, truncated
+from trimtab.steering.unseen import Unseen
 from trimtab.store.files import package_versions, write_json
 from trimtab.store.manifest import read_manifest
 from trimtab.text.duplicates import drop_near_duplicates
 from trimtab.types import Document
 
 TOPS = (20, 5)
+RESAMPLES = 2_000
+"""Of documents, for standard errors."""
+
+CHUNK_PLACES = 16
+"""Which share their candidates."""
+
 PLACES_AT_ONCE = 64
 """Whose full distributions the host computes together."""
 
-GENERAL_MODULES = ("mailbox", "gettext", "imaplib", "sched", "shlex", "plistlib", "netrc", "cmd")
+GENERAL_MODULES = (
+    *("mailbox", "gettext", "imaplib", "sched", "shlex", "plistlib", "netrc", "cmd"),
+    *("pdb", "queue", "zipfile", "uuid", "poplib", "locale", "wave", "cProfile"),
+)
 """Modules of Python's library that neither the demo nor the probe text uses."""
 
 
@@ -67,15 +78,20 @@ class Sums:
             for way, nats in self.nats.items()
         }
 
-    def kept(self, way: str, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    def kept(self, way: str) -> tuple[float, float]:
         """Share of the gain of full logits that a way keeps, and its standard error."""
-        ways = torch.tensor([self.nats["host"], self.nats["full"], self.nats[way]]).double()
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(ways.shape[1], (draws, ways.shape[1]), generator=generator)
-        drawn = ways[:, picks].sum(-1)
-        shares = (drawn[0] - drawn[2]) / (drawn[0] - drawn[1])
-        host, full, own = ways.sum(-1).tolist()
+        host, full, own = (self._resampled(name) for name in ("host", "full", way))
+        shares = (host - own) / (host - full)
+        host, full, own = (sum(self.nats[name]) for name in ("host", "full", way))
         return (host - own) / (host - full), float(shares.std())
+
+    def error_against_host(self, way: str) -> float:
+        """Standard error of a way's nats over the host's."""
+        return float((self._resampled(way) / self._resampled("host")).std())
+
+    def _resampled(self, way: str) -> np.ndarray:
+        """Nats of each bootstrap sample of the documents, the same samples for all ways."""
+        return np.array(self.nats[way])[draws(len(self.sizes), 0, RESAMPLES)].sum(1)
 
 
 def main() -> None:
@@ -86,6 +102,8 @@ def main() -> None:
     parser.add_argument("--zig", type=Path, required=True)
     parser.add_argument("--leave-out", type=Path, nargs="*", default=[])
     parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--skip-documents", type=int, default=0, help="of each kind")
+    parser.add_argument("--kinds", nargs="*", default=["zig", "python", "prose"])
     parser.add_argument("--document-tokens", type=int, default=200)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, required=True)
@@ -94,39 +112,52 @@ def main() -> None:
     host = open_model(given.host, dtype=given.dtype, progress=display.progress)
     pair = open_beside(manifest, given.adapter, small=given.small, dtype=given.dtype)
     live = Live(pair, host)
+    unseen = Unseen(live)
     steering = Steering(("host", "live"), live=live, blend=manifest.blend)
     texts = {
-        "zig": zig_documents(given.zig, given.leave_out, given.documents),
-        "python": python_documents(given.documents // 2),
+        kind: documents[given.skip_documents :][: given.documents]
+        for kind, documents in {
+            "zig": zig_documents(given.zig, given.leave_out),
+            "python": python_documents(),
+            "prose": prose_documents(),
+        }.items()
+        if kind in given.kinds
     }
     found = {kind: Sums() for kind in texts}
     total = sum(map(len, texts.values()))
     with display.progress("scoring (documents)", total) as advance:
-        for kind, documents in texts.items():
-            for document in documents:
-                score(host, steering, live, document, given.document_tokens, found[kind])
+        # Kinds take turns, so that a run that was ended early has some of each.
+        for documents in zip_longest(*texts.values()):
+            for kind, document in zip(texts, documents, strict=True):
+                if document is None:
+                    continue
+                score(host, steering, unseen, document, given.document_tokens, found[kind])
                 # Whatever ends the run, what was scored counts.
                 write_json(given.out, result(given, texts, found))
                 advance(1)
     print(given.out.read_text())
 
 
-def zig_documents(folder: Path, left_out: Sequence[Path], count: int) -> list[Document]:
-    """Middles of files that nobody has trained on or tests on, unlike any of those."""
+def free_zig(folder: Path, left_out: Sequence[Path]) -> list[Document]:
+    """Whole files that nobody has trained on or tests on, unlike any of those, shuffled."""
     used = {p.relative_to(f).as_posix(): p for f in left_out for p in f.rglob("*.zig")}
-    choice = corpus.Choice(test_files=10**6)
-    whole = corpus.choose(folder, choice)["test"]
+    whole = corpus.choose(folder, corpus.Choice(test_files=10**6))["test"]
     free = [Document(name, text) for name, text in whole.items() if name not in used]
-    free = free[: 4 * count]
     against = [Document(name, path.read_text()) for name, path in used.items()]
-    unlike = drop_near_duplicates(free, against).kept
-    pieces = [Document(one.name, corpus.middle(one.text, 3_000)) for one in unlike]
-    return [piece for piece in pieces if len(piece.text) > 1_000][:count]
+    return [*drop_near_duplicates(free, against).kept]
 
 
-def python_documents(count: int) -> list[Document]:
+def zig_documents(folder: Path, left_out: Sequence[Path]) -> list[Document]:
+    """Middles of the free files that are long enough."""
+    free = free_zig(folder, left_out)
+    pieces = [Document(one.name, corpus.middle(one.text, 3_000)) for one in free]
+    return [piece for piece in pieces if len(piece.text) > 1_000]
+
+
+def python_documents() -> list[Document]:
+    """Middles of modules of Python's library."""
     found = []
-    for name in GENERAL_MODULES[:count]:
+    for name in GENERAL_MODULES:
         spec = importlib.util.find_spec(name)
         assert spec and spec.origin
         text = Path(spec.origin).read_text(encoding="utf-8")
@@ -134,8 +165,13 @@ def python_documents(count: int) -> list[Document]:
     return found
 
 
+def prose_documents() -> list[Document]:
+    """The demo's passages of Moby-Dick."""
+    return [Document(path.name, path.read_text()) for path in sorted(corpus.PROSE.glob("*.txt"))]
+
+
 def score(
-    host: HFModel, steering: Steering, live: Live, document: Document, tokens: int, sums: Sums
+    host: HFModel, steering: Steering, unseen: Unseen, document: Document, tokens: int, sums: Sums
 ) -> None:
     """Score the first tokens of a document in every way."""
     ids = host.encode(document.text)[:tokens]
@@ -146,6 +182,7 @@ def score(
     full = score_document(host, text, steering, window_tokens=tokens + 8, stride_tokens=tokens + 8)
     ways = {"host": full.rows["host"].logprobs, "full": full.rows["live"].logprobs}
     first = len(ids) - len(ways["host"])
+    live = unseen.live
     reading = live.read(
         [b"".join(pieces[:i]) for i in range(first, len(ids))],
         host_ids=[ids[:i] for i in range(first, len(ids))],
@@ -153,13 +190,11 @@ def score(
     )
     logprobs = host_logprobs(host, ids, first)
     for top in TOPS:
-        scores = [
-            place_scores(
-                steering, live, reading, number, logprobs[number], (top, ids[first + number])
-            )
-            for number in range(len(ids) - first)
+        places = [
+            place_scores(steering, unseen, reading, some, (logprobs, ids[first:], top))
+            for some in chunks(len(ids) - first)
         ]
-        ways[f"top {top}"], ways[f"host, top {top}"] = mixed(steering, torch.stack(scores, 1))
+        ways[f"top {top}"], ways[f"host, top {top}"] = mixed(steering, torch.cat(places, 1))
     sums.sizes.append(sum(map(len, pieces[first:])))
     sums.tokens += len(ids) - first
     for way, row in ways.items():
@@ -178,27 +213,44 @@ def host_logprobs(host: HFModel, ids: Sequence[int], first: int) -> list[Tensor]
     return list(torch.cat(parts))
 
 
+def chunks(count: int) -> list[range]:
+    """Places that are steered at once."""
+    return [range(i, min(i + CHUNK_PLACES, count)) for i in range(0, count, CHUNK_PLACES)]
+
+
 def place_scores(
     steering: Steering,
-    live: Live,
+    unseen: Unseen,
     reading: LiveReading,
-    number: int,
-    logprobs: Tensor,
-    asked: tuple[int, int],
+    places: range,
+    asked: tuple[Sequence[Tensor], Sequence[int], int],
 ) -> Tensor:
-    """What each predictor gives to the token that came, shape [predictors]; `asked`: k, token."""
-    top, target = asked
-    best = logprobs.topk(top)
-    row = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    question = range(number, number + 1)
-    shown = Shown.of([row], live.expected(reading, question, EXPECTED))
-    found = truncated(steering, live, reading, question, shown)
-    stacked = torch.stack([found[name][0] for name in steering.families["live"]])
-    places = (shown.token_ids == target).nonzero()
-    if len(places):
-        return stacked[:, int(places[0, 0])]
-    others = len(live.alignment.host.vocabulary) - len(shown.token_ids)
-    return stacked[:, -1] - math.log(others)
+    """What each predictor gives to the tokens that came, shape [predictors, places].
+
+    What is said of a token does not hang on its having come: it is a candidate together with all
+    tokens that the same small token begins, which share what that token is worth to the small
+    models, and these are asked of it as they would be of any other.
+
+    Args:
+        steering: The blends.
+        unseen: What is known of tokens that are not shown.
+        reading: How the small models have read the contexts.
+        places: Which of them.
+        asked: Of all places the host's log-probabilities and the token that came; how many tokens
+            the host shows.
+    """
+    logprobs, came, top = asked
+    rows = []
+    for place in places:
+        best = logprobs[place].topk(top)
+        rows.append(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+    targets = [came[place] for place in places]
+    wanted = [unseen.likely(reading, places, EXPECTED), *map(unseen.begun_alike, targets)]
+    shown = Shown.of(rows, torch.cat(wanted), unseen.prior, targets)
+    found = truncated(steering, unseen.live, reading, places, shown)
+    stacked = torch.stack([found[name] for name in steering.families["live"]])
+    columns = torch.searchsorted(shown.token_ids, torch.tensor(targets))
+    return stacked[:, torch.arange(len(targets)), columns]
 
 
 def mixed(steering: Steering, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,6 +278,10 @@ def result(
             "bits_per_byte": {way: round(value, 4) for way, value in bits.items()},
             "against_host_percent": {way: round(value, 2) for way, value in against.items()},
         }
+        if len(sums.sizes) > 1:
+            kinds[kind]["against_host_percent_stderr"] = {
+                way: round(100 * sums.error_against_host(way), 2) for way in bits
+            }
         if kind == "zig" and len(sums.sizes) > 1:
             shares = {f"top {top}": sums.kept(f"top {top}") for top in TOPS}
             kinds[kind]["kept_of_full_gain_percent"] = {

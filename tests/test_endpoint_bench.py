@@ -12,6 +12,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.steering.beside import open_beside
 from trimtab.steering.predictors import Steering
+from trimtab.steering.unseen import Unseen
 from trimtab.store.manifest import read_manifest
 from trimtab.types import Document
 
@@ -27,7 +28,7 @@ def test_all_tokens_shown_keep_all_of_the_gain(
     sums = endpoint.Sums()
     for seed in (5, 6):
         document = Document(str(seed), domain_text(seed)[:160])
-        endpoint.score(host, steering, live, document, 40, sums)
+        endpoint.score(host, steering, Unseen(live), document, 40, sums)
     assert sums.nats[f"top {every}"] == pytest.approx(sums.nats["full"], rel=1e-3)
     assert sums.nats[f"host, top {every}"] == pytest.approx(sums.nats["host"], rel=1e-4)
     share, error = sums.kept(f"top {every}")

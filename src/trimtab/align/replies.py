@@ -22,6 +22,9 @@ MAX_ASKED = 2
 MIN_UNDECIDED = 0.02
 """Least probability that such a token must leave undecided among host tokens."""
 
+LEAST_ASKED_SHARE = 0.05
+"""Covers that are less likely are not asked to tell one host token from others."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -84,6 +87,27 @@ def still_undecided(
         for prob, token_id in reply.likeliest(MAX_ASKED)
         if prob >= MIN_UNDECIDED
         and prob * undecided(alignment, token_id, host_probs[question], candidates) >= MIN_UNDECIDED
+    ]
+
+
+def asked_to_tell(
+    alignment: Alignment, replies: Sequence[Sequence[Reply]], told_apart: Sequence[int]
+) -> list[Asked]:
+    """Small tokens that are to be asked about so that some host tokens can be told apart.
+
+    Args:
+        alignment: Of both vocabularies.
+        replies: Of one model, for each context.
+        told_apart: One host token for each context, or none at all.
+    """
+    if not told_apart:
+        return []
+    firsts = alignment.first_small(torch.tensor(told_apart)).tolist()
+    return [
+        Asked(question, reply.node, first)
+        for question, (first, of_question) in enumerate(zip(firsts, replies, strict=True))
+        for reply in of_question
+        if first >= 0 and not reply.cover.rest and reply.share >= LEAST_ASKED_SHARE
     ]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,14 +12,34 @@ from trimtab.align.candidates import Candidates
 from trimtab.align.carry import Alignment
 from trimtab.align.covers import Cover, covers_of
 from trimtab.align.cut import HostCut
-from trimtab.align.replies import Asked, Reply, carry_replies, deal_out, still_undecided
+from trimtab.align.replies import (
+    Asked,
+    Reply,
+    asked_to_tell,
+    carry_replies,
+    deal_out,
+    still_undecided,
+)
 from trimtab.backends.base import GivesStrings
 from trimtab.backends.pair import Pair
-from trimtab.backends.reading import WHO, LiveReading, PairCaches, Part, Plan, RowText, Who
+from trimtab.backends.reading import (
+    WHO,
+    LiveReading,
+    PairCaches,
+    PairProbs,
+    Part,
+    Plan,
+    RowText,
+    Who,
+    keep_logits,
+    logits_after,
+    logits_of,
+)
 from trimtab.backends.token_tree import TokenTree, check_tree, run_all_after, run_trees
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
+from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
 DOUBT = 0.03
@@ -32,16 +52,6 @@ blend of their ratio without bounds.
 
 EXPECTED_TOKENS = 16
 """Likeliest tokens of the expert that a host is to consider."""
-
-FEW_NODES = 64
-"""Contexts' ends whose logits are computed at once and kept until the next reading."""
-
-
-class PairProbs(NamedTuple):
-    """Probabilities of the candidates, each [contexts, candidates]; each row sums to <= 1."""
-
-    expert: Tensor
-    reference: Tensor
 
 
 @final
@@ -173,7 +183,12 @@ class Live:
         self._rows.pop(row, None)
 
     def score(
-        self, reading: LiveReading, questions: range, host_probs: Tensor, token_ids: Tensor
+        self,
+        reading: LiveReading,
+        questions: range,
+        host_probs: Tensor,
+        token_ids: Tensor,
+        told_apart: Sequence[int] = (),
     ) -> PairProbs:
         """Score candidate host tokens after some contexts under expert and reference.
 
@@ -182,8 +197,11 @@ class Live:
             questions: Which of its contexts.
             host_probs: The host's own probabilities, shape [questions, candidates].
             token_ids: The candidates, shape [candidates].
+            told_apart: For each question a host token which both models are asked to tell from
+                others that begin with the same small token, however unlikely these are (default:
+                where that matters to what is likely).
         """
-        return self.score_all([(reading, questions)], host_probs, token_ids)
+        return self._score([Part(reading, questions, host_probs, told_apart)], token_ids)
 
     def score_all(
         self,
@@ -198,12 +216,15 @@ class Live:
             host_probs: The host's own probabilities, a row each, shape [questions, candidates].
             token_ids: The candidates, shape [candidates].
         """
-        candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
         probs = host_probs.split([len(asked) for _, asked in questions])
         parts = [
             Part(reading, asked, some)
             for (reading, asked), some in zip(questions, probs, strict=True)
         ]
+        return self._score(parts, token_ids)
+
+    def _score(self, parts: Sequence[Part], token_ids: Tensor) -> PairProbs:
+        candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
         replies = [self._replies_of(part, candidates) for part in parts]
         # One model asks for both, so that a blend's ratio compares like with like.
         asked = [
@@ -226,6 +247,7 @@ class Live:
                 ]
             )
             if not self.is_one_vocabulary:
+                host_probs = torch.cat([part.host_probs for part in parts])
                 found[who] = torch.lerp(found[who], host_probs, DOUBT)
         return PairProbs(**found)
 
@@ -258,7 +280,7 @@ class Live:
         ]
         if not nodes:
             return torch.zeros(0, dtype=torch.long)
-        logits = self._logits(reading, "expert", nodes)
+        logits = self.logits(reading, "expert", nodes)
         return logits.topk(min(count, logits.shape[1]), -1).indices.unique()
 
     def _replies_of(self, part: Part, candidates: Candidates) -> dict[Who, list[list[Reply]]]:
@@ -275,8 +297,11 @@ class Live:
         if self.is_one_vocabulary:
             return []
         found = still_undecided(self.alignment, replies, part.host_probs, candidates)
+        found += asked_to_tell(self.alignment, replies, part.told_apart)
         longest, depths = self._pair.reference.max_tokens, part.reading.tree.depths
-        return [one for one in found if longest is None or depths[one.node] + 1 < longest]
+        return [
+            one for one in dict.fromkeys(found) if longest is None or depths[one.node] + 1 < longest
+        ]
 
     def _cuts(self, part: Part, candidates: Candidates) -> list[HostCut | None]:
         if self.is_one_vocabulary:
@@ -308,51 +333,24 @@ class Live:
         ]
         if len(readings) > 1:
             for who in WHO:
-                self._keep_logits(who, readings)
+                keep_logits(who, self._head(who), readings)
         return readings
 
     def _replies(self, reading: LiveReading, who: Who, ways: Sequence[Ways]) -> list[list[Reply]]:
         asked = sorted({node for way in ways for node in way.nodes})
         if not asked:
             return [[] for _ in ways]
-        logprobs = self._logits(reading, who, asked).log_softmax(-1)
+        logprobs = self.logits(reading, who, asked).log_softmax(-1)
         place = {node: number for number, node in enumerate(asked)}
         return [way.replies(logprobs, place, self.alignment.small) for way in ways]
 
-    def _logits(self, reading: LiveReading, who: Who, nodes: Sequence[int]) -> Tensor:
-        """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab].
+    def logits(self, reading: LiveReading, who: Who, nodes: Sequence[int]) -> Tensor:
+        """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab]."""
+        return logits_after(reading, who, self._head(who), nodes)
 
-        Where few contexts were read they are asked one by one, and each more than once: as a head's
-        matrix hardly fits through a processor's memory, it is read once for all of them.
-        """
-        if len(reading.last_nodes) > FEW_NODES:
-            return self._head_logits(who, reading.states_of(who)[list(nodes)])
-        if {*nodes} - reading.kept_logits[who].keys():
-            self._keep_logits(who, [reading], nodes)
-        return torch.stack([reading.kept_logits[who][node] for node in nodes])
-
-    def _keep_logits(
-        self, who: Who, readings: Sequence[LiveReading], also: Sequence[int] = ()
-    ) -> None:
-        """Compute the logits after the last nodes of some readings at once, as far as few."""
-        missing = [
-            (reading, node)
-            for reading in readings
-            if len(reading.last_nodes) <= FEW_NODES
-            for node in sorted({*also, *reading.last_nodes} - reading.kept_logits[who].keys())
-        ]
-        if missing:
-            states = torch.stack([reading.states_of(who)[node] for reading, node in missing])
-            for (reading, node), logits in zip(
-                missing, self._head_logits(who, states), strict=True
-            ):
-                reading.kept_logits[who][node] = logits
-
-    def _head_logits(self, who: Who, states: Tensor) -> Tensor:
+    def _head(self, who: Who) -> Unembedding:
         pair = self._pair
-        head = pair.expert_unembedding if who == "expert" else pair.reference_unembedding
-        with torch.no_grad():
-            return head.logits(states).float().cpu()
+        return pair.expert_unembedding if who == "expert" else pair.reference_unembedding
 
     def _ask_on(
         self, who: Who, parts: Sequence[Part], asked: Sequence[Sequence[Asked]]
@@ -372,7 +370,7 @@ class Live:
             else nullcontext(self._pair.reference) as model
         ):
             states = run_all_after(model, trees)
-        probs = self._head_logits(who, torch.cat(states)).softmax(-1)
+        probs = logits_of(self._head(who), torch.cat(states)).softmax(-1)
         each = iter(probs.split([len(some) for _, some, _ in trees]))
         found = [next(each) if some else probs[:0] for some in leaves]
         return [

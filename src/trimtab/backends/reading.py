@@ -5,11 +5,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from trimtab.align.covers import Cover
 from trimtab.backends.pair import PairStates
 from trimtab.backends.token_tree import ModelCache, TokenTree
+from trimtab.unembedding import Unembedding
+
+FEW_NODES = 64
+"""Contexts' ends whose logits are computed at once and kept until the next reading."""
 
 Who = Literal["expert", "reference"]
 """One of the pair."""
@@ -123,8 +128,62 @@ class Plan(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A reading, those of its contexts that are asked, and the host's probabilities there."""
+    """A reading, those of its contexts that are asked, and the host's probabilities there.
+
+    `told_apart` is as for `Live.score`.
+    """
 
     reading: LiveReading
     questions: range
     host_probs: Tensor
+    told_apart: Sequence[int] = ()
+
+
+class PairProbs(NamedTuple):
+    """Probabilities of the candidates, each [contexts, candidates]; each row sums to <= 1."""
+
+    expert: Tensor
+    reference: Tensor
+
+
+def logits_after(reading: LiveReading, who: Who, head: Unembedding, nodes: Sequence[int]) -> Tensor:
+    """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab].
+
+    Where few contexts were read they are asked one by one, and each more than once: as a head's
+    matrix hardly fits through a processor's memory, it is read once for all of them.
+    """
+    if len(reading.last_nodes) > FEW_NODES:
+        return logits_of(head, reading.states_of(who)[list(nodes)])
+    if {*nodes} - reading.kept_logits[who].keys():
+        keep_logits(who, head, [reading], nodes)
+    return torch.stack([reading.kept_logits[who][node] for node in nodes])
+
+
+def keep_logits(
+    who: Who, head: Unembedding, readings: Sequence[LiveReading], also: Sequence[int] = ()
+) -> None:
+    """Compute the logits after the last nodes of some readings at once, where these are few.
+
+    Args:
+        who: Whose.
+        head: Its.
+        readings: They keep them.
+        also: Further nodes of each.
+    """
+    missing = [
+        (reading, node)
+        for reading in readings
+        if len(reading.last_nodes) <= FEW_NODES
+        for node in sorted({*also, *reading.last_nodes} - reading.kept_logits[who].keys())
+    ]
+    if not missing:
+        return
+    states = torch.stack([reading.states_of(who)[node] for reading, node in missing])
+    for (reading, node), logits in zip(missing, logits_of(head, states), strict=True):
+        reading.kept_logits[who][node] = logits
+
+
+def logits_of(head: Unembedding, states: Tensor) -> Tensor:
+    """Logits of states, in float32 on the CPU."""
+    with torch.no_grad():
+        return head.logits(states).float().cpu()

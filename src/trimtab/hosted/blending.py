@@ -21,6 +21,7 @@ from trimtab.steering.evidence import (
     text_ids,
 )
 from trimtab.steering.truncated import EXPECTED, Shown, truncated
+from trimtab.steering.unseen import rank_prior
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Blender:
         self._tokens = tokens
         self._by_ids = by_ids
         self._weights = mixture.prior
+        self._prior = None if tokens is None else rank_prior(tokens.vocabulary)
 
     @property
     def live(self) -> Live:
@@ -152,14 +154,14 @@ class Blender:
         if self._tokens is not None:
             live, texts = self._live, self._tokens.vocabulary.token_bytes
             row = shown_ids(top, [self._tokens.id_of(token) for token in top])
-            wanted = live.expected(reading, question, EXPECTED)
+            wanted, prior = live.expected(reading, question, EXPECTED), self._prior
         else:
             expected = expected_texts(self._live, reading, question, EXPECTED)
             told = ToldTokens.of(top, expected)
             live, texts = self._live.onto(told), told.vocabulary.token_bytes
             row = shown_ids(top, told.ids_of(top))
-            wanted = torch.arange(len(texts))
-        shown = Shown.of([row], wanted)
+            wanted, prior = torch.arange(len(texts)), None
+        shown = Shown.of([row], wanted, prior)
         found = truncated(steering, live, reading, question, shown)
         options = tuple(self._option(texts[i], i) for i in shown.token_ids.tolist())
         return torch.stack([found[name][0] for name in self._mixture.members]), options

@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trimtab.backends.live import Live, PairProbs
-from trimtab.backends.reading import LiveReading
+from trimtab.backends.live import Live
+from trimtab.backends.reading import LiveReading, PairProbs
 from trimtab.blend import PROXY, BlendWeights, log_linear, mix
 from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import last_bytes

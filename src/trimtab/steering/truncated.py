@@ -1,18 +1,22 @@
 """A host that shows its likeliest tokens only: their distribution made whole, and steered."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trimtab.backends.live import Live, PairProbs
-from trimtab.backends.reading import LiveReading
+from trimtab.backends.live import Live
+from trimtab.backends.reading import LiveReading, PairProbs
 from trimtab.steering.field import LEAST_LOGPROB
 from trimtab.steering.predictors import Steering, live_blends, of_text
 
 EXPECTED = 256
 """Likeliest tokens of the expert that are candidates though the host has not shown them."""
+
+
+DEALS = 16
+"""Rounds of dealing out at most; what is too much for a token after them is the tail's."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,31 @@ class Shown:
     Attributes:
         token_ids: Candidates of all contexts, ascending, shape [candidates].
         logprobs: The host's, shape [contexts, candidates]; NaN where it has shown none.
+        prior: How likely candidates are beforehand, shape [candidates].
+        told_apart: As for `Live.score`.
     """
 
     token_ids: Tensor
     logprobs: Tensor
+    prior: Tensor
+    told_apart: Sequence[int] = ()
 
     @staticmethod
-    def of(rows: list[Mapping[int, float]], wanted: Tensor) -> "Shown":
-        """Gather what was shown by token id, one mapping a context, and candidates beside it."""
+    def of(
+        rows: Sequence[Mapping[int, float]],
+        wanted: Tensor,
+        prior: Tensor | None = None,
+        told_apart: Sequence[int] = (),
+    ) -> "Shown":
+        """Gather what was shown by token id, one mapping a context, and candidates beside it.
+
+        Args:
+            rows: Natural-log probabilities by token id.
+            wanted: Other candidates.
+            prior: How likely tokens are beforehand, shape [vocab] (default: every candidate as
+                likely as another, or all other tokens together).
+            told_apart: As for `Live.score`.
+        """
         shown = torch.tensor(sorted({i for row in rows for i in row}), dtype=torch.long)
         token_ids = torch.cat([shown, wanted]).unique()
         logprobs = torch.full((len(rows), len(token_ids)), torch.nan)
@@ -37,7 +58,8 @@ class Shown:
             ids = torch.tensor(list(row), dtype=torch.long)
             places = torch.searchsorted(token_ids, ids)
             logprobs[number, places] = torch.tensor(list(row.values()), dtype=torch.float32)
-        return Shown(token_ids, logprobs)
+        alike = torch.full((len(token_ids),), 1.0 / (len(token_ids) + 1))
+        return Shown(token_ids, logprobs, alike if prior is None else prior[token_ids], told_apart)
 
 
 def made_whole(logprobs: Tensor, stand_in: Tensor) -> Tensor:
@@ -64,12 +86,38 @@ def made_whole(logprobs: Tensor, stand_in: Tensor) -> Tensor:
     probs = torch.where(shown, logprobs.exp(), 0.0).double()
     probs = probs / probs.sum(-1, keepdim=True).clamp_min(1.0)
     left = (1.0 - probs.sum(-1, keepdim=True)).clamp_min(0.0)
-    others = (1.0 - torch.where(shown, stand_in.double(), 0.0).sum(-1, keepdim=True)).clamp_min(0)
-    dealt = left * stand_in.double() / others.clamp_min(1e-12)
     least = torch.where(shown, probs, torch.inf).amin(-1, keepdim=True)
-    probs = torch.where(shown, probs, dealt.minimum(least))
+    weights = torch.where(shown, 0.0, stand_in.double())
+    tail = (1.0 - stand_in.double().sum(-1, keepdim=True)).clamp_min(1e-12)
+    probs = torch.where(shown, probs, _dealt(left, weights, tail, least))
     tail = (1.0 - probs.sum(-1, keepdim=True)).clamp_min(0.0)
     return torch.cat([probs, tail], -1).log().clamp_min(LEAST_LOGPROB).float()
+
+
+def _dealt(left: Tensor, weights: Tensor, tail: Tensor, most: Tensor) -> Tensor:
+    """Deal out what is left in proportion to weights, but to nothing more than the most.
+
+    What goes beyond that is dealt out again among those that have less.
+
+    Args:
+        left: Shape [contexts, 1].
+        weights: 0 for what gets nothing, shape [contexts, candidates].
+        tail: Weight of all other tokens, which may get any amount, shape [contexts, 1].
+        most: Shape [contexts, 1].
+
+    Returns:
+        Shape [contexts, candidates].
+    """
+    is_full, dealt = torch.zeros_like(weights, dtype=torch.bool), torch.zeros_like(weights)
+    for _ in range(DEALS):
+        rest = (left - most.nan_to_num(posinf=0.0) * is_full.sum(-1, keepdim=True)).clamp_min(0.0)
+        total = weights.masked_fill(is_full, 0.0).sum(-1, keepdim=True) + tail
+        dealt = torch.where(is_full, most, rest * weights / total)
+        beyond = ~is_full & (dealt > most)
+        if not beyond.any():
+            break
+        is_full |= beyond
+    return dealt.minimum(most)
 
 
 def truncated(
@@ -93,9 +141,9 @@ def truncated(
         [contexts, candidates + 1].
     """
     known = live.alignment.is_known[shown.token_ids]
-    first = made_whole(shown.logprobs, _alike(shown.logprobs))
+    first = made_whole(shown.logprobs, shown.prior.expand_as(shown.logprobs))
     host_probs = of_text(first, known)[:, :-1].exp()
-    pair = live.score(reading, questions, host_probs, shown.token_ids[known])
+    pair = live.score(reading, questions, host_probs, shown.token_ids[known], shown.told_apart)
     pair = PairProbs(pair.expert.float(), pair.reference.float())
     special = shown.logprobs[:, ~known].exp().nan_to_num(0.0)
     stand_in = torch.zeros_like(shown.logprobs)
@@ -103,8 +151,3 @@ def truncated(
     stand_in[:, ~known] = special
     host = made_whole(shown.logprobs, stand_in)
     return {"host": host} | live_blends(steering, host, known, pair)
-
-
-def _alike(logprobs: Tensor) -> Tensor:
-    """A stand-in that knows nothing: every candidate is as likely as another, or the tail."""
-    return torch.full_like(logprobs, 1.0 / (logprobs.shape[1] + 1))
