@@ -54,8 +54,8 @@ def main() -> None:
         "+".join(carriers): mixture_of(host, mounted, carriers, 1.0, live) for carriers in CARRIERS
     }
     texts = {
-        "zig": zig_documents(given.zig, given.leave_out, given.documents),
-        "python": python_documents(given.documents // 2),
+        "zig": zig_documents(given.zig, given.leave_out)[: given.documents],
+        "python": python_documents()[: given.documents // 2],
     }
     nats: dict[str, dict[str, list[Tensor]]] = {
         name: {kind: [] for kind in texts} for name in mixtures
