@@ -11,7 +11,6 @@ and passages of Moby-Dick.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.demo import corpus
+from bench import held_out
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
@@ -37,7 +36,6 @@ from trimtab.steering.truncated import EXPECTED, Shown, truncated
 from trimtab.steering.unseen import Unseen
 from trimtab.store.files import package_versions, write_json
 from trimtab.store.manifest import read_manifest
-from trimtab.text.duplicates import drop_near_duplicates
 from trimtab.types import Document
 
 TOPS = (20, 5)
@@ -49,12 +47,6 @@ CHUNK_PLACES = 16
 
 PLACES_AT_ONCE = 64
 """Whose full distributions the host computes together."""
-
-GENERAL_MODULES = (
-    *("mailbox", "gettext", "imaplib", "sched", "shlex", "plistlib", "netrc", "cmd"),
-    *("pdb", "queue", "zipfile", "uuid", "poplib", "locale", "wave", "cProfile"),
-)
-"""Modules of Python's library that neither the demo nor the probe text uses."""
 
 
 @dataclass
@@ -95,18 +87,12 @@ class Sums:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--small")
-    parser.add_argument("--zig", type=Path, required=True)
-    parser.add_argument("--leave-out", type=Path, nargs="*", default=[])
+    parser = held_out.arguments(__doc__)
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--skip-documents", type=int, default=0, help="of each kind")
     parser.add_argument("--kinds", nargs="*", default=["zig", "python", "prose"])
     parser.add_argument("--document-tokens", type=int, default=200)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     display, manifest = Display(), read_manifest(given.adapter)
     host = open_model(given.host, dtype=given.dtype, progress=display.progress)
@@ -117,9 +103,9 @@ def main() -> None:
     texts = {
         kind: documents[given.skip_documents :][: given.documents]
         for kind, documents in {
-            "zig": zig_documents(given.zig, given.leave_out),
-            "python": python_documents(),
-            "prose": prose_documents(),
+            "zig": held_out.zig_documents(given.zig, given.leave_out),
+            "python": held_out.python_documents(),
+            "prose": held_out.prose_documents(),
         }.items()
         if kind in given.kinds
     }
@@ -136,38 +122,6 @@ def main() -> None:
                 write_json(given.out, result(given, texts, found))
                 advance(1)
     print(given.out.read_text())
-
-
-def free_zig(folder: Path, left_out: Sequence[Path]) -> list[Document]:
-    """Whole files that nobody has trained on or tests on, unlike any of those, shuffled."""
-    used = {p.relative_to(f).as_posix(): p for f in left_out for p in f.rglob("*.zig")}
-    whole = corpus.choose(folder, corpus.Choice(test_files=10**6))["test"]
-    free = [Document(name, text) for name, text in whole.items() if name not in used]
-    against = [Document(name, path.read_text()) for name, path in used.items()]
-    return [*drop_near_duplicates(free, against).kept]
-
-
-def zig_documents(folder: Path, left_out: Sequence[Path]) -> list[Document]:
-    """Middles of the free files that are long enough."""
-    free = free_zig(folder, left_out)
-    pieces = [Document(one.name, corpus.middle(one.text, 3_000)) for one in free]
-    return [piece for piece in pieces if len(piece.text) > 1_000]
-
-
-def python_documents() -> list[Document]:
-    """Middles of modules of Python's library."""
-    found = []
-    for name in GENERAL_MODULES:
-        spec = importlib.util.find_spec(name)
-        assert spec and spec.origin
-        text = Path(spec.origin).read_text(encoding="utf-8")
-        found.append(Document(name, corpus.middle(text, 3_000)))
-    return found
-
-
-def prose_documents() -> list[Document]:
-    """The demo's passages of Moby-Dick."""
-    return [Document(path.name, path.read_text()) for path in sorted(corpus.PROSE.glob("*.txt"))]
 
 
 def score(

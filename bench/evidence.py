@@ -9,14 +9,12 @@ mixture that all of them weigh. Text: middles of Zig files that lie in none of t
 out (the demo's training and test files), and of modules of Python's library.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.endpoint import python_documents, zig_documents
+from bench import held_out
 from trimtab import MountConfig
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
@@ -35,15 +33,9 @@ COUNTS = (256, 192, 128, 96, 64, 32, 16, 0)
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--small")
-    parser.add_argument("--zig", type=Path, required=True)
-    parser.add_argument("--leave-out", type=Path, nargs="*", default=[])
+    parser = held_out.arguments(__doc__)
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--written-tokens", type=int, default=64)
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     display = Display()
     host = open_model(given.host, progress=display.progress)
@@ -54,8 +46,8 @@ def main() -> None:
         "+".join(carriers): mixture_of(host, mounted, carriers, 1.0, live) for carriers in CARRIERS
     }
     texts = {
-        "zig": zig_documents(given.zig, given.leave_out)[: given.documents],
-        "python": python_documents()[: given.documents // 2],
+        "zig": held_out.zig_documents(given.zig, given.leave_out)[: given.documents],
+        "python": held_out.python_documents()[: given.documents // 2],
     }
     nats: dict[str, dict[str, list[Tensor]]] = {
         name: {kind: [] for kind in texts} for name in mixtures

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from bench.endpoint import free_zig
+from bench import held_out
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
@@ -130,19 +130,13 @@ MEASURES: Mapping[str, Measure] = {"edit_similarity": similarity, "exact_match":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--small")
-    parser.add_argument("--zig", type=Path, required=True)
-    parser.add_argument("--leave-out", type=Path, nargs="*", default=[])
+    parser = held_out.arguments(__doc__)
     parser.add_argument("--files", type=int, default=50)
     parser.add_argument("--skip-files", type=int, default=0)
     parser.add_argument("--candidates", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     display, manifest = Display(), read_manifest(given.adapter)
-    free = free_zig(given.zig, given.leave_out)[given.skip_files :][: given.files]
+    free = held_out.free_zig(given.zig, given.leave_out)[given.skip_files :][: given.files]
     lines = [line for document in free for line in lines_of(document, LINES_A_FILE)]
     kept = read_json(given.candidates, "candidates") if given.candidates.is_file() else {}
     if len(kept) < len(lines):

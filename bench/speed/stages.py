@@ -28,7 +28,7 @@ from trimtab.errors import InputError
 from trimtab.mount import mount
 from trimtab.soft_targets import run_passages
 from trimtab.store.expert import HELD_OUT_NAME, TRAIN_NAME
-from trimtab.store.local import trimtab_home
+from trimtab.store.home import trimtab_home
 from trimtab.store.recording import Recording
 from trimtab.text.corpus import load_documents
 from trimtab.text.passages import cut_shards, tokenised

@@ -12,7 +12,7 @@ from bench.transfer.steps import STEPS
 from bench.transfer.suite import Run, prepare
 from trimtab.cli_errors import run_program
 from trimtab.progress import Display
-from trimtab.store.local import HOME_VARIABLE
+from trimtab.store.home import HOME_VARIABLE
 from trimtab.store.manifest import read_manifest
 
 FOLDER = Path("build/transfer")

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.translation.run import STEPS, Settings, run
 from trimtab.cli_errors import run_program
 from trimtab.progress import Display
-from trimtab.store.local import HOME_VARIABLE
+from trimtab.store.home import HOME_VARIABLE
 
 
 def main(words: Sequence[str] | None = None) -> None:
