@@ -21,7 +21,7 @@ from trimtab.steering.mounted import Mounted
 from trimtab.steering.proposals import first_tokens, followed, propose
 from trimtab.store.adapter import read_head
 from trimtab.store.files import write_json
-from trimtab.store.local import trimtab_home
+from trimtab.store.home import trimtab_home
 from trimtab.store.manifest import read_manifest
 
 HOST = "tiny:qwen3?hidden=32"

@@ -14,7 +14,7 @@ from trimtab.progress import Display
 from trimtab.report import Completion
 from trimtab.store.adapter_schema import MANIFEST_NAME
 from trimtab.store.files import sha256_file, write_json
-from trimtab.store.local import read_kept
+from trimtab.store.home import read_kept
 
 KEPT_NAME = "completions.json"
 TOKENS = 32

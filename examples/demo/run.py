@@ -36,7 +36,7 @@ from trimtab.report import (
     table,
     write_report,
 )
-from trimtab.store.local import HOME_VARIABLE
+from trimtab.store.home import HOME_VARIABLE
 from trimtab.store.manifest import read_manifest
 
 SMALL = "smollm2-135m-instruct"

@@ -234,22 +234,26 @@ class Live:
         found: dict[Who, Tensor] = {}
         for who in WHO:
             after = self._ask_on(who, parts, asked)
-            found[who] = torch.cat(
-                [
-                    carry_replies(
-                        self.alignment,
-                        by[who],
-                        deal_out(self.alignment, doubts, told, part.host_probs, candidates),
-                        part.host_probs,
-                        candidates,
-                    )
-                    for part, by, doubts, told in zip(parts, replies, asked, after, strict=True)
-                ]
-            )
-            if not self.is_one_vocabulary:
-                host_probs = torch.cat([part.host_probs for part in parts])
-                found[who] = torch.lerp(found[who], host_probs, DOUBT)
+            carried = [
+                self._carried(part, by[who], doubts, told, candidates)
+                for part, by, doubts, told in zip(parts, replies, asked, after, strict=True)
+            ]
+            found[who] = torch.cat(carried)
         return PairProbs(**found)
+
+    def _carried(
+        self,
+        part: Part,
+        replies: Sequence[Sequence[Reply]],
+        asked: Sequence[Asked],
+        after: Sequence[Tensor],
+        candidates: Candidates,
+    ) -> Tensor:
+        """What one model says of a part, over the candidates."""
+        over = (part.host_probs, candidates)
+        dealt = deal_out(self.alignment, asked, after, *over)
+        carried = carry_replies(self.alignment, replies, dealt, *over)
+        return carried if self.is_one_vocabulary else torch.lerp(carried, over[0], DOUBT)
 
     def expected(
         self, reading: LiveReading, questions: range, count: int = EXPECTED_TOKENS

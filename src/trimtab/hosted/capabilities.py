@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab.hosted.client import Address
 from trimtab.store.files import sha256_bytes, write_json
-from trimtab.store.local import read_kept, trimtab_home
+from trimtab.store.home import read_kept, trimtab_home
 
 Prefill = Literal["none", "plain", "flagged"]
 Bias = Literal["none", "accepted", "works"]

@@ -15,7 +15,7 @@ from trimtab.errors import InputError, MissingDependencyError, ModelError
 from trimtab.hosted.answers import Answers, BrokenAnswer
 from trimtab.hosted.ledger import Ledger
 from trimtab.store.files import sha256_bytes, write_json
-from trimtab.store.local import read_kept, trimtab_home
+from trimtab.store.home import read_kept, trimtab_home
 
 try:
     import httpx2

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import final
 
@@ -122,21 +121,27 @@ class Row:
         if self.tracer and other.tracer:
             self.tracer.hear_as(other.tracer)
 
-    def asks(self, chat: ChatPrompt | None) -> "Question":
-        """What an adapter is to be asked about the next token.
+    def context(self, chat: ChatPrompt | None) -> bytes:
+        """The text before the next token; of a chat the message and the answer.
 
         Args:
-            chat: How its small model reads the prompt, where it is a chat.
+            chat: How an adapter's small model reads the prompt, where it is a chat.
         """
-        start = self.prompt_tokens if chat else 0
-        answer = text_before(self.pieces[start:])
         said = text_before(self.pieces[chat.message.start : chat.message.stop]) if chat else b""
+        return said + text_before(self.pieces[self._answer_start(chat) :])
+
+    def small_text(self, chat: ChatPrompt | None) -> RowText:
+        """What an adapter's small models are to read before the next token; as for `context`."""
+        start = self._answer_start(chat)
+        answer = readable(text_before(self.pieces[start:]))
         pairs = zip(self.token_ids[start:], self.pieces[start:], strict=True)
         ids = [token_id for token_id, piece in pairs if piece]
         # Where a prompt ends says nothing about how the host would read what follows it.
         last = self.token_ids[-1] if self.new_tokens and self.pieces[-1] else None
-        small = chat.small_ids if chat else None
-        return Question(said + answer, RowText(self.number, readable(answer), ids, last, small))
+        return RowText(self.number, answer, ids, last, chat.small_ids if chat else None)
+
+    def _answer_start(self, chat: ChatPrompt | None) -> int:
+        return self.prompt_tokens if chat else 0
 
     def forget(self) -> None:
         """Let go of what small models keep of this answer."""
@@ -145,19 +150,6 @@ class Row:
         for mixture in self.job.steered.several.mixtures:
             if mixture.steering.live:
                 mixture.steering.live.forget(self.number)
-
-
-@dataclass(frozen=True)
-class Question:
-    """What an adapter is asked.
-
-    Attributes:
-        context: The text before a next token.
-        text: What the expert is to read of it, where there is one.
-    """
-
-    context: bytes
-    text: RowText
 
 
 def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:
@@ -172,11 +164,10 @@ def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:
     assert first is not None
     asked = []
     for place, mixture in enumerate(first.several.mixtures):
-        each = [row.asks(chat) for row, chat in _chats(rows, place)]
-        live = mixture.steering.live
-        readings = live.read_rows([question.text for question in each]) if live else ()
+        chats, live = list(_chats(rows, place)), mixture.steering.live
+        readings = live.read_rows([row.small_text(chat) for row, chat in chats]) if live else ()
         questions = tuple((reading, range(1)) for reading in readings)
-        contexts = tuple(question.context for question in each)
+        contexts = tuple(row.context(chat) for row, chat in chats)
         asked.append(Rows(logits.float(), hidden, contexts, questions, strangers=True))
     weights = [row.weights for row in rows if row.weights is not None]
     trust = torch.stack(weights, 1)

@@ -1,5 +1,6 @@
 """Tokens that a host has not shown: how likely they are beforehand, and which of them matter."""
 
+from functools import cached_property
 from typing import final
 
 import torch
@@ -87,6 +88,7 @@ class Unseen:
         found = (probs[:, first] * share).topk(min(count, len(share)), -1).indices
         return torch.cat([found.flatten(), expected]).unique()
 
-    @property
+    @cached_property
     def _first(self) -> Tensor:
+        """The small token that begins each host token; -1 if none."""
         return self.live.alignment.first_small(torch.arange(len(self.prior)))

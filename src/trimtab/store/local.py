@@ -7,9 +7,7 @@ from pathlib import Path
 from trimtab.errors import AdapterError
 from trimtab.store.adapter_schema import FORMAT, MANIFEST_NAME, AdapterManifest
 from trimtab.store.files import read_json
-from trimtab.store.home import HOME_VARIABLE as HOME_VARIABLE
-from trimtab.store.home import read_kept as read_kept
-from trimtab.store.home import trimtab_home as trimtab_home
+from trimtab.store.home import trimtab_home
 from trimtab.store.manifest import read_manifest
 
 SEARCH_DEPTH = 4
