@@ -48,6 +48,10 @@ test-vllm: $(VLLM_VENV)/ready-vllm
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -p no:logging \
 		tests/test_vllm.py tests/test_vllm_parts.py
 
+# Where there is a GPU and torch was built for it: the main job there, against the processor's.
+test-cuda: $(VENV)/ready-test
+	TRIMTAB_TEST_CUDA=1 $(BIN)/python -m pytest tests/test_cuda.py
+
 test-browser: $(VENV)/ready-browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_playground.py
 

@@ -1,14 +1,15 @@
 """The speed bench: every row runs and is kept, and its parts do what they say they measure."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from saving import saved
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.speed import results, run, text
+from bench.speed import results, run, shapes, text
 from bench.speed.decoding import Tally, ratio
 from bench.speed.lockstep import ProxyModels, proxy_tuned
 from bench.speed.material import grown
@@ -49,6 +50,21 @@ HERE = {
     "peak_bytes_per_sec": 1e9,
     "peak_flops_per_sec": 1e10,
 }
+
+
+def test_sizes_alone_can_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    tokenizer = saved(TINY, tmp_path / "tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 600}
+    wide = sizes | {"hidden_size": 48, "tie_word_embeddings": False}
+    monkeypatch.setattr(shapes, "SHAPES", {"qwen2.5-0.5b": sizes, "qwen2.5-7b": wide})
+    pair = replace(PAIRS["7b"], tokenizer=tokenizer)
+    found: dict[str, Outcome] = {}
+    asked = Asked(("head", "live-plain", "lockstep-proxy"), pair, LEAST, tmp_path, Display())
+    measure(asked, found.update, quick=True)
+    assert set(found) == set(asked.rows)
+    assert all(outcome.figure.low > 0 for outcome in found.values())
 
 
 def test_every_row_runs_is_kept_and_shown(tmp_path: Path, monkeypatch) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from bench.speed.results import Outcome, check_machine, keep, machine
 from bench.speed.roofline import Peaks
-from bench.speed.rows import DEMO_ROW, PAIRS, QUICK, ROWS, Settings
+from bench.speed.rows import DEMO_ROW, DRAFTING, PAIRS, QUICK, ROWS, Settings
 from bench.speed.run import Asked, measure
 from bench.speed.table import RESULTS, details_path, table
 from bench.transfer.domains import TEXTS
@@ -34,6 +34,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.speed", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} [all]")
     parser.add_argument("--pair", choices=PAIRS, default="qwen", help="models [qwen]")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a tokenizer, for pairs of random weights"
+    )
     parser.add_argument("--repetitions", type=int, help=f"[{Settings().repetitions}]")
     parser.add_argument("--threads", type=int, help="of torch and faiss [all cores]")
     parser.add_argument("--quick", action="store_true", help="few tokens, to see that all rows run")
@@ -64,7 +67,8 @@ def _run(given: argparse.Namespace) -> None:
     settings = QUICK if given.quick else Settings()
     if given.repetitions:
         settings = replace(settings, repetitions=given.repetitions)
-    asked = Asked(rows, PAIRS[given.pair], settings, given.folder, Display())
+    pair = replace(PAIRS[given.pair], tokenizer=given.tokenizer)
+    asked = Asked(rows, pair, settings, given.folder, Display())
 
     _say_downloads(asked)
 
@@ -106,6 +110,8 @@ def _rows(given: argparse.Namespace) -> list[str]:
         )
     asked = [name for name in ROWS if name in (given.rows or ROWS)]
     pair = PAIRS[given.pair]
+    if pair.is_random:
+        return _rows_of_sizes(given, asked)
     if pair.is_one_vocabulary:
         return asked
     if given.rows and "lockstep-proxy" in given.rows:
@@ -114,6 +120,21 @@ def _rows(given: argparse.Namespace) -> list[str]:
             hint=f"leave it out; the demo's pair has the row {DEMO_ROW}",
         )
     return [name for name in asked if name != "lockstep-proxy"]
+
+
+def _rows_of_sizes(given: argparse.Namespace, asked: list[str]) -> list[str]:
+    if not given.tokenizer or not given.tokenizer.is_dir():
+        raise InputError(
+            f"the models of the pair {given.pair} have random weights, and no tokenizer",
+            hint="name a folder with Qwen2.5's tokenizer.json: --tokenizer FOLDER",
+        )
+    foretold = [name for name in DRAFTING if name in (given.rows or ())]
+    if foretold:
+        raise InputError(
+            f"random weights say nothing of {', '.join(foretold)}: how well a model drafts decides",
+            hint="leave them out, or choose a pair of real models",
+        )
+    return [name for name in asked if name not in DRAFTING]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import trimtab
 from bench.speed.rows import Pair, Settings
+from bench.speed.shapes import SCHEME, random_folder
 from bench.speed.text import chosen, endless
 from bench.transfer.pairs import model_ref
 from examples.demo import corpus
@@ -60,12 +61,20 @@ class Material:
     @cached_property
     def small_ref(self) -> str:
         """What `open_model` takes for the small model."""
-        return model_ref(self.pair.small)
+        return self._ref(self.pair.small, "small")
 
     @cached_property
     def host_ref(self) -> str:
         """What `open_model` takes for the host."""
         return model_ref(self.pair.host)
+
+    def _ref(self, name: str, kind: str) -> str:
+        pair = self.pair
+        if not pair.is_random:
+            return model_ref(name)
+        assert pair.tokenizer is not None
+        shape = name.removeprefix(SCHEME)
+        return str(random_folder(shape, pair.tokenizer, self.folder / kind))
 
     @cached_property
     def train_text(self) -> Path:

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from bench.speed.lockstep import ProxyModels
 from bench.speed.material import Material
+from bench.speed.shapes import SCHEME, random_host
 from trimtab import MountConfig
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
-from trimtab.backends.open import open_model
+from trimtab.backends.open import one_device, open_model
 from trimtab.backends.pair import Pair, open_pair
 from trimtab.mount import mount
 from trimtab.steering.mounted import Mounted
@@ -41,12 +42,16 @@ class Models:
     @cached_property
     def host(self) -> HFModel:
         """The bare host."""
+        pair = self.material.pair
+        if pair.is_random:
+            assert pair.tokenizer is not None
+            return random_host(pair.host.removeprefix(SCHEME), pair.tokenizer)
         return open_model(self.material.host_ref, progress=self._progress)
 
     @cached_property
     def small(self) -> HFModel:
         """The small model before tuning, without anything in it."""
-        return open_model(self.material.small_ref, progress=self._progress)
+        return open_model(self.material.small_ref, device_map=one_device(), progress=self._progress)
 
     @cached_property
     def pair(self) -> Pair:
@@ -61,7 +66,8 @@ class Models:
     @cached_property
     def proxy(self) -> ProxyModels:
         """Three models of their own."""
-        base = open_model(self.material.small_ref, progress=self._progress).model
+        place = one_device()
+        base = open_model(self.material.small_ref, device_map=place, progress=self._progress).model
         with _without_warnings():
             tuned = PeftModel.from_pretrained(base, str(self.material.expert / "lora"))
             merged: Any = tuned.merge_and_unload()

@@ -56,7 +56,7 @@ class Outcome:
 def machine(peaks: Peaks, dtype: str) -> dict[str, Any]:
     """What the figures were measured on."""
     return {
-        "processor": processor(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": dtype,

@@ -1,7 +1,10 @@
 """The rows of the speed bench: what each is, its unit, its goal, and the pairs of models."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from bench.speed.shapes import SCHEME
 
 Unit = Literal["time ratio", "throughput ratio", "sec"]
 
@@ -84,6 +87,7 @@ class Pair:
         host: The host.
         is_one_vocabulary: Both have the same tokens, which lock-step proxy tuning needs.
         text: What the expert learns and the host continues.
+        tokenizer: Folder of the tokenizer that models with random weights get.
     """
 
     name: str
@@ -91,6 +95,12 @@ class Pair:
     host: str
     is_one_vocabulary: bool
     text: Text = "zig"
+    tokenizer: Path | None = None
+
+    @property
+    def is_random(self) -> bool:
+        """The models have published sizes and random weights."""
+        return self.host.startswith(SCHEME)
 
 
 _QWEN, _TINY = "qwen2.5-coder", "tiny:llama?vocab=bpe"
@@ -99,10 +109,18 @@ PAIRS = {
     for pair in (
         Pair("qwen", f"{_QWEN}-0.5b-instruct", f"{_QWEN}-1.5b-instruct", True),
         Pair("demo", "smollm2-135m-instruct", "gemma-3-270m", False),
+        *(
+            Pair(name, f"{SCHEME}qwen2.5-0.5b", f"{SCHEME}qwen2.5-{name}", True, "python")
+            for name in ("7b", "32b")
+        ),
         Pair("tiny", _TINY, f"{_TINY}&hidden=96&layers=3&seed=5", True, "python"),
     )
 }
-"""The pairs by name; `tiny` has random weights and says nothing but that the bench runs."""
+"""The pairs by name; `7b` and `32b` are sizes alone, and `tiny` says nothing but that the bench
+runs."""
+
+DRAFTING = ("live-speculative", DEMO_ROW, "assisted")
+"""Rows whose speed depends on how well one model foretells another."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
+from trimtab.backends.open import one_device, open_model
 from trimtab.comparing.bench import Bench, model_key
 from trimtab.comparing.budget import Budget, seconds_of
 from trimtab.comparing.figures import (
@@ -143,7 +143,7 @@ def _check_out(out: Path) -> None:
 
 
 def _bench(config: CompareConfig, split: Split, budget: Budget, progress: Progress) -> Bench:
-    small = open_model(config.small, dtype=config.dtype, progress=progress)
+    small = open_model(config.small, dtype=config.dtype, device_map=one_device(), progress=progress)
     small_shape, small_key = shape_of(small), model_key(small)
     # Both at once would take memory that the comparison itself does not need.
     del small

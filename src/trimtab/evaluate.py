@@ -97,7 +97,13 @@ def evaluate(
         _check_harness()
     texts = _texts(config) if config.data else {}
     cache = host is None or is_named
-    host = host or open_model(config.host, dtype=config.dtype, engines=True, progress=progress)
+    host = host or open_model(
+        config.host,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        engines=True,
+        progress=progress,
+    )
     texts = _cut_texts(texts, config, host)
     settings = MountConfig(
         adapter=config.adapter,

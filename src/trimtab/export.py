@@ -87,7 +87,7 @@ def export(
     _check_out(config.out)
     manifest = read_manifest(config.adapter, read_again=True)
     _check_head(manifest)
-    host = host or open_model(config.host, dtype=config.dtype, progress=progress)
+    host = host or open_model(config.host, dtype=config.dtype, device_map="cpu", progress=progress)
     check_in_torch(host, "trimtab export")
     check_host(host, config.to)
     mounted = mount(

@@ -225,7 +225,7 @@ def _portable(host: HFModel) -> str:
 
 def _open_base(recording: Recording) -> HFModel:
     expected = recording.manifest.base
-    base = open_model(expected.ref, dtype="float32")
+    base = open_model(expected.ref, dtype="float32", device_map="cpu")
     if base.fingerprint.vocabulary_sha256 != expected.vocabulary_sha256 or (
         base.fingerprint.unembedding_sha256 != expected.unembedding_sha256
     ):

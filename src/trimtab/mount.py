@@ -49,7 +49,13 @@ def mount(
             short for keys of the host's own.
         ModelError: The host cannot be opened.
     """
-    host = host or open_model(config.host, dtype=config.dtype, engines=True, progress=progress)
+    host = host or open_model(
+        config.host,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        engines=True,
+        progress=progress,
+    )
     return _mount(
         config,
         host,

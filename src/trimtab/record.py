@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trimtab.backends.chat import Rendered, chat_renderer
 from trimtab.backends.pair import Pair, open_pair
 from trimtab.config import RecordConfig
@@ -183,8 +181,7 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
 
 
 def _open(config: RecordConfig, progress: Progress) -> Pair:
-    device_map = "cuda" if torch.cuda.is_available() else None
-    pair = open_pair(config.expert, dtype=config.dtype, device_map=device_map, progress=progress)
+    pair = open_pair(config.expert, dtype=config.dtype, progress=progress)
     longest = pair.reference.max_tokens
     needed = config.window_tokens + len(pair.reference.context_ids())
     if longest is not None and needed > longest:

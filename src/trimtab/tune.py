@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.backends.hf import HFModel, quiet_transformers
-from trimtab.backends.open import open_model, resolve_dtype
+from trimtab.backends.open import one_device, open_model, resolve_dtype
 from trimtab.config import TuneConfig
 from trimtab.errors import InputError, ModelError
 from trimtab.losses import Loss, entropy_adaptive_nats, masked_cross_entropy_nats
@@ -207,8 +207,8 @@ def _gathered(run: UnfinishedRun, model: HFModel) -> Documents:
 def _open(config: TuneConfig, progress: Progress) -> HFModel:
     # Float32 whatever the arithmetic: mixed precision over float32 weights is both the fastest
     # on a processor with bfloat16 and exact in the residual stream.
-    device_map = "cuda" if torch.cuda.is_available() else None
-    model = open_model(config.model, dtype="float32", device_map=device_map, progress=progress)
+    place = one_device()
+    model = open_model(config.model, dtype="float32", device_map=place, progress=progress)
     if model.is_encoder_decoder:
         raise ModelError(
             f"{config.model} reads a source and writes a target; only causal models are tuned",
@@ -282,8 +282,7 @@ def _train(
 ) -> TrainingState:
     network: nn.Module = model.model
     vocab = len(model.unembedding.weight)
-    device_map = None if model.device.type == "cpu" else model.device.type
-    arithmetic = resolve_dtype(config.dtype, device_map)
+    arithmetic = resolve_dtype(config.dtype, model.device.type)
     learner = Learner(network, vocab=vocab, arithmetic=arithmetic, loss=_loss(config))
     limit = len(windows)
     if config.max_tokens is not None:

@@ -50,7 +50,8 @@ def open_model(
     Args:
         ref: What the user calls the model.
         dtype: Arithmetic; auto takes bfloat16 where the processor has it in hardware.
-        device_map: How accelerate spreads the model over devices; None keeps it on the CPU.
+        device_map: Where the model goes: cpu, cuda, cuda:1, or auto, which spreads it over all
+            accelerators; None as in `placed`.
         engines: Take a host that runs outside torch, whose weights cannot be changed or moved.
         progress: Shows downloads and the unpacking of a GGUF file.
 
@@ -58,7 +59,6 @@ def open_model(
         ModelError: The model cannot be found, reached, read or understood, or runs outside torch
             where its weights are needed.
     """
-    arithmetic = resolve_dtype(dtype, device_map)
     with quiet_transformers():
         if ref.startswith(LLAMACPP_SCHEME):
             _check_engine(ref, engines, device_map)
@@ -66,14 +66,18 @@ def open_model(
             from trimtab.backends.llamacpp.opening import open_llamacpp
 
             exact = dtype == "float32"
+            arithmetic = resolve_dtype(dtype, "cpu")
             return open_llamacpp(ref, arithmetic, in_float32=exact, progress=progress)
+        place = placed(device_map)
+        arithmetic = resolve_dtype(dtype, place)
         if ref.startswith(TINY_SCHEME):
             spec = parse_tiny(ref)
             model = tiny_model(spec, arithmetic)
+            model.to("cuda" if place == "auto" else place)  # type: ignore[arg-type]
             return replace(adopt_model(ref, model, tiny_tokenizer(spec)), source=ref)
         folder = _folder(ref, progress)
         source = _source(folder)
-        model = _load_model(ref, folder, arithmetic, device_map)
+        model = _load_model(ref, folder, arithmetic, place)
         opened = adopt_model(ref, model, load_tokenizer(ref, folder))
         return replace(opened, source=source)
 
@@ -149,16 +153,28 @@ def open_tokenizer(ref: str, progress: Progress = silent) -> PreTrainedTokenizer
     return load_tokenizer(ref, _folder(ref, progress))
 
 
+def placed(device_map: str | None) -> str:
+    """Where a host goes: where it is asked to, or all accelerators that are there, or the CPU."""
+    if device_map is not None:
+        return device_map
+    return "auto" if torch.cuda.is_available() else "cpu"
+
+
+def one_device() -> str:
+    """Where a small model goes, and one that is trained: the first accelerator, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def resolve_dtype(dtype: Dtype, device_map: str | None = None) -> torch.dtype:
     """Turn the configured arithmetic into torch's; auto asks the hardware.
 
     Args:
         dtype: The configured arithmetic.
-        device_map: Where the model will be; None is the CPU.
+        device_map: Where the model will be, as in `placed`.
     """
     if dtype != "auto":
         return torch.float32 if dtype == "float32" else torch.bfloat16
-    if device_map not in (None, "cpu") and torch.cuda.is_available():
+    if placed(device_map) != "cpu" and torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capabilities = torch.cpu.get_capabilities()
     has_bfloat16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
@@ -204,9 +220,7 @@ def _folder(ref: str, progress: Progress) -> Path:
     return download_model(ref, progress)
 
 
-def _load_model(
-    ref: str, folder: Path, dtype: torch.dtype, device_map: str | None
-) -> PreTrainedModel:
+def _load_model(ref: str, folder: Path, dtype: torch.dtype, place: str) -> PreTrainedModel:
     _check_files(ref, folder)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -216,7 +230,7 @@ def _load_model(
             folder,
             config=config,
             dtype=dtype,
-            device_map=device_map,
+            device_map=None if place == "cpu" else place,
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -230,7 +244,20 @@ def _load_model(
         raise ModelError(
             f"{ref} lacks {len(missing)} of its weights, for example {missing[0]}", hint=_HINT
         )
+    _check_place(ref, model)
     return model
+
+
+def _check_place(ref: str, model: PreTrainedModel) -> None:
+    """Refuse a model that waits outside the accelerators, where no carrier can read it."""
+    waiting = sum(parameter.is_meta for parameter in model.parameters())
+    if waiting:
+        raise ModelError(
+            f"{ref} does not fit the accelerators: {waiting} of its weights would be fetched anew"
+            " for every token",
+            hint="run it on the processor (--device-map cpu), or as a GGUF file in llama.cpp"
+            " (llamacpp:FILE.gguf)",
+        )
 
 
 def _source(folder: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel, ModelFingerprint
-from trimtab.backends.open import open_model
+from trimtab.backends.open import one_device, open_model
 from trimtab.carriers.expert import LoraSwitch, attach_lora
 from trimtab.config import Dtype
 from trimtab.errors import ModelError
@@ -123,7 +123,7 @@ def open_pair(
     Args:
         expert_folder: Folder with expert.json.
         dtype: Arithmetic of both.
-        device_map: How accelerate spreads them over devices.
+        device_map: Where both go; None is the first accelerator, or the CPU.
         progress: Shows the opening of the reference.
 
     Raises:
@@ -135,7 +135,7 @@ def open_pair(
     fingerprint = ModelFingerprint(
         manifest.base.vocabulary_sha256, manifest.base.unembedding_sha256
     )
-    options = {"dtype": dtype, "device_map": device_map, "progress": progress}
+    options = {"dtype": dtype, "device_map": device_map or one_device(), "progress": progress}
     if manifest.method == "lora":
         folder = expert_folder / "lora"
         return open_pair_from(manifest.base.ref, folder, fingerprint=fingerprint, **options)
@@ -159,7 +159,7 @@ def open_pair_from(
         lora_folder: PEFT folder of the LoRA.
         fingerprint: What the base must be.
         dtype: Arithmetic.
-        device_map: How accelerate spreads the model over devices.
+        device_map: Where it goes; None is the first accelerator, or the CPU.
         progress: Shows the opening.
 
     Raises:
@@ -167,7 +167,11 @@ def open_pair_from(
         AdapterError: The LoRA is broken or does not fit.
     """
     reference = open_checked(
-        base_ref, fingerprint=fingerprint, dtype=dtype, device_map=device_map, progress=progress
+        base_ref,
+        fingerprint=fingerprint,
+        dtype=dtype,
+        device_map=device_map or one_device(),
+        progress=progress,
     )
     return Pair(reference, attach_lora(reference.model, lora_folder))
 

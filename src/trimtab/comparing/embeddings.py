@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
+from trimtab.backends.open import one_device, open_model
 from trimtab.comparing.bench import Bench
 from trimtab.comparing.budget import NotRun
 from trimtab.comparing.measure import watched
@@ -42,7 +42,12 @@ def classify(bench: Bench) -> tuple[tuple[int, ...], Step, Use, int]:
     labels = [question.answer for question in examples]
     if min((labels.count(label) for label in set(labels)), default=0) < 2 or len(set(labels)) < 2:
         raise NotRun("it needs two training questions of each of two classes at least")
-    model = open_model(bench.config.small, dtype=bench.config.dtype, progress=bench.progress)
+    model = open_model(
+        bench.config.small,
+        dtype=bench.config.dtype,
+        device_map=one_device(),
+        progress=bench.progress,
+    )
     with watched() as watch:
         folds = min(5, *(labels.count(label) for label in set(labels)))
         # Each is said, since scikit-learn is about to change what it takes for none.

@@ -81,6 +81,9 @@ class EvaluateConfig(Config):
     pass over that text; better than keys that are read through the map."""
     domain: str | None = None
     """Name of the domain in the report (default: that of the first file or folder of --data)."""
+    device_map: str | None = None
+    """Where the host runs: cpu, cuda, cuda:1, or auto, which spreads it over all accelerators
+    (default: auto where there are any). A small model runs on the first."""
     dtype: Dtype = "auto"
     """Arithmetic of the models."""
     processes: int | None = Field(default=None, ge=1)

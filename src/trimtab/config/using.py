@@ -35,6 +35,9 @@ class MountConfig(Config):
     """Control: pair the anchors at random, which must not help."""
     cache: bool = True
     """Keep what is computed: for this adapter and host, and the host's pass over the probe text."""
+    device_map: str | None = None
+    """Where the host runs: cpu, cuda, cuda:1, or auto, which spreads it over all accelerators
+    (default: auto where there are any)."""
     dtype: Dtype = "auto"
     """Arithmetic of the host."""
     seed: int = 0
@@ -102,7 +105,8 @@ class _Generation(Config):
     chat: bool = False
     """Read each prompt as a user's message and apply the models' chat templates."""
     device_map: str | None = None
-    """How accelerate spreads the host over devices, for example auto."""
+    """Where the host runs: cpu, cuda, cuda:1, or auto, which spreads it over all accelerators
+    (default: auto where there are any). A small model runs on the first."""
     dtype: Dtype = "auto"
     """Arithmetic of the models."""
     seed: int = 0
@@ -161,7 +165,8 @@ class ServeConfig(Config):
     log_prompts: bool = False
     """Write prompts and answers into the log too."""
     device_map: str | None = None
-    """How accelerate spreads the host over devices, for example auto."""
+    """Where the host runs: cpu, cuda, cuda:1, or auto, which spreads it over all accelerators
+    (default: auto where there are any). A small model runs on the first."""
     dtype: Dtype = "auto"
     """Arithmetic of the models."""
 

@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from trimtab.backends.open import open_head, open_model
 from trimtab.config import ServeConfig
 from trimtab.serving.adapters import Adapters
@@ -29,12 +31,15 @@ def seated(settings: Settings, ref: str) -> Adapters:
     config, ref = settings.config, settings.config.host or ref
     given = config.model_dump(include={"adapter", "carriers", "host_keys", "dtype"})
     served = ServeConfig.model_validate({"host": ref, "name": _NAME, **given})
-    adapters = Adapters(served, open_head(ref, dtype=config.dtype))
+    head = open_head(ref, dtype=config.dtype)
+    adapters = Adapters(served, head)
     folders = settings.folders
     missing = [name for name, folder in folders.items() if not adapters.is_seated(name, folder)]
     if missing:
         _LOG.info("mounting %s on %s: a pass over the probe text", ", ".join(missing), ref)
-        whole = Adapters(served, open_model(ref, dtype=config.dtype))
+        # In the arithmetic that names the seats, but beside the device that vLLM takes.
+        arithmetic = "bfloat16" if head.model.dtype is torch.bfloat16 else "float32"
+        whole = Adapters(served, open_model(ref, dtype=arithmetic, device_map="cpu"))
         for name in missing:
             whole.load(name, folders[name])
         # Their seats are kept now, and the whole host is let go of.
