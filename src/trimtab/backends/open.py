@@ -70,12 +70,21 @@ def open_model(
         if ref.startswith(TINY_SCHEME):
             spec = parse_tiny(ref)
             model = tiny_model(spec, arithmetic)
+            if device_map is not None:
+                model.to(_one_device(device_map))  # pyright: ignore[reportArgumentType]
             return replace(adopt_model(ref, model, tiny_tokenizer(spec)), source=ref)
         folder = _folder(ref, progress)
         source = _source(folder)
         model = _load_model(ref, folder, arithmetic, device_map)
         opened = adopt_model(ref, model, load_tokenizer(ref, folder))
         return replace(opened, source=source)
+
+
+def _one_device(device_map: str) -> torch.device:
+    """Where a toy model goes, which fits on one device however large ones would be spread."""
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device_map)
 
 
 def _check_engine(ref: str, engines: bool, device_map: str | None) -> None:
