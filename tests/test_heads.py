@@ -205,3 +205,8 @@ def test_logits_by_blocks_are_those_of_one_product(is_chosen: bool, shape: tuple
     torch.testing.assert_close(followed, expected)
     (gradient,) = torch.autograd.grad(followed.sum(), hidden)
     assert gradient.abs().min() > 0
+
+
+def test_states_may_lie_elsewhere_than_the_head() -> None:
+    unembedding = Unembedding(torch.zeros(9, 4, device="meta"), scale=0.5)
+    assert unembedding.logits(torch.zeros(2, 3, 4)).device == unembedding.device

@@ -136,9 +136,14 @@ def test_arithmetic():
 def test_a_device_map_gives_the_same_logits(folder):
     ids = torch.tensor([[1, 2, 3]])
     plain = open_model(str(folder), dtype="float32").logits(ids)
-    assert torch.equal(
-        open_model(str(folder), dtype="float32", device_map="cpu").logits(ids), plain
-    )
+    for ref in (str(folder), "tiny:llama?layers=1"):
+        placed = open_model(ref, dtype="float32", device_map="cpu")
+        assert torch.equal(placed.logits(ids), plain)
+
+
+def test_a_toy_model_goes_where_it_is_to() -> None:
+    with pytest.raises(ModelError, match="was offloaded to disk"):
+        open_model("tiny:llama?layers=1", device_map="meta")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,15 @@ def test_the_expert_is_what_peft_makes_of_it(
     torch.testing.assert_close(logits, beside)
 
 
+def test_a_lora_goes_to_where_its_base_is(
+    base: HFModel, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What PEFT finds on a machine with a GPU.
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
+    pair = opened(lora, base)
+    assert {weight.device.type for weight in pair.reference.model.parameters()} == {"cpu"}
+
+
 def test_another_base_is_refused(base: HFModel, lora: Path) -> None:
     with pytest.raises(ModelError, match="the unembedding of tiny:qwen3"):
         opened(lora, base, ref="tiny:qwen3?seed=5")

@@ -147,7 +147,8 @@ class Evaluator:
             for row, head, hidden in zip(SMALL_ROWS, heads, states, strict=True):
                 with torch.inference_mode():
                     logprobs = head.logits(hidden).float().log_softmax(-1)
-                nats[row] -= float(logprobs.gather(1, targets[:, None]).sum())
+                chosen = targets[:, None].to(logprobs.device)
+                nats[row] -= float(logprobs.gather(1, chosen).sum())
         pieces = model.vocabulary.token_bytes
         size = sum(len(pieces[i] or b"") for i in ids[begin:])
         size -= int(begin == 0 and model.vocabulary.prefix_space)

@@ -99,7 +99,7 @@ def generate(
         _ready(config, host, carriers, progress) as model,
         progress("generating (tokens)", limit) as advance,
         quiet_transformers(),
-        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        torch.random.fork_rng(devices=_used_gpus()),
     ):
         start_sec = time.monotonic()
         follower = _Follower(host, config, on_text, advance)
@@ -110,6 +110,11 @@ def generate(
             stopping_criteria=[follower],
         )  # pyright: ignore[reportCallIssue]
     return follower.result(time.monotonic() - start_sec)
+
+
+def _used_gpus() -> range:
+    # Those that nothing has used yet have no state, and asking for it would start each of them.
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
 def _generate_hosted(

@@ -52,12 +52,12 @@ def process_count(pieces: int, asked: int | None) -> int:
     Args:
         pieces: How many pieces there are.
         asked: What the user wishes; by default as many as torch has threads, if there are as many
-            pieces and memory for all, or else one with all the threads. An accelerator is not
-            shared, and only Linux copies a process safely.
+            pieces and memory for all, or else one with all the threads. An accelerator that
+            is in use is not shared, and only Linux copies a process safely.
     """
     if (
         not sys.platform.startswith("linux")
-        or torch.cuda.is_available()
+        or torch.cuda.is_initialized()
         or current_process().daemon
     ):
         return 1

@@ -53,13 +53,14 @@ class Unembedding:
         """Compute the model's logits, of all tokens or of some.
 
         Args:
-            hidden: Final hidden states, shape [..., hidden].
+            hidden: Final hidden states, shape [..., hidden], on any device.
             token_ids: Token rows to compute, shape [chosen]; None computes all.
 
         Returns:
-            Logits in the weight's dtype, shape [..., vocab] or [..., chosen].
+            Logits in the weight's dtype and on its device, shape [..., vocab] or [..., chosen].
         """
-        hidden = hidden.to(self.weight.dtype)
+        # A host that is spread over devices may have its head elsewhere than its last layer.
+        hidden = hidden.to(self.weight.device, self.weight.dtype)
         chosen = slice(None) if token_ids is None else token_ids
         tokens = len(self.weight) if token_ids is None else len(token_ids)
         states = hidden.reshape(-1, hidden.shape[-1])

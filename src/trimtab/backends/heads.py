@@ -152,6 +152,7 @@ def check_unembedding(
 def _compare(ours: Tensor, own: Tensor, ref: str) -> None:
     same_shape = ours.shape == own.shape
     tolerance = 8 * torch.finfo(ours.dtype).eps * max(float(own.abs().max()), 1e-6)
+    own = own.to(ours.device)
     worst = float((ours.float() - own.float()).abs().max()) if same_shape else float("inf")
     if not worst <= tolerance:
         raise ModelError(

@@ -30,6 +30,9 @@ from trimtab.types import Progress, silent
 LLAMACPP_SCHEME = "llamacpp:"
 """What the name of a host begins with that runs in llama.cpp; its GGUF file follows."""
 
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways in which accelerate spreads a model over several devices."""
+
 _HINT = "give a hub name, a local folder, a GGUF file, or tiny:llama"
 
 
@@ -73,7 +76,9 @@ def open_model(
         if ref.startswith(TINY_SCHEME):
             spec = parse_tiny(ref)
             model = tiny_model(spec, arithmetic)
-            model.to("cuda" if place == "auto" else place)  # type: ignore[arg-type]
+            # A toy fits on one device, however large models would be spread.
+            one = one_device() if place in _SPREAD else place
+            model.to(one)  # pyright: ignore[reportArgumentType]
             return replace(adopt_model(ref, model, tiny_tokenizer(spec)), source=ref)
         folder = _folder(ref, progress)
         source = _source(folder)

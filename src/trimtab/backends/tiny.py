@@ -121,7 +121,8 @@ def tiny_model(spec: TinySpec, dtype: torch.dtype) -> PreTrainedModel:
     config = _CONFIGS[spec.family](spec, _common_settings(spec))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
+        # Of the CPU alone, where all is drawn: torch's own function seeds every GPU too.
+        torch.default_generator.manual_seed(spec.seed)
         model = auto.from_config(config, dtype=torch.float32)
         if spec.tied == 0:
             _untie(model)

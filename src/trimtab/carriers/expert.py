@@ -166,7 +166,11 @@ def attach_lora(model: PreTrainedModel, folder: Path) -> LoraSwitch:
     try:
         # PEFT warns of missing weights, which the comparison below turns into an error.
         with warnings.catch_warnings(action="ignore"):
-            wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+            # By itself it would read them onto a GPU wherever there is one, whatever the model's
+            # own place, to which they are copied from here.
+            wrapped = PeftModel.from_pretrained(
+                model, str(folder), config=config, torch_device="cpu"
+            )
     except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise AdapterError(
             f"the LoRA in {folder} does not fit the model: {error}",

@@ -60,7 +60,8 @@ def score_answers(
     is_greedy = [True for _ in answers]
     alone = torch.zeros(len(mixture.members), len(answers), dtype=torch.double)
     for place, said in _said(host, mixture, context_ids, places, states):
-        steered = said.mixed(weights)[0]
+        # Once: each place is asked for several numbers, and what predictors give is on the CPU too.
+        steered = said.mixed(weights)[0].cpu()
         likeliest = int(steered.argmax())
         for number in place.answers:
             token_id = answers[number][len(place.before)]

@@ -115,13 +115,15 @@ def predicted(steering: Steering, rows: Rows) -> Predicted:
         steering: What may steer.
         rows: What is asked.
     """
-    answers = _answers(steering, rows)
+    # The search over keys runs on the CPU, and so does what heads add to a few candidates.
+    states = rows.hidden.float().cpu()
+    answers = _answers(steering, rows, states)
     wanted = [answer.values[answer.values >= 0] for answer in answers.values()]
     if steering.live:
         wanted += [steering.live.expected(*question) for question in rows.questions]
     wanted.append(torch.zeros(0, dtype=torch.long))
     field = Field.of(rows.logits, torch.cat(wanted).unique(), strangers=rows.strangers)
-    dense = {"host": field.logprobs} | _alone(steering, field, rows.hidden)
+    dense = {"host": field.logprobs} | _alone(steering, field, states)
     if steering.live and rows.questions:
         dense |= _live(steering, steering.live, field, rows)
     for name, answer in answers.items():
@@ -129,10 +131,9 @@ def predicted(steering: Steering, rows: Rows) -> Predicted:
     return Predicted(field, dense, answers)
 
 
-def _answers(steering: Steering, rows: Rows) -> dict[str, Answer]:
+def _answers(steering: Steering, rows: Rows, states: Tensor) -> dict[str, Answer]:
     """What each memory proposes."""
-    # The search over keys runs on the CPU.
-    before, states = last_bytes(rows.contexts), rows.hidden.float().cpu()
+    before = last_bytes(rows.contexts)
     answers = {name: memory.ask(states, before) for name, memory in steering.memories.items()}
     bases = steering.blend.live_with_memory
     beside = {name for base in bases for name in with_memory(base, steering.blend)}
@@ -143,7 +144,7 @@ def _answers(steering: Steering, rows: Rows) -> dict[str, Answer]:
     return answers
 
 
-def _alone(steering: Steering, field: Field, hidden: Tensor) -> dict[str, Tensor]:
+def _alone(steering: Steering, field: Field, states: Tensor) -> dict[str, Tensor]:
     """Predictors that need neither memory nor small model."""
     temperatures = {f"temperature-{t:g}": t for t in TEMPERATURES}
     found = {
@@ -151,7 +152,6 @@ def _alone(steering: Steering, field: Field, hidden: Tensor) -> dict[str, Tensor
         for name, temperature in temperatures.items()
         if name in steering.predictors
     }
-    states = hidden.float().cpu()
     for name, head in steering.heads.items():
         found[name] = field.shifted(steering.strength * head.shift_of(states, field.token_ids))
     if steering.bias is not None:

@@ -143,8 +143,8 @@ class SteeringProcessor(LogitsProcessor):
 
         Such as the language that a target begins with.
         """
-        is_text = self._is_text.to(scores.device)
-        return bool(scores.masked_fill(~is_text, -torch.inf).amax() == -torch.inf)
+        self._is_text = self._is_text.to(scores.device)
+        return bool(scores.masked_fill(~self._is_text, -torch.inf).amax() == -torch.inf)
 
     def _spelled(self, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:
         """The bytes of each token; of a target without the space that its tokenizer puts first."""
