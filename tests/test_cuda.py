@@ -268,7 +268,7 @@ def _answers(host: HFModel, mixture: Any, prompts: Sequence[str]) -> list[str]:
             job = Job(
                 [Prompt(ids)],
                 options,
-                steered=Steered(mixture),
+                steered=Steered(mixture, (None,)),
                 tell=events.put,
                 time_limit_sec=200,
             )

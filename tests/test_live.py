@@ -140,6 +140,31 @@ def test_the_same_vocabulary_gives_the_small_models_own_distribution(
             assert distance < 0.1
 
 
+def test_equal_tokens_are_compared_without_their_strings(
+    pair: Pair, same_host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = Live(pair, same_host)
+    texts = ["The small rudder", "The small rudder turns the large one,", "The"]
+    ids = [same_host.encode(text) for text in texts]
+    reading = live.read([text.encode() for text in texts], host_ids=ids)
+    probs = host_probs(3, len(same_host.vocabulary))
+    # Rows of padding, tokens of no text, and a choice of the others, in any order.
+    for token_ids in (torch.arange(probs.shape[1]), torch.randperm(probs.shape[1])[:200]):
+        asked = reading, range(3), probs[:, token_ids], token_ids
+        direct = live.score(*asked)
+        with monkeypatch.context() as patch:
+            patch.setattr("trimtab.backends.live.reads_host_tokens", lambda _: False)
+            by_strings = live.score(*asked)
+        canonical = torch.tensor(
+            [
+                text is None or same_host.encode_following(text.decode(errors="ignore")) == [i]
+                for i, text in enumerate(same_host.vocabulary.token_bytes)
+            ]
+        )[token_ids]
+        for one, other in zip(direct, by_strings, strict=True):
+            torch.testing.assert_close(one[:, canonical], other[:, canonical], atol=1e-5, rtol=1e-3)
+
+
 def oracle_bytes(pair: Pair, context: bytes, side: int) -> Tensor:
     """Next-byte probabilities by every cover, from plain forward passes; exact for its covers."""
     vocabulary = pair.vocabulary

@@ -85,7 +85,8 @@ class Alignment:
         return foreign
 
     @cached_property
-    def _is_text(self) -> Tensor:
+    def is_text(self) -> Tensor:
+        """Whether it stands for text, for each small token, shape [vocab of small]."""
         return token_lengths(self.small.vocabulary) > 0
 
     def to_host(
@@ -123,7 +124,7 @@ class Alignment:
         known, known_as_other = host_probs * (first >= 0), host_probs * (other >= 0)
         foreign = host_probs * self._is_foreign[token_ids]
         first, other = first.clamp_min(0), other.clamp_min(0)
-        text_mass = probs[..., self._is_text].sum(-1, keepdim=True).clamp_min(1e-30)
+        text_mass = probs[..., self.is_text].sum(-1, keepdim=True).clamp_min(1e-30)
         probs = probs * (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
         mass = torch.zeros_like(probs).index_add(-1, first, known)
         mass = mass.index_add(-1, other, known_as_other)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
+from functools import partial
 from typing import final
 
 import torch
@@ -21,6 +22,7 @@ from trimtab.align.replies import (
     still_undecided,
 )
 from trimtab.backends.base import GivesStrings
+from trimtab.backends.one_vocabulary import is_one_vocabulary, reads_host_tokens, score_same
 from trimtab.backends.pair import Pair
 from trimtab.backends.reading import (
     WHO,
@@ -40,7 +42,6 @@ from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
 from trimtab.unembedding import Unembedding
-from trimtab.vocab import Vocabulary
 
 DOUBT = 0.03
 """Share of the host's own view in what is carried between vocabularies.
@@ -78,7 +79,7 @@ class Live:
 
     def _align(self, host: GivesStrings) -> None:
         self.alignment = Alignment(self._pair.reference.strings, host.strings)
-        self.is_one_vocabulary = _unpadded(self._pair.vocabulary) == _unpadded(host.vocabulary)
+        self.is_one_vocabulary = is_one_vocabulary(self._pair.vocabulary, host.vocabulary)
 
     @property
     def pair(self) -> Pair:
@@ -224,6 +225,8 @@ class Live:
         return self._score(parts, token_ids)
 
     def _score(self, parts: Sequence[Part], token_ids: Tensor) -> PairProbs:
+        if self.is_one_vocabulary and all(reads_host_tokens(part) for part in parts):
+            return PairProbs(*(self._same(who, parts, token_ids) for who in WHO))
         candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
         replies = [self._replies_of(part, candidates) for part in parts]
         # One model asks for both, so that a blend's ratio compares like with like.
@@ -240,6 +243,14 @@ class Live:
             ]
             found[who] = torch.cat(carried)
         return PairProbs(**found)
+
+    def _same(self, who: Who, parts: Sequence[Part], token_ids: Tensor) -> Tensor:
+        is_text = self.alignment.is_text
+        found = [
+            score_same(part, partial(self.logits, part.reading, who), token_ids, is_text)
+            for part in parts
+        ]
+        return torch.cat(found)
 
     def _carried(
         self,
@@ -381,11 +392,3 @@ class Live:
             [told[some.index((one.node, one.token_id))] for one in of_part]
             for of_part, some, told in zip(asked, leaves, found, strict=True)
         ]
-
-
-def _unpadded(vocabulary: Vocabulary) -> tuple[bytes | None, ...]:
-    """Its tokens without the rows that only fill it up, whose number differs in one family."""
-    end = len(vocabulary)
-    while end and vocabulary.token_bytes[end - 1] is None:
-        end -= 1
-    return vocabulary.token_bytes[:end]
