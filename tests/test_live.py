@@ -122,7 +122,7 @@ def test_a_tree_is_read_as_each_sequence_alone(family: str) -> None:
     for ways, ends in zip(reading.covers, reading.ends, strict=True):
         for cover, end in zip(ways, ends, strict=True):
             alone = model.hidden(torch.tensor([[*start, *cover.tokens]]))[0, -1]
-            torch.testing.assert_close(reading.reference[end], alone, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(reading.states.reference[end], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_the_same_vocabulary_gives_the_small_models_own_distribution(
@@ -316,7 +316,7 @@ def test_given_tokens_are_read_first_and_never_given_back(family: str) -> None:
         assert ways == covers_of(context, model.encode, model.vocabulary)
         for cover, end in zip(ways, ends, strict=True):
             alone = model.hidden(torch.tensor([[*start, *cover.tokens]]))[0, -1]
-            torch.testing.assert_close(reading.reference[end], alone, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(reading.states.reference[end], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_after_given_tokens_the_same_vocabulary_has_the_pairs_own_distribution() -> None:

@@ -86,7 +86,7 @@ def test_every_row_runs_is_kept_and_shown(tmp_path: Path, monkeypatch) -> None:
     assert details["live-speculative"]["same_text_as_plain"]
     for name in ("head", "live-plain", "lockstep-proxy", "peft-lora"):
         assert details[name]["passes_per_token"]["host"] == 1
-    assert details["live-plain"]["passes_per_token"]["pair"] == 2
+    assert details["live-plain"]["passes_per_token"]["pair"] == 1
     shown = table(out, "results/speed.json")
     assert shown.endswith("File: `results/speed.json`.")
     assert all(f"| {name} |" in shown for name in ROWS)

@@ -16,7 +16,7 @@ ALLOWED_LARGER: dict[str, str] = {}
 
 # Each layer may import itself and the layers above it in this list, never one below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "machine", "processes", "types", "vocab", "unembedding"),
+    ("errors", "config", "few_rows", "machine", "processes", "types", "vocab", "unembedding"),
     ("acceptance", "align", "anchors", "blend", "costing", "encoding", "losses", "metrics"),
     ("carriers", "store", "text"),
     ("backends",),

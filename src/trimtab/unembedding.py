@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimtab.few_rows import product
+
 BLOCK_TOKENS = 2048
 """Tokens whose logits a CPU computes at once: rows and results of so many stay in its caches, and
 a vocabulary of a quarter million takes little more than half the time of one product."""
@@ -79,7 +81,9 @@ class Unembedding:
         return self.device.type == "cpu" and not is_followed
 
     def _some(self, hidden: Tensor, chosen: Tensor | slice) -> Tensor:
-        logits = hidden @ self.weight[chosen].T
+        weight = self.weight[chosen]
+        logits = product(hidden.reshape(-1, hidden.shape[-1]), weight)
+        logits = logits.reshape(*hidden.shape[:-1], len(weight))
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.bias is not None:

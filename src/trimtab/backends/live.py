@@ -1,7 +1,6 @@
 """The expert run beside a host: what expert and reference think of the host's next token."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from typing import final
@@ -23,7 +22,8 @@ from trimtab.align.replies import (
 )
 from trimtab.backends.base import GivesStrings
 from trimtab.backends.one_vocabulary import is_one_vocabulary, reads_host_tokens, score_same
-from trimtab.backends.pair import Pair
+from trimtab.backends.pair import Pair, PairStates
+from trimtab.backends.pair_passes import run_pair, run_pair_after
 from trimtab.backends.reading import (
     WHO,
     LiveReading,
@@ -35,9 +35,9 @@ from trimtab.backends.reading import (
     Who,
     keep_logits,
     logits_after,
-    logits_of,
+    logits_of_both,
 )
-from trimtab.backends.token_tree import TokenTree, check_tree, run_all_after, run_trees
+from trimtab.backends.token_tree import TokenTree, check_tree
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
@@ -234,12 +234,12 @@ class Live:
             self._asked(part, by["expert"], candidates)
             for part, by in zip(parts, replies, strict=True)
         ]
+        after = self._ask_on(parts, asked)
         found: dict[Who, Tensor] = {}
         for who in WHO:
-            after = self._ask_on(who, parts, asked)
             carried = [
                 self._carried(part, by[who], doubts, told, candidates)
-                for part, by, doubts, told in zip(parts, replies, asked, after, strict=True)
+                for part, by, doubts, told in zip(parts, replies, asked, after[who], strict=True)
             ]
             found[who] = torch.cat(carried)
         return PairProbs(**found)
@@ -330,25 +330,20 @@ class Live:
     def _read(self, plans: Sequence[Plan]) -> list[LiveReading]:
         """Let both models pass over what is planned."""
         some = [plan for plan in plans if plan.tree.tokens]
-        reference = run_trees(self._pair.reference, [(p.tree, p.caches.reference) for p in some])
-        with self._pair.as_expert() as model:
-            expert = run_trees(model, [(p.tree, p.caches.expert) for p in some])
-        states = zip(expert, reference, strict=True)
-        nothing = (torch.zeros(0, 1), torch.zeros(0, 1))
+        states = iter(run_pair(self._pair, [(plan.tree, plan.caches) for plan in some]))
+        nothing = PairStates(torch.zeros(0, 1), torch.zeros(0, 1))
         readings = [
             LiveReading(
                 plan.tree,
                 plan.covers,
                 plan.ends,
                 plan.host_lasts,
-                *(next(states) if plan.tree.tokens else nothing),
+                next(states) if plan.tree.tokens else nothing,
                 plan.caches,
             )
             for plan in plans
         ]
-        if len(readings) > 1:
-            for who in WHO:
-                keep_logits(who, self._head(who), readings)
+        keep_logits({who: self._head(who) for who in WHO}, readings)
         return readings
 
     def _replies(self, reading: LiveReading, who: Who, ways: Sequence[Ways]) -> list[list[Reply]]:
@@ -361,34 +356,40 @@ class Live:
 
     def logits(self, reading: LiveReading, who: Who, nodes: Sequence[int]) -> Tensor:
         """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab]."""
-        return logits_after(reading, who, self._head(who), nodes)
+        return logits_after(reading, who, {who: self._head(who)}, nodes)
 
     def _head(self, who: Who) -> Unembedding:
         pair = self._pair
         return pair.expert_unembedding if who == "expert" else pair.reference_unembedding
 
     def _ask_on(
-        self, who: Who, parts: Sequence[Part], asked: Sequence[Sequence[Asked]]
-    ) -> list[list[Tensor]]:
-        """What a model says after tokens that follow nodes: by part, probabilities [vocab]."""
+        self, parts: Sequence[Part], asked: Sequence[Sequence[Asked]]
+    ) -> dict[Who, list[list[Tensor]]]:
+        """What both models say after tokens that follow nodes: by part, probabilities [vocab]."""
         leaves = [sorted({(one.node, one.token_id) for one in of_part}) for of_part in asked]
         trees = [
-            (part.reading.tree, some, getattr(part.reading.caches, who))
+            (part.reading.tree, some, part.reading.caches)
             for part, some in zip(parts, leaves, strict=True)
             if some
         ]
         if not trees:
-            return [[] for _ in parts]
-        with (
-            self._pair.as_expert()
-            if who == "expert"
-            else nullcontext(self._pair.reference) as model
-        ):
-            states = run_all_after(model, trees)
-        probs = logits_of(self._head(who), torch.cat(states)).softmax(-1)
-        each = iter(probs.split([len(some) for _, some, _ in trees]))
-        found = [next(each) if some else probs[:0] for some in leaves]
-        return [
-            [told[some.index((one.node, one.token_id))] for one in of_part]
-            for of_part, some, told in zip(asked, leaves, found, strict=True)
-        ]
+            return {who: [[] for _ in parts] for who in WHO}
+        states = run_pair_after(self._pair, trees)
+        both: dict[Who, Tensor] = {
+            who: torch.cat([getattr(one, who) for one in states]) for who in WHO
+        }
+        logits = logits_of_both({who: self._head(who) for who in WHO}, both)
+        return {who: _dealt(logits[who].softmax(-1), leaves, asked) for who in WHO}
+
+
+def _dealt(
+    probs: Tensor,
+    leaves: Sequence[Sequence[tuple[int, int]]],
+    asked: Sequence[Sequence[Asked]],
+) -> list[list[Tensor]]:
+    """To each part what it has asked, of what was said after all parts' leaves."""
+    found = probs.split([len(some) for some in leaves])
+    return [
+        [told[some.index((one.node, one.token_id))] for one in of_part]
+        for of_part, some, told in zip(asked, leaves, found, strict=True)
+    ]

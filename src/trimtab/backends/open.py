@@ -25,6 +25,7 @@ from trimtab.backends.tiny import TINY_SCHEME, parse_tiny, tiny_model, tiny_toke
 from trimtab.backends.tokenizers import read_vocabulary
 from trimtab.config import Dtype
 from trimtab.errors import ModelError
+from trimtab.few_rows import hasten
 from trimtab.types import Progress, silent
 
 LLAMACPP_SCHEME = "llamacpp:"
@@ -79,10 +80,12 @@ def open_model(
             # A toy fits on one device, however large models would be spread.
             one = one_device() if place in _SPREAD else place
             model.to(one)  # pyright: ignore[reportArgumentType]
+            hasten(model)
             return replace(adopt_model(ref, model, tiny_tokenizer(spec)), source=ref)
         folder = _folder(ref, progress)
         source = _source(folder)
         model = _load_model(ref, folder, arithmetic, place)
+        hasten(model)
         opened = adopt_model(ref, model, load_tokenizer(ref, folder))
         return replace(opened, source=source)
 

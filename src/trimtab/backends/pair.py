@@ -1,6 +1,6 @@
 """The source pair: a reference and its expert, which share one set of weights where they can."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,7 @@ class Pair:
         self._reference = reference
         self._switch = expert if isinstance(expert, LoraSwitch) else None
         self._expert = reference if isinstance(expert, LoraSwitch) else expert
+        self._serves_both: bool | None = None
         if self._expert.vocabulary.sha256 != reference.vocabulary.sha256:
             raise ModelError(
                 f"{self._expert.ref} and {reference.ref} have different vocabularies",
@@ -83,6 +84,34 @@ class Pair:
         with self._switch.on():
             # What is kept of the reference is not true of its switched model.
             yield replace(self._expert, source=None)
+
+    @contextmanager
+    def as_both(self, reference_tokens: int, expert_tokens: int) -> Iterator[HFModel]:
+        """Give the model that is the reference to a pass's first tokens and the expert to others.
+
+        Args:
+            reference_tokens: How many are the reference's.
+            expert_tokens: How many come after them.
+
+        Raises:
+            ValueError: They share no weights, or (inside, from a pass) a layer is given the tokens
+                in another form than all in their order.
+        """
+        if self._switch is None:
+            raise ValueError("two models with weights of their own cannot share a pass")
+        with self._switch.on_last(reference_tokens, expert_tokens):
+            yield replace(self._reference, source=None)
+
+    def serves_both(self, agrees: Callable[["Pair"], bool]) -> bool:
+        """Whether one pass can serve both models, which is found out once.
+
+        Args:
+            agrees: Says whether a pass under `as_both` gives what two passes give.
+        """
+        if self._serves_both is None:
+            can = self._switch is not None and self._switch.is_linear
+            self._serves_both = can and agrees(self)
+        return self._serves_both
 
     def hidden(self, token_ids: Tensor, *, attention_mask: Tensor | None = None) -> PairStates:
         """Compute both final hidden states.

@@ -1,6 +1,6 @@
 """Texts as expert and reference have read them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -20,6 +20,8 @@ Who = Literal["expert", "reference"]
 """One of the pair."""
 
 WHO: tuple[Who, ...] = ("expert", "reference")
+
+Heads = Mapping[Who, Unembedding]
 
 
 class OwnReading(NamedTuple):
@@ -51,8 +53,7 @@ class LiveReading:
         covers: Ways to read each context.
         ends: Node of each way's last token.
         host_lasts: As given to `read`.
-        expert: Final hidden states of the nodes, shape [nodes, hidden].
-        reference: Likewise.
+        states: Final hidden states of the nodes, each of shape [nodes, hidden].
         caches: Keys and values of all nodes, until the same row is read again.
         kept_logits: By model the logits after nodes that have been asked for, each [vocab].
     """
@@ -61,8 +62,7 @@ class LiveReading:
     covers: list[list[Cover]]
     ends: list[list[int]]
     host_lasts: Sequence[int | None]
-    expert: Tensor
-    reference: Tensor
+    states: PairStates
     caches: PairCaches
     kept_logits: dict[Who, dict[int, Tensor]] = field(
         default_factory=lambda: {"expert": {}, "reference": {}}
@@ -73,17 +73,13 @@ class LiveReading:
         """The last node of every way to read a context."""
         return frozenset(node for ends in self.ends for node in ends)
 
-    def states_of(self, who: Who) -> Tensor:
-        """What a model has made of the nodes, shape [nodes, hidden]."""
-        return self.expert if who == "expert" else self.reference
-
     def reference_states(self, questions: range) -> list[Tensor | None]:
         """The reference's state after some contexts, read as its tokenizer cuts them.
 
         None where a context ends inside a character, or where there is nothing to read.
         """
         return [
-            self.reference[self.ends[q][0]]
+            self.states.reference[self.ends[q][0]]
             if self.covers[q] and not self.covers[q][0].rest
             else None
             for q in questions
@@ -92,7 +88,7 @@ class LiveReading:
     def own(self, question: int) -> OwnReading:
         """How the small models' tokenizer cuts a context, and what both models make of that."""
         nodes = self.tree.line(self.ends[question][0])
-        states = PairStates(self.reference[nodes], self.expert[nodes])
+        states = PairStates(self.states.reference[nodes], self.states.expert[nodes])
         return OwnReading([self.tree.tokens[node] for node in nodes], states)
 
 
@@ -146,41 +142,54 @@ class PairProbs(NamedTuple):
     reference: Tensor
 
 
-def logits_after(reading: LiveReading, who: Who, head: Unembedding, nodes: Sequence[int]) -> Tensor:
+def logits_after(reading: LiveReading, who: Who, heads: Heads, nodes: Sequence[int]) -> Tensor:
     """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab].
 
     Where few contexts were read they are asked one by one, and each more than once: as a head's
     matrix hardly fits through a processor's memory, it is read once for all of them.
     """
     if len(reading.last_nodes) > FEW_NODES:
-        return logits_of(head, reading.states_of(who)[list(nodes)])
-    if {*nodes} - reading.kept_logits[who].keys():
-        keep_logits(who, head, [reading], nodes)
+        states: Tensor = getattr(reading.states, who)
+        return logits_of(heads[who], states[list(nodes)])
+    keep_logits({who: heads[who]}, [reading], nodes)
     return torch.stack([reading.kept_logits[who][node] for node in nodes])
 
 
-def keep_logits(
-    who: Who, head: Unembedding, readings: Sequence[LiveReading], also: Sequence[int] = ()
-) -> None:
+def keep_logits(heads: Heads, readings: Sequence[LiveReading], also: Sequence[int] = ()) -> None:
     """Compute the logits after the last nodes of some readings at once, where these are few.
 
     Args:
-        who: Whose.
-        head: Its.
+        heads: Of the models whose logits are wanted.
         readings: They keep them.
         also: Further nodes of each.
     """
-    missing = [
-        (reading, node)
-        for reading in readings
-        if len(reading.last_nodes) <= FEW_NODES
-        for node in sorted({*also, *reading.last_nodes} - reading.kept_logits[who].keys())
-    ]
-    if not missing:
-        return
-    states = torch.stack([reading.states_of(who)[node] for reading, node in missing])
-    for (reading, node), logits in zip(missing, logits_of(head, states), strict=True):
-        reading.kept_logits[who][node] = logits
+    missing: dict[Who, list[tuple[LiveReading, int]]] = {
+        who: [
+            (reading, node)
+            for reading in readings
+            if len(reading.last_nodes) <= FEW_NODES
+            for node in sorted({*also, *reading.last_nodes} - reading.kept_logits[who].keys())
+        ]
+        for who in heads
+    }
+    states: dict[Who, Tensor] = {}
+    for who, places in missing.items():
+        if places:
+            states[who] = torch.stack(
+                [getattr(reading.states, who)[node] for reading, node in places]
+            )
+    for who, found in logits_of_both(heads, states).items():
+        for (reading, node), logits in zip(missing[who], found, strict=True):
+            reading.kept_logits[who][node] = logits
+
+
+def logits_of_both(heads: Heads, states: dict[Who, Tensor]) -> dict[Who, Tensor]:
+    """Logits of states of one model or both, of both at once where they have one head."""
+    if len(states) > 1 and heads["expert"].weight is heads["reference"].weight:
+        sizes = [len(some) for some in states.values()]
+        together = logits_of(heads["reference"], torch.cat(list(states.values())))
+        return dict(zip(states, together.split(sizes), strict=True))
+    return {who: logits_of(heads[who], some) for who, some in states.items()}
 
 
 def logits_of(head: Unembedding, states: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ JOINT_TOKENS = 4_096
 """Tokens of several trees, those in caches too, that a pass attends to at most: their keys and
 values are copied for it, and each new token is compared with all of them."""
 
-_PROBE = ((3, 5, 7, 9, 11), (3, 5, 7, 4), (3, 5, 8, 6, 10))
+PROBE = (3, 5, 7, 9, 11)
+_PROBE = (PROBE, (3, 5, 7, 4), (3, 5, 8, 6, 10))
 _PROBE_TOLERANCE = 2.0
 """Roots of the machine epsilon, times the largest state, by which a tree may differ from plain
 passes: rounding in other shapes stays below, and a position or an ancestor too many is above."""
@@ -135,13 +136,18 @@ def run_trees(model: HFModel, trees: Sequence[tuple[TokenTree, ModelCache]]) -> 
 
     A pass over some tokens takes as long as reading the model's weights, for one tree as for many.
     """
+    states = _forward_all(model, parts_of(trees))
+    return [cached.keep(tree, new) for (tree, cached), new in zip(trees, states, strict=True)]
+
+
+def parts_of(trees: Sequence[tuple[TokenTree, ModelCache]]) -> list["Part"]:
+    """What is to be run of some trees, their caches cut to what they share with these."""
     parts = []
     for tree, cached in trees:
         past = cached.shared_with(tree)
         tokens, depths = tree.tokens[past:], tree.depths[past:]
-        parts.append(_Part(tokens, depths, tree.visible()[past:], cached.cache))
-    states = _forward_all(model, parts)
-    return [cached.keep(tree, new) for (tree, cached), new in zip(trees, states, strict=True)]
+        parts.append(Part(tokens, depths, tree.visible()[past:], cached.cache))
+    return parts
 
 
 def run_line(model: HFModel, tokens: Sequence[int], cached: ModelCache) -> Tensor:
@@ -161,7 +167,7 @@ def run_line(model: HFModel, tokens: Sequence[int], cached: ModelCache) -> Tenso
     cached.cut(shared)
     new, depths = list(tokens[shared:]), list(range(shared, len(tokens)))
     visible = torch.ones(len(new), len(tokens), dtype=torch.bool).tril(shared)
-    [states] = _forward_all(model, [_Part(new, depths, visible, cached.cache)])
+    [states] = _forward_all(model, [Part(new, depths, visible, cached.cache)])
     cached.tokens, cached.states = [*cached.tokens, *new], [*cached.states, *states]
     return states[-1]
 
@@ -189,6 +195,14 @@ def run_after(
 
 def run_all_after(model: HFModel, trees: Sequence[Leaves]) -> list[Tensor]:
     """As `run_after` of each, in as few passes as memory allows."""
+    states = _forward_all(model, parts_after(trees))
+    for tree, _, cached in trees:
+        cached.cut(len(tree.tokens))
+    return states
+
+
+def parts_after(trees: Sequence[Leaves]) -> list["Part"]:
+    """What is to be run of tokens that follow nodes; errors as `run_after`."""
     parts = []
     for tree, leaves, cached in trees:
         nodes = len(tree.tokens)
@@ -200,16 +214,20 @@ def run_all_after(model: HFModel, trees: Sequence[Leaves]) -> list[Tensor]:
         for leaf, (node, _) in enumerate(leaves):
             visible[leaf, [*tree.line(node), nodes + leaf]] = True
         depths = [tree.depths[node] + 1 for node, _ in leaves]
-        parts.append(_Part([token for _, token in leaves], depths, visible, cached.cache))
-    states = _forward_all(model, parts)
-    for tree, _, cached in trees:
-        cached.cut(len(tree.tokens))
-    return states
+        parts.append(Part([token for _, token in leaves], depths, visible, cached.cache))
+    return parts
 
 
 @dataclass(frozen=True)
-class _Part:
-    """New tokens of one tree: what each may attend to, [new, past + new], and keys and values."""
+class Part:
+    """New tokens of one tree.
+
+    Attributes:
+        tokens: The tokens.
+        depths: Tokens before each in its sequence.
+        visible: What each may attend to, shape [new, past + new].
+        cache: Keys and values of those before, which gets those of the new ones.
+    """
 
     tokens: Sequence[int]
     depths: Sequence[int]
@@ -218,10 +236,11 @@ class _Part:
 
     @property
     def past(self) -> int:
+        """Tokens in the cache."""
         return self.visible.shape[1] - len(self.tokens)
 
 
-def _forward_all(model: HFModel, parts: Sequence[_Part]) -> list[Tensor]:
+def _forward_all(model: HFModel, parts: Sequence[Part]) -> list[Tensor]:
     """Final hidden states of each part's tokens, whose keys and values its cache gets."""
     found = list[Tensor]()
     while len(found) < len(parts):
@@ -231,11 +250,11 @@ def _forward_all(model: HFModel, parts: Sequence[_Part]) -> list[Tensor]:
             if room < 0:
                 break
             some.append(part)
-        found += _forward_joint(model, some)
+        found += forward_joint(model, some)
     return found
 
 
-def _forward_joint(model: HFModel, parts: Sequence[_Part]) -> list[Tensor]:
+def forward_joint(model: HFModel, parts: Sequence[Part]) -> list[Tensor]:
     """One pass over the tokens of all parts, none of which attends to those of another."""
     sizes = [len(part.tokens) for part in parts]
     if len(parts) == 1:
@@ -342,12 +361,14 @@ def check_tree(model: HFModel) -> None:
         raise _reads_no_tree(model) from error
     pairs = [(states[line], plain) for line, plain in zip(lines, alone, strict=True)]
     pairs += [(leaf[0], alone[0][4]), *zip(together, alone, strict=True)]
-    for ours, plain in pairs:
-        tolerance = (
-            _PROBE_TOLERANCE * torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
-        )
-        if not float((ours - plain).abs().max()) <= tolerance:
-            raise _reads_no_tree(model)
+    if not all(is_near(ours, plain) for ours, plain in pairs):
+        raise _reads_no_tree(model)
+
+
+def is_near(ours: Tensor, plain: Tensor) -> bool:
+    """Whether states differ by rounding alone: a position or an ancestor too many is more."""
+    tolerance = _PROBE_TOLERANCE * torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
+    return float((ours - plain).abs().max()) <= tolerance
 
 
 def _reads_no_tree(model: HFModel) -> ModelError:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
@@ -126,6 +126,35 @@ class LoraSwitch:
         finally:
             self._set(on=False)
 
+    @cached_property
+    def is_linear(self) -> bool:
+        """All its layers stand beside linear layers whose weights are at hand."""
+        layers = [layer for layer in self._layers if isinstance(layer, LoraLinear)]
+        whole = all(not _weight(layer).is_meta for layer in layers)
+        return len(layers) == len(self._layers) and whole
+
+    @cached_property
+    def _paths(self) -> list[tuple[LoraLinear, Tensor, Tensor]]:
+        """Each layer with its path: down to the rank, and up again with the scale."""
+        return [_path(layer) for layer in self._layers if isinstance(layer, LoraLinear)]
+
+    @contextmanager
+    def on_last(self, before: int, tokens: int) -> Iterator[None]:
+        """Add the LoRA to the last tokens of a pass alone, so that it serves base and expert.
+
+        Args:
+            before: Tokens of the pass to which it is not added.
+            tokens: Tokens after them to which it is.
+        """
+        for layer, down, up in self._paths:
+            path = partial(_beside, layer.get_base_layer(), down, up, before, tokens)
+            vars(layer)["forward"] = path
+        try:
+            yield
+        finally:
+            for layer, _, _ in self._paths:
+                del vars(layer)["forward"]
+
     def _set(self, *, on: bool) -> None:
         # enable_adapters also walks all weights to set requires_grad, which would cost as much as
         # a small model's step, twice a generated token.
@@ -134,6 +163,25 @@ class LoraSwitch:
                 layer._disable_adapters = not on
         for weight, base, merged in self._weights:
             weight.data = merged if on else base
+
+
+def _path(layer: LoraLinear) -> tuple[LoraLinear, Tensor, Tensor]:
+    weight, (name,) = _weight(layer), layer.lora_A
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    assert isinstance(down, Tensor) and isinstance(up, Tensor)
+    with torch.no_grad():
+        return layer, down.T.to(weight), (layer.scaling[name] * up).T.to(weight)
+
+
+def _beside(
+    base: nn.Module, down: Tensor, up: Tensor, before: int, tokens: int, states: Tensor
+) -> Tensor:
+    """A linear layer with the LoRA added to the last tokens, shapes [1, tokens, features]."""
+    if states.dim() != 3 or states.shape[:2] != (1, before + tokens):
+        raise ValueError(f"a layer was given states of shape {tuple(states.shape)}")
+    out: Tensor = base(states)
+    out[0, before:].addmm_(states[0, before:] @ down, up)
+    return out
 
 
 def _weight(layer: LoraLinear) -> nn.Parameter:

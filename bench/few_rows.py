@@ -1,0 +1,84 @@
+"""How long a few states take times a weight, in both orders of the factors.
+
+`python -m bench.few_rows --out FILE`. Linear layers of the packaged models' sizes, as many as no
+cache holds; of some repetitions the fastest counts, since other work can only slow one down.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.cost.cpu_flops import processor
+from trimtab import few_rows
+from trimtab.store.files import package_versions, write_json
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
+REPETITIONS = 7
+WEIGHTS = 2**24
+"""Numbers in the weights of a size at least: 64 MB in float32."""
+
+SIZES = {
+    "smollm2-135m": ((1_536, 576), (576, 1_536)),
+    "gemma-3-270m": ((2_048, 640), (640, 2_048)),
+    "qwen2.5-0.5b": ((4_864, 896), (896, 4_864)),
+    "qwen2.5-1.5b": ((8_960, 1_536), (1_536, 8_960)),
+    "head of gemma-3-270m": ((65_536, 640),),
+}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    rows = [
+        {"sizes": name, "rows": count, **_measured(shapes, count)}
+        for name, shapes in SIZES.items()
+        for count in ROWS
+    ]
+    write_json(
+        given.out,
+        {
+            "schema": 1,
+            "date": datetime.now(UTC).date().isoformat(),
+            "what": "states times transposed weight, as torch's linear layers ask, and the weight"
+            " times transposed states (trimtab.few_rows), float32",
+            "threads": torch.get_num_threads(),
+            "processor": processor(),
+            "packages": package_versions(),
+            "rows": rows,
+        },
+    )
+    for row in rows:
+        print("{sizes:>22} {rows:>4}  {linear_sec:.4f}  {exchanged_sec:.4f}".format(**row))
+
+
+@torch.no_grad()
+def _measured(shapes: Sequence[tuple[int, int]], count: int) -> dict[str, float]:
+    each = max(1, WEIGHTS // sum(outputs * columns for outputs, columns in shapes))
+    weights = [torch.randn(shape) for shape in shapes for _ in range(each)]
+    states = {columns: torch.randn(count, columns) for _, columns in shapes}
+
+    def over(way: Callable[[Tensor, Tensor], Tensor]) -> float:
+        return min(_timed(way, weights, states) for _ in range(REPETITIONS))
+
+    return {"linear_sec": over(functional.linear), "exchanged_sec": over(few_rows.product)}
+
+
+def _timed(
+    way: Callable[[Tensor, Tensor], Tensor], weights: Sequence[Tensor], states: dict[int, Tensor]
+) -> float:
+    began_sec = time.perf_counter()
+    for weight in weights:
+        way(states[weight.shape[1]], weight)
+    return time.perf_counter() - began_sec
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Expert and reference over the same trees of tokens: in one pass where they share their weights.
+
+A pass over few tokens takes as long as reading the model's weights from memory. The expert is the
+reference with a LoRA beside its weights, so one pass serves both, the LoRA added to the expert's
+tokens alone.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trimtab.backends.pair import Pair, PairStates
+from trimtab.backends.reading import PairCaches
+from trimtab.backends.token_tree import (
+    JOINT_TOKENS,
+    PROBE,
+    Leaves,
+    ModelCache,
+    Part,
+    TokenTree,
+    forward_joint,
+    is_near,
+    parts_after,
+    parts_of,
+    run_all_after,
+    run_tree,
+    run_trees,
+)
+from trimtab.errors import TrimtabError
+
+FEW_TOKENS = 16
+"""New tokens of each model up to which one pass serves both: with more of them a pass takes its
+time for computing, which one pass does not spare, and attends to more than it must."""
+
+Trees = Sequence[tuple[TokenTree, PairCaches]]
+
+
+def run_pair(pair: Pair, trees: Trees) -> list[PairStates]:
+    """Final hidden states of all nodes of some trees, each two tensors of shape [nodes, hidden].
+
+    Args:
+        pair: Expert and reference.
+        trees: The sequences, and what both models keep of the last trees that began alike.
+    """
+    reference = [(tree, caches.reference) for tree, caches in trees]
+    expert = [(tree, caches.expert) for tree, caches in trees]
+    parts = parts_of(reference), parts_of(expert)
+    if not _is_for_one_pass(pair, *parts):
+        ours = run_trees(pair.reference, reference)
+        with pair.as_expert() as model:
+            return list(map(PairStates, ours, run_trees(model, expert)))
+    states = _one_pass(pair, *parts)
+    each = [*reference, *expert]
+    kept = [cached.keep(tree, new) for (tree, cached), new in zip(each, states, strict=True)]
+    return list(map(PairStates, kept[: len(trees)], kept[len(trees) :]))
+
+
+def run_pair_after(
+    pair: Pair, trees: Sequence[tuple[TokenTree, Sequence[tuple[int, int]], PairCaches]]
+) -> list[PairStates]:
+    """Final hidden states of tokens that each follow a node of a tree that both models ran last.
+
+    Args:
+        pair: Expert and reference.
+        trees: Each tree, nodes of it each with a token that follows, and what both have left.
+
+    Returns:
+        For each tree two tensors of shape [leaves, hidden].
+    """
+    reference: list[Leaves] = [(tree, leaves, kept.reference) for tree, leaves, kept in trees]
+    expert: list[Leaves] = [(tree, leaves, kept.expert) for tree, leaves, kept in trees]
+    parts = parts_after(reference), parts_after(expert)
+    if not _is_for_one_pass(pair, *parts):
+        ours = run_all_after(pair.reference, reference)
+        with pair.as_expert() as model:
+            return list(map(PairStates, ours, run_all_after(model, expert)))
+    states = _one_pass(pair, *parts)
+    for tree, _, cached in [*reference, *expert]:
+        cached.cut(len(tree.tokens))
+    return list(map(PairStates, states[: len(trees)], states[len(trees) :]))
+
+
+def _is_for_one_pass(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> bool:
+    attended = sum(part.visible.shape[1] for part in (*reference, *expert))
+    few = max(sum(len(part.tokens) for part in parts) for parts in (reference, expert))
+    return 0 < few <= FEW_TOKENS and attended <= JOINT_TOKENS and pair.serves_both(_agrees)
+
+
+def _one_pass(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> list[Tensor]:
+    tokens = [sum(len(part.tokens) for part in parts) for parts in (reference, expert)]
+    with pair.as_both(*tokens) as model:
+        return forward_joint(model, [*reference, *expert])
+
+
+def _agrees(pair: Pair) -> bool:
+    """Whether one pass gives what two give: the family's layers see the tokens in their order."""
+    tree = TokenTree()
+    tree.add(PROBE)
+    alone = [run_tree(pair.reference, tree, ModelCache())]
+    with pair.as_expert() as model:
+        alone.append(run_tree(model, tree, ModelCache()))
+    caches = PairCaches()
+    parts = parts_of([(tree, caches.reference)]), parts_of([(tree, caches.expert)])
+    try:
+        together = _one_pass(pair, *parts)
+    except (RuntimeError, ValueError, TypeError, IndexError, TrimtabError):
+        # Layers that are given tokens in another form fail in many ways.
+        return False
+    return all(is_near(ours, plain) for ours, plain in zip(together, alone, strict=True))

@@ -1,0 +1,76 @@
+"""Products of a few states with a weight on a processor, as decoding steps and drafted blocks ask.
+
+A processor's library has a fast way to multiply a matrix by one vector, bound by reading the matrix
+from memory, and one for many vectors, which packs the matrix first. Which of them it takes for a few
+depends on the order of the factors and on the processor. Where it packs, a few states times a
+transposed weight take two to three times as long as one; the weight times as few columns is then
+read as it lies, and two to four columns cost what one does.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+FEW_ROWS = {"AVX2": range(2, 65), "AVX512": range(16, 49)}
+"""By the processor's vector instructions: how many states are computed with their factors exchanged.
+
+With AVX2 (seen on an AMD EPYC) that takes 0.35 to 0.5 times as long for two to four states, less
+where there are more; with AVX-512 (seen on an Intel Xeon) up to three states cost one anyway, and 0.7
+times as long for 16 to 48 (bench/results/2026-11-26-few-rows.json and -avx512.json). A rule, and no
+trial on the spot, which would round otherwise from run to run."""
+
+_NONE = range(0)
+
+
+def product(states: Tensor, weight: Tensor) -> Tensor:
+    """States @ weight.T, up to rounding.
+
+    Args:
+        states: Shape [rows, columns].
+        weight: Shape [outputs, columns], as a linear layer keeps it.
+
+    Returns:
+        Shape [rows, outputs].
+    """
+    rows = len(states)
+    if not _is_few(rows, states, weight):
+        return states @ weight.T
+    # Kernels are made for 4 and for 16 columns.
+    filled = 4 if rows == 3 else 16 if 8 < rows < 16 else rows
+    if filled > rows:
+        states = functional.pad(states, (0, 0, 0, filled - rows))
+    return (weight @ states.T)[:, :rows].T.contiguous()
+
+
+def hasten(model: nn.Module) -> None:
+    """Let a model's linear layers compute few states so, wherever nothing is learnt from them.
+
+    Args:
+        model: A model of this program's own, whose layers are changed in place; its weights stay.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            vars(module)["forward"] = partial(_linear, module)
+
+
+def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
+    weight = layer.weight
+    if not _is_few(states.numel() // max(1, states.shape[-1]), states, weight):
+        return functional.linear(states, weight, layer.bias)
+    found = product(states.reshape(-1, states.shape[-1]), weight)
+    if layer.bias is not None:
+        found += layer.bias
+    return found.reshape(*states.shape[:-1], len(weight))
+
+
+def _is_few(rows: int, states: Tensor, weight: Tensor) -> bool:
+    if rows < 2 or weight.device.type != "cpu":
+        return False
+    is_followed = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+    return (
+        rows in FEW_ROWS.get(torch.backends.cpu.get_cpu_capability(), _NONE)
+        and weight.dtype is states.dtype is torch.float32
+        and not is_followed
+    )

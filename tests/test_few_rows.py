@@ -1,0 +1,81 @@
+"""Products of a few states, against the same in double precision."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from trimtab import few_rows
+from trimtab.backends.open import open_model
+from trimtab.few_rows import hasten, product
+
+
+@pytest.fixture(autouse=True, scope="module")
+def everywhere() -> Iterator[None]:
+    """Factors are exchanged on every processor, so that it is tested on each."""
+    kept = dict(few_rows.FEW_ROWS)
+    few_rows.FEW_ROWS[torch.backends.cpu.get_cpu_capability()] = range(2, 65)
+    yield
+    few_rows.FEW_ROWS.clear()
+    few_rows.FEW_ROWS.update(kept)
+
+
+@given(st.integers(0, 66), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+def test_a_product_is_the_product(rows: int, columns: int, outputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(rows, columns, generator=generator)
+    weight = torch.randn(outputs, columns, generator=generator)
+    found = product(states, weight)
+    assert found.shape == (rows, outputs) and found.is_contiguous()
+    expected = states.double() @ weight.double().T
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 7), (1, 2, 7), (2, 9, 7), (0, 7), (1, 80, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_computes_what_it_did(shape: tuple[int, ...], bias: bool) -> None:
+    plain = nn.Linear(7, 5, bias=bias)
+    hastened = copy.deepcopy(plain)
+    hasten(hastened)
+    states = torch.randn(shape)
+    with torch.no_grad():
+        torch.testing.assert_close(hastened(states), plain(states))
+    # What is learnt goes the way that can be followed back, and the weights are the layer's own.
+    states.requires_grad_()
+    expected = torch.autograd.grad(plain(states).square().sum(), (states, plain.weight))
+    found = torch.autograd.grad(hastened(states).square().sum(), (states, hastened.weight))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_copy_has_layers_of_its_own() -> None:
+    first = nn.Linear(4, 4)
+    hasten(first)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.weight.zero_()
+        assert second(torch.ones(2, 4)).equal(second.bias.expand(2, -1))
+        assert not first(torch.ones(2, 4)).equal(first.bias.expand(2, -1))
+
+
+def test_other_arithmetic_is_left_as_it_is() -> None:
+    plain = nn.Linear(8, 8).bfloat16()
+    hastened = copy.deepcopy(plain)
+    hasten(hastened)
+    states = torch.randn(3, 8).bfloat16()
+    assert torch.equal(hastened(states), plain(states))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "t5"])
+def test_an_opened_model_says_the_same(family: str) -> None:
+    model = open_model(f"tiny:{family}", dtype="float32")
+    for tokens in (1, 3, 12):
+        ids = torch.arange(3, 3 + tokens)[None]
+        found = model.logits(ids)
+        for module in model.model.modules():
+            vars(module).pop("forward", None)
+        torch.testing.assert_close(found, model.logits(ids), atol=1e-5, rtol=1e-5)
+        hasten(model.model)

@@ -1,0 +1,130 @@
+"""One pass for expert and reference, against a pass of each."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from test_speculative import passes
+
+from trimtab.backends import pair_passes
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.backends.pair import Pair, PairStates, open_pair_from
+from trimtab.backends.pair_passes import run_pair, run_pair_after
+from trimtab.backends.reading import PairCaches
+from trimtab.backends.token_tree import TokenTree
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2")
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+_PAIRS: dict[str, Pair] = {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loras")
+
+
+def pair_of(family: str, folder: Path) -> Pair:
+    """A pair whose expert is far from its reference."""
+    if family not in _PAIRS:
+        ref = f"tiny:{family}"
+        base = open_model(ref, dtype="float32")
+        config = LoraConfig(
+            r=4,
+            target_modules="all-linear",
+            init_lora_weights=False,
+            fan_in_fan_out=family == "gpt2",
+        )
+        torch.manual_seed(1)
+        get_peft_model(base.model, config).save_pretrained(folder / family)
+        _PAIRS[family] = open_pair_from(
+            ref, folder / family, fingerprint=base.fingerprint, dtype="float32"
+        )
+    return _PAIRS[family]
+
+
+def run(pair: Pair, texts: list[list[list[int]]], *, together: bool) -> list[PairStates]:
+    """States of rows that each grow from one text to the next, and of what follows them."""
+    kept = pair_passes.FEW_TOKENS
+    pair_passes.FEW_TOKENS = kept if together else 0
+    caches, found = [PairCaches() for _ in texts], []
+    try:
+        for step in range(len(texts[0])):
+            trees = [TokenTree() for _ in texts]
+            ends = [tree.add(row[step]) for tree, row in zip(trees, texts, strict=True)]
+            found += run_pair(pair, list(zip(trees, caches, strict=True)))
+            leaves = [
+                (tree, [(end, 5), (end, 9)], cached)
+                for tree, end, cached in zip(trees, ends, caches, strict=True)
+            ]
+            found += run_pair_after(pair, leaves)
+    finally:
+        pair_passes.FEW_TOKENS = kept
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_is_two(family: str, folder: Path) -> None:
+    pair = pair_of(family, folder)
+    rows = [[list(range(3, 3 + n + row)) for n in (4, 5, 7)] for row in (0, 3)]
+    for texts in (rows[:1], rows):
+        assert pair.serves_both(pair_passes._agrees)
+        with passes(pair.reference.model.base_model) as read:
+            ours = run(pair, texts, together=True)
+        assert len(read) == 2 * len(texts[0])
+        for one, two in zip(ours, run(pair, texts, together=False), strict=True):
+            torch.testing.assert_close(one.reference, two.reference, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(one.expert, two.expert, atol=1e-5, rtol=1e-4)
+            assert not torch.allclose(one.expert, one.reference, atol=1e-2)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.lists(st.integers(3, 200), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_any_texts_of_a_row(folder: Path, texts: list[list[int]]) -> None:
+    pair = pair_of("llama", folder)
+    ours, theirs = (run(pair, [texts], together=together) for together in (True, False))
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.expert, two.expert, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.reference, two.reference, atol=1e-5, rtol=1e-4)
+
+
+def test_the_model_is_the_reference_again(folder: Path) -> None:
+    pair = pair_of("llama", folder)
+    ids = torch.tensor([[3, 4, 5]])
+    before = pair.reference.logits(ids)
+    with pytest.raises(KeyboardInterrupt), pair.as_both(1, 2):
+        raise KeyboardInterrupt
+    assert torch.equal(pair.reference.logits(ids), before)
+
+
+def test_layers_that_see_tokens_otherwise_are_given_two_passes(folder: Path) -> None:
+    ref = "tiny:llama?seed=3"
+    base = open_model(ref, dtype="float32")
+    get_peft_model(
+        base.model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    ).save_pretrained(folder / "flat")
+    fingerprint = open_model(ref, dtype="float32").fingerprint
+    pair = open_pair_from(ref, folder / "flat", fingerprint=fingerprint, dtype="float32")
+    # As a mixture of experts hands tokens on: without the text that they are of.
+    for module in pair.reference.model.modules():
+        if type(module).__name__ == "LlamaMLP":
+            plain = module.forward
+            vars(module)["forward"] = lambda x, plain=plain: plain(x.flatten(0, 1)).reshape(x.shape)
+    assert not pair.serves_both(pair_passes._agrees)
+    tree = TokenTree()
+    tree.add([3, 4, 5])
+    states = run_pair(pair, [(tree, PairCaches())])[0]
+    torch.testing.assert_close(
+        states.reference, pair.hidden(torch.tensor([[3, 4, 5]])).reference[0]
+    )
+
+
+def test_two_models_have_two_passes() -> None:
+    models: list[HFModel] = [open_model(f"tiny:llama?seed={n}", dtype="float32") for n in (1, 2)]
+    pair = Pair(*models)
+    assert not pair.serves_both(pair_passes._agrees)
+    with pytest.raises(ValueError, match="cannot share a pass"), pair.as_both(1, 1):
+        pass
