@@ -1,10 +1,10 @@
 """Products of a few states with a weight on a processor, as decoding steps and drafted blocks ask.
 
-A processor's library has a fast way to multiply a matrix by one vector, bound by reading the matrix
-from memory, and one for many vectors, which packs the matrix first. Which of them it takes for a few
-depends on the order of the factors and on the processor. Where it packs, a few states times a
-transposed weight take two to three times as long as one; the weight times as few columns is then
-read as it lies, and two to four columns cost what one does.
+A processor's library has a fast way to multiply a matrix by one vector, bound by reading the
+matrix from memory, and one for many vectors, which packs the matrix first. Which of them it takes
+for a few depends on the order of the factors and on the processor. Where it packs, a few states
+times a transposed weight take two to three times as long as one; the weight times as few columns
+is then read as it lies, and two to four columns cost what one does.
 """
 
 from functools import partial
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FEW_ROWS = {"AVX2": range(2, 65), "AVX512": range(16, 49)}
-"""By the processor's vector instructions: how many states are computed with their factors exchanged.
+"""How many states are computed with their factors exchanged, by the processor's instructions.
 
-With AVX2 (seen on an AMD EPYC) that takes 0.35 to 0.5 times as long for two to four states, less
-where there are more; with AVX-512 (seen on an Intel Xeon) up to three states cost one anyway, and 0.7
-times as long for 16 to 48 (bench/results/2026-11-26-few-rows.json and -avx512.json). A rule, and no
-trial on the spot, which would round otherwise from run to run."""
+With AVX2 (seen on an AMD EPYC) that takes half as long for two to four states, and less is won
+where there are more; with AVX-512 (seen on an Intel Xeon) up to three states cost one anyway, and
+16 to 48 take 0.7 times as long (bench/results/2026-11-26-few-rows.json and -avx512.json). A rule
+and no trial on the spot, after which no two runs would round alike."""
 
 _NONE = range(0)
 
