@@ -23,7 +23,7 @@ from torch import nn
 
 from trimtab.backends.open import open_model
 from trimtab.cli import main
-from trimtab.compare import CompareResult, compare
+from trimtab.compare import CompareResult, _put_together, compare
 from trimtab.comparing.bench import model_key
 from trimtab.comparing.budget import Budget, NotRun, seconds_of
 from trimtab.comparing.figures import MethodFigures, figures_of, pareto, ranked, share_ahead
@@ -31,16 +31,17 @@ from trimtab.comparing.page import page
 from trimtab.comparing.questions import Question, Task, metric, read_questions
 from trimtab.comparing.run import ORDER
 from trimtab.comparing.sizes import shape_of
+from trimtab.comparing.split import split_data
 from trimtab.comparing.table import markdown, terminal_table
 from trimtab.comparing.values import MethodResult, Step, TextScore
 from trimtab.comparing.words import verdict
 from trimtab.config import CompareConfig, EvaluateConfig
 from trimtab.costing.flops import lora_params, lora_training_flops
 from trimtab.errors import InputError
-from trimtab.evaluate import evaluate
+from trimtab.evaluate import MIN_DOCUMENT_BYTES, evaluate
 from trimtab.metrics import Estimate
 from trimtab.report.plots import Point, scatter_svg
-from trimtab.types import Advance
+from trimtab.types import Advance, Document
 
 SMALL, HOST = "tiny:llama?hidden=32", "tiny:qwen3?vocab=bpe&hidden=32"
 WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
@@ -621,7 +622,12 @@ def test_questions_are_read_and_wrong_lines_named(tmp_path: Path) -> None:
     for wrong, message in (
         ([a, {"prompt": "x"}], "line 2 of .* is no question"),
         ([a | {"choices": ["1", "3"]}], "one of its choices"),
-        ([a | {"choices": ["2", "2"]}], "all different"),
+        ([a | {"choices": ["2", "2"]}], "two choices or more, all different"),
+        ([a | {"choices": ["2"]}], "two choices or more"),
+        ([a | {"choices": "2"}], 'its "choices" are "2"'),
+        ([a | {"answer": 0}], 'its "answer" is 0'),
+        ([a | {"answer": ""}], 'its "answer" is ""'),
+        ([{"question": "x", "answer": "y"}], 'its "prompt" is missing'),
         ([a, b | {"choices": ["3", "4"]}], "some have none"),
         ([7], "is no question"),
     ):
@@ -653,3 +659,29 @@ def test_the_verdict_says_if_the_simple_baseline_wins() -> None:
     said = verdict(figures_of(results, task, seed=0), task)
     assert "is better than trimtab (accuracy 50.0 ± " in said
     assert said.startswith("Best on this data is logistic regression")
+
+
+def test_short_questions_are_scored_together() -> None:
+    asked = [Document(str(n), f"{n} + {n} = {n + n}\n") for n in range(30)]
+    joined = _put_together(asked)
+    assert "".join(d.text for d in joined) == "".join(d.text for d in asked)
+    assert all(len(d.text.encode()) >= MIN_DOCUMENT_BYTES for d in joined) and len(joined) > 2
+    whole = [Document("a", "x" * 64), Document("b", "y" * 70)]
+    assert _put_together(whole) == whole
+    assert _put_together(asked[:1]) == asked[:1]
+
+
+def test_questions_that_are_asked_are_not_learnt_from(tmp_path: Path) -> None:
+    task = tmp_path / "task.jsonl"
+    lines = [{"prompt": f"Say {n % 6} ", "answer": "ab"[n % 2]} for n in range(40)]
+    lines += [{"prompt": f"Name {n} ", "answer": "ab"[n % 2]} for n in range(9)]
+    task.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    config = CompareConfig(task=task, small=SMALL, host=HOST, out=tmp_path / "out")
+    split = split_data(config)
+    assert split.task is not None
+    asked = {question.prompt for question in split.task.questions}
+    assert split.examples and not asked & {question.prompt for question in split.examples}
+    assert split.repeated == 49 - len(split.task.questions) - len(split.examples) > 0
+    task.write_text(f"{json.dumps(lines[0])}\n" * 8)
+    with pytest.raises(InputError, match="is asked too"):
+        split_data(config)
