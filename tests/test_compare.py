@@ -26,7 +26,15 @@ from trimtab.cli import main
 from trimtab.compare import CompareResult, _put_together, compare
 from trimtab.comparing.bench import model_key
 from trimtab.comparing.budget import Budget, NotRun, seconds_of
-from trimtab.comparing.figures import MethodFigures, figures_of, pareto, ranked, share_ahead
+from trimtab.comparing.figures import (
+    ENOUGH,
+    SURE,
+    MethodFigures,
+    figures_of,
+    pareto,
+    ranked,
+    share_ahead,
+)
 from trimtab.comparing.page import page
 from trimtab.comparing.questions import Question, Task, metric, read_questions
 from trimtab.comparing.run import ORDER
@@ -334,6 +342,45 @@ def test_one_document_makes_nothing_sure() -> None:
     assert "alone was scored" not in terminal_table(two, None)
     half = rows_of(result("zero-shot", [80.0, 82.0], general={"a": [T, T], "b": [T]}))
     assert "(b) one document alone" in terminal_table(half, None)
+
+
+def test_few_documents_make_nothing_sure() -> None:
+    base = [80.0, 82.0, 79.0, 85.0, 81.0]
+
+    def said(documents: int) -> str:
+        before = base[:documents]
+        rows = rows_of(
+            result("zero-shot", before),
+            result("lora", [v - 20 for v in before], 9.0),
+            result("trimtab", [v - 10 for v in before]),
+        )
+        return verdict(rows, None)
+
+    # Two equal methods: all of four documents speak for the first with probability 1/16.
+    assert 0.5**ENOUGH < 1 - SURE < 0.5 ** (ENOUGH - 1)
+    assert "surely better than the host" in said(5) and "Choose lora" in said(5)
+    assert "is worse than it, with 50 % of its gain" in said(5)
+    for documents in (2, 4):
+        unsure = said(documents)
+        assert f"100 % of resamples, but of {documents} documents alone" in unsure
+        assert "but not surely better" in unsure and "hoose" not in unsure
+        assert "behind, but not surely worse" in unsure and "its gain" not in unsure
+
+
+def test_the_verdict_says_what_lora_does_to_general_text_and_what_is_faster() -> None:
+    base, prose = [80.0, 82.0, 79.0, 85.0, 81.0], [70.0, 71.0, 75.0, 72.0]
+    names = {"zero-shot": (0, 0, 1.0), "expert": (5, 2, 0.7), "lora": (6, 5, 1.4)}
+    found = {"all": (9, -4, 3.0)} | names
+    given = []
+    for name, (less, more, took) in found.items():
+        general = {"prose": [{"nats": v + more, "bytes": 100} for v in prose]}
+        use = {"sec_per_token": took, "prompt_tokens": 9, "answer_tokens": 9, "peak_bytes": 9}
+        given.append(result(name, [v - less for v in base], general=general, use=use))
+    said = verdict(rows_of(*given), None)
+    assert "On general text all is better than the host (−5.6 ± 0.0 % bits per byte)" in said
+    assert "LoRA changes general text by +6.9 ± " in said
+    assert "Where that matters more, lora (" in said and "1.4 times the host’s" in said
+    assert "with 150 % of its gain" in said
 
 
 @pytest.mark.parametrize("costs", [(196.0, 405.0), (3.0, 4.0), (1.0, 1.0), (2.0, 90_000.0)])

@@ -132,7 +132,9 @@ def _budget(config: CompareConfig) -> Budget:
     try:
         return Budget(seconds_of(config.budget) * (1 - RESERVE), free)
     except ValueError as error:
-        raise InputError(f"--budget {config.budget}: {error}", hint="write a number and its unit") from error
+        raise InputError(
+            f"--budget {config.budget}: {error}", hint="write a number and its unit"
+        ) from error
 
 
 def _check_out(out: Path) -> None:

@@ -27,6 +27,11 @@ GENERAL = "general text"
 SURE = 0.95
 """Share of resamples in which one method must be ahead to be called better."""
 
+ENOUGH = 5
+"""Documents or questions from which on a method may be called surely better: that all of fewer
+speak for the same one of two equal methods happens in more than 5 % of draws (0.5 to their
+number), whatever their resamples say."""
+
 
 @dataclass(frozen=True)
 class MethodFigures:
@@ -167,6 +172,14 @@ def share_ahead(
         first, second = (metric(by, task, row.result.answers, drawn) for row in (ours, theirs))
     ahead = advantage(by) * (first - second)
     return float((ahead > 0).mean() + 0.5 * (ahead == 0).mean())
+
+
+def surely_ahead(
+    ours: MethodFigures, theirs: MethodFigures, by: str, task: Task | None, *, seed: int = 0
+) -> bool:
+    """Whether the first method is ahead in SURE of all resamples, of ENOUGH documents."""
+    enough = drawn_from(ours, by) >= ENOUGH
+    return enough and share_ahead(ours, theirs, by, task, seed=seed) >= SURE
 
 
 def pareto(
