@@ -276,8 +276,11 @@ def test_what_does_not_fit_is_estimated(
         told = report[name]
         assert told["status"] == "estimated" and told["device_sec_estimated"]
         assert told["device_sec"] > 0 and told["domain_bits_per_byte"] is None
-        assert ("GB" if name != "expert" else "budget") in told["reason"]
+        assert "GB" in told["reason"]
     assert "~ estimated" in capsys.readouterr().out
+    late = config.model_copy(update={"budget": "0.01s", "methods": ("expert",), "test_tokens": 100})
+    (late,) = (row for row in compare(late).rows if row.name == "expert")
+    assert "of the budget are left" in late.result.reason
     with pytest.raises(InputError, match="--budget soon"):
         compare(config.model_copy(update={"budget": "soon"}))
     (tmp_path / "other").mkdir()
@@ -677,6 +680,7 @@ def test_questions_are_read_and_wrong_lines_named(tmp_path: Path) -> None:
         ([{"question": "x", "answer": "y"}], 'its "prompt" is missing'),
         ([a, b | {"choices": ["3", "4"]}], "some have none"),
         ([7], "is no question"),
+        ([a, a], "all 2 answers of .* are '2'"),
     ):
         with pytest.raises(InputError, match=message):
             read(*wrong)
@@ -729,6 +733,6 @@ def test_questions_that_are_asked_are_not_learnt_from(tmp_path: Path) -> None:
     asked = {question.prompt for question in split.task.questions}
     assert split.examples and not asked & {question.prompt for question in split.examples}
     assert split.repeated == 49 - len(split.task.questions) - len(split.examples) > 0
-    task.write_text(f"{json.dumps(lines[0])}\n" * 8)
+    task.write_text("".join(f"{json.dumps(lines[0] | {'answer': a})}\n" for a in "ababab"))
     with pytest.raises(InputError, match="is asked too"):
         split_data(config)

@@ -107,7 +107,7 @@ def compare(config: CompareConfig, *, progress: Progress = silent) -> CompareRes
         bench = _bench(config, split, budget, progress)
         bench.check_steps()
         asked = in_order(config.methods or ORDER)
-        if split.task is None and not config.methods:
+        if not config.methods and (split.task is None or split.task.kind != "classes"):
             asked.remove("embeddings")
         with progress("comparing (methods)", len(asked)) as advance:
             results = []

@@ -113,6 +113,11 @@ def _small_steps(bench: Bench) -> tuple[Step, ...]:
     """Tuning the small model: what expert, head, memory and live have in common."""
     (estimate,) = estimates.expert(bench)
 
+    if bench.done(estimate.name) is None:
+        window, rank = bench.config.train_window_tokens, bench.config.rank
+        held = sizes.lora_bytes(bench.small_shape, rank, window)
+        bench.budget.ask_for_memory("tuning the small model", held)
+
     def run() -> Step:
         return bench.tune_step(bench.config.small, "expert", bench.small_shape)
 

@@ -84,6 +84,12 @@ def read_questions(path: Path) -> Task:
             )
         return Task("choice", tuple(found))
     counts = Counter(question.answer for question in found)
+    if len(counts) == 1 and len(found) > 1:
+        raise InputError(
+            f"all {len(found)} answers of {shown_name(path)} are {found[0].answer!r}: there is"
+            " nothing to tell apart",
+            hint="give questions of two classes at least",
+        )
     if not 2 <= len(counts) <= MOST_CLASSES or len(found) < 2 * len(counts):
         return Task("text", tuple(found))
     classes = tuple(sorted(counts))
