@@ -365,9 +365,29 @@ def test_few_documents_make_nothing_sure() -> None:
     assert "is worse than it, with 50 % of its gain" in said(5)
     for documents in (2, 4):
         unsure = said(documents)
-        assert f"100 % of resamples, but of {documents} documents alone" in unsure
+        assert "100 % of resamples, but fewer than 5 documents tell the two apart" in unsure
         assert "but not surely better" in unsure and "hoose" not in unsure
         assert "behind, but not surely worse" in unsure and "its gain" not in unsure
+
+
+def test_questions_that_tell_nothing_apart_make_nothing_sure() -> None:
+    task = Task("choice", tuple(Question("?", "a", ("a", "b")) for _ in range(60)))
+
+    def found(more: int) -> tuple[float, bool, str]:
+        answers = [1] * 20 + [0] * 40
+        better = [0] * more + answers[more:]
+        results = [
+            result("zero-shot", [80.0], answers=tuple(answers)),
+            result("lora", [80.0], 9.0, answers=tuple(better)),
+        ]
+        bare, lora = figures_of(results, task, seed=0)
+        said = verdict([bare, lora], task)
+        return share_ahead(lora, bare, "accuracy", task), "Choose lora" in said, said
+
+    share, is_chosen, said = found(4)
+    assert share >= SURE and not is_chosen and "not surely better" in said
+    assert "fewer than 5 questions tell the two apart" in said
+    assert found(5)[1] and ", surely better" in found(5)[2]
 
 
 def test_the_verdict_says_what_lora_does_to_general_text_and_what_is_faster() -> None:
@@ -708,6 +728,7 @@ def test_the_verdict_says_if_the_simple_baseline_wins() -> None:
         result("embeddings", [], 1.0, answers=right, general={}),
     ]
     said = verdict(figures_of(results, task, seed=0), task)
+    assert "trimtab is even with the host as it is." in said
     assert "is better than trimtab (accuracy 50.0 ± " in said
     assert said.startswith("Best on this data is logistic regression")
 

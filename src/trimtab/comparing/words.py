@@ -6,6 +6,7 @@ from trimtab.comparing.figures import (
     BASELINE,
     ENOUGH,
     GENERAL,
+    SURE,
     MethodFigures,
     advantage,
     drawn_from,
@@ -86,7 +87,10 @@ def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) 
         parts.append(_choice(best, cheap, bare, by))
     faster = [row for row in order if surely_ahead(row, bare, by, task, seed=seed)]
     parts += [_use(cheap, bare), _in_a_hurry(cheap, faster, bare, by), _general(cheap)]
+    ours = [row for row in order if row.name in TRIMTAB][:1]
+    named = [row for row in (cheap, *ours) if row is not best]
     parts += [
+        _against_host(named, bare, by, task, seed),
         _against_lora(rows, by, task, seed),
         _general_beside_lora(rows, by, cheap),
         _against_regression(rows, by, task, seed),
@@ -107,11 +111,12 @@ def _best(best: MethodFigures, bare: MethodFigures, by: str, task: Task | None, 
     if best is bare:
         return f"Nothing that was measured is better than {named}."
     share, drawn = share_ahead(best, bare, by, task, seed=seed), drawn_from(best, by)
-    sure = "surely" if surely_ahead(best, bare, by, task, seed=seed) else "but not surely"
+    is_sure = surely_ahead(best, bare, by, task, seed=seed)
+    sure = "surely" if is_sure else "but not surely"
     known = f"ahead in {100 * share:.0f} % of resamples"
-    if drawn < ENOUGH:
+    if not is_sure and (share >= SURE or drawn < ENOUGH):
         unit = "documents" if by == "bits per byte" else "questions"
-        known += f", but of {drawn} {unit} alone: measure on {ENOUGH} or more to be sure"
+        known += f", but fewer than {ENOUGH} {unit} tell the two apart: give more"
     if drawn < 2:
         known = "on one document or question, whose errors nobody can tell: give more"
     return (
@@ -153,6 +158,15 @@ def _stands(row: MethodFigures, rival: MethodFigures, by: str, task: Task | None
 
 def _time(row: MethodFigures) -> str:
     return "no time" if not row.result.steps else duration(row.result.sec)
+
+
+def _against_host(
+    rows: Sequence[MethodFigures], bare: MethodFigures, by: str, task: Task | None, seed: int
+) -> str:
+    """How methods that are not the best one stand to the bare host."""
+    others = {row.name: row for row in rows if row is not bare}
+    said = (f"{name} is {_stands(row, bare, by, task, seed)}" for name, row in others.items())
+    return " ".join(f"{stands} the host as it is." for stands in said)
 
 
 def _against_lora(rows: Sequence[MethodFigures], by: str, task: Task | None, seed: int) -> str:
