@@ -661,6 +661,19 @@ def test_every_figure_follows_from_the_files(run: tuple[CompareConfig, CompareRe
             assert row["domain_bits_per_byte"]["mean"] == pytest.approx(nats / size / np.log(2))
             assert len(ours.result.domain) == len(told["data"]["scored"]["domain"])
     assert verdict(list(rows.values()), task) == told["verdict"]
+
+    def held(adapter: str, *names: str) -> int:
+        found = itertools.chain(*((folder / adapter).rglob(name) for name in names))
+        return sum(path.stat().st_size for path in found)
+
+    seat, head = "mount.safetensors", "head.safetensors"
+    for name, size in {
+        "trimtab": held("domain.adapter", seat, head, "memory/*"),
+        "live": held("domain.adapter", "expert/*"),
+        "all": held("domain.adapter", seat, head, "memory/*", "expert/*"),
+        "label-head": held("label-head.adapter", seat, head),
+    }.items():
+        assert told["methods"][name]["artefact_bytes"] == size
     page = (folder / "comparison.html").read_text()
     assert all(row["file"] in page for row in told["methods"].values())
 
