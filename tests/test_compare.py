@@ -674,6 +674,8 @@ def test_every_figure_follows_from_the_files(run: tuple[CompareConfig, CompareRe
         "label-head": held("label-head.adapter", seat, head),
     }.items():
         assert told["methods"][name]["artefact_bytes"] == size
+    paper = (folder / "comparison.md").read_text()
+    assert all(f"{a} ahead of {b}: {100 * share:.0f} %" in paper for a, b, share in told["better"])
     page = (folder / "comparison.html").read_text()
     assert all(row["file"] in page for row in told["methods"].values())
 

@@ -236,7 +236,7 @@ def _write(found: CompareResult, bench: Bench) -> None:
         "methods": {row.name: _as_json(row, bench) for row in rows},
     }
     write_json(config.out / REPORT_NAME, content)
-    text = markdown(rows, title, found.verdict, config.price)
+    text = markdown(rows, title, found.verdict, config.price, found.better)
     write_atomic(config.out / "comparison.md", text.encode())
     html = page(rows, title, found.verdict, found.better, config.price)
     write_atomic(config.out / "comparison.html", html.encode())

@@ -182,11 +182,23 @@ def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return drawn_text(drawn, width=_WIDTH)
 
 
-def markdown(rows: Sequence[MethodFigures], title: str, verdict: str, price: float | None) -> str:
-    """The comparison for a paper or a README."""
+def markdown(
+    rows: Sequence[MethodFigures],
+    title: str,
+    verdict: str,
+    price: float | None,
+    better: Sequence[tuple[str, str, float]] = (),
+) -> str:
+    """The comparison for a paper or a README; `better` as `page` takes it."""
     text = [f"# {title}", "", verdict, ""]
     for names, lines in parts(rows, price):
         table = [names, ["---", *["---:"] * (len(names) - 1)], *lines]
         text += [*("| " + " | ".join(line) + " |" for line in table), ""]
+    if better:
+        pairs = (
+            f"{first} ahead of {second}: {100 * share:.0f} %" for first, second, share in better
+        )
+        said = "Share of paired resamples in which a method is ahead of the next one in rank"
+        text += [f"{said}: {'; '.join(pairs)}.", ""]
     text += [f"* {note}" for note in notes(rows)]
     return "\n".join(text) + "\n"
