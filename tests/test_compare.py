@@ -23,24 +23,33 @@ from torch import nn
 
 from trimtab.backends.open import open_model
 from trimtab.cli import main
-from trimtab.compare import CompareResult, compare
+from trimtab.compare import CompareResult, _put_together, compare
 from trimtab.comparing.bench import model_key
 from trimtab.comparing.budget import Budget, NotRun, seconds_of
-from trimtab.comparing.figures import MethodFigures, figures_of, pareto, ranked, share_ahead
+from trimtab.comparing.figures import (
+    ENOUGH,
+    SURE,
+    MethodFigures,
+    figures_of,
+    pareto,
+    ranked,
+    share_ahead,
+)
 from trimtab.comparing.page import page
 from trimtab.comparing.questions import Question, Task, metric, read_questions
 from trimtab.comparing.run import ORDER
 from trimtab.comparing.sizes import shape_of
+from trimtab.comparing.split import split_data
 from trimtab.comparing.table import markdown, terminal_table
 from trimtab.comparing.values import MethodResult, Step, TextScore
 from trimtab.comparing.words import verdict
 from trimtab.config import CompareConfig, EvaluateConfig
 from trimtab.costing.flops import lora_params, lora_training_flops
 from trimtab.errors import InputError
-from trimtab.evaluate import evaluate
+from trimtab.evaluate import MIN_DOCUMENT_BYTES, evaluate
 from trimtab.metrics import Estimate
 from trimtab.report.plots import Point, scatter_svg
-from trimtab.types import Advance
+from trimtab.types import Advance, Document
 
 SMALL, HOST = "tiny:llama?hidden=32", "tiny:qwen3?vocab=bpe&hidden=32"
 WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
@@ -267,8 +276,11 @@ def test_what_does_not_fit_is_estimated(
         told = report[name]
         assert told["status"] == "estimated" and told["device_sec_estimated"]
         assert told["device_sec"] > 0 and told["domain_bits_per_byte"] is None
-        assert ("GB" if name != "expert" else "budget") in told["reason"]
+        assert "GB" in told["reason"]
     assert "~ estimated" in capsys.readouterr().out
+    late = config.model_copy(update={"budget": "0.01s", "methods": ("expert",), "test_tokens": 100})
+    (late,) = (row for row in compare(late).rows if row.name == "expert")
+    assert "of the budget are left" in late.result.reason
     with pytest.raises(InputError, match="--budget soon"):
         compare(config.model_copy(update={"budget": "soon"}))
     (tmp_path / "other").mkdir()
@@ -333,6 +345,65 @@ def test_one_document_makes_nothing_sure() -> None:
     assert "alone was scored" not in terminal_table(two, None)
     half = rows_of(result("zero-shot", [80.0, 82.0], general={"a": [T, T], "b": [T]}))
     assert "(b) one document alone" in terminal_table(half, None)
+
+
+def test_few_documents_make_nothing_sure() -> None:
+    base = [80.0, 82.0, 79.0, 85.0, 81.0]
+
+    def said(documents: int) -> str:
+        before = base[:documents]
+        rows = rows_of(
+            result("zero-shot", before),
+            result("lora", [v - 20 for v in before], 9.0),
+            result("trimtab", [v - 10 for v in before]),
+        )
+        return verdict(rows, None)
+
+    # Two equal methods: all of four documents speak for the first with probability 1/16.
+    assert 0.5**ENOUGH < 1 - SURE < 0.5 ** (ENOUGH - 1)
+    assert "surely better than the host" in said(5) and "Choose lora" in said(5)
+    assert "is worse than it, with 50 % of its gain" in said(5)
+    for documents in (2, 4):
+        unsure = said(documents)
+        assert "100 % of resamples, but fewer than 5 documents tell the two apart" in unsure
+        assert "but not surely better" in unsure and "hoose" not in unsure
+        assert "behind, but not surely worse" in unsure and "its gain" not in unsure
+
+
+def test_questions_that_tell_nothing_apart_make_nothing_sure() -> None:
+    task = Task("choice", tuple(Question("?", "a", ("a", "b")) for _ in range(60)))
+
+    def found(more: int) -> tuple[float, bool, str]:
+        answers = [1] * 20 + [0] * 40
+        better = [0] * more + answers[more:]
+        results = [
+            result("zero-shot", [80.0], answers=tuple(answers)),
+            result("lora", [80.0], 9.0, answers=tuple(better)),
+        ]
+        bare, lora = figures_of(results, task, seed=0)
+        said = verdict([bare, lora], task)
+        return share_ahead(lora, bare, "accuracy", task), "Choose lora" in said, said
+
+    share, is_chosen, said = found(4)
+    assert share >= SURE and not is_chosen and "not surely better" in said
+    assert "fewer than 5 questions tell the two apart" in said
+    assert found(5)[1] and ", surely better" in found(5)[2]
+
+
+def test_the_verdict_says_what_lora_does_to_general_text_and_what_is_faster() -> None:
+    base, prose = [80.0, 82.0, 79.0, 85.0, 81.0], [70.0, 71.0, 75.0, 72.0]
+    names = {"zero-shot": (0, 0, 1.0), "expert": (5, 2, 0.7), "lora": (6, 5, 1.4)}
+    found = {"all": (9, -4, 3.0)} | names
+    given = []
+    for name, (less, more, took) in found.items():
+        general = {"prose": [{"nats": v + more, "bytes": 100} for v in prose]}
+        use = {"sec_per_token": took, "prompt_tokens": 9, "answer_tokens": 9, "peak_bytes": 9}
+        given.append(result(name, [v - less for v in base], general=general, use=use))
+    said = verdict(rows_of(*given), None)
+    assert "On general text all is better than the host (−5.6 ± 0.0 % bits per byte)" in said
+    assert "LoRA changes general text by +6.9 ± " in said
+    assert "Where that matters more, lora (" in said and "1.4 times the host’s" in said
+    assert "with 150 % of its gain" in said
 
 
 @pytest.mark.parametrize("costs", [(196.0, 405.0), (3.0, 4.0), (1.0, 1.0), (2.0, 90_000.0)])
@@ -590,6 +661,21 @@ def test_every_figure_follows_from_the_files(run: tuple[CompareConfig, CompareRe
             assert row["domain_bits_per_byte"]["mean"] == pytest.approx(nats / size / np.log(2))
             assert len(ours.result.domain) == len(told["data"]["scored"]["domain"])
     assert verdict(list(rows.values()), task) == told["verdict"]
+
+    def held(adapter: str, *names: str) -> int:
+        found = itertools.chain(*((folder / adapter).rglob(name) for name in names))
+        return sum(path.stat().st_size for path in found)
+
+    seat, head = "mount.safetensors", "head.safetensors"
+    for name, size in {
+        "trimtab": held("domain.adapter", seat, head, "memory/*"),
+        "live": held("domain.adapter", "expert/*"),
+        "all": held("domain.adapter", seat, head, "memory/*", "expert/*"),
+        "label-head": held("label-head.adapter", seat, head),
+    }.items():
+        assert told["methods"][name]["artefact_bytes"] == size
+    paper = (folder / "comparison.md").read_text()
+    assert all(f"{a} ahead of {b}: {100 * share:.0f} %" in paper for a, b, share in told["better"])
     page = (folder / "comparison.html").read_text()
     assert all(row["file"] in page for row in told["methods"].values())
 
@@ -621,9 +707,15 @@ def test_questions_are_read_and_wrong_lines_named(tmp_path: Path) -> None:
     for wrong, message in (
         ([a, {"prompt": "x"}], "line 2 of .* is no question"),
         ([a | {"choices": ["1", "3"]}], "one of its choices"),
-        ([a | {"choices": ["2", "2"]}], "all different"),
+        ([a | {"choices": ["2", "2"]}], "two choices or more, all different"),
+        ([a | {"choices": ["2"]}], "two choices or more"),
+        ([a | {"choices": "2"}], 'its "choices" are "2"'),
+        ([a | {"answer": 0}], 'its "answer" is 0'),
+        ([a | {"answer": ""}], 'its "answer" is ""'),
+        ([{"question": "x", "answer": "y"}], 'its "prompt" is missing'),
         ([a, b | {"choices": ["3", "4"]}], "some have none"),
         ([7], "is no question"),
+        ([a, a], "all 2 answers of .* are '2'"),
     ):
         with pytest.raises(InputError, match=message):
             read(*wrong)
@@ -651,5 +743,32 @@ def test_the_verdict_says_if_the_simple_baseline_wins() -> None:
         result("embeddings", [], 1.0, answers=right, general={}),
     ]
     said = verdict(figures_of(results, task, seed=0), task)
+    assert "trimtab is even with the host as it is." in said
     assert "is better than trimtab (accuracy 50.0 ± " in said
     assert said.startswith("Best on this data is logistic regression")
+
+
+def test_short_questions_are_scored_together() -> None:
+    asked = [Document(str(n), f"{n} + {n} = {n + n}\n") for n in range(30)]
+    joined = _put_together(asked)
+    assert "".join(d.text for d in joined) == "".join(d.text for d in asked)
+    assert all(len(d.text.encode()) >= MIN_DOCUMENT_BYTES for d in joined) and len(joined) > 2
+    whole = [Document("a", "x" * 64), Document("b", "y" * 70)]
+    assert _put_together(whole) == whole
+    assert _put_together(asked[:1]) == asked[:1]
+
+
+def test_questions_that_are_asked_are_not_learnt_from(tmp_path: Path) -> None:
+    task = tmp_path / "task.jsonl"
+    lines = [{"prompt": f"Say {n % 6} ", "answer": "ab"[n % 2]} for n in range(40)]
+    lines += [{"prompt": f"Name {n} ", "answer": "ab"[n % 2]} for n in range(9)]
+    task.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    config = CompareConfig(task=task, small=SMALL, host=HOST, out=tmp_path / "out")
+    split = split_data(config)
+    assert split.task is not None
+    asked = {question.prompt for question in split.task.questions}
+    assert split.examples and not asked & {question.prompt for question in split.examples}
+    assert split.repeated == 49 - len(split.task.questions) - len(split.examples) > 0
+    task.write_text("".join(f"{json.dumps(lines[0] | {'answer': a})}\n" for a in "ababab"))
+    with pytest.raises(InputError, match="is asked too"):
+        split_data(config)

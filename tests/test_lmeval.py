@@ -179,7 +179,15 @@ def test_the_bare_host_answers_as_lm_evals_own_model(
 
 @needs_harness
 @pytest.mark.parametrize("row", ["live", "expert", "temperature"])
-def test_other_rows_and_kinds_of_tasks(row: str, adapter: Path, tmp_path: Path) -> None:
+def test_other_rows_and_kinds_of_tasks(
+    row: str,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # No repository, of which git would say so.
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "lines.jsonl").write_text(
         "\n".join(json.dumps({"text": domain_text(n)[:40], "word": WORDS[n]}) for n in range(3))
     )
@@ -199,6 +207,8 @@ def test_other_rows_and_kinds_of_tasks(row: str, adapter: Path, tmp_path: Path) 
     with pytest.raises(SystemExit) as end:
         main(["evaluate", *words, "--rows", row])
     assert end.value.code == 0
+    shown = capfd.readouterr().err
+    assert "git" not in shown and "it/s" not in shown
     figures = json.loads((tmp_path / "out" / "tasks.json").read_text())["figures"]
     assert {figure["task"] for figure in figures} == {"texts", "words"}
     assert {figure["row"] for figure in figures} == {"host", row}

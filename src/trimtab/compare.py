@@ -107,7 +107,7 @@ def compare(config: CompareConfig, *, progress: Progress = silent) -> CompareRes
         bench = _bench(config, split, budget, progress)
         bench.check_steps()
         asked = in_order(config.methods or ORDER)
-        if split.task is None and not config.methods:
+        if not config.methods and (split.task is None or split.task.kind != "classes"):
             asked.remove("embeddings")
         with progress("comparing (methods)", len(asked)) as advance:
             results = []
@@ -132,7 +132,9 @@ def _budget(config: CompareConfig) -> Budget:
     try:
         return Budget(seconds_of(config.budget) * (1 - RESERVE), free)
     except ValueError as error:
-        raise InputError(f"--budget {config.budget}: {error}", hint="for example 20min") from error
+        raise InputError(
+            f"--budget {config.budget}: {error}", hint="write a number and its unit"
+        ) from error
 
 
 def _check_out(out: Path) -> None:
@@ -154,19 +156,24 @@ def _bench(config: CompareConfig, split: Split, budget: Budget, progress: Progre
             " compared",
             hint="choose a causal model as host",
         )
-    texts = {"": split.test, **split.general}
+    asked_alone = not config.data and not config.test
+    test = _put_together(split.test) if asked_alone else split.test
+    texts = {"": test, **split.general}
     half = config.test_tokens // 2 // max(len(split.general), 1)
     limits = {kind: half if kind else config.test_tokens for kind in texts}
-    cut = {kind: _cut(found, limits[kind], config, host) for kind, found in texts.items()}
+    cut = {
+        kind: _cut(found, limits[kind], config, host, f"--general {kind}" if kind else "test text")
+        for kind, found in texts.items()
+    }
     models = f"{small_key} {model_key(host)}"
     return Bench(config, split, cut, host, models, shape_of(host), small_shape, budget, progress)
 
 
 def _cut(
-    documents: Sequence[Document], limit: int, config: CompareConfig, host: HFModel
+    documents: Sequence[Document], limit: int, config: CompareConfig, host: HFModel, what: str
 ) -> list[Document]:
     """The beginnings of documents that are scored: the same text for every model."""
-    kept, most = [], config.document_tokens or _share(limit, len(documents))
+    kept, most = [], min(config.document_tokens or _share(limit, len(documents)), limit)
     for document in documents:
         tokens, raw = beginning(host, document.text, min(most, limit))
         if len(raw) >= MIN_DOCUMENT_BYTES:
@@ -174,10 +181,28 @@ def _cut(
             kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
     if not kept:
         raise InputError(
-            f"no test document of {MIN_DOCUMENT_BYTES} bytes fits into --test-tokens",
-            hint="give longer text, or raise --test-tokens",
+            f"none of {len(documents)} documents of {what} has {MIN_DOCUMENT_BYTES} bytes in its"
+            f" first {most} host tokens, its share of --test-tokens",
+            hint="give longer documents, or raise --test-tokens or --document-tokens",
         )
     return kept
+
+
+def _put_together(documents: Sequence[Document]) -> list[Document]:
+    """Join a question that is too short to be scored alone with those that follow it."""
+    found: list[Document] = []
+    for document in documents:
+        if found and _is_short(found[-1]):
+            document = replace(found[-1], text=found.pop().text + document.text)
+        found.append(document)
+    if len(found) > 1 and _is_short(found[-1]):
+        rest = found.pop()
+        found[-1] = replace(found[-1], text=found[-1].text + rest.text)
+    return found
+
+
+def _is_short(document: Document) -> bool:
+    return len(document.text.encode()) < MIN_DOCUMENT_BYTES
 
 
 def _share(limit: int, documents: int) -> int:
@@ -195,6 +220,8 @@ def _write(found: CompareResult, bench: Bench) -> None:
         "data": {
             "sha256": bench.split.sha256,
             "train_documents": len(bench.split.train),
+            "learnt_questions": len(bench.split.examples),
+            "repeated_questions": bench.split.repeated,
             "scored": {kind or "domain": [d.name for d in ds] for kind, ds in bench.texts.items()},
             "scored_tokens": bench.test_tokens,
             "questions": len(bench.split.task.questions) if bench.split.task else 0,
@@ -209,7 +236,7 @@ def _write(found: CompareResult, bench: Bench) -> None:
         "methods": {row.name: _as_json(row, bench) for row in rows},
     }
     write_json(config.out / REPORT_NAME, content)
-    text = markdown(rows, title, found.verdict, config.price)
+    text = markdown(rows, title, found.verdict, config.price, found.better)
     write_atomic(config.out / "comparison.md", text.encode())
     html = page(rows, title, found.verdict, found.better, config.price)
     write_atomic(config.out / "comparison.html", html.encode())

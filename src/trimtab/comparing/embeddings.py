@@ -32,7 +32,9 @@ def classify(bench: Bench) -> tuple[tuple[int, ...], Step, Use, int]:
     """
     task, examples = bench.split.task, bench.split.examples
     if task is None or task.kind != "classes":
-        raise NotRun("it answers classifications alone, and the task is none")
+        raise NotRun(
+            "it answers classifications alone: tasks without choices where a few answers recur"
+        )
     try:
         from sklearn.linear_model import LogisticRegressionCV
         from sklearn.pipeline import make_pipeline

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimtab.comparing.questions import METRICS, Task, metric
+from trimtab.comparing.questions import METRICS, Task, metric, scores
 from trimtab.comparing.values import MethodResult, TextScore
 from trimtab.metrics import (
     DocumentScore,
@@ -26,6 +26,11 @@ GENERAL = "general text"
 
 SURE = 0.95
 """Share of resamples in which one method must be ahead to be called better."""
+
+ENOUGH = 5
+"""Documents or questions that have to tell two methods apart before one is called surely better:
+that all of fewer speak for the same one of two equal methods happens in more than 5 % of draws
+(0.5 to their number), whatever their resamples say."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,22 @@ def share_ahead(
         first, second = (metric(by, task, row.result.answers, drawn) for row in (ours, theirs))
     ahead = advantage(by) * (first - second)
     return float((ahead > 0).mean() + 0.5 * (ahead == 0).mean())
+
+
+def surely_ahead(
+    ours: MethodFigures, theirs: MethodFigures, by: str, task: Task | None, *, seed: int = 0
+) -> bool:
+    """Whether the first method is ahead in SURE of all resamples, of ENOUGH that tell them apart.
+
+    A question that both answer rightly, or both wrongly, tells nothing.
+    """
+    if by == "bits per byte":
+        sides = [[text.nats for text in row.result.domain] for row in (ours, theirs)]
+    else:
+        assert task is not None
+        sides = [scores(task, row.result.answers) for row in (ours, theirs)]
+    telling = sum(first != second for first, second in zip(*sides, strict=True))
+    return telling >= ENOUGH and share_ahead(ours, theirs, by, task, seed=seed) >= SURE
 
 
 def pareto(

@@ -17,7 +17,9 @@ from trimtab.comparing.scoring import Subject, with_preamble
 from trimtab.comparing.split import excerpts
 from trimtab.comparing.values import Step
 from trimtab.config import CarrierName
+from trimtab.steering.mounted import Mounted
 from trimtab.steering.processor import DEFAULT_CARRIERS, mixture_of
+from trimtab.store.adapter import MOUNT_FILE
 
 NOTHING, AGAIN, MOUNT = "nothing", "train again", "mount"
 
@@ -113,6 +115,11 @@ def _small_steps(bench: Bench) -> tuple[Step, ...]:
     """Tuning the small model: what expert, head, memory and live have in common."""
     (estimate,) = estimates.expert(bench)
 
+    if bench.done(estimate.name) is None:
+        window, rank = bench.config.train_window_tokens, bench.config.rank
+        held = sizes.lora_bytes(bench.small_shape, rank, window)
+        bench.budget.ask_for_memory("tuning the small model", held)
+
     def run() -> Step:
         return bench.tune_step(bench.config.small, "expert", bench.small_shape)
 
@@ -144,11 +151,19 @@ def _steered(carriers: Sequence[CarrierName]) -> Callable[[Bench], Iterator[Made
         mounted = bench.mounted(ADAPTER)
         live = Live(bench.pair("expert"), bench.host) if "expert" in carriers else None
         mixture = mixture_of(bench.host, mounted, carriers, 1.0, live)
-        size = sum(mounted.manifest.bytes_of(name) for name in carriers)
+        size = _carried(bench, ADAPTER, mounted, carriers)
         note = "; ".join(mounted.warnings) if is_seated else ""
         yield Made(Subject(bench.host, mixture.steering), steps, size, note)
 
     return make
+
+
+def _carried(bench: Bench, adapter: str, mounted: Mounted, carriers: Sequence[CarrierName]) -> int:
+    """Bytes of carriers, with what seats them on a host; an expert beside it needs no seat."""
+    size = sum(mounted.manifest.bytes_of(name) for name in carriers)
+    if tuple(carriers) == ("expert",):
+        return size
+    return size + (bench.folder / adapter / MOUNT_FILE).stat().st_size
 
 
 def _label_head(bench: Bench) -> Iterator[Made]:
@@ -162,7 +177,7 @@ def _label_head(bench: Bench) -> Iterator[Made]:
         "fitted on the host's states to the text's own next tokens, without soft targets; the"
         " recording, which says what the text is, counts as its cost too"
     )
-    size = mounted.manifest.bytes_of("head")
+    size = _carried(bench, LABEL_ADAPTER, mounted, ("head",))
     yield Made(Subject(bench.host, mixture.steering), steps, size, note)
 
 

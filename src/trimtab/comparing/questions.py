@@ -1,5 +1,6 @@
 """The user's own task: questions with an answer, from a JSONL file. Pure but for the reading."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ METRICS: dict[Kind, tuple[str, ...]] = {
     "text": ("exact match",),
 }
 _EXPECTED = 'expected "prompt" and "answer", both strings, and perhaps "choices", a list of strings'
+_MEND = "mend or remove that line"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ def read_questions(path: Path) -> Task:
             )
         return Task("choice", tuple(found))
     counts = Counter(question.answer for question in found)
+    if len(counts) == 1 and len(found) > 1:
+        raise InputError(
+            f"all {len(found)} answers of {shown_name(path)} are {found[0].answer!r}: there is"
+            " nothing to tell apart",
+            hint="give questions of two classes at least",
+        )
     if not 2 <= len(counts) <= MOST_CLASSES or len(found) < 2 * len(counts):
         return Task("text", tuple(found))
     classes = tuple(sorted(counts))
@@ -89,20 +97,33 @@ def read_questions(path: Path) -> Task:
 
 
 def _question(value: Any, where: str) -> Question:
-    prompt, answer, choices = "", "", ()
-    if isinstance(value, dict):
-        prompt, answer = value.get("prompt"), value.get("answer")
-        choices = value.get("choices") or ()
-    whole = all(isinstance(part, str) and part for part in (prompt, answer))
-    if not whole or not all(isinstance(choice, str) and choice for choice in choices):
-        raise InputError(f"{where} is no question: {_EXPECTED}", hint="mend or remove that line")
-    choices = tuple(choices)
-    if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
+    if wrong := _wrong(value):
+        raise InputError(f"{where} is no question, {wrong}: {_EXPECTED}", hint=_MEND)
+    answer, choices = value["answer"], tuple(value.get("choices") or ())
+    if choices and len(set(choices)) < max(2, len(choices)):
+        raise InputError(f"{where} needs two choices or more, all different", hint=_MEND)
+    if choices and answer not in choices:
         raise InputError(
-            f"{where} has the answer {answer!r}, which has to be one of its choices, all different",
-            hint="mend or remove that line",
+            f"{where} has the answer {answer!r}, which has to be one of its choices, space by"
+            " space",
+            hint=_MEND,
         )
-    return Question(str(prompt), str(answer), choices)
+    return Question(value["prompt"], answer, choices)
+
+
+def _wrong(value: Any) -> str:
+    """What keeps a line from being a question; "" if nothing does."""
+    if not isinstance(value, dict):
+        return "since it is no JSON object"
+    for name in ("prompt", "answer"):
+        part = value.get(name)
+        if not isinstance(part, str) or not part:
+            found = "is missing" if name not in value else f"is {json.dumps(part)[:40]}"
+            return f'since its "{name}" {found}'
+    choices = value.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+        return f'since its "choices" are {json.dumps(choices)[:40]}'
+    return ""
 
 
 def scores(task: Task, answers: Sequence[int | str]) -> list[float]:

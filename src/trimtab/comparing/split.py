@@ -35,6 +35,7 @@ class Split:
         general_train: General text that the adapter is told to leave alone; no test text.
         examples: Questions to learn from; empty without a task.
         task: Questions to be answered; None without a task.
+        repeated: Questions that were not learnt from, since they are asked.
         sha256: Fingerprint of all of it.
     """
 
@@ -44,6 +45,7 @@ class Split:
     general_train: tuple[Document, ...]
     examples: tuple[Question, ...]
     task: Task | None
+    repeated: int
     sha256: str
 
 
@@ -51,14 +53,14 @@ def split_data(config: CompareConfig) -> Split:
     """Read and split text and questions.
 
     Test documents are drawn by name and seed, unless --test names them; training documents that
-    nearly repeat one are removed. Solved training questions are training text too, so that every
-    method that learns has seen them. Without text, the asked questions with their answers are
-    what is scored.
+    nearly repeat one are removed, and so are solved questions that are asked. Solved training
+    questions are training text too, so that every method that learns has seen them. Without text,
+    the asked questions with their answers are what is scored.
 
     Raises:
         InputError: A text or a question cannot be read, or nothing is left to learn from.
     """
-    examples, task = _questions(config)
+    examples, task, repeated = _questions(config)
     train, test = _texts(config, task)
     train = list(drop_near_duplicates(train, test).kept)
     train += _as_text(config, "learnt", examples)
@@ -74,7 +76,14 @@ def split_data(config: CompareConfig) -> Split:
         digest.update(f"{sha256_file(config.task)} {config.task_questions}".encode())
     kinds = {kind: tuple(found) for kind, found in general.items()}
     return Split(
-        tuple(train), tuple(test), kinds, tuple(general_train), examples, task, digest.hexdigest()
+        train=tuple(train),
+        test=tuple(test),
+        general=kinds,
+        general_train=tuple(general_train),
+        examples=examples,
+        task=task,
+        repeated=repeated,
+        sha256=digest.hexdigest(),
     )
 
 
@@ -104,9 +113,10 @@ def _plain(documents: list[Document]) -> list[Document]:
     return documents
 
 
-def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None]:
+def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None, int]:
+    """Questions to learn from, those to ask, and how many of the first are among the second."""
     if config.task is None:
-        return (), None
+        return (), None, 0
     task = read_questions(config.task)
     named = [Document(str(number), "-") for number in range(len(task.questions))]
     if len(named) < 4:
@@ -117,7 +127,29 @@ def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None
     learnt, asked = split_held_out(named, 0.5, config.seed)
     pick = task.questions
     chosen = tuple(pick[int(document.name)] for document in asked[: config.task_questions])
-    return tuple(pick[int(document.name)] for document in learnt), Task(task.kind, chosen)
+    kept, repeated = _not_asked([pick[int(document.name)] for document in learnt], chosen)
+    if not kept:
+        raise InputError(
+            f"every question of {config.task} to learn from is asked too",
+            hint="give questions that differ",
+        )
+    return kept, Task(task.kind, chosen), repeated
+
+
+def _not_asked(
+    learnt: Sequence[Question], asked: Sequence[Question]
+) -> tuple[tuple[Question, ...], int]:
+    """Questions without those that are asked, but for letter case and spaces; how many go.
+
+    Only the same prompt counts, not a similar one: prompts of one form are all similar.
+    """
+    known = {_bare(question) for question in asked}
+    kept = tuple(question for question in learnt if _bare(question) not in known)
+    return kept, len(learnt) - len(kept)
+
+
+def _bare(question: Question) -> str:
+    return " ".join(question.prompt.casefold().split())
 
 
 def _general(config: CompareConfig) -> tuple[dict[str, list[Document]], list[Document]]:

@@ -34,6 +34,8 @@ def cells(row: MethodFigures, tasks: Sequence[str], price: float | None) -> list
     """What the table shows of a method; "" where nothing was measured."""
     result = row.result
     mark = ESTIMATED if result.is_sec_estimated else ""
+    # What was not run and has no steps to estimate is not therefore free; a prompt is.
+    nothing = "0" if result.status == "measured" or result.further_hosts == "nothing" else ""
     memory = result.peak_bytes
     return [
         row.name,
@@ -41,8 +43,8 @@ def cells(row: MethodFigures, tasks: Sequence[str], price: float | None) -> list
         _percent(row, "bits per byte"),
         *(_share(row.task.get(name)) for name in tasks),
         _percent(row, GENERAL),
-        f"{mark}{result.flops:.1e}" if result.steps else "0",
-        f"{mark}{duration(result.sec)}" if result.steps else "0",
+        f"{mark}{result.flops:.1e}" if result.steps else nothing,
+        f"{mark}{duration(result.sec)}" if result.steps else nothing,
         data_size(memory) if memory else "",
         data_size(result.artefact_bytes) if result.artefact_bytes is not None else "",
         _use(row, price),
@@ -180,11 +182,23 @@ def _drawn(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return drawn_text(drawn, width=_WIDTH)
 
 
-def markdown(rows: Sequence[MethodFigures], title: str, verdict: str, price: float | None) -> str:
-    """The comparison for a paper or a README."""
+def markdown(
+    rows: Sequence[MethodFigures],
+    title: str,
+    verdict: str,
+    price: float | None,
+    better: Sequence[tuple[str, str, float]] = (),
+) -> str:
+    """The comparison for a paper or a README; `better` as `page` takes it."""
     text = [f"# {title}", "", verdict, ""]
     for names, lines in parts(rows, price):
         table = [names, ["---", *["---:"] * (len(names) - 1)], *lines]
         text += [*("| " + " | ".join(line) + " |" for line in table), ""]
+    if better:
+        pairs = (
+            f"{first} ahead of {second}: {100 * share:.0f} %" for first, second, share in better
+        )
+        said = "Share of paired resamples in which a method is ahead of the next one in rank"
+        text += [f"{said}: {'; '.join(pairs)}.", ""]
     text += [f"* {note}" for note in notes(rows)]
     return "\n".join(text) + "\n"

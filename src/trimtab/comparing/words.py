@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from trimtab.comparing.figures import (
     BASELINE,
+    ENOUGH,
     GENERAL,
     SURE,
     MethodFigures,
@@ -14,6 +15,7 @@ from trimtab.comparing.figures import (
     ranked,
     share_ahead,
     share_of_gain,
+    surely_ahead,
 )
 from trimtab.comparing.questions import Task
 from trimtab.metrics import Estimate
@@ -65,25 +67,34 @@ def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) 
     """What to choose for this data and why.
 
     The best method is named; then the one that takes the least time before use among those that
-    are not surely worse (paired bootstrap, SURE); what they cost and what they do to general
-    text; how Trimtab stands to training the host; and what was not measured.
+    are not surely worse (paired bootstrap, `surely_ahead`); what it costs, what costs less in
+    use, and what it does to general text; how Trimtab stands to training the host; and what was
+    not measured.
     """
     by = quality(rows)
     order = ranked(rows, by)
     best, bare = order[0], next(row for row in rows if row.name == BASELINE)
     if order == [bare]:
         return f"{_nothing(bare, by)} {_not_run(rows)}".strip()
-    even = [row for row in order if share_ahead(best, row, by, task, seed=seed) < SURE]
+    even = [row for row in order if not surely_ahead(best, row, by, task, seed=seed)]
     # The bare host takes nothing, of which prompts that take no time before use add something.
     cheap = min(even, key=lambda row: (row.result.sec, row is not bare))
     parts = [_best(best, bare, by, task, seed)]
-    if drawn_from(best, by) < 2:
+    if drawn_from(best, by) < ENOUGH:
         # What cannot be told apart is no reason to choose.
         cheap = best
     else:
         parts.append(_choice(best, cheap, bare, by))
-    parts += [_use(cheap, bare), _against_lora(rows, by, task, seed)]
-    parts += [_against_regression(rows, by, task, seed), _general(cheap)]
+    faster = [row for row in order if surely_ahead(row, bare, by, task, seed=seed)]
+    parts += [_use(cheap, bare), _in_a_hurry(cheap, faster, bare, by), _general(cheap)]
+    ours = [row for row in order if row.name in TRIMTAB][:1]
+    named = [row for row in (cheap, *ours) if row is not best]
+    parts += [
+        _against_host(named, bare, by, task, seed),
+        _against_lora(rows, by, task, seed),
+        _general_beside_lora(rows, by, cheap),
+        _against_regression(rows, by, task, seed),
+    ]
     parts.append(_not_run(rows))
     return " ".join(part for part in parts if part)
 
@@ -99,10 +110,14 @@ def _best(best: MethodFigures, bare: MethodFigures, by: str, task: Task | None, 
     named = f"{METHOD_WORDS[best.name]} ({best.name}, {spoken(by, best)})"
     if best is bare:
         return f"Nothing that was measured is better than {named}."
-    share = share_ahead(best, bare, by, task, seed=seed)
-    sure = "surely" if share >= SURE else "but not surely"
+    share, drawn = share_ahead(best, bare, by, task, seed=seed), drawn_from(best, by)
+    is_sure = surely_ahead(best, bare, by, task, seed=seed)
+    sure = "surely" if is_sure else "but not surely"
     known = f"ahead in {100 * share:.0f} % of resamples"
-    if drawn_from(best, by) < 2:
+    if not is_sure and (share >= SURE or drawn < ENOUGH):
+        unit = "documents" if by == "bits per byte" else "questions"
+        known += f", but fewer than {ENOUGH} {unit} tell the two apart: give more"
+    if drawn < 2:
         known = "on one document or question, whose errors nobody can tell: give more"
     return (
         f"Best on this data is {named}, {sure} better than the host as it is ({spoken(by, bare)};"
@@ -130,9 +145,10 @@ def _stands(row: MethodFigures, rival: MethodFigures, by: str, task: Task | None
     ours, theirs = quality_of(row, by), quality_of(rival, by)
     if drawn_from(row, by) < 2 or ours is None or theirs is None:
         return "not to be told from"
-    ahead = share_ahead(row, rival, by, task, seed=seed)
-    if ahead >= SURE or ahead <= 1 - SURE:
-        return "better than" if ahead >= SURE else "worse than"
+    if surely_ahead(row, rival, by, task, seed=seed):
+        return "better than"
+    if surely_ahead(rival, row, by, task, seed=seed):
+        return "worse than"
     if ours.mean == theirs.mean:
         return "even with"
     is_ahead = advantage(by) * (ours.mean - theirs.mean) > 0
@@ -142,6 +158,15 @@ def _stands(row: MethodFigures, rival: MethodFigures, by: str, task: Task | None
 
 def _time(row: MethodFigures) -> str:
     return "no time" if not row.result.steps else duration(row.result.sec)
+
+
+def _against_host(
+    rows: Sequence[MethodFigures], bare: MethodFigures, by: str, task: Task | None, seed: int
+) -> str:
+    """How methods that are not the best one stand to the bare host."""
+    others = {row.name: row for row in rows if row is not bare}
+    said = (f"{name} is {_stands(row, bare, by, task, seed)}" for name, row in others.items())
+    return " ".join(f"{stands} the host as it is." for stands in said)
 
 
 def _against_lora(rows: Sequence[MethodFigures], by: str, task: Task | None, seed: int) -> str:
@@ -159,14 +184,32 @@ def _against_lora(rows: Sequence[MethodFigures], by: str, task: Task | None, see
         )
     how = _stands(row, lora, by, task, seed)
     bare = next(row for row in rows if row.name == BASELINE)
-    gains = by == "bits per byte" and share_ahead(lora, bare, by, task, seed=seed) >= SURE
+    gains = by == "bits per byte" and surely_ahead(lora, bare, by, task, seed=seed)
     reached = share_of_gain(row, lora, bare) if gains else None
-    share = f", {100 * reached:.0f} % of its gain on text" if reached is not None else ""
+    share = f", with {_share(reached)} its gain on text" if reached and reached > 0 else ""
     return (
         f"Against LoRA on the host ({spoken(by, lora)}, {_time(lora)} for each host) the best of"
         f" Trimtab’s ways, {row.name} ({spoken(by, row)}, {_time(row)}), is {how} it{share};"
         f" {_reach(row)}"
     )
+
+
+def _share(reached: float) -> str:
+    return f"{100 * reached:.0f} % of" if reached < 2 else f"{reached:.1f} times"
+
+
+def _general_beside_lora(rows: Sequence[MethodFigures], by: str, told: MethodFigures) -> str:
+    """What general text pays for LoRA, and for the best of Trimtab's ways unless that is told."""
+    lora = next((row for row in rows if row.name == "lora"), None)
+    ours = [row for row in ranked(rows, by) if row.name in TRIMTAB]
+    if lora is None or not ours:
+        return ""
+    first, second = _general_change(ours[0]), _general_change(lora)
+    if not first or not second:
+        return ""
+    if ours[0] is told:
+        return f"LoRA changes general text by {second} bits per byte."
+    return f"{ours[0].name} changes general text by {first} bits per byte, LoRA by {second}."
 
 
 def _against_regression(
@@ -193,6 +236,28 @@ def _use(row: MethodFigures, bare: MethodFigures) -> str:
     return f"A token then takes {times:.2g} times as long as with the host as it is."
 
 
+def _in_a_hurry(
+    row: MethodFigures, better: Sequence[MethodFigures], bare: MethodFigures, by: str
+) -> str:
+    """The best that is surely better than the bare host and takes half the time in use or less."""
+    if row.result.use is None or bare.result.use is None or not row.result.writes_text:
+        return ""
+    most = row.result.use.sec_per_token / 2
+    found = (
+        (other, other.result.use.sec_per_token / bare.result.use.sec_per_token)
+        for other in better
+        if other.result.use and other.result.writes_text
+    )
+    limit = most / bare.result.use.sec_per_token
+    other, times = next(((one, took) for one, took in found if took <= limit), (None, 0.0))
+    if other is None:
+        return ""
+    return (
+        f"Where that matters more, {other.name} ({spoken(by, other)}) is the best of what takes"
+        f" half of that or less, {times:.2g} times the host’s, and is surely better than the host."
+    )
+
+
 def _reach(row: MethodFigures) -> str:
     steps = row.result.steps
     again = [step for step in steps if not step.serves_all_hosts]
@@ -201,17 +266,22 @@ def _reach(row: MethodFigures) -> str:
 
 
 def _general(row: MethodFigures) -> str:
-    change = row.general_change
-    if change is None or row.general is None:
+    change, percent = row.general_change, _general_change(row)
+    if change is None or not percent:
         return ""
-    drawn = drawn_from(row, GENERAL)
-    percent = spoken_change(change, row.general.mean - change.mean, drawn)
-    if drawn < 2:
+    if drawn_from(row, GENERAL) < 2:
         return f"On general text {row.name} is at {percent} bits per byte, no error known."
-    word = "pays more" if change.mean > 2 * change.stderr else "pays less"
+    word = "is worse than the host" if change.mean > 0 else "is better than the host"
     if abs(change.mean) <= 2 * change.stderr:
-        word = "is unchanged within two standard errors"
+        word = "is within two standard errors of the host"
     return f"On general text {row.name} {word} ({percent} bits per byte)."
+
+
+def _general_change(row: MethodFigures) -> str:
+    change, value = row.general_change, row.general
+    if change is None or value is None:
+        return ""
+    return spoken_change(change, value.mean - change.mean, drawn_from(row, GENERAL))
 
 
 def _not_run(rows: Sequence[MethodFigures]) -> str:

@@ -114,7 +114,7 @@ class CompareConfig(Config):
     out: Path
     """Folder of the comparison; an interrupted one goes on there, method by method."""
     methods: tuple[MethodName, ...] = ()
-    """Methods to compare (default: all)."""
+    """Methods to compare (default: every one; `all` is Trimtab's method of that name)."""
     budget: str = "20min"
     """Time for the whole comparison; what does not fit is estimated and marked so."""
     memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval import evaluator as harness
 from lm_eval import utils as harness_utils
+from lm_eval.api import task as harness_task
 from lm_eval.tasks import TaskManager
 
 from trimtab.lmeval.rows import Models
@@ -145,6 +147,11 @@ def _quiet() -> Iterator[None]:
     level, plain, single = logger.level, harness_utils.env, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    # It would ask git about the current folder, which answers on the terminal where it is no
+    # repository; nothing of the answer is kept.
+    asks_git, bar = harness.get_git_commit_hash, harness_task.tqdm
+    harness.get_git_commit_hash = lambda: ""
+    harness_task.tqdm = partial(bar, disable=True)
     os.environ["DISABLE_MULTIPROC"] = "1"
     harness_utils.env = _sandbox(plain.filters)
     # lm-eval seeds every generator of the process.
@@ -155,6 +162,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         harness_utils.env = plain
+        harness.get_git_commit_hash, harness_task.tqdm = asks_git, bar
         random.setstate(drawn)
         np.random.set_state(drawn_numpy)
         logger.setLevel(level)

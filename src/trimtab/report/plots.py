@@ -299,7 +299,8 @@ def scatter_svg(
     costs = [point.x for point in points if point.x > 0] or [1.0]
     nothing = min(costs) / 10
     with rc_context(_SETTINGS):
-        figure, axes = _canvas(300, left=58, right=92)
+        # Room for a sign, four digits and the words that stand upright beside them.
+        figure, axes = _canvas(300, left=76, right=92)
         for point in points:
             x = max(point.x, nothing) if log_x else point.x
             axes.errorbar(
