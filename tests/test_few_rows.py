@@ -16,10 +16,12 @@ from trimtab.few_rows import hasten, product
 
 @pytest.fixture(autouse=True, scope="module")
 def everywhere() -> Iterator[None]:
-    """Factors are exchanged on every processor, so that it is tested on each."""
+    """Factors are exchanged on every processor and at every size, so that it is tested on each."""
     kept = dict(few_rows.FEW_ROWS)
     few_rows.FEW_ROWS[torch.backends.cpu.get_cpu_capability()] = range(2, 65)
+    least, few_rows.LEAST_WEIGHTS = few_rows.LEAST_WEIGHTS, 1
     yield
+    few_rows.LEAST_WEIGHTS = least
     few_rows.FEW_ROWS.clear()
     few_rows.FEW_ROWS.update(kept)
 

@@ -21,6 +21,9 @@ where there are more; with AVX-512 (seen on an Intel Xeon) up to three states co
 16 to 48 take 0.7 times as long (bench/results/2026-11-26-few-rows.json and -avx512.json). A rule
 and no trial on the spot, after which no two runs would round alike."""
 
+LEAST_WEIGHTS = 2**16
+"""Smaller weights lie in a cache, however they are read."""
+
 _NONE = range(0)
 
 
@@ -51,7 +54,7 @@ def hasten(model: nn.Module) -> None:
         model: A model of this program's own, whose layers are changed in place; its weights stay.
     """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module.weight.numel() >= LEAST_WEIGHTS:
             vars(module)["forward"] = partial(_linear, module)
 
 
@@ -66,7 +69,7 @@ def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
 
 
 def _is_few(rows: int, states: Tensor, weight: Tensor) -> bool:
-    if rows < 2 or weight.device.type != "cpu":
+    if rows < 2 or weight.device.type != "cpu" or weight.numel() < LEAST_WEIGHTS:
         return False
     is_followed = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
     return (
