@@ -16,13 +16,14 @@ DEMO_OPTIONS = $(if $(SMALL),--small "$(SMALL)") $(if $(HOST),--host $(HOST)) \
 	$(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help python test test-llamacpp test-vllm test-browser test-clients demo bench bench-speed \
-	load check format docs models clean
+.PHONY: help python test test-llamacpp test-vllm test-cuda test-browser test-clients demo bench \
+	bench-speed load check format docs models clean
 
 help:  ## Say what can be made
 	@echo "make test    set up .venv and run the tests"
 	@echo "make test-llamacpp  build llama.cpp (20 to 40 minutes on two cores); test hosts and exports"
 	@echo "make test-vllm      run the plugin in vLLM's CPU build, 3.9 GB in an environment of its own"
+	@echo "make test-cuda      the main job on a GPU, against the processor's; where there is one"
 	@echo "make test-browser   run the playground in Chromium, which must be on the path"
 	@echo "make test-clients   ask the server with litellm and lm-evaluation-harness"
 	@echo "make demo    set up .venv and run the main job on real models: build/demo/report.html"

@@ -276,6 +276,7 @@ def test_what_does_not_fit_is_estimated(
         told = report[name]
         assert told["status"] == "estimated" and told["device_sec_estimated"]
         assert told["device_sec"] > 0 and told["domain_bits_per_byte"] is None
+        assert told["peak_bytes"] > 1e6 and told["peak_bytes_estimated"]
         assert "GB" in told["reason"]
     assert "~ estimated" in capsys.readouterr().out
     late = config.model_copy(update={"budget": "0.01s", "methods": ("expert",), "test_tokens": 100})
@@ -287,6 +288,13 @@ def test_what_does_not_fit_is_estimated(
     (tmp_path / "other" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="other things"):
         compare(config.model_copy(update={"out": tmp_path / "other"}))
+
+
+def test_all_methods_may_be_called_all() -> None:
+    given = {"data": ("x",), "small": SMALL, "host": HOST, "out": "out"}
+    asked = [("all",), ("live", "all")]
+    found = [CompareConfig.model_validate(given | {"methods": one}).methods for one in asked]
+    assert found == [(), ("live", "all")]
 
 
 # The figures

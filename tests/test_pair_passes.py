@@ -13,7 +13,7 @@ from trimtab.backends import pair_passes
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair, PairStates, open_pair_from
-from trimtab.backends.pair_passes import run_pair, run_pair_after
+from trimtab.backends.pair_passes import run_pair, run_pair_after, serves_both
 from trimtab.backends.reading import PairCaches
 from trimtab.backends.token_tree import TokenTree
 
@@ -71,7 +71,7 @@ def test_one_pass_is_two(family: str, folder: Path) -> None:
     pair = pair_of(family, folder)
     rows = [[list(range(3, 3 + n + row)) for n in (4, 5, 7)] for row in (0, 3)]
     for texts in (rows[:1], rows):
-        assert pair.serves_both(pair_passes._agrees)
+        assert serves_both(pair)
         with passes(pair.reference.model.base_model) as read:
             ours = run(pair, texts, together=True)
         assert len(read) == 2 * len(texts[0])
@@ -113,7 +113,7 @@ def test_layers_that_see_tokens_otherwise_are_given_two_passes(folder: Path) -> 
         if type(module).__name__ == "LlamaMLP":
             plain = module.forward
             vars(module)["forward"] = lambda x, plain=plain: plain(x.flatten(0, 1)).reshape(x.shape)
-    assert not pair.serves_both(pair_passes._agrees)
+    assert not serves_both(pair)
     tree = TokenTree()
     tree.add([3, 4, 5])
     states = run_pair(pair, [(tree, PairCaches())])[0]
@@ -125,6 +125,6 @@ def test_layers_that_see_tokens_otherwise_are_given_two_passes(folder: Path) -> 
 def test_two_models_have_two_passes() -> None:
     models: list[HFModel] = [open_model(f"tiny:llama?seed={n}", dtype="float32") for n in (1, 2)]
     pair = Pair(*models)
-    assert not pair.serves_both(pair_passes._agrees)
+    assert not serves_both(pair)
     with pytest.raises(ValueError, match="cannot share a pass"), pair.as_both(1, 1):
         pass

@@ -271,6 +271,7 @@ def _as_json(row: MethodFigures, bench: Bench) -> Mapping[str, Any]:
         "device_sec_estimated": result.is_sec_estimated,
         "steps": [step.model_dump(mode="json") for step in result.steps],
         "peak_bytes": result.peak_bytes,
+        "peak_bytes_estimated": result.status == "estimated" and result.peak_bytes is not None,
         "artefact_bytes": result.artefact_bytes,
         "use": result.use.model_dump(mode="json") if result.use else None,
         "usd_per_million_tokens": usd_per_million(row, bench.config.price),

@@ -1,6 +1,6 @@
 """The source pair: a reference and its expert, which share one set of weights where they can."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,9 @@ class Pair:
 
     A LoRA expert lives inside the reference's own model, switched off, so that `reference` is
     the base bit for bit except inside `as_expert`. Calls from several threads are not covered.
+
+    Attributes:
+        serves_both: Whether one pass can serve both models; None until `pair_passes` has tried.
     """
 
     def __init__(self, reference: HFModel, expert: HFModel | LoraSwitch) -> None:
@@ -44,7 +47,7 @@ class Pair:
         self._reference = reference
         self._switch = expert if isinstance(expert, LoraSwitch) else None
         self._expert = reference if isinstance(expert, LoraSwitch) else expert
-        self._serves_both: bool | None = None
+        self.serves_both: bool | None = None
         if self._expert.vocabulary.sha256 != reference.vocabulary.sha256:
             raise ModelError(
                 f"{self._expert.ref} and {reference.ref} have different vocabularies",
@@ -102,16 +105,10 @@ class Pair:
         with self._switch.on_last(reference_tokens, expert_tokens):
             yield replace(self._reference, source=None)
 
-    def serves_both(self, agrees: Callable[["Pair"], bool]) -> bool:
-        """Whether one pass can serve both models, which is found out once.
-
-        Args:
-            agrees: Says whether a pass under `as_both` gives what two passes give.
-        """
-        if self._serves_both is None:
-            can = self._switch is not None and self._switch.is_linear
-            self._serves_both = can and agrees(self)
-        return self._serves_both
+    @property
+    def shares_weights(self) -> bool:
+        """The expert is the reference with a LoRA beside linear layers, all of them at hand."""
+        return self._switch is not None and self._switch.is_linear
 
     def hidden(self, token_ids: Tensor, *, attention_mask: Tensor | None = None) -> PairStates:
         """Compute both final hidden states.

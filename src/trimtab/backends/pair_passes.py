@@ -83,7 +83,7 @@ def run_pair_after(
 def _is_for_one_pass(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> bool:
     attended = sum(part.visible.shape[1] for part in (*reference, *expert))
     few = max(sum(len(part.tokens) for part in parts) for parts in (reference, expert))
-    return 0 < few <= FEW_TOKENS and attended <= JOINT_TOKENS and pair.serves_both(_agrees)
+    return 0 < few <= FEW_TOKENS and attended <= JOINT_TOKENS and serves_both(pair)
 
 
 def _one_pass(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> list[Tensor]:
@@ -92,8 +92,18 @@ def _one_pass(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> 
         return forward_joint(model, [*reference, *expert])
 
 
+def serves_both(pair: Pair) -> bool:
+    """Whether one pass gives what two give, which is tried once for a pair.
+
+    Where layers are given tokens in another form than all in their order, as the experts of a
+    mixture are, it does not.
+    """
+    if pair.serves_both is None:
+        pair.serves_both = pair.shares_weights and _agrees(pair)
+    return pair.serves_both
+
+
 def _agrees(pair: Pair) -> bool:
-    """Whether one pass gives what two give: the family's layers see the tokens in their order."""
     tree = TokenTree()
     tree.add(PROBE)
     alone = [run_tree(pair.reference, tree, ModelCache())]

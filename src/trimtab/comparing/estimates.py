@@ -10,22 +10,23 @@ def lora(bench: Bench, shape: Shape, name: str) -> Step:
     """LoRA on the training text; what is done already is what it took."""
     window, rank = bench.config.train_window_tokens, bench.config.rank
     needed = sizes.lora_flops(shape, bench.train_tokens, window, rank)
-    return _trained(bench, f"tune {name}", needed)
+    return _trained(bench, f"tune {name}", needed, sizes.lora_bytes(shape, rank, window))
 
 
 def full(bench: Bench) -> Step:
     """All weights of the host."""
-    needed = sizes.full_flops(
-        bench.host_shape, bench.train_tokens, bench.config.train_window_tokens
-    )
-    return _trained(bench, "tune full", needed)
+    shape, window = bench.host_shape, bench.config.train_window_tokens
+    needed = sizes.full_flops(shape, bench.train_tokens, window)
+    return _trained(bench, "tune full", needed, sizes.full_bytes(shape, window))
 
 
 def qlora(bench: Bench) -> Step:
     """LoRA over 4-bit weights, as much slower as the price sheet says."""
     slower = read_sheet().factor("qlora_slowdown").middle
     step = lora(bench, bench.host_shape, "qlora")
-    return step.model_copy(update={"sec": step.sec * slower})
+    window, rank = bench.config.train_window_tokens, bench.config.rank
+    held = sizes.qlora_bytes(bench.host_shape, rank, window)
+    return step.model_copy(update={"sec": step.sec * slower, "peak_bytes": int(held)})
 
 
 def expert(bench: Bench) -> tuple[Step, ...]:
@@ -52,9 +53,11 @@ def label_head(bench: Bench) -> tuple[Step, ...]:
     return (*recorded(bench), fit)
 
 
-def _trained(bench: Bench, name: str, needed: float) -> Step:
+def _trained(bench: Bench, name: str, needed: float, held: float) -> Step:
     sec = bench.budget.training_sec(needed)
-    return bench.done(name) or Step(name=name, flops=needed, sec=sec, is_estimated=True)
+    return bench.done(name) or Step(
+        name=name, flops=needed, sec=sec, peak_bytes=int(held), is_estimated=True
+    )
 
 
 def _read(bench: Bench, name: str, needed: float, *, serves_all_hosts: bool = False) -> Step:

@@ -4,7 +4,7 @@ from typing import Any
 
 from trimtab.backends.hf import HFModel
 from trimtab.costing import flops
-from trimtab.costing.memory import activation_bytes
+from trimtab.costing.memory import activation_bytes, qlora_state_bytes
 from trimtab.costing.sheet import Shape
 
 _FLOAT32 = 4
@@ -54,6 +54,11 @@ def lora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
     """Memory of `tune` with LoRA: float32 weights, the LoRA's training, a window's activations."""
     trained = flops.lora_params(shape, rank)
     return _FLOAT32 * (shape.params + (_ADAM + 1) * trained) + _activations(shape, window_tokens)
+
+
+def qlora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
+    """Memory of the same over linear layers in 4 bits."""
+    return qlora_state_bytes(shape, rank) + _activations(shape, window_tokens)
 
 
 def full_bytes(shape: Shape, window_tokens: int) -> float:

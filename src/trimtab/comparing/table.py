@@ -37,6 +37,7 @@ def cells(row: MethodFigures, tasks: Sequence[str], price: float | None) -> list
     # What was not run and has no steps to estimate is not therefore free; a prompt is.
     nothing = "0" if result.status == "measured" or result.further_hosts == "nothing" else ""
     memory = result.peak_bytes
+    guessed = ESTIMATED if result.status == "estimated" else ""
     return [
         row.name,
         _figure(row),
@@ -45,7 +46,7 @@ def cells(row: MethodFigures, tasks: Sequence[str], price: float | None) -> list
         _percent(row, GENERAL),
         f"{mark}{result.flops:.1e}" if result.steps else nothing,
         f"{mark}{duration(result.sec)}" if result.steps else nothing,
-        data_size(memory) if memory else "",
+        f"{guessed}{data_size(memory)}" if memory else "",
         data_size(result.artefact_bytes) if result.artefact_bytes is not None else "",
         _use(row, price),
         result.further_hosts,
@@ -97,7 +98,7 @@ def notes(rows: Sequence[MethodFigures]) -> list[str]:
     found += [f"{row.name}: {row.result.note}" for row in rows if row.result.note]
     found += _waited(rows)
     if any(row.result.is_sec_estimated for row in rows):
-        how = "operations from sizes, seconds from the throughput that was measured here"
+        how = "operations and memory from sizes, seconds from the throughput that was measured here"
         found.insert(0, f"{ESTIMATED} estimated: {how}")
     return [*_scored(rows), *_columns(rows), *found]
 

@@ -36,7 +36,8 @@ class Step(Part):
         flops: Floating-point operations, as `trimtab.costing` counts them.
         sec: Seconds of this machine by the clock.
         cpu_sec: Processor-seconds of all threads; far below `sec` the machine did other work.
-        peak_bytes: Greatest memory of the process during it; None where it was not run.
+        peak_bytes: Greatest memory of the process during it; where it was not run what training
+            holds at least, by sizes, and else None.
         is_estimated: Whether the seconds follow from measured throughput and were not taken.
         serves_all_hosts: Whether it is done once, whatever the number of hosts.
     """
@@ -146,8 +147,6 @@ class MethodResult(Part):
 
     @property
     def peak_bytes(self) -> int | None:
-        """Greatest memory of making and using it; None where nothing was run."""
+        """Greatest memory of making and using it; None where nothing is known of it."""
         found = [step.peak_bytes for step in self.steps if step.peak_bytes is not None]
-        if self.status == "estimated":
-            return None
         return max([*found, *([self.use.peak_bytes] if self.use else [])], default=None)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trimtab.config.base import MIN_WINDOW_TOKENS, Config, Dtype, check_stride
 
@@ -114,7 +114,8 @@ class CompareConfig(Config):
     out: Path
     """Folder of the comparison; an interrupted one goes on there, method by method."""
     methods: tuple[MethodName, ...] = ()
-    """Methods to compare (default: every one; `all` is Trimtab's method of that name)."""
+    """Methods to compare (default, and for `all` alone: every one; beside others `all` is
+    Trimtab's method of that name)."""
     budget: str = "20min"
     """Time for the whole comparison; what does not fit is estimated and marked so."""
     memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -158,6 +159,11 @@ class CompareConfig(Config):
     """Arithmetic of the models."""
     seed: int = 0
     """Seed of the split, of all training and of the bootstrap."""
+
+    @field_validator("methods")
+    @classmethod
+    def _all_is_every_one(cls, methods: tuple[MethodName, ...]) -> tuple[MethodName, ...]:
+        return () if methods == ("all",) else methods
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> "CompareConfig":
