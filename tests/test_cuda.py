@@ -5,8 +5,7 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from safetensors.torch import load_file
 from saving import saved
 from test_compare import write_data
 from test_generate import PROMPTS, domain_text, made_adapter
+from test_serve_engine import collected
+from test_tune import stopped_after
 
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.open import open_model
@@ -40,7 +41,7 @@ from trimtab.record import record
 from trimtab.serving.adapters import Adapters
 from trimtab.serving.choose import Choosing
 from trimtab.serving.engine import Engine
-from trimtab.serving.work import Done, Job, Options, Piece, Prompt, Steered
+from trimtab.serving.work import Job, Options, Prompt, Steered
 from trimtab.steering.processor import open_live, steered
 from trimtab.store.recording import Recording
 from trimtab.tune import tune
@@ -50,7 +51,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 HOST = "tiny:qwen3?vocab=bpe&hidden=32"
-HOSTS = ("tiny:qwen3?vocab=bpe&hidden=32", "tiny:gemma2?hidden=32", "tiny:gpt2?vocab=bpe")
+HOSTS = (HOST, "tiny:gemma2?hidden=32", "tiny:gpt2?vocab=bpe")
 ALL = ("head", "memory", "expert")
 ROWS = ("host", "expert", "head", "memory", "head+memory", "live", "all")
 
@@ -201,23 +202,11 @@ def test_training_goes_on_where_it_was(tmp_path: Path) -> None:
     given = {"model": "tiny:llama?hidden=32", "data": (str(tmp_path / "*.txt"),), "epochs": 4}
     given |= {"window_tokens": 64, "checkpoint_every_sec": 0.0, "validations": 2}
 
-    @contextmanager
-    def stopped(name: str, total: int) -> Iterator[Callable[[int], None]]:
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if name.startswith("tuning") and done > total / 2:
-                raise KeyboardInterrupt
-
-        yield advance
-
     whole = TuneConfig.model_validate(given | {"out": tmp_path / "whole"})
     halves = TuneConfig.model_validate(given | {"out": tmp_path / "halves"})
     tune(whole)
     with pytest.raises(KeyboardInterrupt):
-        tune(halves, progress=stopped)
+        tune(halves, progress=stopped_after(3))
     tune(halves)
     ours, theirs = (
         load_file(c.out / "lora" / "adapter_model.safetensors") for c in (halves, whole)
@@ -274,14 +263,7 @@ def _answers(host: HFModel, mixture: Any, prompts: Sequence[str]) -> list[str]:
             )
             engine.submit(job)
             queues.append(events)
-        texts = []
-        for events in queues:
-            text = ""
-            while not isinstance(event := events.get(timeout=200), Done):
-                assert isinstance(event, Piece), event
-                text += event.text
-            texts.append(text)
-        return texts
+        return [collected(events)[0] for events in queues]
     finally:
         engine.stop()
 

@@ -141,6 +141,13 @@ def test_a_device_map_gives_the_same_logits(folder):
         assert torch.equal(placed.logits(ids), plain)
 
 
+@pytest.mark.parametrize("ref", ["tiny:llama", "folder"])
+@pytest.mark.parametrize("place", ["cuda", "cuda:7", "nowhere"])
+def test_a_device_that_is_not_there(folder, ref: str, place: str) -> None:
+    with pytest.raises(ModelError, match=f"there is no device '{place}' here"):
+        open_model(str(folder) if ref == "folder" else ref, device_map=place)
+
+
 def test_a_toy_model_goes_where_it_is_to() -> None:
     with pytest.raises(ModelError, match="was offloaded to disk"):
         open_model("tiny:llama?layers=1", device_map="meta")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
+from trimtab.backends.open import open_host
 from trimtab.config import CarrierName, EvaluateConfig, MountConfig
 from trimtab.errors import InputError
 from trimtab.evaluator import Evaluator
@@ -97,13 +97,7 @@ def evaluate(
         _check_harness()
     texts = _texts(config) if config.data else {}
     cache = host is None or is_named
-    host = host or open_model(
-        config.host,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        engines=True,
-        progress=progress,
-    )
+    host = host or open_host(config, progress)
     texts = _cut_texts(texts, config, host)
     settings = MountConfig(
         adapter=config.adapter,

@@ -37,14 +37,9 @@ def product(states: Tensor, weight: Tensor) -> Tensor:
     Returns:
         Shape [rows, outputs].
     """
-    rows = len(states)
-    if not _is_few(rows, states, weight):
+    if not _is_few(len(states), states, weight):
         return states @ weight.T
-    # Kernels are made for 4 and for 16 columns.
-    filled = 4 if rows == 3 else 16 if 8 < rows < 16 else rows
-    if filled > rows:
-        states = functional.pad(states, (0, 0, 0, filled - rows))
-    return (weight @ states.T)[:, :rows].T.contiguous()
+    return _exchanged(states, weight)
 
 
 def hasten(model: nn.Module) -> None:
@@ -58,11 +53,20 @@ def hasten(model: nn.Module) -> None:
             vars(module)["forward"] = partial(_linear, module)
 
 
+def _exchanged(states: Tensor, weight: Tensor) -> Tensor:
+    rows = len(states)
+    # Kernels are made for 4 and for 16 columns.
+    filled = 4 if rows == 3 else 16 if 8 < rows < 16 else rows
+    if filled > rows:
+        states = functional.pad(states, (0, 0, 0, filled - rows))
+    return (weight @ states.T)[:, :rows].T.contiguous()
+
+
 def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
     weight = layer.weight
     if not _is_few(states.numel() // max(1, states.shape[-1]), states, weight):
         return functional.linear(states, weight, layer.bias)
-    found = product(states.reshape(-1, states.shape[-1]), weight)
+    found = _exchanged(states.reshape(-1, states.shape[-1]), weight)
     if layer.bias is not None:
         found += layer.bias
     return found.reshape(*states.shape[:-1], len(weight))

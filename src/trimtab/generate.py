@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel, quiet_transformers
-from trimtab.backends.open import open_model
+from trimtab.backends.open import open_host
 from trimtab.backends.padding import check_padding
 from trimtab.config import CarrierName, GenerateConfig, MountConfig, is_hosted
 from trimtab.errors import AdapterError, InputError
@@ -84,13 +84,7 @@ def generate(
     if is_hosted(config.host):
         return _generate_hosted(config, progress, on_text, on_note)
     carriers = _check(config)
-    host = host or open_model(
-        config.host,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        engines=True,
-        progress=progress,
-    )
+    host = host or open_host(config, progress)
     encode = chat_ids if config.chat else prompt_ids
     prompts = [encode(host, prompt) for prompt in config.prompt]
     limit = _new_tokens(host, prompts, config.max_new_tokens)

@@ -11,7 +11,7 @@ import torch
 from trimtab.align.strings import token_lengths
 from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
-from trimtab.backends.open import open_model
+from trimtab.backends.open import open_host
 from trimtab.carriers.head import Head, MountedHead, seat_rows
 from trimtab.carriers.memory import Memory, sources_of
 from trimtab.carriers.recall import MountedMemory
@@ -49,13 +49,7 @@ def mount(
             short for keys of the host's own.
         ModelError: The host cannot be opened.
     """
-    host = host or open_model(
-        config.host,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        engines=True,
-        progress=progress,
-    )
+    host = host or open_host(config, progress)
     return _mount(
         config,
         host,

@@ -23,7 +23,7 @@ from trimtab.backends.hf import HFModel, adopt_model, quiet_transformers
 from trimtab.backends.hub import download_model
 from trimtab.backends.tiny import TINY_SCHEME, parse_tiny, tiny_model, tiny_tokenizer
 from trimtab.backends.tokenizers import read_vocabulary
-from trimtab.config import Dtype
+from trimtab.config import Dtype, EvaluateConfig, GenerateConfig, MountConfig
 from trimtab.errors import ModelError
 from trimtab.few_rows import hasten
 from trimtab.types import Progress, silent
@@ -73,6 +73,7 @@ def open_model(
             arithmetic = resolve_dtype(dtype, "cpu")
             return open_llamacpp(ref, arithmetic, in_float32=exact, progress=progress)
         place = placed(device_map)
+        _check_device(place)
         arithmetic = resolve_dtype(dtype, place)
         if ref.startswith(TINY_SCHEME):
             spec = parse_tiny(ref)
@@ -102,6 +103,19 @@ def _check_engine(ref: str, engines: bool, device_map: str | None) -> None:
             f"{ref} runs in llama.cpp, which chooses its devices itself; --device-map is for torch",
             hint="leave --device-map out",
         )
+
+
+def open_host(
+    config: MountConfig | GenerateConfig | EvaluateConfig, progress: Progress = silent
+) -> HFModel:
+    """Open the host that a verb's configuration names, in any engine; errors as `open_model`."""
+    return open_model(
+        config.host,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        engines=True,
+        progress=progress,
+    )
 
 
 def check_in_torch(model: HFModel, purpose: str) -> None:
@@ -254,6 +268,17 @@ def _load_model(ref: str, folder: Path, dtype: torch.dtype, place: str) -> PreTr
         )
     _check_place(ref, model)
     return model
+
+
+def _check_device(place: str) -> None:
+    if not isinstance(place, str) or place in _SPREAD:
+        return
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"there is no device {place!r} here", hint="give cpu, cuda, cuda:1 or auto"
+        ) from error
 
 
 def _check_place(ref: str, model: PreTrainedModel) -> None:

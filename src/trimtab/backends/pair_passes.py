@@ -18,13 +18,12 @@ from trimtab.backends.token_tree import (
     ModelCache,
     Part,
     TokenTree,
+    forward_all,
     forward_joint,
     is_near,
     parts_after,
     parts_of,
-    run_all_after,
     run_tree,
-    run_trees,
 )
 from trimtab.errors import TrimtabError
 
@@ -44,13 +43,8 @@ def run_pair(pair: Pair, trees: Trees) -> list[PairStates]:
     """
     reference = [(tree, caches.reference) for tree, caches in trees]
     expert = [(tree, caches.expert) for tree, caches in trees]
-    parts = parts_of(reference), parts_of(expert)
-    if not _is_for_one_pass(pair, *parts):
-        ours = run_trees(pair.reference, reference)
-        with pair.as_expert() as model:
-            return list(map(PairStates, ours, run_trees(model, expert)))
-    states = _one_pass(pair, *parts)
     each = [*reference, *expert]
+    states = _run(pair, parts_of(reference), parts_of(expert))
     kept = [cached.keep(tree, new) for (tree, cached), new in zip(each, states, strict=True)]
     return list(map(PairStates, kept[: len(trees)], kept[len(trees) :]))
 
@@ -69,15 +63,19 @@ def run_pair_after(
     """
     reference: list[Leaves] = [(tree, leaves, kept.reference) for tree, leaves, kept in trees]
     expert: list[Leaves] = [(tree, leaves, kept.expert) for tree, leaves, kept in trees]
-    parts = parts_after(reference), parts_after(expert)
-    if not _is_for_one_pass(pair, *parts):
-        ours = run_all_after(pair.reference, reference)
-        with pair.as_expert() as model:
-            return list(map(PairStates, ours, run_all_after(model, expert)))
-    states = _one_pass(pair, *parts)
+    states = _run(pair, parts_after(reference), parts_after(expert))
     for tree, _, cached in [*reference, *expert]:
         cached.cut(len(tree.tokens))
     return list(map(PairStates, states[: len(trees)], states[len(trees) :]))
+
+
+def _run(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> list[Tensor]:
+    """Final hidden states of the reference's parts, then of the expert's."""
+    if _is_for_one_pass(pair, reference, expert):
+        return _one_pass(pair, reference, expert)
+    ours = forward_all(pair.reference, reference)
+    with pair.as_expert() as model:
+        return [*ours, *forward_all(model, expert)]
 
 
 def _is_for_one_pass(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> bool:

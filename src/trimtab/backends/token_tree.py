@@ -136,7 +136,7 @@ def run_trees(model: HFModel, trees: Sequence[tuple[TokenTree, ModelCache]]) -> 
 
     A pass over some tokens takes as long as reading the model's weights, for one tree as for many.
     """
-    states = _forward_all(model, parts_of(trees))
+    states = forward_all(model, parts_of(trees))
     return [cached.keep(tree, new) for (tree, cached), new in zip(trees, states, strict=True)]
 
 
@@ -167,7 +167,7 @@ def run_line(model: HFModel, tokens: Sequence[int], cached: ModelCache) -> Tenso
     cached.cut(shared)
     new, depths = list(tokens[shared:]), list(range(shared, len(tokens)))
     visible = torch.ones(len(new), len(tokens), dtype=torch.bool).tril(shared)
-    [states] = _forward_all(model, [Part(new, depths, visible, cached.cache)])
+    [states] = forward_all(model, [Part(new, depths, visible, cached.cache)])
     cached.tokens, cached.states = [*cached.tokens, *new], [*cached.states, *states]
     return states[-1]
 
@@ -195,7 +195,7 @@ def run_after(
 
 def run_all_after(model: HFModel, trees: Sequence[Leaves]) -> list[Tensor]:
     """As `run_after` of each, in as few passes as memory allows."""
-    states = _forward_all(model, parts_after(trees))
+    states = forward_all(model, parts_after(trees))
     for tree, _, cached in trees:
         cached.cut(len(tree.tokens))
     return states
@@ -240,7 +240,7 @@ class Part:
         return self.visible.shape[1] - len(self.tokens)
 
 
-def _forward_all(model: HFModel, parts: Sequence[Part]) -> list[Tensor]:
+def forward_all(model: HFModel, parts: Sequence[Part]) -> list[Tensor]:
     """Final hidden states of each part's tokens, whose keys and values its cache gets."""
     found = list[Tensor]()
     while len(found) < len(parts):

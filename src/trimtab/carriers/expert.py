@@ -108,8 +108,7 @@ class LoraSwitch:
         weights = [_weight(layer) for layer in layers]
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         # Weights that wait on disk until they are needed cannot be exchanged.
-        is_whole = len(layers) == len(self._layers) and not any(w.is_meta for w in weights)
-        if size > MERGED_BYTES or not is_whole:
+        if size > MERGED_BYTES or not self.is_linear:
             return []
         with torch.no_grad():
             return [
