@@ -21,6 +21,7 @@ from bench.transfer.choices import Choice
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
+from trimtab.carriers import search
 from trimtab.cli import main
 from trimtab.config import CarrierName, EvaluateConfig
 from trimtab.errors import InputError
@@ -53,8 +54,15 @@ class Forced(LogitsProcessor):
 
 @pytest.mark.parametrize("carriers", [("head", "memory"), ALL])
 def test_an_answer_is_as_likely_as_generate_finds_it(
-    carriers: tuple[CarrierName, ...], host: HFModel, mounted: Mounted, live: Live
+    carriers: tuple[CarrierName, ...],
+    host: HFModel,
+    mounted: Mounted,
+    live: Live,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert mounted.memory
+    # Of entries as near as each other rounding takes one or the other, if not all of them count.
+    monkeypatch.setattr(search, "NEIGHBOURS", len(mounted.memory.memory))
     context = host.context_ids() + host.encode(domain_text(8)[:50])
     answers = [host.encode_following(text) for text in (" rudder.\nThe keel", " xyz", " the hull")]
     mixture = mixture_of(host, mounted, carriers, 1.0, live)
