@@ -7,6 +7,7 @@ import pytest
 
 from trimtab.errors import AdapterError, NumericalError
 from trimtab.show import describe_list, show
+from trimtab.store.adapter_schema import Earlier
 from trimtab.store.card import readable_bytes, render_card, write_adapter
 from trimtab.store.local import adapters_home, list_adapters
 from trimtab.store.manifest import (
@@ -42,6 +43,7 @@ def full_manifest() -> AdapterManifest:
                 gate=Gate(features=("cosine", "constant"), weights=(0.1, -2.0)),
                 own_gate=Gate(features=("cosine",), weights=(0.2,)),
                 bytes_gate=Gate(features=("constant",), weights=(-1.0,)),
+                grown_from=(Earlier(sha256="d" * 64, entries=2),),
             ),
             "expert": ExpertCarrier(rank=2),
         },

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimtab.carriers.memory import Memory, contexts_before, lay_out
+from trimtab.carriers.memory import Memory, contexts_before, joined, lay_out
 from trimtab.carriers.search import (
     LISTED_ENTRIES,
     MAPPED_MATCH_WEIGHT,
@@ -19,7 +19,7 @@ from trimtab.carriers.search import (
     build_index,
     look_up,
 )
-from trimtab.store.index import index_path, kept_index, read_index, write_index
+from trimtab.store.index import index_path, kept_index, lists_before, read_index, write_index
 from trimtab.types import silent
 
 KEY = 16
@@ -88,6 +88,46 @@ def test_all_lists_together_are_the_exact_search(memory: Memory, written: Path) 
     gathered = (asked[:, None] * memory.keys[torch.from_numpy(entries)].float()).sum(-1)
     torch.testing.assert_close(gathered, exact.values)
     assert all(len(set(row)) == NEIGHBOURS for row in entries.tolist())
+
+
+def test_a_memory_that_has_grown_keeps_its_lists(
+    memory: Memory, written: Path, tmp_path: Path
+) -> None:
+    more = large(seed=5, entries=3_000)
+    grown = joined(memory, [more])
+    index = kept_index(grown, tmp_path / "grown.safetensors", silent, [(written, len(memory))])
+    anew = kept_index(grown, tmp_path / "anew.safetensors", silent)
+    before, after = load_file(written), load_file(tmp_path / "grown.safetensors")
+    assert torch.equal(before["centres"], after["centres"])
+    assert not torch.equal(load_file(tmp_path / "anew.safetensors")["centres"], before["centres"])
+    for each in (index, anew):
+        assert isinstance(each.keys, faiss.IndexIVF)
+        each.keys.nprobe = each.keys.nlist
+    found, exact = ask(grown, index), ask(grown, anew)
+    assert torch.equal(found.entries.sort().values, exact.entries.sort().values)
+    assert (index.contexts == anew.contexts).all() and torch.equal(index.entries, anew.entries)
+    # Keys lie in the list of the nearest centre, those that were appended as well as the others.
+    nearest = (grown.keys.float() @ before["centres"].T).argmax(1)
+    places = listed_before(grown, [(tmp_path / "grown.safetensors", len(grown))])
+    assert places is not None and torch.equal(places, nearest)
+
+
+def test_lists_that_are_too_few_or_broken_are_made_anew(
+    memory: Memory, written: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(written.read_bytes()[:-9])
+    grown = joined(memory, [large(seed=5, entries=3_000)])
+    assert listed_before(grown, [(broken, len(memory)), (tmp_path / "no", 5)]) is None
+    assert listed_before(grown, [(written, len(memory) - 1)]) is None
+    assert listed_before(grown, [(broken, len(memory)), (written, len(memory))]) is not None
+    four_times = joined(memory, [large(seed=number) for number in range(3)])
+    assert listed_before(four_times, [(written, len(memory))]) is None
+
+
+def listed_before(memory: Memory, earlier: list[tuple[Path, int]]) -> Tensor | None:
+    listed = lists_before(memory, earlier)
+    return None if listed is None else listed.places
 
 
 def test_an_index_is_made_once(memory: Memory, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tune",
         "record",
         "fit",
+        "append",
         "mount",
         "generate",
         "evaluate",
@@ -53,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "__init__",
     ),
 )
-MEET_ONLY_IN_FILES = {"tune", "record", "fit", "mount"}
+MEET_ONLY_IN_FILES = {"tune", "record", "fit", "append", "mount"}
 
 
 def module_of(path: Path) -> str:

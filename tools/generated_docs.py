@@ -25,7 +25,18 @@ from trimtab.report.values import ordered
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "demo.json"
 VERBS = (
-    *("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve"),
+    *(
+        "tune",
+        "record",
+        "fit",
+        "append",
+        "mount",
+        "export",
+        "generate",
+        "evaluate",
+        "cost",
+        "serve",
+    ),
     "compare",
 )
 PAGES = {"probe": "hosts"}

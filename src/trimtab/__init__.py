@@ -11,8 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trimtab.append import append as append
     from trimtab.backends.open import open_model as open_model
     from trimtab.compare import compare as compare
+    from trimtab.config import AppendConfig as AppendConfig
     from trimtab.config import CompareConfig as CompareConfig
     from trimtab.config import CostConfig as CostConfig
     from trimtab.config import EvaluateConfig as EvaluateConfig
@@ -41,7 +43,18 @@ if TYPE_CHECKING:
     from trimtab.tune import tune as tune
 
 _VERBS = (
-    *("tune", "record", "fit", "mount", "export", "generate", "evaluate", "cost", "serve"),
+    *(
+        "tune",
+        "record",
+        "fit",
+        "append",
+        "mount",
+        "export",
+        "generate",
+        "evaluate",
+        "cost",
+        "serve",
+    ),
     *("compare", "probe"),
     "show",
 )

@@ -4,6 +4,7 @@ VERBS = {
     "tune": "Tune a small model on your text: the expert.",
     "record": "Record the soft targets of an expert and its reference over a text.",
     "fit": "Fit an adapter's carriers to a recording.",
+    "append": "Append text to an adapter's memory: one pass of the small model, nothing is fitted.",
     "mount": "Seat an adapter on a host: closed form, no training.",
     "export": "Export an adapter's mounted head for engines that run without Trimtab.",
     "generate": "Continue a prompt with a steered host.",

@@ -21,7 +21,7 @@ from trimtab.errors import AdapterError
 from trimtab.steering.host_keys import host_keys
 from trimtab.steering.host_states import HostStates, host_states, kept_host_states
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.seat import Seatable, find_seats
+from trimtab.steering.seat import Seatable, find_seats, grown_seats
 from trimtab.store.adapter import MEMORY_FILE, Probe, read_head, read_memory, read_mount
 from trimtab.store.adapter_schema import AdapterManifest, HeadCarrier
 from trimtab.store.index import index_path, kept_index
@@ -129,7 +129,8 @@ def _mount(
     cache = _keeps(config, host)
     seats = read_seats(path) if cache else None
     if seats is None:
-        seats = find_seats(config, host, parts, states_on, keys_on)
+        seats = _grown(config, manifest, host, parts) if cache else None
+        seats = seats or find_seats(config, host, parts, states_on, keys_on)
         if cache:
             write_seats(path, seats)
     head = None if own_head is None or config.shuffle else _seat_own(own_head, host)
@@ -137,7 +138,13 @@ def _mount(
         rows = seat_rows(parts.head.strings, parts.head.string_rows, host.vocabulary)
         head = MountedHead(seats.head, *rows)
     kept = _index_path(config, manifest, seats, path if cache else None)
-    index_of = partial(kept_index, path=kept, progress=progress)
+    earlier = () if manifest.memory is None else manifest.memory.grown_from
+    index_of = partial(
+        kept_index,
+        path=kept,
+        progress=progress,
+        earlier=[(index_path(one.sha256), one.entries) for one in earlier],
+    )
     return Mounted(
         manifest,
         config.adapter,
@@ -155,8 +162,24 @@ def _place(
 ) -> tuple[MountConfig, Path]:
     """Where seats are kept; the carriers are named the same however they were asked for."""
     config = config.model_copy(update={"carriers": _to_seat(config, manifest)})
-    identity = (host.source, host.fingerprint, host.model.dtype)
-    return config, seats_path(config, manifest, identity)
+    return config, seats_path(config, manifest, _identity(host))
+
+
+def _identity(host: HFModel) -> tuple[object, ...]:
+    return host.source, host.fingerprint, host.model.dtype
+
+
+def _grown(
+    config: MountConfig, manifest: AdapterManifest, host: HFModel, parts: Seatable
+) -> Seats | None:
+    """Seats from those of the adapter before its memory grew, if these are kept."""
+    if parts.memory is None or manifest.memory is None or config.host_keys:
+        return None
+    for earlier in manifest.memory.grown_from:
+        seats = read_seats(seats_path(config, manifest, _identity(host), earlier.sha256))
+        if seats is not None and seats.values is not None:
+            return grown_seats(seats, parts.memory.memory, host)
+    return None
 
 
 def _read(

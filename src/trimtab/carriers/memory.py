@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +108,33 @@ def documents_of(text: Tensor) -> tuple[list[bytes], list[int]]:
             starts.append(place)
         place += len(part) + len(gap)
     return documents, starts
+
+
+def joined(memory: Memory, more: Sequence[Memory]) -> Memory:
+    """A memory with the entries of others behind its own; its gates stay.
+
+    Args:
+        memory: The memory, which answers with what followed.
+        more: Others of the same projection, with documents of their own.
+    """
+    texts, starts = [memory.text], list(sources_of(memory).starts)
+    names, positions = [*sources_of(memory).names], [memory.positions]
+    length = len(memory.text)
+    for other in more:
+        # A gap lies at both ends of a text; one is enough between two.
+        shift = length - CONTEXT_BYTES
+        texts.append(other.text[CONTEXT_BYTES:])
+        positions.append(other.positions + shift)
+        names += sources_of(other).names
+        starts += [start + shift for start in sources_of(other).starts]
+        length += len(texts[-1])
+    return replace(
+        memory,
+        keys=torch.cat([memory.keys, *(other.keys for other in more)]),
+        text=torch.cat(texts),
+        positions=torch.cat(positions),
+        sources=Sources(tuple(names), tuple(starts)),
+    )
 
 
 def sources_of(memory: Memory) -> Sources:

@@ -128,6 +128,11 @@ def listed_keys(keys: Tensor) -> faiss.IndexIVF:
     return index
 
 
+def list_count(entries: int) -> int:
+    """Lists for so many keys: about as many as keys in each."""
+    return 2 ** round(math.log2(entries) / 2)
+
+
 def list_centres(keys: Tensor) -> Tensor:
     """The centres of the lists of a memory's keys, by k-means over a part of them.
 
@@ -140,7 +145,7 @@ def list_centres(keys: Tensor) -> Tensor:
         Unit vectors in float32, shape [lists, key].
     """
     entries, size = keys.shape
-    lists = 2 ** round(math.log2(entries) / 2)
+    lists = list_count(entries)
     index = _lists(size, lists)
     index.cp.spherical, index.cp.niter = True, _KMEANS_STEPS
     index.cp.max_points_per_centroid = _KMEANS_POINTS

@@ -2,7 +2,7 @@
 
 from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype
 from trimtab.config.hosted import HostedOptions, ProbeConfig, is_hosted
-from trimtab.config.making import FitConfig, RecordConfig, TuneConfig
+from trimtab.config.making import AppendConfig, FitConfig, RecordConfig, TuneConfig
 from trimtab.config.measuring import CompareConfig, CostConfig, EvaluateConfig, MethodName, RowName
 from trimtab.config.plugin import LightCarrier, PluginConfig
 from trimtab.config.using import (
@@ -17,6 +17,7 @@ from trimtab.config.using import (
 __all__ = [
     "DRAFT_TOKENS",
     "MIN_WINDOW_TOKENS",
+    "AppendConfig",
     "CarrierName",
     "CompareConfig",
     "Config",

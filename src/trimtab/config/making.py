@@ -1,4 +1,4 @@
-"""Configurations of the steps that make an adapter: tune, record, fit."""
+"""Configurations of the steps that make an adapter, or let it grow."""
 
 from pathlib import Path
 from typing import Literal
@@ -156,3 +156,22 @@ class FitConfig(Config):
                 " a head on the small model follows the expert"
             )
         return self
+
+
+class AppendConfig(Config):
+    """Append text to an adapter's memory: one pass of the small model, nothing is fitted."""
+
+    adapter: Path
+    """Folder of the adapter."""
+    data: tuple[str, ...] = Field(min_length=1)
+    """Text or source files, folders, globs, .jsonl or .parquet files."""
+    out: Path | None = None
+    """Folder of the grown adapter (default: the adapter's own, replaced when all is done)."""
+    against: tuple[str, ...] = ()
+    """Test files: near-duplicates of them are left out."""
+    small: str | None = None
+    """Where the small model lies (default: where the adapter says)."""
+    data_licence: str | None = None
+    """Terms of all the text that the memory then holds (default: as they were)."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the forward passes."""

@@ -19,6 +19,7 @@ from trimtab.fitting.recorded import Columns, byte_ends, document_bytes
 from trimtab.steering.proposals import propose
 from trimtab.types import Progress
 from trimtab.unembedding import Unembedding
+from trimtab.vocab import Vocabulary
 
 SOFT_VALUES = 8
 """Expert's tokens kept per entry of a soft memory."""
@@ -60,24 +61,45 @@ def fit_memory(
             "the recording's training text holds no two tokens in a row to remember",
             hint="record longer documents, or leave memory out of --carriers",
         )
-    states = train["reference_hidden"][answered].float()
-    projection, mean = whitening(states, config.key_size)
-    text, starts = lay_out(document_bytes(base.vocabulary, train))
-    first = torch.tensor(starts)[train["document_index"].long()]
-    positions = first + byte_ends(base.vocabulary, train)
-    memory = Memory(
-        torch.nn.functional.normalize((states - mean) @ projection.T, dim=-1).half(),
-        projection,
-        mean,
-        text,
-        positions[answered],
-        sources=Sources(_names(names, train), tuple(starts)),
-    )
+    whitened = whitening(train["reference_hidden"][answered].float(), config.key_size)
+    memory = entries_of(base.vocabulary, train, *whitened, names)
     if config.values == "soft":
         memory = _soft(memory, base, expert_head, {k: v[answered] for k, v in train.items()})
     following = train["next_ids"][answered].long()
     gate, own_gate, bytes_gate = _gates(base, memory, following, splits, progress)
     return replace(memory, gate=gate, own_gate=own_gate, bytes_gate=bytes_gate)
+
+
+def entries_of(
+    vocabulary: Vocabulary,
+    columns: Columns,
+    projection: Tensor,
+    mean: Tensor,
+    names: Sequence[str],
+) -> Memory:
+    """A memory of a text, which answers with what followed; without gates.
+
+    Args:
+        vocabulary: Of the small model.
+        columns: The text: `token_ids`, `next_ids` (-1 where none follows in the document),
+            `document_index` and `reference_hidden`.
+        projection: Whitening of the states, shape [key, hidden].
+        mean: Shape [hidden].
+        names: Of the documents, by `document_index`.
+    """
+    answered = columns["next_ids"] >= 0
+    states = columns["reference_hidden"][answered].float()
+    text, starts = lay_out(document_bytes(vocabulary, columns))
+    first = torch.tensor(starts, dtype=torch.long)[columns["document_index"].long()]
+    positions = first + byte_ends(vocabulary, columns)
+    return Memory(
+        torch.nn.functional.normalize((states - mean) @ projection.T, dim=-1).half(),
+        projection,
+        mean,
+        text,
+        positions[answered],
+        sources=Sources(_names(names, columns), tuple(starts)),
+    )
 
 
 def _names(names: Sequence[str], train: Columns) -> tuple[str, ...]:

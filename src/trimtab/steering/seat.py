@@ -94,6 +94,23 @@ def find_seats(
     )
 
 
+def grown_seats(seats: Seats, memory: Memory, host: HFModel) -> Seats:
+    """Seats of an adapter whose memory has grown: only what was appended is looked at.
+
+    Args:
+        seats: Of the adapter on this host before, whose entries are the memory's first.
+        memory: The memory as it is now.
+        host: The host.
+    """
+    assert seats.values is not None and seats.shares is not None
+    more = replace(memory, positions=memory.positions[len(seats.values) :])
+    said = propose(more, _following(more, host), host.strings)
+    values, shares = (
+        torch.cat(both) for both in ((seats.values, said.values), (seats.shares, said.shares))
+    )
+    return replace(seats, values=values, shares=shares)
+
+
 def _following(memory: Memory, host: HFModel) -> Tensor:
     """Host token that begins what followed each entry, -1 for none, shape [entries]."""
     texts = followed(memory)

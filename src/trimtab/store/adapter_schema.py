@@ -119,6 +119,15 @@ class HeadCarrier(Part):
         return self
 
 
+class Earlier(Part):
+    """A memory that entries were appended to."""
+
+    sha256: Sha256
+    """Fingerprint of its file."""
+    entries: int = Field(ge=0)
+    """Its entries, which are the first of the larger one's."""
+
+
 class MemoryCarrier(Part):
     """A nearest-neighbour store of what followed in the training text."""
 
@@ -140,6 +149,8 @@ class MemoryCarrier(Part):
     """When it speaks if the model that made the keys asks with its own state."""
     bytes_gate: Gate = Gate()
     """When it speaks if its entries are found by bytes alone."""
+    grown_from: tuple[Earlier, ...] = ()
+    """What it was before entries were appended, the latest first."""
 
 
 class ExpertCarrier(Part):

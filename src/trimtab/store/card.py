@@ -103,7 +103,7 @@ def _introduction(manifest: AdapterManifest) -> str:
 def _carrier_table(manifest: AdapterManifest) -> str:
     rows = ["| carrier | settings | size | contains text |", "|---|---|---|---|"]
     for name, carrier in manifest.carriers.items():
-        hidden = {"kind", "files", "contains_text", "gate", "own_gate", "bytes_gate"}
+        hidden = {"kind", "files", "contains_text", "gate", "own_gate", "bytes_gate", "grown_from"}
         settings = ", ".join(
             f"{key} {json.dumps(value)}".replace('"', "")
             for key, value in carrier.model_dump(

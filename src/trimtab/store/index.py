@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import faiss
@@ -21,6 +23,7 @@ from trimtab.carriers.search import (
     byte_order,
     empty_lists,
     list_centres,
+    list_count,
 )
 from trimtab.store.files import writing_atomically
 from trimtab.store.home import trimtab_home
@@ -28,6 +31,10 @@ from trimtab.types import Progress
 
 VERSION = 1
 """Changes whenever the way in which an index is computed, or its layout, does."""
+
+MOST_LISTED = 2
+"""A memory that has grown keeps its lists until it asks for more than so many times as many: a
+question then reads as large a share of the keys, in larger pieces."""
 
 _ENTRY_BYTES = 8
 
@@ -42,15 +49,23 @@ def index_path(keys_sha256: str) -> Path:
     return trimtab_home() / "indexes" / f"{hashlib.sha256(asked.encode()).hexdigest()}.safetensors"
 
 
-def kept_index(memory: Memory, path: Path | None, progress: Progress) -> Index:
+def kept_index(
+    memory: Memory,
+    path: Path | None,
+    progress: Progress,
+    earlier: Sequence[tuple[Path, int]] = (),
+) -> Index:
     """The search over a memory; that of a large one is made once and then mapped.
 
-    A small one is made in RAM in a moment.
+    A small one is made in RAM in a moment. One that has grown keeps the lists that it had,
+    unless it is many times as large.
 
     Args:
         memory: The memory.
         path: Where the index of a large one is kept; None where nothing is.
         progress: Counts entries whose lists are found.
+        earlier: Where the index was kept before the memory grew, and the entries that it had,
+            the latest first.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
@@ -59,13 +74,28 @@ def kept_index(memory: Memory, path: Path | None, progress: Progress) -> Index:
         return build_index(memory)
     index = read_index(path, memory)
     if index is None:
-        write_index(path, memory, progress)
+        write_index(path, memory, progress, lists_before(memory, earlier))
         index = read_index(path, memory)
     assert index is not None
     return index
 
 
-def write_index(path: Path, memory: Memory, progress: Progress) -> None:
+@dataclass(frozen=True)
+class Listed:
+    """Which list each key is in.
+
+    Attributes:
+        centres: Of the lists, shape [lists, key].
+        places: The list of each of the first entries, shape [entries].
+    """
+
+    centres: Tensor
+    places: Tensor
+
+
+def write_index(
+    path: Path, memory: Memory, progress: Progress, listed: Listed | None = None
+) -> None:
     """Make the index of a memory and keep it, atomically.
 
     Keys of a list lie side by side, so that a search reads few and large pieces; each list is
@@ -76,12 +106,16 @@ def write_index(path: Path, memory: Memory, progress: Progress) -> None:
         path: The file to write.
         memory: The memory.
         progress: Counts entries whose lists are found.
+        listed: Lists that the first entries are in already; None where all are found anew.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
-    centres = list_centres(memory.keys)
-    places = _places(memory.keys, centres, progress)
+    if listed is None:
+        listed = Listed(list_centres(memory.keys), torch.zeros(0, dtype=torch.long))
+    centres = listed.centres
+    more = _places(memory.keys[len(listed.places) :], centres, progress)
+    places = torch.cat([listed.places, more])
     ends = torch.bincount(places, minlength=len(centres)).cumsum(0)
     contexts, entries = byte_order(memory)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +130,33 @@ def write_index(path: Path, memory: Memory, progress: Progress) -> None:
         }
         save_file(tensors, temp)
         temp.with_name("lists").unlink()
+
+
+def lists_before(memory: Memory, earlier: Sequence[tuple[Path, int]]) -> Listed | None:
+    """The lists of a memory before it grew, if they are kept and there are still enough."""
+    for path, entries in earlier:
+        smaller = replace(memory, keys=memory.keys[:entries])
+        try:
+            found = load_file(path)
+            _check(found, smaller)
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            continue
+        if list_count(len(memory)) <= MOST_LISTED * len(found["centres"]):
+            return Listed(found["centres"], _places_in(found, memory.keys.shape[1]))
+    return None
+
+
+def _places_in(found: dict[str, Tensor], key_size: int) -> Tensor:
+    """The list of each entry in an index as it is kept, shape [entries]."""
+    ends = found["list_ends"].tolist()
+    places = torch.zeros(ends[-1], dtype=torch.long)
+    row, first = 2 * key_size + _ENTRY_BYTES, 0
+    for place, end in enumerate(ends):
+        block = found["lists"][first * row : end * row]
+        entries = block[(end - first) * 2 * key_size :].clone().view(torch.int64)
+        places[entries] = place
+        first = end
+    return places
 
 
 def _places(keys: Tensor, centres: Tensor, progress: Progress) -> Tensor:

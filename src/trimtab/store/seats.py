@@ -12,12 +12,16 @@ from torch import Tensor
 
 from trimtab.anchors import Reading, StateMap
 from trimtab.config import MountConfig
+from trimtab.store.adapter import HEAD_FILE, MEMORY_FILE, MOUNT_FILE
 from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.files import writing_atomically
 from trimtab.store.home import trimtab_home
 
-VERSION = 6
+VERSION = 7
 """Changes whenever the way in which seats are computed does."""
+
+_SEATED = (MOUNT_FILE, HEAD_FILE, MEMORY_FILE)
+"""Files of an adapter that decide where it sits."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,24 @@ class Seats:
     host_keys: HostKeys | None = None
 
 
-def seats_path(config: MountConfig, manifest: AdapterManifest, host: tuple[object, ...]) -> Path:
-    """The cache file of an adapter on a host, named by all that decides its content."""
+def seats_path(
+    config: MountConfig,
+    manifest: AdapterManifest,
+    host: tuple[object, ...],
+    memory_sha256: str | None = None,
+) -> Path:
+    """The cache file of an adapter on a host, named by all that decides its content.
+
+    Args:
+        config: How it is mounted.
+        manifest: Of the adapter.
+        host: What tells the host from others.
+        memory_sha256: Of the adapter as it was while its memory's file was this one.
+    """
     settings = config.model_dump(mode="json", exclude={"adapter", "host", "cache"})
-    files = {path: entry.sha256 for path, entry in manifest.files.items()}
+    files = {p: entry.sha256 for p, entry in manifest.files.items() if p in _SEATED}
+    if memory_sha256 is not None:
+        files[MEMORY_FILE] = memory_sha256
     asked = [VERSION, settings, files, *map(str, host)]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return trimtab_home() / "mounts" / f"{key}.safetensors"
