@@ -9,6 +9,7 @@ Exit status: 0 done, 1 unexpected failure, 2 an error with a remedy, 130 stopped
 import io
 import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ import typer
 
 from trimtab.cli_errors import reported, write
 from trimtab.cli_summaries import OF_HOSTS, VERBS
-from trimtab.machine import use_large_pages
+from trimtab.machine import use_large_pages, without_collection
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -30,7 +31,10 @@ def main(args: Sequence[str] | None = None) -> None:
             # A terminal that cannot show a character must not cost the user a finished run.
             stream.reconfigure(errors="backslashreplace")
     use_large_pages()
-    command_line(sys.argv[1:] if args is None else args)(args=args, prog_name="trimtab")
+    words = sys.argv[1:] if args is None else args
+    works = {*VERBS, *OF_HOSTS, *_others()}.intersection(words)
+    with nullcontext() if works else without_collection():
+        command_line(words)(args=args, prog_name="trimtab")
 
 
 def command_line(named: Collection[str] | None = None) -> typer.Typer:
@@ -54,9 +58,14 @@ def command_line(named: Collection[str] | None = None) -> typer.Typer:
         for verb, summary in verbs.items():
             is_named = named is None or verb in named
             group.command(verb)(_in_full(verb) if is_named else _in_brief(summary))
-    for name, function in (("show", _show), ("key", _key), ("list", _list)):
+    for name, function in _others().items():
         app.command(name)(function)
     return app
+
+
+def _others() -> dict[str, Callable[..., None]]:
+    """Commands that no configuration describes."""
+    return {"show": _show, "key": _key, "list": _list}
 
 
 def _in_full(verb: str) -> Callable[..., None]:
