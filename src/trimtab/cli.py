@@ -9,7 +9,6 @@ Exit status: 0 done, 1 unexpected failure, 2 an error with a remedy, 130 stopped
 import io
 import sys
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ import typer
 
 from trimtab.cli_errors import reported, write
 from trimtab.cli_summaries import OF_HOSTS, VERBS
-from trimtab.machine import use_large_pages, without_collection
+from trimtab.machine import use_large_pages
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -31,10 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
             # A terminal that cannot show a character must not cost the user a finished run.
             stream.reconfigure(errors="backslashreplace")
     use_large_pages()
-    words = sys.argv[1:] if args is None else args
-    works = {*VERBS, *OF_HOSTS, *_others()}.intersection(words)
-    with nullcontext() if works else without_collection():
-        command_line(words)(args=args, prog_name="trimtab")
+    command_line(sys.argv[1:] if args is None else args)(args=args, prog_name="trimtab")
 
 
 def command_line(named: Collection[str] | None = None) -> typer.Typer:
@@ -50,22 +46,23 @@ def command_line(named: Collection[str] | None = None) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        # Boxes take longer to be drawn than all the rest of `trimtab --help`.
+        rich_markup_mode=None,
     )
     app.callback()(_root)
-    hosts = typer.Typer(help="Hosts, and what they let us see.", no_args_is_help=True)
+    hosts = typer.Typer(
+        help="Hosts, and what they let us see.", no_args_is_help=True, rich_markup_mode=None
+    )
     app.add_typer(hosts, name="hosts")
     for group, verbs in ((app, VERBS), (hosts, OF_HOSTS)):
         for verb, summary in verbs.items():
             is_named = named is None or verb in named
-            group.command(verb)(_in_full(verb) if is_named else _in_brief(summary))
-    for name, function in _others().items():
-        app.command(name)(function)
+            # Given as it is, for a summary of its own would be cut to a line.
+            made = group.command(verb, short_help=summary)
+            made(_in_full(verb) if is_named else _in_brief(summary))
+    for name, function in (("show", _show), ("key", _key), ("list", _list)):
+        app.command(name, short_help=function.__doc__)(function)
     return app
-
-
-def _others() -> dict[str, Callable[..., None]]:
-    """Commands that no configuration describes."""
-    return {"show": _show, "key": _key, "list": _list}
 
 
 def _in_full(verb: str) -> Callable[..., None]:

@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from rich.markup import escape
 
 from trimtab import config
 from trimtab.cli_errors import reported, write
@@ -171,7 +170,7 @@ def command(verb: str) -> Callable[..., None]:
     parameters += [_json_parameter()] if verb in _WITH_JSON else []
     parameters.append(_config_parameter())
     run.__name__ = verb
-    run.__doc__ = escape(inspect.cleandoc(cls.__doc__ or ""))
+    run.__doc__ = inspect.cleandoc(cls.__doc__ or "")
     run.__dict__["__signature__"] = inspect.Signature(parameters)
     return run
 
@@ -181,13 +180,13 @@ def _parameter(name: str, field: FieldInfo, *, argument: bool) -> inspect.Parame
     # --config, and pydantic alone decides what is missing or wrong.
     if argument:
         shape = typer.Argument(
-            metavar=name.upper(), help=escape(field.description or ""), show_default=False
+            metavar=name.upper(), help=field.description or "", show_default=False
         )
     else:
         flag = f"--{name.replace('_', '-')}"
         shape = typer.Option(
             f"{flag}/--no-{flag[2:]}" if _plain_type(field) is bool else flag,
-            help=escape((field.description or "") + _remark(field)),
+            help=(field.description or "") + _remark(field),
             metavar=_metavar(field),
             show_default=False,
         )

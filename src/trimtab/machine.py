@@ -1,9 +1,6 @@
 """How programs of Trimtab's own use the machine that they run on."""
 
-import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 _MEMORY = Path("/proc/meminfo")
@@ -17,22 +14,6 @@ def use_large_pages() -> None:
     at its first array. Called by programs, not on import: it changes the whole process.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Leave cycles of objects where they are for a moment: short work that imports much.
-
-    The collector walks all that imports have made, again and again, and finds nothing: that is a
-    tenth of the time of `trimtab --help`.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def free_memory_bytes() -> int:
