@@ -7,7 +7,6 @@ from torch import Tensor
 from trimtab.anchors import (
     UNSEEN_COUNT,
     Reading,
-    calibrate,
     choose_anchors,
     compose,
     fit_map,
@@ -119,58 +118,3 @@ def test_composed_features_are_features_of_what_is_read() -> None:
     oracle = (reading(states) - offset) @ features.T
     torch.testing.assert_close(compose(features, offset, reading)(states), oracle)
     assert reading(states.half()).dtype == torch.float32
-
-
-def halves(count: int) -> Tensor:
-    return (torch.arange(count) // 50) % 2
-
-
-def explained(found: Tensor, truth: Tensor) -> float:
-    return 1 - float(((found - truth) ** 2).sum() / ((truth - truth.mean(0)) ** 2).sum())
-
-
-def test_calibration_finds_a_linear_relation() -> None:
-    states = draw(4000, 8).float() * 4 + 1
-    truth = Reading(draw(5, 8, seed=2).float(), draw(5, seed=3).float())
-    wrong = Reading(draw(5, 8, seed=4).float(), torch.zeros(5))
-    found = calibrate(wrong, states, truth(states), halves(4000))
-    fresh = draw(500, 8, seed=9).float() * 4 + 1
-    # The weakest ridge on standardised states still shrinks by 0.1 / 1.1 at most.
-    assert explained(found(fresh), truth(fresh)) > 0.98
-    exact = calibrate(truth, states, truth(states), halves(4000))
-    torch.testing.assert_close(exact.matrix, truth.matrix, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(exact.bias, truth.bias, atol=1e-2, rtol=1e-2)
-
-
-def test_calibration_on_noise_shrinks_each_feature_to_its_slope() -> None:
-    states = draw(600, 100).float()
-    reading = Reading(draw(3, 100, seed=2).float(), draw(3, seed=3).float())
-    mapped = reading(states)
-    deviation = mapped.std(0)
-    target = 0.5 * mapped + 2 * deviation * draw(600, 3, seed=4).float()
-    found = calibrate(reading, states, target, halves(600))
-    x, y = mapped - mapped.mean(0), target - target.mean(0)
-    slope = (x * y).sum(0) / (x**2).sum(0)
-    torch.testing.assert_close(found.matrix, slope[:, None] * reading.matrix, atol=2e-3, rtol=0)
-    torch.testing.assert_close(found(states).mean(0), target.mean(0), atol=1e-3, rtol=1e-3)
-
-
-def test_calibration_never_turns_a_feature_round() -> None:
-    states = draw(400, 30).float()
-    reading = Reading(draw(2, 30, seed=2).float(), torch.zeros(2))
-    one_document = torch.zeros(400, dtype=torch.long)
-    found = calibrate(reading, states, -reading(states), one_document)
-    assert found.matrix.abs().max() < 1e-4
-
-
-def test_one_document_is_calibrated_by_slopes_alone() -> None:
-    states = draw(60, 50).float()
-    reading = Reading(draw(2, 50, seed=2).float(), torch.zeros(2))
-    target = draw(60, 2, seed=5).float()
-    for fold in (torch.zeros(60, dtype=torch.long), torch.ones(60, dtype=torch.long)):
-        found = calibrate(reading, states, target, fold)
-        x, y = reading(states) - reading(states).mean(0), target - target.mean(0)
-        slope = ((x * y).sum(0) / (x**2).sum(0)).clamp_min(0)
-        torch.testing.assert_close(
-            found.matrix, slope[:, None] * reading.matrix, atol=1e-4, rtol=1e-4
-        )

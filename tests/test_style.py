@@ -17,7 +17,17 @@ ALLOWED_LARGER: dict[str, str] = {}
 # Each layer may import itself and the layers above it in this list, never one below.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "few_rows", "machine", "processes", "types", "vocab", "unembedding"),
-    ("acceptance", "align", "anchors", "blend", "costing", "encoding", "losses", "metrics"),
+    (
+        "acceptance",
+        "align",
+        "anchors",
+        "blend",
+        "calibration",
+        "costing",
+        "encoding",
+        "losses",
+        "metrics",
+    ),
     ("carriers", "store", "text"),
     ("backends",),
     ("soft_targets", "steering", "tuning"),

@@ -12,9 +12,6 @@ from torch import Tensor
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
-CALIBRATION_RIDGES = (1e6, 10.0, 3.0, 1.0, 0.3, 0.1)
-"""Ridges that calibration chooses from; the first leaves the slopes alone and wins a tie."""
-
 UNSEEN_COUNT = 0.05
 """Count given to token strings that the recording never saw, so that each has some say."""
 
@@ -148,50 +145,3 @@ def moment_matched(
 def compose(features: Tensor, offset: Tensor, reading: Reading) -> Reading:
     """Read features @ (h - offset) where `reading` gives h, shapes [features, hidden], [hidden]."""
     return Reading(features @ reading.matrix, features @ (reading.bias - offset))
-
-
-def calibrate(reading: Reading, host_states: Tensor, target: Tensor, fold: Tensor) -> Reading:
-    """Correct a reading by states of both models at the same bytes of the probe text.
-
-    The data-free map is right in the directions that the vocabulary shows and blind elsewhere.
-    Each feature is shrunk to its regression slope (correlation times ratio of deviations, the
-    best that moments alone can do), and what is left is predicted from the host's standardised
-    state by ridge regression, whose strength is chosen by two-fold cross-validation.
-
-    Args:
-        reading: Data-free reading of the features.
-        host_states: Shape [pairs, hidden of host].
-        target: The small model's own features at the same bytes, shape [pairs, features].
-        fold: 0 or 1, the half that each pair belongs to (halves share no document), [pairs];
-            where one half is empty, as with a single document, only the slopes are fitted.
-    """
-    host_states = host_states.float()
-    halves = [fold == half for half in (0, 1)]
-    if min(int(half.sum()) for half in halves) < 2:
-        return _corrected(reading, host_states, target, CALIBRATION_RIDGES[0])
-    errors = {
-        ridge: sum(_held_out_error(reading, host_states, target, half, ridge) for half in halves)
-        for ridge in CALIBRATION_RIDGES
-    }
-    return _corrected(reading, host_states, target, min(errors, key=lambda ridge: errors[ridge]))
-
-
-def _held_out_error(
-    reading: Reading, states: Tensor, target: Tensor, held_out: Tensor, ridge: float
-) -> float:
-    fitted = _corrected(reading, states[~held_out], target[~held_out], ridge)
-    return float(((fitted(states[held_out]) - target[held_out]) ** 2).sum())
-
-
-def _corrected(reading: Reading, states: Tensor, target: Tensor, ridge: float) -> Reading:
-    mapped = reading(states)
-    mean, target_mean, state_mean = mapped.mean(0), target.mean(0), states.mean(0)
-    x, y = mapped - mean, target - target_mean
-    slope = ((x * y).mean(0) / (x**2).mean(0).clamp_min(1e-12)).clamp_min(0.0)
-    std = states.std(0).clamp_min(1e-6)
-    standard = (states - state_mean) / std
-    gram = standard.T @ standard / len(states)
-    gram.diagonal().add_(ridge)
-    residual = torch.linalg.solve(gram, standard.T @ (y - x * slope) / len(states)).T / std
-    matrix = slope[:, None] * reading.matrix + residual
-    return Reading(matrix, target_mean - matrix @ state_mean)

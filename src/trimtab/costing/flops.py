@@ -150,7 +150,7 @@ def memory_search_flops(entries: float, key_size: int = 192) -> float:
 
 
 def map_flops(anchors: float, small: Shape, host: Shape, probe_tokens: float) -> float:
-    """Operations of the closed-form map and its calibration (`anchors.py`).
+    """Operations of the closed-form map and its calibration.
 
     A' L A and A' L B over the anchors, the solution of the first with the second (Cholesky and two
     triangular solves), and a ridge regression of the small model's features on the host's states.

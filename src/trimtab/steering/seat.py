@@ -10,13 +10,13 @@ from trimtab.anchors import (
     Anchors,
     Reading,
     StateMap,
-    calibrate,
     compose,
     fit_map,
     moment_matched,
     pair_anchors,
 )
 from trimtab.backends.hf import HFModel
+from trimtab.calibration import PairedStates
 from trimtab.carriers.memory import Memory
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
@@ -136,23 +136,30 @@ def _map(anchors: Anchors, host: HFModel, config: MountConfig) -> StateMap:
 
 @dataclass(frozen=True)
 class _Seat:
-    """Reads any features of the small model's state from the host's."""
+    """Reads any features of the small model's state from the host's.
+
+    Attributes:
+        reading: Of the small model's state itself.
+        pairs: The host's states where both have read the same bytes; None where these are few.
+        rows: The small model's state of each.
+    """
 
     reading: Reading
-    states: HostStates | None
+    pairs: PairedStates | None
     rows: Tensor
-    host_rows: Tensor
-    fold: Tensor
 
     @staticmethod
     def prepare(state_map: StateMap, probe: Probe, states: HostStates | None) -> "_Seat":
         nothing = torch.zeros(0, dtype=torch.long)
         if states is None:
             plain = Reading(state_map.matrix, torch.zeros(len(state_map.matrix)))
-            return _Seat(plain, None, nothing, nothing, nothing)
+            return _Seat(plain, None, nothing)
         reading = moment_matched(state_map, probe.mean, probe.std, states.hidden.float())
         rows, host_rows = same_bytes(probe.document_index, probe.byte_ends, states)
-        return _Seat(reading, states, rows, host_rows, probe.document_index[rows] % 2)
+        if len(rows) < MIN_PAIRS:
+            return _Seat(reading, None, nothing)
+        fold = probe.document_index[rows] % 2
+        return _Seat(reading, PairedStates(states.hidden[host_rows], fold), rows)
 
     def shuffled(self, seed: int) -> "_Seat":
         """The control: each host state is paired with the small state of another position."""
@@ -161,11 +168,10 @@ class _Seat:
 
     @property
     def paired_positions(self) -> int:
-        return len(self.rows) if len(self.rows) >= MIN_PAIRS else 0
+        return len(self.rows)
 
     def read(self, features: Tensor, offset: Tensor, probe_features: Tensor) -> Reading:
         reading = compose(features, offset, self.reading)
-        if self.states is None or not self.paired_positions:
+        if self.pairs is None:
             return reading
-        states = self.states.hidden[self.host_rows].float()
-        return calibrate(reading, states, probe_features[self.rows], self.fold)
+        return self.pairs.calibrate(reading, probe_features[self.rows])
