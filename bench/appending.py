@@ -27,6 +27,7 @@ from trimtab.config import (
     MountConfig,
     RecordConfig,
 )
+from trimtab.errors import InputError
 from trimtab.evaluate import evaluate
 from trimtab.fit import fit
 from trimtab.mount import mount
@@ -56,6 +57,11 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace) -> None:
+    if given.folder.is_dir() and any(given.folder.iterdir()):
+        raise InputError(
+            f"{given.folder} is not empty, and what is there already takes no time",
+            hint="name a new folder in --folder",
+        )
     os.environ[HOME_VARIABLE] = str((given.folder / "home").resolve())
     clock, show = _Clock(), Display().progress
     first, more = tuple(given.first), tuple(given.more)
@@ -117,8 +123,7 @@ def _scored(given: argparse.Namespace, name: str, adapter: Path) -> dict[str, An
 def _large(given: argparse.Namespace, adapter: Path, more: tuple[str, ...]) -> dict[str, Any]:
     """A memory of many entries, seated before and after it has grown."""
     large, out = given.folder / "large.adapter", given.folder / "large-grown.adapter"
-    if not large.is_dir():
-        grow(adapter, large, given.entries)
+    grow(adapter, large, given.entries)
     host, clock = open_model(given.host), _Clock()
 
     def seat(folder: Path) -> Callable[[], object]:

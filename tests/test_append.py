@@ -1,7 +1,10 @@
 """Text appended to a memory: the entries that a recording would have made, and nothing else."""
 
+import json
 import shutil
-from collections.abc import Iterator
+import stat
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +16,24 @@ from test_generate import HOST, domain_text, made_adapter
 from trimtab.append import AppendResult, append
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.carriers.memory import documents_of, joined, last_bytes, sources_of
-from trimtab.carriers.sources import place_of
+from trimtab.carriers.memory import Memory, documents_of, joined, last_bytes, sources_of
+from trimtab.carriers.sources import place_of, travelling_names
 from trimtab.cli import main
 from trimtab.config import AppendConfig, FitConfig, MountConfig, RecordConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.fit import fit
 from trimtab.fitting import appending
-from trimtab.fitting.memory import entries_of
-from trimtab.mount import mount
+from trimtab.fitting.memory import entries_of, unit_keys
+from trimtab.mount import is_kept, mount
 from trimtab.record import record
 from trimtab.steering.host_states import WINDOW_TOKENS
 from trimtab.steering.mounted import Mounted
 from trimtab.store.adapter import MEMORY_FILE, read_memory
 from trimtab.store.home import trimtab_home
+from trimtab.store.index import Listed, lists_before
 from trimtab.store.manifest import read_manifest
 from trimtab.store.recording import Recording
+from trimtab.store.seats import Seats
 from trimtab.types import Advance
 
 
@@ -50,10 +55,15 @@ def adapter(original: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def new_text(tmp_path: Path) -> Path:
     folder = tmp_path / "new"
-    folder.mkdir()
     for number in range(20, 24):
-        (folder / f"{number}.txt").write_text(domain_text(number) + "\nÄnderung am Ruder ⚓.\n")
+        path = folder / ("even" if number % 2 == 0 else "odd/deep") / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(domain_text(number) + "\nÄnderung am Ruder ⚓.\n")
     return folder
+
+
+LABEL = "reading the new text (tokens)"
+NAMES = {"even/20.txt", "even/22.txt", "odd/deep/21.txt", "odd/deep/23.txt"}
 
 
 def grow(adapter: Path, *data: Path, **options: object) -> AppendResult:
@@ -80,6 +90,8 @@ def test_appended_entries_are_those_that_a_recording_makes(
             expert=original.parent / "expert",
             out=tmp_path / "recording",
             data=(str(new_text),),
+            window_tokens=256,
+            stride_tokens=192,
             dtype="float32",
         )
     ).folder
@@ -87,7 +99,10 @@ def test_appended_entries_are_those_that_a_recording_makes(
     columns, names = opened.read("train"), [d.name for d in opened.documents("train")]
     before = read_memory(original, read_manifest(original)).memory
     base = open_model("tiny:llama?hidden=32", dtype="float32")
-    recorded = entries_of(base.vocabulary, columns, before.projection, before.mean, names)
+    answered = columns["next_ids"] >= 0
+    states = columns["reference_hidden"][answered]
+    keys = unit_keys(states, before.projection, before.mean)
+    recorded = entries_of(base.vocabulary, columns, keys, travelling_names(names))
     expected, found = joined(before, [recorded]), read_memory(adapter, grown.manifest).memory
     assert torch.equal(found.text, expected.text)
     assert torch.equal(found.positions, expected.positions)
@@ -111,10 +126,10 @@ def test_a_memory_finds_what_was_appended_and_where_it_stands(
     position = int(memory.positions[best])
     assert bytes(memory.text[position : position + 3].tolist()) == b"der"
     place = place_of(sources_of(memory), memory.text, position)
-    assert place.source in {f"{number}.txt" for number in range(20, 24)} and place.line == 31
+    assert place.source in NAMES and place.line == 31
     documents = documents_of(memory.text)[0]
     assert [text.decode() for text in documents[-4:]] == [
-        path.read_text() for path in sorted(new_text.iterdir())
+        path.read_text() for path in sorted(new_text.rglob("*.txt"))
     ]
 
 
@@ -134,7 +149,7 @@ def test_what_is_appended_changes_nothing_else(
 
 
 def test_text_is_appended_once(adapter: Path, new_text: Path) -> None:
-    (new_text / "again.txt").write_text((new_text / "20.txt").read_text())
+    (new_text / "again.txt").write_text((new_text / "even" / "20.txt").read_text())
     first = grow(adapter, new_text)
     assert (first.documents, first.known) == (4, 1)
     files = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
@@ -157,22 +172,24 @@ def test_a_copy_grows_and_the_adapter_stays(
     assert read_manifest(out) == first.manifest
     assert grow(adapter, new_text, out=out).manifest == first.manifest
     with pytest.raises(InputError, match="holds an adapter that was made otherwise"):
-        grow(adapter, new_text / "20.txt", out=out)
+        grow(adapter, new_text / "even" / "20.txt", out=out)
     assert read_manifest(out) == first.manifest
 
 
 def test_seats_of_a_grown_memory_are_those_made_anew(
-    adapter: Path, new_text: Path, host: HFModel
+    adapter: Path, new_text: Path, host: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seats() -> int:
-        return len(list((trimtab_home() / "mounts").iterdir()))
-
     seated(adapter, host)
     grow(adapter, new_text)
-    count = seats()
-    grown = seated(adapter, host)
-    assert seats() == count + 1
     anew = seated(adapter, host, cache=False)
+
+    def forbidden(*_: object) -> Seats:
+        raise AssertionError("all was computed anew")
+
+    monkeypatch.setattr(sys.modules["trimtab.mount"], "find_seats", forbidden)
+    settings = MountConfig(adapter=adapter, host=HOST)
+    assert is_kept(settings, host)
+    grown = seated(adapter, host)
     assert grown.memory and anew.memory
     assert torch.equal(grown.memory.values, anew.memory.values)
     assert torch.equal(grown.memory.shares, anew.memory.shares)
@@ -183,7 +200,8 @@ def test_seats_of_a_grown_memory_are_those_made_anew(
 def test_an_interrupted_run_goes_on(
     adapter: Path, new_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(appending, "PIECE_TOKENS", 400)
+    # Two documents a shard, and a part of the next.
+    monkeypatch.setattr(appending, "SHARD_TOKENS", 1_800)
     whole = grow(adapter, new_text, out=tmp_path / "whole")
 
     @contextmanager
@@ -192,7 +210,7 @@ def test_an_interrupted_run_goes_on(
 
         def advance(count: int) -> None:
             counted.append(count)
-            if label.startswith("reading the new") and sum(counted) > total // 2:
+            if label == LABEL and sum(counted) > 0.7 * total:
                 raise KeyboardInterrupt
 
         yield advance
@@ -202,8 +220,8 @@ def test_an_interrupted_run_goes_on(
     )
     with pytest.raises(KeyboardInterrupt):
         append(config, progress=stopping)
-    kept = list((trimtab_home() / "appending").iterdir())
-    assert kept and not (tmp_path / "stopped").exists()
+    (kept,) = (trimtab_home() / "appending").glob("*/*.safetensors")
+    assert not (tmp_path / "stopped").exists()
     counted: dict[str, list[int]] = {}
 
     @contextmanager
@@ -213,16 +231,93 @@ def test_an_interrupted_run_goes_on(
 
     assert append(config, progress=counting).manifest.files == whole.manifest.files
     # What was kept counts at once; what is read comes in windows.
-    advances = counted["reading the new text (tokens)"]
-    assert sum(advance > WINDOW_TOKENS for advance in advances) == len(kept)
-    assert not list((trimtab_home() / "appending").iterdir())
+    assert sum(advance > WINDOW_TOKENS for advance in counted[LABEL]) == 1
+    assert not kept.parent.exists()
+
+
+def test_text_is_read_in_the_windows_of_the_recording(
+    original: Path, adapter: Path, new_text: Path
+) -> None:
+    assert read_manifest(original).provenance.record["window_tokens"] == 256
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    manifest["provenance"]["record"] |= {"window_tokens": 64, "stride_tokens": 32}
+    (adapter / "manifest.json").write_text(json.dumps(manifest))
+    usual, short = adapter.parent / "usual", adapter.parent / "short"
+    grow(original, new_text, out=usual)
+    grow(adapter, new_text, out=short)
+    one, two = (read_memory(path, read_manifest(path)).memory for path in (usual, short))
+    assert torch.equal(one.positions, two.positions)
+    first = sources_of(one).starts[-4]
+    early = (one.positions >= first) & (one.positions < first + 32)
+    later = one.positions > first + 200
+    torch.testing.assert_close(one.keys[early], two.keys[early], atol=2e-3, rtol=0)
+    assert (one.keys[later].float() - two.keys[later].float()).abs().max() > 0.01
+
+
+def test_documents_without_two_tokens_or_told_twice_are_passed_over(
+    adapter: Path, tmp_path: Path
+) -> None:
+    lines = [
+        {"text": "x"},
+        {"text": "The keel.\0\0 The buoy."},
+        {"text": "\0The mast."},
+        {"prompt": "The ", "completion": "rope."},
+        {"text": "The rope."},
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    first = grow(adapter, path)
+    assert (first.documents, first.left_out, first.known) == (3, 1, 1)
+    again = grow(adapter, path)
+    assert (again.documents, again.left_out, again.known) == (0, 1, 4)
+
+
+def test_what_is_the_users_own_stays(adapter: Path, new_text: Path) -> None:
+    (adapter / ".git").mkdir()
+    (adapter / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    (adapter / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    adapter.chmod(0o700)
+    grow(adapter, new_text)
+    assert (adapter / ".git" / "HEAD").read_text() == "ref: refs/heads/main\n"
+    assert (adapter / ".gitattributes").is_file()
+    assert stat.S_IMODE(adapter.stat().st_mode) == 0o700
+    assert stat.S_IMODE((adapter / MEMORY_FILE).stat().st_mode) == 0o600
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "home", "new"]
+
+
+def test_terms_change_without_new_text(adapter: Path, new_text: Path) -> None:
+    grow(adapter, new_text)
+    before = read_manifest(adapter)
+    changed = grow(adapter, new_text, data_licence="MIT")
+    assert changed.manifest.licences.data == "MIT" and changed.entries == 0
+    assert changed.manifest.carriers == before.carriers
+    assert changed.manifest.provenance == before.provenance
+
+
+def test_lists_of_the_small_models_keys_are_not_those_of_a_host(
+    adapter: Path, new_text: Path, host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.store.index.LISTED_ENTRIES", 1_000)
+    monkeypatch.setattr("trimtab.carriers.search.LISTED_ENTRIES", 1_000)
+    seated(adapter, host)
+    grow(adapter, new_text)
+    used: list[object] = []
+
+    def spied(memory: Memory, earlier: Sequence[tuple[Path, int]]) -> Listed | None:
+        used.append(lists_before(memory, earlier))
+        return lists_before(memory, earlier)
+
+    monkeypatch.setattr("trimtab.store.index.lists_before", spied)
+    seated(adapter, host)
+    seated(adapter, host, host_keys=True)
+    assert [found is not None for found in used] == [True, False]
 
 
 def test_near_duplicates_of_test_files_are_left_out(adapter: Path, new_text: Path) -> None:
     test = new_text.parent / "test.txt"
-    test.write_text((new_text / "21.txt").read_text().replace("⚓", "anchor"))
+    test.write_text((new_text / "even" / "22.txt").read_text().replace("⚓", "anchor"))
     grown = grow(adapter, new_text, against=(str(test),))
-    assert (grown.documents, grown.near_duplicates, grown.known) == (3, 1, 0)
+    assert (grown.documents, grown.left_out, grown.known) == (3, 1, 0)
     assert "repeat a test file" in grown.summary()
 
 
@@ -241,6 +336,13 @@ def test_what_cannot_grow_is_refused(
         grow(adapter, new_text, small="tiny:llama?hidden=32&seed=1")
     with pytest.raises(InputError):
         grow(adapter, tmp_path / "nothing")
+    with pytest.raises(InputError, match="inside the adapter"):
+        grow(adapter, new_text, out=adapter / "grown")
+    foreign = tmp_path / "notes"
+    foreign.mkdir()
+    (foreign / "diary.txt").write_text("mine")
+    with pytest.raises(InputError, match="would lose"):
+        grow(adapter, new_text, out=foreign)
     assert read_manifest(adapter) == read_manifest(original)
 
 

@@ -233,7 +233,7 @@ def test_directory_is_restored_after_a_kill_between_the_renames(tmp_path: Path) 
     )
     run_and_kill(code, str(path))
     assert not path.exists()
-    with pytest.raises(RuntimeError), replace_directory(path):
+    with pytest.raises(RuntimeError), lock(path), replace_directory(path):
         raise RuntimeError
     assert read_json(path / "manifest.json", "manifest") == {"content": "old"}
     assert names(tmp_path) == ["adapter"]

@@ -1,23 +1,32 @@
 """Append text to an adapter's memory: one pass of the small model over it, and nothing else."""
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from trimtab.backends.chat import chat_renderer
 from trimtab.backends.hf import HFModel, ModelFingerprint
 from trimtab.backends.open import one_device
 from trimtab.backends.pair import open_checked
-from trimtab.carriers.memory import Memory, documents_of, joined
-from trimtab.config import AppendConfig
+from trimtab.carriers.memory import CONTEXT_BYTES, Memory, joined, sources_of
+from trimtab.carriers.sources import travelling_names
+from trimtab.config import AppendConfig, RecordConfig
 from trimtab.errors import AdapterError, InputError
-from trimtab.fitting.appending import cut_pieces, forget_pieces, read_pieces
+from trimtab.fitting.appending import Windows, new_entries
+from trimtab.fitting.recorded import document_bytes
 from trimtab.store.adapter import MEMORY_FILE, MemoryFile, read_memory, write_memory
-from trimtab.store.adapter_schema import AdapterManifest, Earlier
+from trimtab.store.adapter_schema import AdapterManifest, Earlier, Provenance
 from trimtab.store.card import write_adapter
-from trimtab.store.files import lock, package_versions, replace_directory
+from trimtab.store.files import lock, package_versions, replace_directory, sha256_bytes
+from trimtab.store.home import trimtab_home
 from trimtab.store.manifest import MANIFEST_NAME, read_manifest
 from trimtab.text.corpus import drop_near_duplicates, read_documents, sha256_of_documents
+from trimtab.text.passages import DocumentTokens
 from trimtab.types import Document, Progress, silent
 
 APPENDED = "appended"
@@ -36,7 +45,7 @@ class AppendResult:
         manifest: What it says.
         documents: Documents that were appended.
         known: Documents that the memory held already, or that were named twice.
-        near_duplicates: Documents left out because they repeat a test file.
+        left_out: Documents that repeat a test file, or are no two tokens long.
         entries: Entries that were appended.
     """
 
@@ -44,7 +53,7 @@ class AppendResult:
     manifest: AdapterManifest
     documents: int
     known: int
-    near_duplicates: int
+    left_out: int
     entries: int
 
     def summary(self) -> str:
@@ -56,8 +65,11 @@ class AppendResult:
         ]
         if self.known:
             lines.append(f"  {self.known:,} documents were in it already, or named twice")
-        if self.near_duplicates:
-            lines.append(f"  {self.near_duplicates:,} documents left out: they repeat a test file")
+        if self.left_out:
+            lines.append(
+                f"  {self.left_out:,} documents left out: they repeat a test file, or are no two"
+                " tokens long"
+            )
         return "\n".join(lines)
 
 
@@ -74,31 +86,40 @@ def append(config: AppendConfig, *, progress: Progress = silent) -> AppendResult
 
     Raises:
         AdapterError: The adapter is broken, or has no memory that answers with text alone.
-        InputError: The text cannot be used, or the output folder holds something else.
+        InputError: The text cannot be used, the output folder holds something else, or another
+            run changed the adapter meanwhile.
         ModelError: The small model cannot be opened, or is not the one that made the adapter.
+        NumericalError: A hidden state that is not a finite number.
         StorageError: The disk is full or the folder cannot be written.
     """
     out = config.adapter if config.out is None else config.out
-    manifest = read_manifest(config.adapter)
-    _check_memory(config.adapter, manifest)
     in_place = out.resolve() == config.adapter.resolve()
+    if not in_place and out.resolve().is_relative_to(config.adapter.resolve()):
+        raise InputError(
+            f"{out} lies inside the adapter {config.adapter}, which has files of its own alone",
+            hint="choose another --out",
+        )
     with lock(out):
+        manifest = read_manifest(config.adapter)
+        _check_memory(config.adapter, manifest)
         base = _open_base(config, manifest, progress)
         file = read_memory(config.adapter, manifest)
         text = _read_text(config, base, file.memory)
         if not in_place and (out / MANIFEST_NAME).exists():
             return text.result(out, _made_before(out, manifest, text), entries=0)
-        if in_place and not text.new:
+        if in_place and not text.new and config.data_licence in (None, manifest.licences.data):
             return text.result(out, manifest, entries=0)
-        pieces = cut_pieces(base, manifest.files[MEMORY_FILE].sha256, text.new)
-        larger = joined(file.memory, read_pieces(base, file.memory, text.new, pieces, progress))
-        tokens = sum(piece.tokens for piece in pieces)
         with replace_directory(out) as folder:
+            kept = trimtab_home() / "appending" / sha256_bytes(str(out.resolve()).encode())
+            larger = file.memory
+            if text.new:
+                added = new_entries(base, larger, text.new, _windows(manifest), kept, progress)
+                larger = joined(larger, [added])
+            _check_unchanged(config.adapter, manifest)
             _copy_others(config.adapter, manifest, folder)
             write_memory(folder, MemoryFile(larger, file.probe_features))
-            grown = _grown(config, manifest, text, entries=len(larger), tokens=tokens)
-            written = write_adapter(folder, grown)
-    forget_pieces(pieces)
+            written = write_adapter(folder, _grown(config, manifest, text, len(larger)))
+    shutil.rmtree(kept, ignore_errors=True)
     return text.result(out, written, entries=len(larger) - len(file.memory))
 
 
@@ -107,22 +128,24 @@ class _Text:
     """What was asked to be appended, sorted.
 
     Attributes:
-        new: Documents that the memory does not hold yet, each once.
-        known: How many it does, or that were named twice.
-        near_duplicates: How many repeat a test file.
+        new: Documents that the memory does not hold yet, each once, in the reference's tokens.
+        sha256: Of their names, as an adapter carries them, and texts.
+        known: How many it does hold, or were named twice.
+        left_out: How many repeat a test file, or are no two tokens long.
     """
 
-    new: tuple[Document, ...]
+    new: tuple[DocumentTokens, ...]
+    sha256: str
     known: int
-    near_duplicates: int
+    left_out: int
 
     @property
-    def sha256(self) -> str:
-        return sha256_of_documents(self.new)
+    def tokens(self) -> int:
+        return sum(len(document.token_ids) for document in self.new)
 
     def result(self, folder: Path, manifest: AdapterManifest, *, entries: int) -> AppendResult:
         new = len(self.new) if entries else 0
-        return AppendResult(folder, manifest, new, self.known, self.near_duplicates, entries)
+        return AppendResult(folder, manifest, new, self.known, self.left_out, entries)
 
 
 def _check_memory(folder: Path, manifest: AdapterManifest) -> None:
@@ -150,23 +173,52 @@ def _open_base(config: AppendConfig, manifest: AdapterManifest, progress: Progre
     )
 
 
+def _windows(manifest: AdapterManifest) -> Windows:
+    """As the adapter's own text was recorded."""
+    recorded, usual = manifest.provenance.record, RecordConfig.model_fields
+    return Windows(
+        *(
+            int(str(recorded.get(name, usual[name].default)))
+            for name in ("window_tokens", "stride_tokens")
+        )
+    )
+
+
 def _read_text(config: AppendConfig, base: HFModel, memory: Memory) -> _Text:
     render = chat_renderer(base)
     asked = read_documents(config.data, render_chat=render)
     tests = read_documents(config.against, render_chat=render) if config.against else []
     found = drop_near_duplicates(asked, tests)
     repeated = {document.name for document in tests}
-    near = sum(dropped.like in repeated for dropped in found.dropped)
-    held = set(documents_of(memory.text)[0])
-    new = tuple(one for one in found.kept if one.text and _bytes(base, one) not in held)
-    return _Text(new, len(asked) - len(new) - near, near)
+    left_out = sum(dropped.like in repeated for dropped in found.dropped)
+    held, new = _held(memory), list[tuple[Document, DocumentTokens]]()
+    for document in found.kept:
+        ids = base.encode(document.text, markup=document.markup)
+        content = _bytes(base, ids)
+        if len(ids) < 2:
+            left_out += 1
+        elif content not in held:
+            tokens = DocumentTokens(document.name, np.asarray(ids, dtype=np.int32))
+            new.append((document, tokens))
+        held.add(content)
+    named = zip(travelling_names([one.name for one, _ in new]), new, strict=True) if new else ()
+    texts = [replace(one, name=name) for name, (one, _) in named]
+    known = len(asked) - len(new) - left_out
+    return _Text(tuple(each for _, each in new), sha256_of_documents(texts), known, left_out)
 
 
-def _bytes(base: HFModel, document: Document) -> bytes:
+def _held(memory: Memory) -> set[bytes]:
+    """The documents that a memory holds."""
+    raw, starts = memory.text.numpy().tobytes(), sources_of(memory).starts
+    # Each is followed by a gap: before the next one, or at the end.
+    return {raw[start : end - CONTEXT_BYTES] for start, end in pairwise([*starts, len(raw)])}
+
+
+def _bytes(base: HFModel, token_ids: Sequence[int]) -> bytes:
     """A document as a memory holds it: what the small model's tokens stand for."""
-    ids = base.encode(document.text, markup=document.markup)
-    joined_bytes = b"".join(base.vocabulary.token_bytes[i] or b"" for i in ids)
-    return joined_bytes[int(base.vocabulary.prefix_space) :]
+    ids = torch.tensor(token_ids, dtype=torch.long)
+    columns = {"token_ids": ids, "document_index": torch.zeros_like(ids)}
+    return b"".join(document_bytes(base.vocabulary, columns))
 
 
 def _made_before(out: Path, manifest: AdapterManifest, text: _Text) -> AdapterManifest:
@@ -181,30 +233,41 @@ def _made_before(out: Path, manifest: AdapterManifest, text: _Text) -> AdapterMa
     )
 
 
+def _check_unchanged(folder: Path, manifest: AdapterManifest) -> None:
+    if read_manifest(folder, verify=False) != manifest:
+        raise InputError(
+            f"another run has changed {folder} while its memory was to grow",
+            hint="run the same command again; what it has read is kept",
+        )
+
+
 def _grown(
-    config: AppendConfig, manifest: AdapterManifest, text: _Text, *, entries: int, tokens: int
+    config: AppendConfig, manifest: AdapterManifest, text: _Text, entries: int
 ) -> AdapterManifest:
     """What the larger adapter says of itself."""
-    carrier, provenance, licences = manifest.memory, manifest.provenance, manifest.licences
+    carrier, licences = manifest.memory, manifest.licences
     assert carrier is not None
-    smaller = Earlier(sha256=manifest.files[MEMORY_FILE].sha256, entries=carrier.entries)
-    earlier = (smaller, *carrier.grown_from)[:_EARLIER]
-    memory = carrier.model_copy(update={"entries": entries, "grown_from": earlier})
+    changed: dict[str, object] = {}
+    if config.data_licence is not None:
+        changed["licences"] = licences.model_copy(update={"data": config.data_licence})
+    if text.new:
+        smaller = Earlier(sha256=manifest.files[MEMORY_FILE].sha256, entries=carrier.entries)
+        earlier = (smaller, *carrier.grown_from)[:_EARLIER]
+        memory = carrier.model_copy(update={"entries": entries, "grown_from": earlier})
+        changed["carriers"] = {**manifest.carriers, "memory": memory}
+        changed["provenance"] = _provenance(manifest.provenance, text)
+    return manifest.model_copy(update=changed)
+
+
+def _provenance(provenance: Provenance, text: _Text) -> Provenance:
     times = sum(name.startswith(APPENDED) for name in provenance.inputs)
     name = f"{APPENDED}-{times + 1}" if times else APPENDED
     made = {
         "inputs": {**provenance.inputs, name: text.sha256},
-        "tokens": provenance.tokens + tokens,
+        "tokens": provenance.tokens + text.tokens,
         "packages": package_versions(),
     }
-    terms = {} if config.data_licence is None else {"data": config.data_licence}
-    return manifest.model_copy(
-        update={
-            "carriers": {**manifest.carriers, "memory": memory},
-            "provenance": provenance.model_copy(update=made),
-            "licences": licences.model_copy(update=terms),
-        }
-    )
+    return provenance.model_copy(update=made)
 
 
 def _copy_others(source: Path, manifest: AdapterManifest, folder: Path) -> None:

@@ -69,8 +69,11 @@ def is_kept(config: MountConfig, host: HFModel) -> bool:
     Raises:
         AdapterError: As `mount`, of what the manifest says.
     """
-    config, path = _place(config, read_manifest(config.adapter), host)
-    return _keeps(config, host) and read_seats(path) is not None
+    manifest = read_manifest(config.adapter)
+    config, path = _place(config, manifest, host)
+    if not _keeps(config, host):
+        return False
+    return read_seats(path) is not None or _seats_before(config, manifest, host) is not None
 
 
 def mount_with_control(
@@ -138,7 +141,9 @@ def _mount(
         rows = seat_rows(parts.head.strings, parts.head.string_rows, host.vocabulary)
         head = MountedHead(seats.head, *rows)
     kept = _index_path(config, manifest, seats, path if cache else None)
-    earlier = () if manifest.memory is None else manifest.memory.grown_from
+    # Lists of the small model's keys say nothing of keys that a host has made itself.
+    grows = manifest.memory is not None and not seats.host_keys
+    earlier = manifest.memory.grown_from if manifest.memory and grows else ()
     index_of = partial(
         kept_index,
         path=kept,
@@ -173,12 +178,21 @@ def _grown(
     config: MountConfig, manifest: AdapterManifest, host: HFModel, parts: Seatable
 ) -> Seats | None:
     """Seats from those of the adapter before its memory grew, if these are kept."""
-    if parts.memory is None or manifest.memory is None or config.host_keys:
+    seats = _seats_before(config, manifest, host)
+    if seats is None or parts.memory is None:
+        return None
+    return grown_seats(seats, parts.memory.memory, host)
+
+
+def _seats_before(config: MountConfig, manifest: AdapterManifest, host: HFModel) -> Seats | None:
+    """The latest seats that are kept of an adapter's smaller memories."""
+    if manifest.memory is None or "memory" not in (config.carriers or ()) or config.host_keys:
         return None
     for earlier in manifest.memory.grown_from:
         seats = read_seats(seats_path(config, manifest, _identity(host), earlier.sha256))
-        if seats is not None and seats.values is not None:
-            return grown_seats(seats, parts.memory.memory, host)
+        values = None if seats is None else seats.values
+        if values is not None and len(values) == earlier.entries <= manifest.memory.entries:
+            return seats
     return None
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair, PairStates
 from trimtab.encoding import (
     Samples,
@@ -59,22 +60,45 @@ def run_passages(
     Raises:
         NumericalError: A hidden state that is not finite.
     """
-    done: dict[int, PairStates] = {}
+    context_ids = pair.reference.context_ids()
+    return PairStates(*_run(pair.hidden, context_ids, documents, shard, advance))
+
+
+def run_reference(
+    reference: HFModel,
+    documents: Sequence[DocumentTokens],
+    shard: Sequence[Passage],
+    *,
+    advance: Advance,
+) -> Tensor:
+    """As `run_passages`, of the reference alone: shape [rows, hidden]."""
+    (states,) = _run(
+        lambda ids: (reference.hidden(ids),), reference.context_ids(), documents, shard, advance
+    )
+    return states
+
+
+def _run(
+    hidden: Callable[[Tensor], Sequence[Tensor]],
+    context_ids: Sequence[int],
+    documents: Sequence[DocumentTokens],
+    shard: Sequence[Passage],
+    advance: Advance,
+) -> list[Tensor]:
+    """The states of each model that `hidden` runs, in order of the passages."""
+    done: dict[int, list[Tensor]] = {}
     for places in _batches(shard):
-        ids, context = _padded_ids(pair, documents, [shard[place] for place in places])
-        states = pair.hidden(ids)
+        batch = [shard[place] for place in places]
+        states = hidden(_padded_ids(context_ids, documents, batch))
         for row, place in enumerate(places):
             passage = shard[place]
-            first = context + passage.record_from - passage.start
+            first = len(context_ids) + passage.record_from - passage.start
             kept = slice(first, first + passage.rows)
-            done[place] = PairStates(states.reference[row, kept], states.expert[row, kept])
+            done[place] = [each[row, kept] for each in states]
             _check_finite(done[place], documents[passage.document_index].name)
             advance(passage.rows)
     ordered = [done[place] for place in range(len(shard))]
-    return PairStates(
-        torch.cat([states.reference for states in ordered]),
-        torch.cat([states.expert for states in ordered]),
-    )
+    return [torch.cat(list(each)) for each in zip(*ordered, strict=True)]
 
 
 def _batches(shard: Sequence[Passage]) -> Iterator[list[int]]:
@@ -88,26 +112,26 @@ def _batches(shard: Sequence[Passage]) -> Iterator[list[int]]:
 
 
 def _padded_ids(
-    pair: Pair, documents: Sequence[DocumentTokens], batch: Sequence[Passage]
-) -> tuple[Tensor, int]:
+    context_ids: Sequence[int], documents: Sequence[DocumentTokens], batch: Sequence[Passage]
+) -> Tensor:
     # A causal model's states do not depend on what stands to their right, so padding needs no
     # mask; without one the attention takes its fast path.
-    context = pair.reference.context_ids()
-    width = len(context) + max(passage.end - passage.start for passage in batch)
+    before = len(context_ids)
+    width = before + max(passage.end - passage.start for passage in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.int64)
     for row, passage in enumerate(batch):
         text = documents[passage.document_index].token_ids[passage.start : passage.end]
-        ids[row, : len(context)] = torch.tensor(context, dtype=torch.int64)
-        ids[row, len(context) : len(context) + len(text)] = torch.from_numpy(text)
-    return ids, len(context)
+        ids[row, :before] = torch.tensor(context_ids, dtype=torch.int64)
+        ids[row, before : before + len(text)] = torch.from_numpy(text)
+    return ids
 
 
-def _check_finite(states: PairStates, name: str) -> None:
-    for who, values in states._asdict().items():
+def _check_finite(states: Sequence[Tensor], name: str) -> None:
+    for who, values in zip(PairStates._fields, states, strict=False):
         if not values.isfinite().all():
             raise NumericalError(
                 f"the {who}'s hidden states on {name} are not finite numbers",
-                hint="record with --dtype float32, or tune again with a smaller learning rate",
+                hint="run with --dtype float32, or tune again with a smaller learning rate",
             )
 
 

@@ -1,166 +1,132 @@
-"""Entries of new text for a memory that is there already: the reference reads it, in pieces."""
+"""Entries of new text for a memory that is there already: the reference reads it, in shards."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.carriers.memory import Memory, sources_of
-from trimtab.carriers.sources import Sources, travelling_names
-from trimtab.fitting.memory import entries_of
-from trimtab.fitting.recorded import Columns
-from trimtab.steering.host_states import HostStates, states_of
+from trimtab.carriers.memory import Memory
+from trimtab.carriers.sources import travelling_names
+from trimtab.fitting.memory import entries_of, unit_keys
+from trimtab.processes import Piece, do_pieces, process_count
+from trimtab.soft_targets import passage_columns, run_reference
 from trimtab.store.files import writing_atomically
-from trimtab.store.home import trimtab_home
-from trimtab.types import Advance, Document, Progress
+from trimtab.text.passages import DocumentTokens, Passage, cut_shards
+from trimtab.types import Advance, Progress
 
-PIECE_TOKENS = 8_192
-"""Tokens that are read and kept together: what an interrupted run has to read again at most, but
-for a document that is longer."""
+SHARD_TOKENS = 8_192
+"""Tokens whose keys are made and kept together: what an interrupted run reads again at most."""
 
 _VERSION = 1
-"""Changes whenever entries are computed in another way."""
+"""Changes whenever keys are computed in another way."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Documents whose entries are made and kept together.
+class Windows:
+    """How text is cut for the reference: tokens that it reads at once, and new ones among them."""
 
-    Attributes:
-        token_ids: Of each document, in the reference's tokens.
-        path: Where their entries are kept until all are there.
-    """
-
-    token_ids: tuple[tuple[int, ...], ...]
-    path: Path
-
-    @property
-    def tokens(self) -> int:
-        """Of all its documents."""
-        return sum(map(len, self.token_ids))
+    window: int = 512
+    stride: int = 448
 
 
-def cut_pieces(base: HFModel, memory_sha256: str, documents: Sequence[Document]) -> list[Piece]:
-    """Cut documents into pieces; documents without two tokens in a row give no entries.
-
-    Args:
-        base: The reference.
-        memory_sha256: Fingerprint of the file of the memory that the entries are for.
-        documents: The new text.
-    """
-    pieces: list[list[tuple[int, ...]]] = []
-    room = 0
-    for document in documents:
-        ids = tuple(base.encode(document.text, markup=document.markup))
-        if not pieces or len(ids) > room:
-            pieces.append([])
-            room = PIECE_TOKENS
-        pieces[-1].append(ids)
-        room -= len(ids)
-    made_by = [_VERSION, memory_sha256, str(base.fingerprint), str(base.model.dtype)]
-    return [Piece(tuple(each), _kept_path(made_by, each)) for each in pieces]
-
-
-def read_pieces(
+def new_entries(
     base: HFModel,
     memory: Memory,
-    documents: Sequence[Document],
-    pieces: Sequence[Piece],
+    documents: Sequence[DocumentTokens],
+    windows: Windows,
+    folder: Path,
     progress: Progress,
-) -> list[Memory]:
-    """The entries of each piece, made now or by a run that was interrupted.
+) -> Memory:
+    """Entries of new documents, under the whitening of a memory that they are to be appended to.
 
     Args:
         base: The reference, which made the memory's keys.
-        memory: The memory that they are for.
-        documents: What was cut into pieces.
-        pieces: The pieces.
+        memory: The memory.
+        documents: In the reference's tokens, two at least each.
+        windows: How they are cut.
+        folder: Where keys are kept until all are there; what a run that was interrupted has left
+            of the same text is used.
         progress: Counts tokens.
 
     Raises:
+        NumericalError: A hidden state that is not a finite number.
         StorageError: The disk is full or the folder cannot be written.
     """
-    names, found = iter(travelling_names([one.name for one in documents])), []
-    with progress("reading the new text (tokens)", sum(p.tokens for p in pieces)) as advance:
-        for piece in pieces:
-            named = [next(names) for _ in piece.token_ids]
-            kept = _kept(piece, memory, named)
-            if kept is None:
-                states = states_of(base, piece.token_ids, "", _counted_by(advance))
-                kept = entries_of(
-                    base.vocabulary, _columns(states), memory.projection, memory.mean, named
-                )
-                _keep(piece, kept)
+    shards = cut_shards(
+        documents, window=windows.window, stride=windows.stride, shard_tokens=SHARD_TOKENS
+    )
+    made_by = [_VERSION, base.fingerprint, base.model.dtype, memory.projection.sum().item()]
+    paths = [folder / _file_name(made_by, documents, shard) for shard in shards]
+    _remove_others(folder, paths)
+    with progress("reading the new text (tokens)", sum(map(_rows, shards))) as advance:
+        missing = []
+        for path, shard in zip(paths, shards, strict=True):
+            if path.is_file():
+                # Keys appear whole, or not at all.
+                advance(_rows(shard))
             else:
-                advance(piece.tokens)
-            found.append(kept)
-    return found
+                write = _writer(base, memory, documents, shard, path)
+                missing.append(Piece(write, _rows(shard)))
+        do_pieces(missing, advance, process_count(len(missing), None))
+    columns = [passage_columns(documents, shard) for shard in shards]
+    whole = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+    keys = torch.cat([_read(path) for path in paths])[whole["next_ids"] >= 0]
+    names = travelling_names([document.name for document in documents])
+    return entries_of(base.vocabulary, whole, keys, names)
 
 
-def forget_pieces(pieces: Sequence[Piece]) -> None:
-    """Remove what was kept of pieces whose entries have found their place."""
-    for piece in pieces:
-        piece.path.unlink(missing_ok=True)
+def _writer(
+    base: HFModel,
+    memory: Memory,
+    documents: Sequence[DocumentTokens],
+    shard: Sequence[Passage],
+    path: Path,
+) -> Callable[[Advance], None]:
+    def write(advance: Advance) -> None:
+        states = run_reference(base, documents, shard, advance=advance)
+        keys = unit_keys(states.cpu(), memory.projection, memory.mean)
+        with writing_atomically(path) as temp:
+            save_file({"keys": keys}, temp)
+
+    return write
 
 
-def _kept_path(made_by: Sequence[object], token_ids: Sequence[Sequence[int]]) -> Path:
-    asked = json.dumps([*made_by, token_ids]).encode()
-    return trimtab_home() / "appending" / f"{hashlib.sha256(asked).hexdigest()}.safetensors"
+def _rows(shard: Sequence[Passage]) -> int:
+    return sum(passage.rows for passage in shard)
 
 
-def _keep(piece: Piece, entries: Memory) -> None:
-    starts = torch.tensor(sources_of(entries).starts, dtype=torch.long)
-    parts = {
-        "keys": entries.keys,
-        "text": entries.text,
-        "positions": entries.positions,
-        "starts": starts,
-    }
-    with writing_atomically(piece.path) as temp:
-        save_file({name: tensor.contiguous() for name, tensor in parts.items()}, temp)
+def _file_name(
+    made_by: Sequence[object], documents: Sequence[DocumentTokens], shard: Sequence[Passage]
+) -> str:
+    digest = hashlib.sha256(json.dumps([str(each) for each in made_by]).encode())
+    for passage in shard:
+        digest.update(json.dumps([passage.record_from - passage.start, passage.rows]).encode())
+        ids = documents[passage.document_index].token_ids[passage.start : passage.end]
+        digest.update(ids.tobytes())
+    return f"{digest.hexdigest()}.safetensors"
 
 
-def _kept(piece: Piece, memory: Memory, names: Sequence[str]) -> Memory | None:
+def _read(path: Path) -> Tensor:
+    return load_file(path)["keys"]
+
+
+def _remove_others(folder: Path, paths: Sequence[Path]) -> None:
+    """What was kept of other text, or is broken, is of no use."""
+    for path in folder.glob("*.safetensors"):
+        if path not in paths or not _is_whole(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        found = load_file(piece.path)
-        sources = Sources(tuple(names), tuple(found["starts"].tolist()))
-        return Memory(
-            found["keys"],
-            memory.projection,
-            memory.mean,
-            found["text"],
-            found["positions"],
-            sources=sources,
-        )
-    except (FileNotFoundError, SafetensorError, KeyError):
-        return None
-
-
-def _columns(states: HostStates) -> Columns:
-    index, following = states.document_index, states.token_ids.roll(-1)
-    is_last = torch.ones(len(index), dtype=torch.bool)
-    is_last[:-1] = index[1:] != index[:-1]
-    return {
-        "token_ids": states.token_ids,
-        "next_ids": following.masked_fill(is_last, -1),
-        "document_index": index,
-        "reference_hidden": states.hidden,
-    }
-
-
-def _counted_by(advance: Advance) -> Progress:
-    """A part of a larger piece of work, which counts for that."""
-
-    @contextmanager
-    def part(label: str, total: int) -> Iterator[Advance]:
-        del label, total
-        yield advance
-
-    return part
+        _read(path)
+    except (SafetensorError, KeyError):
+        return False
+    return True

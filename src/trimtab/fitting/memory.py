@@ -61,8 +61,11 @@ def fit_memory(
             "the recording's training text holds no two tokens in a row to remember",
             hint="record longer documents, or leave memory out of --carriers",
         )
-    whitened = whitening(train["reference_hidden"][answered].float(), config.key_size)
-    memory = entries_of(base.vocabulary, train, *whitened, names)
+    states = train["reference_hidden"][answered].float()
+    projection, mean = whitening(states, config.key_size)
+    keys = unit_keys(states, projection, mean)
+    memory = entries_of(base.vocabulary, train, keys, _names(names, train))
+    memory = replace(memory, projection=projection, mean=mean)
     if config.values == "soft":
         memory = _soft(memory, base, expert_head, {k: v[answered] for k, v in train.items()})
     following = train["next_ids"][answered].long()
@@ -71,35 +74,37 @@ def fit_memory(
 
 
 def entries_of(
-    vocabulary: Vocabulary,
-    columns: Columns,
-    projection: Tensor,
-    mean: Tensor,
-    names: Sequence[str],
+    vocabulary: Vocabulary, columns: Columns, keys: Tensor, names: Sequence[str]
 ) -> Memory:
-    """A memory of a text, which answers with what followed; without gates.
+    """A memory of a text, which answers with what followed; without whitening and gates.
 
     Args:
         vocabulary: Of the small model.
-        columns: The text: `token_ids`, `next_ids` (-1 where none follows in the document),
-            `document_index` and `reference_hidden`.
-        projection: Whitening of the states, shape [key, hidden].
-        mean: Shape [hidden].
-        names: Of the documents, by `document_index`.
+        columns: The text: `token_ids`, `next_ids` (-1 where none follows in the document) and
+            `document_index`.
+        keys: Of the positions that a token follows, shape [entries, key].
+        names: Of the documents, as the memory is to call them.
     """
     answered = columns["next_ids"] >= 0
-    states = columns["reference_hidden"][answered].float()
     text, starts = lay_out(document_bytes(vocabulary, columns))
-    first = torch.tensor(starts, dtype=torch.long)[columns["document_index"].long()]
-    positions = first + byte_ends(vocabulary, columns)
+    # By number among the documents that are there.
+    _, number = torch.unique_consecutive(columns["document_index"], return_inverse=True)
+    positions = torch.tensor(starts, dtype=torch.long)[number] + byte_ends(vocabulary, columns)
+    nothing = torch.zeros(0)
     return Memory(
-        torch.nn.functional.normalize((states - mean) @ projection.T, dim=-1).half(),
-        projection,
-        mean,
+        keys,
+        nothing,
+        nothing,
         text,
         positions[answered],
-        sources=Sources(_names(names, columns), tuple(starts)),
+        sources=Sources(tuple(names), tuple(starts)),
     )
+
+
+def unit_keys(states: Tensor, projection: Tensor, mean: Tensor) -> Tensor:
+    """Keys of states, unit vectors in float16, shape [states, key]; as `whitening` has them."""
+    whitened = (states.float() - mean) @ projection.T
+    return torch.nn.functional.normalize(whitened, dim=-1).half()
 
 
 def _names(names: Sequence[str], train: Columns) -> tuple[str, ...]:

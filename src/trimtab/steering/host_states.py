@@ -94,13 +94,6 @@ def host_states(
         progress: Counts host tokens.
     """
     encoded = [host.encode(document.decode("utf-8", "ignore")) for document in documents]
-    return states_of(host, encoded, label, progress)
-
-
-def states_of(
-    host: HFModel, encoded: Sequence[Sequence[int]], label: str, progress: Progress
-) -> HostStates:
-    """As `host_states`, of documents that are tokens already."""
     parts = []
     with progress(label, sum(map(len, encoded))) as advance:
         for ids in encoded:
@@ -119,7 +112,7 @@ def states_of(
     )
 
 
-def _windows(host: HFModel, ids: Sequence[int]) -> list[Tensor]:
+def _windows(host: HFModel, ids: list[int]) -> list[Tensor]:
     context = host.context_ids()
     size, repeated = WINDOW_TOKENS, CONTEXT_TOKENS
     if host.is_encoder_decoder:
@@ -128,14 +121,14 @@ def _windows(host: HFModel, ids: Sequence[int]) -> list[Tensor]:
     stride = max(1, window - repeated)
     parts = []
     for start, first, end in passages(len(ids), window, stride):
-        read, source = torch.tensor([[*context, *ids[start:end]]]), _source(host, ids[start:end])
+        read, source = torch.tensor([context + ids[start:end]]), _source(host, ids[start:end])
         with torch.inference_mode():
             states = host.hidden(read, encoder_ids=source)[0]
         parts.append(states[len(context) + first - start :].cpu())
     return parts
 
 
-def _source(host: HFModel, ids: Sequence[int]) -> Tensor | None:
+def _source(host: HFModel, ids: list[int]) -> Tensor | None:
     """What an encoder-decoder reads to write some tokens: their text, as far as it can be read."""
     if not host.is_encoder_decoder:
         return None

@@ -117,7 +117,7 @@ def _following(memory: Memory, host: HFModel) -> Tensor:
     if not host.vocabulary.prefix_space:
         return first_tokens(texts, host.encode)
     # Such a tokenizer reads every text as the beginning of one and puts a space before it.
-    return torch.tensor([host.strings.longest_token(text) for text in texts])
+    return torch.tensor([host.strings.longest_token(text) for text in texts], dtype=torch.long)
 
 
 def _map(anchors: Anchors, host: HFModel, config: MountConfig) -> StateMap:

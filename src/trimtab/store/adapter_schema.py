@@ -202,7 +202,7 @@ class Provenance(Part):
     inputs: dict[str, Sha256] = {}
     """Fingerprint of each input (corpus, recording, expert)."""
     tokens: int = Field(default=0, ge=0)
-    """Domain tokens that were recorded."""
+    """Domain tokens that were recorded or appended."""
 
 
 class Licences(Part):

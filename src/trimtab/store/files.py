@@ -94,11 +94,14 @@ def replace_directory(
     target = Path(os.path.realpath(path))
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _restore(target)
+        put_back(target)
+        _remove_leftovers(target, "old")
         _refuse_foreign(path, marker, unfinished)
         _remove_leftovers(target, "tmp")
         with _temporary_folder(target) as temp:
             yield temp
+            if target.exists():
+                shutil.copymode(target, temp)
             _settle(temp)
             _swap(temp, target)
         _sync(target.parent)
@@ -153,18 +156,32 @@ def _swap(temp: Path, target: Path) -> None:
     # The writer's lock must outlive the folder that it lies in.
     if (target / LOCK_NAME).exists():
         os.replace(target / LOCK_NAME, temp / LOCK_NAME)
+    for name in names_in(target):
+        # What begins with a dot is the user's own (a .git, say), which no writer of ours makes.
+        if name.startswith(".") and not (temp / name).exists():
+            _copy(target / name, temp / name)
     old = _beside(target, "old")
     os.rename(target, old)
     os.rename(temp, target)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _restore(target: Path) -> None:
-    if not target.exists():
-        leftovers = _leftovers(target, "old")
-        if leftovers:
-            os.rename(max(leftovers, key=lambda entry: entry.stat().st_mtime), target)
-    _remove_leftovers(target, "old")
+def _copy(source: Path, target: Path) -> None:
+    # Never moved: a run that is killed must leave the old folder whole.
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def put_back(path: Path) -> None:
+    """Give a folder back that `replace_directory` was killed in replacing, if it was."""
+    target = Path(os.path.realpath(path))
+    if target.exists() or not target.parent.is_dir():
+        return
+    leftovers = _leftovers(target, "old")
+    if leftovers:
+        os.rename(max(leftovers, key=lambda entry: entry.stat().st_mtime), target)
 
 
 def _beside(target: Path, role: str) -> Path:
@@ -226,6 +243,8 @@ def lock(folder: Path) -> Iterator[None]:
         StorageError: The folder cannot be written.
     """
     with storage_errors(folder):
+        # Else an old folder that a killed run has left aside would be taken for a leftover.
+        put_back(folder)
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(folder)

@@ -139,10 +139,11 @@ def lists_before(memory: Memory, earlier: Sequence[tuple[Path, int]]) -> Listed 
         try:
             found = load_file(path)
             _check(found, smaller)
-        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            places = _places_in(found, memory.keys.shape[1])
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError, IndexError):
             continue
         if list_count(len(memory)) <= MOST_LISTED * len(found["centres"]):
-            return Listed(found["centres"], _places_in(found, memory.keys.shape[1]))
+            return Listed(found["centres"], places)
     return None
 
 
