@@ -11,12 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from trimtab.carriers.search import LISTED_ENTRIES, PROBED_SHARE
+from trimtab.config import FitConfig
 from trimtab.costing import flops, memory, serving
 from trimtab.costing.memory import Load
 from trimtab.costing.ranges import Range
 from trimtab.costing.sheet import Shape, read_sheet
 from trimtab.errors import InputError
-from trimtab.fitting.head import HeadData, HeadSettings, fit_head
+from trimtab.fitting.head import ALWAYS, DRAWN, HeadData, HeadSettings, fit_head
 
 TOKENS = 24
 PARAMS = st.floats(5e7, 1e12)
@@ -92,17 +93,19 @@ def test_hidden_states_leave_the_head_out() -> None:
     assert counter.get_total_flops() == pytest.approx(ours, rel=1e-12)
 
 
+def test_a_head_compares_as_many_tokens_as_is_counted() -> None:
+    assert flops.HeadFit(1, 1).compared == ALWAYS + DRAWN
+    assert FitConfig.model_fields["active_tokens"].default == flops.ACTIVE
+
+
 def test_a_heads_fit_is_what_torch_counts() -> None:
     positions, hidden, active, rank = 1024, 16, 40, 4
     states, rows = torch.randn(positions, hidden), torch.randn(active, hidden)
 
-    def logits(batch: torch.Tensor) -> torch.Tensor:
-        return states[batch] @ rows.T
+    def logits(batch: torch.Tensor, compared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return states[batch] @ rows[compared].T, states[batch] @ rows[compared].T
 
-    def target(batch: torch.Tensor) -> torch.Tensor:
-        return (logits(batch) + logits(batch)) / 2
-
-    data = HeadData(states, logits, target, torch.ones(positions))
+    data = HeadData(states, logits, torch.ones(positions))
     counter = FlopCounterMode(display=False)
     with counter:
         fit_head(

@@ -356,10 +356,14 @@ def test_a_host_fit_target_is_the_expert_in_the_hosts_tokens(prepared: Prepared)
     active = fit.active(300)
     data = fit.head_data(fit.soft_targets(active, prepared.expert), active, 0.25)
     probs = prepared.expert(fit.small_rows[row], None).softmax(-1)[0].detach()
-    target = byte_order(prepared, active, data.target_logits(row)[0])
+    every = torch.arange(len(active))
+    target = byte_order(prepared, active, data.logits(row, every)[1][0])
     torch.testing.assert_close(target, prepared.by_byte(probs), atol=1e-4, rtol=1e-3)
     general = torch.tensor([len(fit.small_rows) + 3])
-    torch.testing.assert_close(data.target_logits(general), data.base_logits(general))
+    torch.testing.assert_close(*data.logits(general, every))
+    some = every[3:40:7]
+    for part, whole in zip(data.logits(row, some), data.logits(row, every), strict=True):
+        torch.testing.assert_close(part, whole[:, some])
     assert data.weight[row] == 1 and data.weight[general] == 0.25
 
 
@@ -406,11 +410,13 @@ def test_labels_are_all_next_tokens_and_the_loss_their_cross_entropy(prepared: P
     assert len(followed.rows) > len(fit.small_rows)
     data = fit.head_data(followed, active, 0.25)
     places = torch.arange(len(followed.rows))
-    loss = kl_nats(data.target_logits(places), data.base_logits(places))
+    every = torch.arange(len(active))
+    base, target = data.logits(places, every)
+    loss = kl_nats(target, base)
     expected = torch.tensor(text_nats(fit.host, prepared.texts, active))
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     general = places[-1:] + 3
-    torch.testing.assert_close(data.target_logits(general), data.base_logits(general))
+    torch.testing.assert_close(*data.logits(general, every))
     assert data.weight[0] == 1 and data.weight[general] == 0.25
 
 

@@ -1,5 +1,6 @@
 """The head: nothing at first, LoRA algebra, a planted shift, and seating by token string."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from trimtab.anchors import Reading
 from trimtab.carriers.head import Head, MountedHead, seat_rows
 from trimtab.errors import InputError, NumericalError
-from trimtab.fitting.head import Checkpoint, HeadData, HeadSettings, fit_head
+from trimtab.fitting.head import Checkpoint, Compared, HeadData, HeadSettings, fit_head
 from trimtab.losses import kl_nats
 from trimtab.vocab import Vocabulary
 
@@ -38,14 +39,12 @@ def planted() -> Head:
 def data(rows: Tensor, target: Head, hidden: Tensor, general: int = 0) -> HeadData:
     """Follow `target`, but leave the first `general` positions alone."""
 
-    def target_logits(batch: Tensor) -> Tensor:
+    def logits(batch: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
         shift = target.shift(hidden[batch]) * (batch >= general)[:, None]
-        return (hidden[batch] + shift) @ rows.T
+        chosen = rows[compared]
+        return hidden[batch] @ chosen.T, (hidden[batch] + shift) @ chosen.T
 
-    def base_logits(batch: Tensor) -> Tensor:
-        return hidden[batch] @ rows.T
-
-    return HeadData(hidden, base_logits, target_logits, torch.ones(len(hidden)))
+    return HeadData(hidden, logits, torch.ones(len(hidden)))
 
 
 def moments(hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +109,7 @@ def test_general_text_is_left_alone(rows: Tensor, planted: Head) -> None:
 def test_weights_of_zero_do_not_count(rows: Tensor, planted: Head) -> None:
     hidden = draw(100, HIDDEN, seed=6)
     plain = data(rows, planted, hidden)
-    ignored = HeadData(hidden, plain.base_logits, plain.target_logits, torch.zeros(100))
+    ignored = HeadData(hidden, plain.logits, torch.zeros(100))
     settings = HeadSettings(RANK, epochs=3, learning_rate=1e-2, seed=0)
     found = fit_head(ignored, rows, moments(hidden), settings)
     assert torch.equal(found.up, torch.zeros(HIDDEN, RANK))
@@ -136,7 +135,9 @@ def test_a_stopped_fit_continues_bit_for_bit(
     stopped_at: int, rows: Tensor, planted: Head, tmp_path: Path
 ) -> None:
     hidden = draw(100, HIDDEN, seed=6)
-    settings = HeadSettings(RANK, epochs=3, learning_rate=1e-2, seed=0, batch_positions=30)
+    settings = HeadSettings(
+        RANK, epochs=3, learning_rate=1e-2, seed=0, batch_positions=30, always=5, drawn=6
+    )
     checkpoint = Checkpoint(tmp_path / "head.safetensors", 0.0, "one")
     arguments = (data(rows, planted, hidden), rows, moments(hidden), settings)
     whole = fit_head(*arguments)
@@ -151,12 +152,12 @@ def test_a_stopped_fit_continues_bit_for_bit(
         fit_head(*arguments, checkpoint=checkpoint, on_batch=stop)
     computed = 0
 
-    def target_logits(batch: Tensor) -> Tensor:
+    def logits(batch: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal computed
         computed += 1
-        return arguments[0].target_logits(batch)
+        return arguments[0].logits(batch, compared)
 
-    counting = HeadData(hidden, arguments[0].base_logits, target_logits, arguments[0].weight)
+    counting = HeadData(hidden, logits, arguments[0].weight)
     found = fit_head(counting, *arguments[1:], checkpoint=checkpoint)
     assert computed == 12 - stopped_at
     for name, tensor in whole.tensors().items():
@@ -168,6 +169,35 @@ def test_a_stopped_fit_continues_bit_for_bit(
     checkpoint.path.write_bytes(b"broken")
     with pytest.raises(InputError, match="cannot be continued"):
         fit_head(*arguments, checkpoint=checkpoint)
+
+
+def test_tokens_that_are_drawn_stand_for_all(rows: Tensor) -> None:
+    settings = HeadSettings(RANK, epochs=1, learning_rate=0, seed=0, always=6, drawn=5)
+    generator = torch.Generator().manual_seed(0)
+    logits, sums, taken = draw(VOCAB, seed=7), [], torch.zeros(VOCAB)
+    for _ in range(4000):
+        compared = Compared.draw(VOCAB, settings, generator)
+        assert compared.places[:6].tolist() == list(range(6))
+        assert len(set(compared.places.tolist())) == len(compared.places) == 11
+        sums.append((logits[compared.places] + compared.nats).exp().sum())
+        taken[compared.places] += 1
+    # Without bias: within four standard errors.
+    found = torch.stack(sums)
+    assert abs(found.mean() - logits.exp().sum()) < 4 * found.std() / 4000**0.5
+    torch.testing.assert_close(taken[6:] / 4000, torch.full((14,), 5 / 14), atol=0.04, rtol=0)
+    for every in (replace(settings, drawn=None), replace(settings, drawn=14)):
+        compared = Compared.draw(VOCAB, every, generator)
+        assert compared.places.tolist() == list(range(VOCAB)) and not compared.nats.any()
+
+
+def test_a_head_that_compares_some_tokens_learns_all(rows: Tensor, planted: Head) -> None:
+    hidden = draw(POSITIONS, HIDDEN, seed=6)
+    settings = HeadSettings(
+        RANK, epochs=60, learning_rate=2e-2, seed=0, batch_positions=100, always=4, drawn=4
+    )
+    found = fit_head(data(rows, planted, hidden), rows, moments(hidden), settings)
+    fresh = draw(300, HIDDEN, seed=8)
+    assert kl(found, planted, rows, fresh) < 0.05 * kl(nothing(found), planted, rows, fresh)
 
 
 def test_a_feature_that_never_moves_is_harmless(rows: Tensor, planted: Head) -> None:

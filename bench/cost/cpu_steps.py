@@ -93,16 +93,14 @@ def step(model: Callable[..., object], ids: torch.Tensor) -> None:
 def head_row() -> dict[str, object]:
     """A pass of a head's fit over random states of the small model's width."""
     hidden, rows = torch.randn(POSITIONS, MATRIX), torch.randn(ACTIVE, MATRIX)
-    data = HeadData(
-        hidden,
-        lambda batch: hidden[batch] @ rows.T,
-        # What fit computes for a target: the base's logits once more, then the expert's.
-        lambda batch: (hidden[batch] @ rows.T + hidden[batch] @ rows.T) / 2,
-        torch.ones(POSITIONS),
-    )
+
+    def logits(batch: torch.Tensor, compared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden[batch] @ rows[compared].T, hidden[batch] @ rows[compared].T
+
+    data = HeadData(hidden, logits, torch.ones(POSITIONS))
     settings = HeadSettings(HEAD_RANK, 1, 1e-3, 0)
     moments = (torch.zeros(MATRIX), torch.ones(MATRIX))
-    fit = flops.HeadFit(POSITIONS, MATRIX, ACTIVE, HEAD_RANK, 1)
+    fit = flops.HeadFit(POSITIONS, MATRIX, flops.COMPARED, HEAD_RANK, 1)
     sec = fastest(lambda: fit_head(data, rows, moments, settings))
     return row(f"head, one pass over {POSITIONS:,} positions", flops.head_fit_flops(fit), sec)
 

@@ -303,18 +303,16 @@ def _fit_head(work: _Work, counts: Tensor, progress: Progress) -> HeadFile:
     weight = torch.ones(len(hidden))
     weight[domain:] = config.general_weight
 
-    def base_logits(batch: Tensor) -> Tensor:
-        return base.unembedding.logits(hidden[batch].float(), active)
-
-    def target_logits(batch: Tensor) -> Tensor:
-        logits = base_logits(batch)
-        followed = batch < domain
-        logits[followed] = work.expert(batch[followed], active)
-        return logits
+    def logits(batch: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, followed = active[compared], batch < domain
+        own = base.unembedding.logits(hidden[batch].float(), chosen)
+        target = own.clone()
+        target[followed] = work.expert(batch[followed], chosen)
+        return own, target
 
     settings = HeadSettings(config.rank, config.epochs, config.learning_rate, config.seed)
     general = splits["general"]["reference_hidden"].float()
-    data = HeadData(hidden, base_logits, target_logits, weight)
+    data = HeadData(hidden, logits, weight)
     moments = (general.mean(0), general.std(0))
     head = fit_with_progress(data, rows, moments, settings, work.checkpoint, progress)
     return _head_file(head, base, general)

@@ -273,8 +273,11 @@ class Bench:
         """Operations of fitting a head with the default settings, and of what the host reads."""
         settings = FitConfig(recording=self.folder / "recording", out=self.folder / ADAPTER)
         shape = self.host_shape if labels else self.small_shape
-        active = min(settings.active_tokens, shape.vocab)
-        head = flops.HeadFit(self.read_tokens, shape.hidden, active, settings.rank, settings.epochs)
+        most = settings.active_tokens if labels else flops.COMPARED
+        compared = min(most, shape.vocab)
+        head = flops.HeadFit(
+            self.read_tokens, shape.hidden, compared, settings.rank, settings.epochs
+        )
         read = self.read_tokens * flops.hidden_flops(shape, 256) if labels else 0.0
         return flops.head_fit_flops(head) + read
 

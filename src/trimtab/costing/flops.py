@@ -73,6 +73,13 @@ def lora_training_flops(shape: Shape, attended_tokens: float, rank: int) -> floa
     return 2.0 * forward_flops(shape, attended_tokens) + attention + 6.0 * lora_params(shape, rank)
 
 
+COMPARED = 2_048
+"""Tokens that a step of a head's fit compares."""
+
+ACTIVE = 8_192
+"""The same where the head is fitted on a host, to soft targets or labels."""
+
+
 @dataclass(frozen=True)
 class HeadFit:
     """What a head is fitted on (`FitConfig`).
@@ -80,14 +87,14 @@ class HeadFit:
     Attributes:
         positions: Recorded positions, domain and general.
         hidden: Width of the states that the head reads.
-        active: Tokens that the loss tells apart.
+        compared: Tokens that a step compares.
         rank: Rank of the head.
         epochs: Passes over the positions.
     """
 
     positions: float
     hidden: int
-    active: int = 8192
+    compared: int = COMPARED
     rank: int = 64
     epochs: int = 6
 
@@ -95,14 +102,14 @@ class HeadFit:
 def head_fit_flops(fit: HeadFit) -> float:
     """Operations of fitting a head (`fitting/head.py`), over all positions and epochs.
 
-    A position costs three sets of logits over the active tokens (what is shifted, once more for
-    the target, and the expert's), 2 * hidden * active each; its state's way through `down`, forward
-    and back, 4 * hidden * rank; and the shift with the gradients of both its sides,
-    6 * rank * active. A step adds rows @ up and rows @ offset, forward and back.
+    A position costs two sets of logits over the tokens that are compared (what is shifted, and the
+    expert's), 2 * hidden * compared each; its state's way through `down`, forward and back,
+    4 * hidden * rank; and the shift with the gradients of both its sides, 6 * rank * compared. A
+    step adds rows @ up and rows @ offset, forward and back.
     """
-    hidden, active, rank = fit.hidden, fit.active, fit.rank
-    position = 6.0 * hidden * active + 4.0 * hidden * rank + 6.0 * rank * active
-    step = 4.0 * active * hidden * (rank + 1)
+    hidden, compared, rank = fit.hidden, fit.compared, fit.rank
+    position = 4.0 * hidden * compared + 4.0 * hidden * rank + 6.0 * rank * compared
+    step = 4.0 * compared * hidden * (rank + 1)
     return fit.epochs * fit.positions * (position + step / HEAD_BATCH_POSITIONS)
 
 

@@ -201,6 +201,6 @@ def label_head(question: Question) -> Work:
     gpus = Range.exactly(serving_gpus(question, question.host))
     reading = RECORD_OVERLAP * positions * flops.hidden_flops(question.host, 256)
     passed = gpu_work(question, "label head", reading, gpus, loaded=2.0 * question.host.params)
-    fitting = flops.head_fit_flops(flops.HeadFit(positions, question.host.hidden))
+    fitting = flops.head_fit_flops(flops.HeadFit(positions, question.host.hidden, flops.ACTIVE))
     solved = cpu_work(question, "label head", fitting, Range.exactly(1))
     return Work("label head", reading + fitting, gpus, passed.gpu_hours + solved.gpu_hours)

@@ -1,6 +1,7 @@
 """Fitting a head to soft targets, with checkpoints that continue exactly."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from trimtab.store.files import writing_atomically
 MIN_STD_SHARE = 1e-3
 """Least standard deviation of a feature, as a share of the mean one."""
 
+ALWAYS, DRAWN = 1_024, 1_024
+"""Active tokens that each step compares, and others that it draws: a quarter of 8,192 gives a head
+that follows unseen text as well (docs/log.md, 2026-11-26), in a fifth of the time."""
+
 _NAMES = ("down", "up", "offset")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,21 +36,30 @@ class HeadData:
     Attributes:
         hidden: States that the head will read, shape [positions, hidden]: the reference's, or in
             a host-fit the host's.
-        base_logits: From a batch of positions to the logits that the head shifts, over the
-            active tokens, shape [batch, active].
-        target_logits: From a batch of positions to the logits to follow, same shape.
+        logits: From a batch of positions [batch] and places among the active tokens [compared] to
+            the logits that the head shifts and those to follow, each [batch, compared].
         weight: How much a position counts, shape [positions].
     """
 
     hidden: Tensor
-    base_logits: Callable[[Tensor], Tensor]
-    target_logits: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     weight: Tensor
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How a head is fitted; see `FitConfig`."""
+    """How a head is fitted; see `FitConfig`.
+
+    Attributes:
+        rank: Of the head.
+        epochs: Passes over the positions.
+        learning_rate: Peak of the one-cycle schedule.
+        seed: Of the order of positions, the first weights, and the tokens that are drawn.
+        batch_positions: Positions in a step.
+        weight_decay: Of AdamW.
+        always: First active tokens, which each step compares.
+        drawn: Others that a step compares, drawn anew each time; None compares all of them.
+    """
 
     rank: int
     epochs: int
@@ -53,6 +67,8 @@ class HeadSettings:
     seed: int
     batch_positions: int = 512
     weight_decay: float = 0.05
+    always: int = ALWAYS
+    drawn: int | None = DRAWN
 
 
 @dataclass(frozen=True)
@@ -87,9 +103,13 @@ def fit_head(
     loss says "do nothing". Hidden features are standardised while fitting, since their scales
     differ by orders of magnitude, and the scale is folded into `down` at the end.
 
+    A step compares some of the active tokens (`Compared`), so that its cost does not grow with
+    their number.
+
     Args:
         data: States, logits and weights.
-        rows: Unembedding rows of the active tokens, times the logit scale, [active, hidden].
+        rows: Unembedding rows of the active tokens, times the logit scale, [active, hidden]; the
+            most frequent first.
         moments: Mean state of general text and its standard deviations, each [hidden].
         settings: Rank, passes, step size.
         checkpoint: Continue from there, bit for bit as if it had never stopped, and save there.
@@ -108,8 +128,10 @@ def fit_head(
     done = training.load(checkpoint) if checkpoint else 0
     saved = time.monotonic()
     for step, batch in enumerate(_batches(len(data.hidden), settings, generator), 1):
+        # Also for a step that is done already, so that the next one draws what it would have.
+        compared = Compared.draw(len(rows), settings, generator)
         if step > done:
-            training.step(_loss(training, data, rows, batch, (mean, std)))
+            training.step(_loss(training, data, rows, batch, compared, (mean, std)))
             if checkpoint and time.monotonic() - saved >= checkpoint.every_sec:
                 training.save(checkpoint, step)
                 saved = time.monotonic()
@@ -125,19 +147,51 @@ def _batches(
         yield from torch.randperm(positions, generator=generator).split(settings.batch_positions)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Tokens that a step compares.
+
+    A token that was drawn stands for as many as it was drawn from: its share of a distribution's
+    sum counts so many times, which is the exponential of `nats` added to its logit. Then the sums
+    over the tokens, and with them the divergence, are what they are over all but for chance
+    (sampled softmax, Bengio and Senecal 2008).
+
+    Attributes:
+        places: Among the active tokens, shape [compared].
+        nats: Logarithm of how many each stands for, shape [compared].
+    """
+
+    places: Tensor
+    nats: Tensor
+
+    @staticmethod
+    def draw(active: int, settings: HeadSettings, generator: torch.Generator) -> "Compared":
+        """Take the first tokens and draw others, without repetition, all equally likely."""
+        others = active - settings.always
+        if settings.drawn is None or others <= settings.drawn:
+            return Compared(torch.arange(active), torch.zeros(active))
+        drawn = torch.randperm(others, generator=generator)[: settings.drawn]
+        places = torch.cat([torch.arange(settings.always), settings.always + drawn])
+        nats = torch.zeros(len(places))
+        nats[settings.always :] = math.log(others / settings.drawn)
+        return Compared(places, nats)
+
+
 def _loss(
     training: "_Training",
     data: HeadData,
     rows: Tensor,
     batch: Tensor,
+    compared: Compared,
     moments: tuple[Tensor, Tensor],
 ) -> Tensor:
     down, up, offset = training.weights
+    rows, nats = rows[compared.places], compared.nats
     state = (data.hidden[batch].float() - moments[0]) / moments[1]
     shift = state @ down.T @ (rows @ up).T + rows @ offset
     with torch.no_grad():
-        base, target = data.base_logits(batch), data.target_logits(batch)
-    return (kl_nats(target, base + shift) * data.weight[batch]).mean()
+        base, target = data.logits(batch, compared.places)
+    return (kl_nats(target + nats, base + shift + nats) * data.weight[batch]).mean()
 
 
 @final

@@ -164,16 +164,14 @@ class HostFit:
         weight = torch.ones(len(hidden))
         weight[domain:] = general_weight
 
-        def base(batch: Tensor) -> Tensor:
-            return self._host_logits(hidden[batch], active)
-
-        def target(batch: Tensor) -> Tensor:
-            logits, steered = base(batch), batch < domain
+        def logits(batch: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
+            own, steered = self._host_logits(hidden[batch], active[compared]), batch < domain
+            target = own.clone()
             if steered.any():
-                logits[steered] = followed.logits(batch[steered])
-            return logits
+                target[steered] = followed.logits(batch[steered])[:, compared]
+            return own, target
 
-        return HeadData(hidden, base, target, weight)
+        return HeadData(hidden, logits, weight)
 
     def _host_logits(self, states: Tensor, active: Tensor) -> Tensor:
         unembedding = self.host.unembedding
@@ -242,7 +240,10 @@ def fit_host_head(
             followed = _kept(followed, progress)
     spread = prepared.general.hidden.float()
     data = prepared.head_data(followed, active, config.general_weight)
-    settings = HeadSettings(config.rank, config.epochs, config.learning_rate, config.seed)
+    # All active tokens are compared: a label would seldom be among a few.
+    settings = HeadSettings(
+        config.rank, config.epochs, config.learning_rate, config.seed, drawn=None
+    )
     moments = (spread.mean(0), spread.std(0))
     return fit_with_progress(
         data, rows * unembedding.scale, moments, settings, checkpoint, progress
