@@ -95,15 +95,16 @@ def fit_map(rows: Tensor, host_rows: Tensor, weights: Tensor, *, ridge: float) -
         weights: Token frequencies, shape [shared].
         ridge: lambda as a share of the mean diagonal of A' L A.
     """
-    share = (weights / weights.sum())[:, None]
-    small = rows - (share * rows).sum(0)
-    host = host_rows - (share * host_rows).sum(0)
-    gram = small.T @ (share * small)
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    matrix = torch.linalg.solve(gram, small.T @ (share * host))
-    residual = (share * (small @ matrix - host) ** 2).sum()
-    r_squared = 1.0 - float(residual / (share * host**2).sum())
-    return StateMap(matrix, r_squared, len(rows))
+    share = weights / weights.sum()
+    small = rows - share @ rows
+    weighted = share[:, None] * small
+    gram, shared = weighted.T @ small, weighted.T @ (host_rows - share @ host_rows)
+    ridged = gram + torch.diag_embed((ridge * gram.diagonal().mean()).expand(len(gram)))
+    matrix = torch.linalg.solve(ridged, shared)
+    # tr M'A'LB + tr M'(A'LB - A'LA M): what is left of B would be as large as B itself.
+    explained = float((matrix * (2 * shared - gram @ matrix)).sum())
+    total = float(share @ (host_rows - share @ host_rows).square().sum(1))
+    return StateMap(matrix, explained / total, len(rows))
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ class Bench:
         """Operations of fitting a head with the default settings, and of what the host reads."""
         settings = FitConfig(recording=self.folder / "recording", out=self.folder / ADAPTER)
         shape = self.host_shape if labels else self.small_shape
-        most = settings.active_tokens if labels else flops.COMPARED
+        most = flops.ACTIVE if labels else flops.COMPARED
         compared = min(most, shape.vocab)
         head = flops.HeadFit(
             self.read_tokens, shape.hidden, compared, settings.rank, settings.epochs

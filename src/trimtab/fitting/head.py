@@ -22,8 +22,9 @@ MIN_STD_SHARE = 1e-3
 """Least standard deviation of a feature, as a share of the mean one."""
 
 ALWAYS, DRAWN = 1_024, 1_024
-"""Active tokens that each step compares, and others that it draws: a quarter of 8,192 gives a head
-that follows unseen text as well (docs/log.md, 2026-11-26), in a fifth of the time."""
+"""Active tokens that each step compares, and others that it draws. On two recordings a head that
+compares so many of 8,192 followed unseen text about as closely as one that compares all of them, in
+a quarter of the time (docs/log.md, 2026-11-26)."""
 
 _NAMES = ("down", "up", "offset")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
