@@ -18,27 +18,13 @@ from bench.speed import table as speed
 from bench.transfer import results as transfer
 from tools import cost_tables
 from trimtab import cli, config
+from trimtab.cli_summaries import VERBS
 from trimtab.metrics import Estimate
 from trimtab.report import HostResult, Report, read_report
 from trimtab.report.values import ordered
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "demo.json"
-VERBS = (
-    *(
-        "tune",
-        "record",
-        "fit",
-        "append",
-        "mount",
-        "export",
-        "generate",
-        "evaluate",
-        "cost",
-        "serve",
-    ),
-    "compare",
-)
 PAGES = {"probe": "hosts"}
 """Pages of verbs that are called otherwise."""
 NO_COMPATIBILITY = "Not measured yet: `python -m bench.compatibility` does."

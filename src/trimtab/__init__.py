@@ -43,19 +43,8 @@ if TYPE_CHECKING:
     from trimtab.tune import tune as tune
 
 _VERBS = (
-    *(
-        "tune",
-        "record",
-        "fit",
-        "append",
-        "mount",
-        "export",
-        "generate",
-        "evaluate",
-        "cost",
-        "serve",
-    ),
-    *("compare", "probe"),
+    *("tune", "record", "fit", "append", "mount", "export", "generate", "evaluate"),
+    *("cost", "serve", "compare", "probe"),
     "show",
 )
 _MODULES = {
