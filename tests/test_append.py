@@ -16,14 +16,14 @@ from test_generate import HOST, domain_text, made_adapter
 from trimtab.append import AppendResult, append
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.carriers.memory import Memory, documents_of, joined, last_bytes, sources_of
+from trimtab.carriers.memory import Memory, documents_of, joined, last_bytes, sources_of, unit_keys
 from trimtab.carriers.sources import place_of, travelling_names
 from trimtab.cli import main
 from trimtab.config import AppendConfig, FitConfig, MountConfig, RecordConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.fit import fit
 from trimtab.fitting import appending
-from trimtab.fitting.memory import entries_of, unit_keys
+from trimtab.fitting.memory import entries_of
 from trimtab.mount import is_kept, mount
 from trimtab.record import record
 from trimtab.steering.host_states import WINDOW_TOKENS

@@ -97,13 +97,14 @@ def fit_map(rows: Tensor, host_rows: Tensor, weights: Tensor, *, ridge: float) -
     """
     share = weights / weights.sum()
     small = rows - share @ rows
+    host = host_rows - share @ host_rows
     weighted = share[:, None] * small
-    gram, shared = weighted.T @ small, weighted.T @ (host_rows - share @ host_rows)
+    gram, shared = weighted.T @ small, weighted.T @ host
     ridged = gram + torch.diag_embed((ridge * gram.diagonal().mean()).expand(len(gram)))
     matrix = torch.linalg.solve(ridged, shared)
     # tr M'A'LB + tr M'(A'LB - A'LA M): what is left of B would be as large as B itself.
     explained = float((matrix * (2 * shared - gram @ matrix)).sum())
-    total = float(share @ (host_rows - share @ host_rows).square().sum(1))
+    total = float(share @ host.square().sum(1))
     return StateMap(matrix, explained / total, len(rows))
 
 

@@ -80,6 +80,12 @@ def whitening(states: Tensor, key_size: int) -> tuple[Tensor, Tensor]:
     return (directions[:, kept] / scale).T.flip(0).contiguous(), mean
 
 
+def unit_keys(states: Tensor, projection: Tensor, mean: Tensor) -> Tensor:
+    """Keys of states, unit vectors in float16, shape [states, key]; as `whitening` has them."""
+    whitened = (states.float() - mean) @ projection.T
+    return torch.nn.functional.normalize(whitened, dim=-1).half()
+
+
 def lay_out(documents: list[bytes]) -> tuple[Tensor, list[int]]:
     """Put documents into one byte tensor, parted by CONTEXT_BYTES zero bytes.
 

@@ -128,8 +128,8 @@ class FitConfig(Config):
     learning_rate: float = Field(default=1.5e-3, gt=0, lt=1)
     """Step size of the head's AdamW."""
     active_tokens: int = Field(default=8192, ge=64)
-    """Most frequent tokens that the head's loss tells apart; without --host a step compares a
-    quarter of so many."""
+    """Most frequent tokens that the head's loss tells apart; without --host a step compares
+    2,048 of them."""
     general_weight: float = Field(default=1.0, ge=0)
     """Weight of leaving general text alone, against following the soft targets."""
     key_size: int = Field(default=192, ge=8)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.carriers.memory import Memory
+from trimtab.carriers.memory import Memory, unit_keys
 from trimtab.carriers.sources import travelling_names
-from trimtab.fitting.memory import entries_of, unit_keys
+from trimtab.fitting.memory import entries_of
 from trimtab.processes import Piece, do_pieces, process_count
 from trimtab.soft_targets import passage_columns, run_reference
 from trimtab.store.files import writing_atomically
@@ -32,8 +32,8 @@ _VERSION = 1
 class Windows:
     """How text is cut for the reference: tokens that it reads at once, and new ones among them."""
 
-    window: int = 512
-    stride: int = 448
+    window: int
+    stride: int
 
 
 def new_entries(

@@ -9,7 +9,7 @@ from torch import Tensor
 from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
 from trimtab.carriers.gate import fit_gate
-from trimtab.carriers.memory import Memory, contexts_before, lay_out, whitening
+from trimtab.carriers.memory import Memory, contexts_before, lay_out, unit_keys, whitening
 from trimtab.carriers.recall import MountedMemory
 from trimtab.carriers.search import build_index
 from trimtab.carriers.sources import Sources, travelling_names
@@ -99,12 +99,6 @@ def entries_of(
         positions[answered],
         sources=Sources(tuple(names), tuple(starts)),
     )
-
-
-def unit_keys(states: Tensor, projection: Tensor, mean: Tensor) -> Tensor:
-    """Keys of states, unit vectors in float16, shape [states, key]; as `whitening` has them."""
-    whitened = (states.float() - mean) @ projection.T
-    return torch.nn.functional.normalize(whitened, dim=-1).half()
 
 
 def _names(names: Sequence[str], train: Columns) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from trimtab.backends.hf import HFModel
-from trimtab.carriers.memory import Memory, documents_of, whitening
+from trimtab.carriers.memory import Memory, documents_of, unit_keys, whitening
 from trimtab.errors import AdapterError
 from trimtab.steering.host_states import host_states
 from trimtab.store.seats import HostKeys
@@ -38,7 +38,7 @@ def host_keys(memory: Memory, host: HFModel, progress: Progress) -> HostKeys:
         )
     hidden = states.hidden[followed].float()
     projection, mean = whitening(hidden, memory.keys.shape[1])
-    keys = torch.nn.functional.normalize((hidden - mean) @ projection.T, dim=-1).half()
+    keys = unit_keys(hidden, projection, mean)
     positions = torch.tensor(starts)[index[followed]] + states.byte_ends[followed]
     return HostKeys(keys, projection, mean, positions, states.token_ids[followed + 1])
 
