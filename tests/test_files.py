@@ -90,6 +90,29 @@ def test_next_write_clears_what_a_killed_run_left(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.bin", "other.bin"]
 
 
+def test_the_next_writer_of_a_folder_clears_what_a_killed_one_left_beside_a_whole_file(
+    tmp_path: Path,
+) -> None:
+    code = """
+import pathlib, shutil, sys, time
+from trimtab.store.files import lock, write_atomic
+
+def ready(folder, **options):
+    print("ready", flush=True)
+    time.sleep(60)
+
+with lock(pathlib.Path(sys.argv[1])):
+    shutil.rmtree = ready
+    write_atomic(pathlib.Path(sys.argv[1], "a.bin"), b"whole")
+"""
+    run_and_kill(code, str(tmp_path))
+    assert len(names(tmp_path)) == 3
+    with writing_atomically(tmp_path / "b.bin") as mine, lock(tmp_path):
+        mine.write_bytes(b"mine")
+    assert names(tmp_path) == ["a.bin", "b.bin"]
+    assert (tmp_path / "a.bin").read_bytes() == b"whole"
+
+
 def test_write_spares_a_live_runs_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     with writing_atomically(path) as first:

@@ -43,7 +43,7 @@ def writing_atomically(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target, "tmp")
+        _remove(_leftovers(target, "tmp"))
         # A folder, because some libraries (safetensors) put temporary files beside the file.
         with _temporary_folder(target) as folder:
             yield folder / target.name
@@ -95,9 +95,9 @@ def replace_directory(
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         put_back(target)
-        _remove_leftovers(target, "old")
+        _remove(_leftovers(target, "old"))
         _refuse_foreign(path, marker, unfinished)
-        _remove_leftovers(target, "tmp")
+        _remove(_leftovers(target, "tmp"))
         with _temporary_folder(target) as temp:
             yield temp
             if target.exists():
@@ -189,15 +189,19 @@ def _beside(target: Path, role: str) -> Path:
 
 
 def _leftovers(target: Path, role: str) -> list[Path]:
-    pattern = re.compile(re.escape(f".{target.name}.{role}-") + _OWNER)
-    found = ((pattern.fullmatch(entry.name), entry) for entry in target.parent.iterdir())
+    name = re.escape(f".{target.name}.{role}-")
+    return _abandoned(target.parent, re.compile(name + _OWNER))
+
+
+def _abandoned(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    found = ((pattern.fullmatch(entry.name), entry) for entry in folder.iterdir())
     return sorted(
         entry for match, entry in found if match and not _lives(int(match["pid"]), run=match["run"])
     )
 
 
-def _remove_leftovers(target: Path, role: str) -> None:
-    for entry in _leftovers(target, role):
+def _remove(entries: Sequence[Path]) -> None:
+    for entry in entries:
         shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -235,8 +239,9 @@ def _settle(folder: Path) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """Be the only writer of an output folder; the folder is made if it is missing.
 
-    The lock ends with the process, however it ends: a killed run leaves none behind. A folder
-    that was made and left empty, as when the input was refused, is removed again.
+    The lock ends with the process, however it ends: a killed run leaves none behind. What killed
+    runs had begun to write in the folder is removed. A folder that was made and left empty, as
+    when the input was refused, is removed again.
 
     Raises:
         InputError: Another run is writing this folder.
@@ -249,6 +254,9 @@ def lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(folder)
     try:
+        # Also beside files that are whole: a kill may come between a file's taking its name and
+        # the removal of the folder that it was written in.
+        _remove(_abandoned(folder, _TEMPORARY))
         yield
     finally:
         if _is_at(descriptor, folder / LOCK_NAME):
