@@ -167,9 +167,23 @@ def test_processes_are_as_many_as_threads_pieces_and_memory_allow(
         counts = {}
         for wanted in (1, 2, 4, 5):
             torch.set_num_threads(wanted)
-            counts[wanted] = [process_count(pieces, None) for pieces in (1, 3, 100)]
+            counts[wanted] = [process_count([7] * pieces, None) for pieces in (1, 4, 100)]
     finally:
         torch.set_num_threads(threads)
     # Where not every thread gets a process, one process with all of them is faster.
-    assert counts == {1: [1, 1, 1], 2: [1, 2, 2], 4: [1, 1, 4], 5: [1, 1, 1]}
-    assert [process_count(pieces, 3) for pieces in (0, 1, 2, 9)] == [1, 1, 2, 3]
+    assert counts == {1: [1, 1, 1], 2: [1, 2, 2], 4: [1, 4, 4], 5: [1, 1, 1]}
+    assert [process_count([7] * pieces, 3) for pieces in (0, 1, 2, 9)] == [1, 1, 2, 3]
+
+
+def test_processes_do_not_share_what_one_of_them_would_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    counts = {
+        sizes: process_count(sizes, None)
+        for sizes in [(60, 25, 15), (50, 25, 25), (55, 45), (56, 44), (10, 10, 10, 25), ()]
+    }
+    # 60 of 100 in one piece: the other process would wait for a sixth of the time.
+    assert list(counts.values()) == [1, 2, 2, 1, 1, 1]
+    assert process_count((60, 25, 15), 2) == 2, "as the user wishes"

@@ -10,6 +10,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +24,14 @@ from trimtab.record import record
 from trimtab.soft_targets import Heads, run_passages, state_columns
 from trimtab.store.recording import Recording
 from trimtab.text.corpus import load_documents
-from trimtab.text.passages import cut_shards, passages, tokenised
+from trimtab.text.passages import (
+    DocumentTokens,
+    Passage,
+    cut_shards,
+    passages,
+    rows_of,
+    tokenised,
+)
 from trimtab.text.probe import probe_documents
 from trimtab.tune import tune
 from trimtab.types import Document
@@ -339,6 +347,34 @@ record(RecordConfig.model_validate_json(sys.argv[1]), progress=slow)
     record(config.model_copy(update={"processes": 3 - processes}))
     assert {path: path.stat().st_mtime_ns for path in first} == first
     assert contents(config.out) == contents(exact.folder)
+
+
+@given(
+    st.lists(st.integers(1, 700), min_size=1, max_size=30),
+    st.integers(2, 300),
+    st.integers(1, 1000),
+)
+def test_shards_hold_every_passage_in_order_and_are_nearly_equal(
+    lengths: list[int], window: int, shard_tokens: int
+) -> None:
+    documents = [
+        DocumentTokens(str(number), np.arange(length, dtype=np.int32))
+        for number, length in enumerate(lengths)
+    ]
+    shards = cut_shards(documents, window=window, stride=window, shard_tokens=shard_tokens)
+    expected = [
+        Passage(number, *where)
+        for number, length in enumerate(lengths)
+        for where in passages(length, window, window)
+    ]
+    assert [passage for shard in shards for passage in shard] == expected
+    sizes, longest = [rows_of(shard) for shard in shards], max(one.rows for one in expected)
+    assert all(
+        size <= shard_tokens or len(shard) == 1 for size, shard in zip(sizes, shards, strict=True)
+    )
+    assert max(sizes) <= sum(sizes) / len(sizes) + longest
+    if longest <= shard_tokens / 2:
+        assert len(shards) <= 1.1 * 2 * -(-sum(sizes) // shard_tokens) + 2
 
 
 def test_a_finished_folder_needs_no_model(expert: Path, texts: Path, tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def _scored(
         _check_rows(evaluator.config.rows, found[0])
         advance(pieces[0].size)
         if evaluator.is_shared:
-            processes = evaluator.config.processes
-            do_pieces(pieces[1:], advance, process_count(len(pieces), processes))
+            sizes = [piece.size for piece in pieces[1:]]
+            do_pieces(pieces[1:], advance, process_count(sizes, evaluator.config.processes))
         for (_, document), piece in zip(listed[1:], pieces[1:], strict=True):
             found.append(evaluator.score(document))
             if not evaluator.is_shared:

@@ -4,6 +4,7 @@ Small models fill a core each better than they fill several together: on two cor
 one thread score text 1.3 times as fast as one of two threads (docs/log.md, 2026-11-26).
 """
 
+import heapq
 import os
 import signal
 import sys
@@ -26,6 +27,10 @@ from trimtab.types import Advance
 PROCESS_BYTES = 2 * 2**30
 """Free memory that each further process wants: models are shared, what they compute is not."""
 
+MOST_WAITING = 1.1
+"""How much longer than an equal share the busiest process may take; more than that costs what
+processes of one thread gain over one of several (1.05 to 1.3 times, docs/log.md, 2026-11-26)."""
+
 _TOKENIZERS = "TOKENIZERS_PARALLELISM"
 _NUMBER_BYTES = 8
 # A pipe holds 64 kB before its writer must wait.
@@ -46,14 +51,14 @@ class Piece:
     size: int
 
 
-def process_count(pieces: int, asked: int | None) -> int:
+def process_count(sizes: Sequence[int], asked: int | None) -> int:
     """How many processes of one thread share some pieces of work; 1 where they would not pay.
 
     Args:
-        pieces: How many pieces there are.
-        asked: What the user wishes; by default as many as torch has threads, if there are as many
-            pieces and memory for all, or else one with all the threads. An accelerator that
-            is in use is not shared, and only Linux copies a process safely.
+        sizes: How large the pieces are, in the order in which they are taken.
+        asked: What the user wishes; by default as many as torch has threads, if there is memory
+            for all and none waits long for the last, or else one with all the threads. An
+            accelerator that is in use is not shared, and only Linux copies a process safely.
     """
     if (
         not sys.platform.startswith("linux")
@@ -62,10 +67,19 @@ def process_count(pieces: int, asked: int | None) -> int:
     ):
         return 1
     if asked is not None:
-        return max(1, min(asked, pieces))
+        return max(1, min(asked, len(sizes)))
     threads = torch.get_num_threads()
     room = 1 + free_memory_bytes() // PROCESS_BYTES
-    return threads if threads <= min(pieces, room) else 1
+    pays = _longest(sizes, threads) * threads <= MOST_WAITING * sum(sizes)
+    return threads if threads <= min(len(sizes), room) and pays else 1
+
+
+def _longest(sizes: Sequence[int], count: int) -> int:
+    """What the busiest of some processes does, where each takes the next piece when it is free."""
+    done = [0] * count
+    for size in sizes:
+        heapq.heapreplace(done, done[0] + size)
+    return max(done)
 
 
 def do_pieces(pieces: Sequence[Piece], advance: Advance, count: int) -> None:

@@ -50,7 +50,7 @@ from trimtab.store.recording_schema import (
     shard_name,
 )
 from trimtab.text.corpus import load_documents, read_documents, sha256_of_documents
-from trimtab.text.passages import DocumentTokens, Passage, cut_shards, tokenised
+from trimtab.text.passages import DocumentTokens, Passage, cut_shards, rows_of, tokenised
 from trimtab.text.probe import probe_documents
 from trimtab.types import Advance, Document, Progress, silent
 
@@ -166,7 +166,7 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
         expert_head=moved,
         splits={name: split.entry() for name, split in splits.items()},
         shards=tuple(
-            shard_entry(config.out / shard_name(name, index), name, rows=_rows(shard))
+            shard_entry(config.out / shard_name(name, index), name, rows=rows_of(shard))
             for name, split in splits.items()
             for index, shard in enumerate(split.shards)
         ),
@@ -200,10 +200,6 @@ def _encoding(config: RecordConfig, vocab: int) -> Encoding:
         count_bits = bits_needed(config.top_k)
         return SampledEncoding(draws=config.top_k, id_bits=id_bits, count_bits=count_bits)
     return ExactEncoding()
-
-
-def _rows(shard: Sequence[Passage]) -> int:
-    return sum(passage.rows for passage in shard)
 
 
 @dataclass(frozen=True)
@@ -297,12 +293,12 @@ def _write_shards(
                 path = config.out / shard_name(name, index)
                 if path.is_file():
                     # Shards appear whole, so one that is there was finished by this same run.
-                    advance(_rows(shard))
+                    advance(rows_of(shard))
                 else:
-                    missing.append(Piece(partial(write, path, split, shard), _rows(shard)))
+                    missing.append(Piece(partial(write, path, split, shard), rows_of(shard)))
         missing.sort(key=lambda piece: -piece.size)
-        shards = sum(len(split.shards) for split in splits.values())
-        do_pieces(missing, advance, process_count(shards, config.processes))
+        sizes = [rows_of(shard) for split in splits.values() for shard in split.shards]
+        do_pieces(missing, advance, process_count(sizes, config.processes))
 
 
 def _write_head(config: RecordConfig, heads: Heads) -> MovedHead | None:

@@ -18,7 +18,7 @@ from trimtab.fitting.memory import entries_of
 from trimtab.processes import Piece, do_pieces, process_count
 from trimtab.soft_targets import passage_columns, run_reference
 from trimtab.store.files import writing_atomically
-from trimtab.text.passages import DocumentTokens, Passage, cut_shards
+from trimtab.text.passages import DocumentTokens, Passage, cut_shards, rows_of
 from trimtab.types import Advance, Progress
 
 SHARD_TOKENS = 8_192
@@ -65,16 +65,16 @@ def new_entries(
     made_by = [_VERSION, base.fingerprint, base.model.dtype, memory.projection.sum().item()]
     paths = [folder / _file_name(made_by, documents, shard) for shard in shards]
     _remove_others(folder, paths)
-    with progress("reading the new text (tokens)", sum(map(_rows, shards))) as advance:
+    with progress("reading the new text (tokens)", sum(map(rows_of, shards))) as advance:
         missing = []
         for path, shard in zip(paths, shards, strict=True):
             if path.is_file():
                 # Keys appear whole, or not at all.
-                advance(_rows(shard))
+                advance(rows_of(shard))
             else:
                 write = _writer(base, memory, documents, shard, path)
-                missing.append(Piece(write, _rows(shard)))
-        do_pieces(missing, advance, process_count(len(missing), None))
+                missing.append(Piece(write, rows_of(shard)))
+        do_pieces(missing, advance, process_count([rows_of(shard) for shard in shards], None))
     columns = [passage_columns(documents, shard) for shard in shards]
     whole = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
     keys = torch.cat([_read(path) for path in paths])[whole["next_ids"] >= 0]
@@ -96,10 +96,6 @@ def _writer(
             save_file({"keys": keys}, temp)
 
     return write
-
-
-def _rows(shard: Sequence[Passage]) -> int:
-    return sum(passage.rows for passage in shard)
 
 
 def _file_name(

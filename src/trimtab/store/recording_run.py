@@ -20,8 +20,8 @@ class RecordingRun(Part):
 
     format: Literal["trimtab-recording-run"] = "trimtab-recording-run"
     """Names the format."""
-    format_version: Literal[1] = 1
-    """Version of the format."""
+    format_version: Literal[2] = 2
+    """Version of the format; 1 divided the text into other shards."""
     config: dict[str, JsonValue]
     """Resolved configuration, apart from the folder written to."""
     inputs: dict[str, Sha256]

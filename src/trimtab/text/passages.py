@@ -123,7 +123,8 @@ def cut_shards(
 ) -> list[list[Passage]]:
     """Gather passages into shards of at most `shard_tokens` recorded positions.
 
-    A passage is never divided, so a single one may exceed the limit.
+    Shards are as few as that allows and nearly equal, so that processes that share them end
+    together. A passage is never divided, so a single one may exceed the limit.
 
     Args:
         documents: The split.
@@ -131,14 +132,31 @@ def cut_shards(
         stride: Most positions recorded at once, apart from a document's first passage.
         shard_tokens: Recorded positions in a shard.
     """
-    shards: list[list[Passage]] = []
-    rows = 0
-    for index, document in enumerate(documents):
-        for start, record_from, end in passages(len(document.token_ids), window, stride):
-            passage = Passage(index, start, record_from, end)
-            if not shards or rows + passage.rows > shard_tokens:
-                shards.append([])
-                rows = 0
-            shards[-1].append(passage)
-            rows += passage.rows
+    cut = [
+        Passage(index, start, record_from, end)
+        for index, document in enumerate(documents)
+        for start, record_from, end in passages(len(document.token_ids), window, stride)
+    ]
+    count = max(1, -(-rows_of(cut) // shard_tokens))
+    shards = _dealt(cut, count)
+    # It ends: passages that together exceed the limit have their middles half of it apart.
+    while any(len(shard) > 1 and rows_of(shard) > shard_tokens for shard in shards):
+        count += 1 + count // 20
+        shards = _dealt(cut, count)
     return shards
+
+
+def rows_of(shard: Sequence[Passage]) -> int:
+    """Recorded positions of some passages."""
+    return sum(passage.rows for passage in shard)
+
+
+def _dealt(cut: Sequence[Passage], count: int) -> list[list[Passage]]:
+    """Each passage where its middle falls, the whole being divided into equal lengths."""
+    whole, before = rows_of(cut), 0
+    shards: dict[int, list[Passage]] = {}
+    for passage in cut:
+        middle = 2 * before + passage.rows
+        shards.setdefault(middle * count // (2 * whole), []).append(passage)
+        before += passage.rows
+    return list(shards.values())
