@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from bench.cost.cpu_flops import processor
-from trimtab.backends import pair_passes
 from trimtab.backends.pair import Pair, open_pair
 from trimtab.backends.pair_passes import run_pair
 from trimtab.backends.reading import PairCaches
@@ -21,7 +20,7 @@ from trimtab.backends.token_tree import TokenTree
 from trimtab.store.files import package_versions, write_json
 
 CONTEXT_TOKENS, TOKENS = 200, 32
-WAYS = {"a pass of each": 0, "one pass": pair_passes.FEW_TOKENS}
+WAYS = {"a pass of each": False, "one pass": True}
 
 
 def main() -> None:
@@ -55,8 +54,8 @@ def _rows(folder: Path) -> list[dict[str, object]]:
     line = list(range(100, 100 + CONTEXT_TOKENS))
     for token in range(TOKENS):
         line.append(500 + token)
-        for way, few in WAYS.items():
-            pair_passes.FEW_TOKENS = few
+        for way, together in WAYS.items():
+            pair.serves_both = together
             taken[way].append(_timed(pair, line, caches[way]))
     return [
         {

@@ -89,20 +89,16 @@ class Pair:
             yield replace(self._expert, source=None)
 
     @contextmanager
-    def as_both(self, reference_tokens: int, expert_tokens: int) -> Iterator[HFModel]:
-        """Give the model that is the reference to a pass's first tokens and the expert to others.
-
-        Args:
-            reference_tokens: How many are the reference's.
-            expert_tokens: How many come after them.
+    def as_both(self) -> Iterator[HFModel]:
+        """Give the model that is the reference to a batch's first row, the expert to its second.
 
         Raises:
             ValueError: They share no weights, or (inside, from a pass) a layer is given the tokens
-                in another form than all in their order.
+                in another form than two rows of them.
         """
         if self._switch is None:
             raise ValueError("two models with weights of their own cannot share a pass")
-        with self._switch.on_last(reference_tokens, expert_tokens):
+        with self._switch.on_second():
             yield replace(self._reference, source=None)
 
     @property

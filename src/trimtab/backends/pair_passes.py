@@ -1,8 +1,8 @@
 """Expert and reference over the same trees of tokens: in one pass where they share their weights.
 
 A pass over few tokens takes as long as reading the model's weights from memory. The expert is the
-reference with a LoRA beside its weights, so one pass serves both, the LoRA added to the expert's
-tokens alone.
+reference with a LoRA beside its weights, so one pass over two rows serves both, the LoRA added to
+the second.
 """
 
 from collections.abc import Sequence
@@ -12,24 +12,17 @@ from torch import Tensor
 from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.reading import PairCaches
 from trimtab.backends.token_tree import (
-    JOINT_TOKENS,
     PROBE,
     Leaves,
     ModelCache,
-    Part,
     TokenTree,
-    forward_all,
-    forward_joint,
     is_near,
-    parts_after,
-    parts_of,
+    run_all_after,
+    run_line,
     run_tree,
+    run_trees,
 )
 from trimtab.errors import TrimtabError
-
-FEW_TOKENS = 16
-"""New tokens of each model up to which one pass serves both: with more of them a pass takes its
-time for computing, which one pass does not spare, and attends to more than it must."""
 
 Trees = Sequence[tuple[TokenTree, PairCaches]]
 
@@ -41,12 +34,18 @@ def run_pair(pair: Pair, trees: Trees) -> list[PairStates]:
         pair: Expert and reference.
         trees: The sequences, and what both models keep of the last trees that began alike.
     """
-    reference = [(tree, caches.reference) for tree, caches in trees]
-    expert = [(tree, caches.expert) for tree, caches in trees]
-    each = [*reference, *expert]
-    states = _run(pair, parts_of(reference), parts_of(expert))
-    kept = [cached.keep(tree, new) for (tree, cached), new in zip(each, states, strict=True)]
-    return list(map(PairStates, kept[: len(trees)], kept[len(trees) :]))
+    if serves_both(pair):
+        return _run_both(pair, [(tree, caches.both) for tree, caches in trees])
+    reference = run_trees(pair.reference, [(tree, caches.reference) for tree, caches in trees])
+    with pair.as_expert() as model:
+        expert = run_trees(model, [(tree, caches.expert) for tree, caches in trees])
+    return list(map(PairStates, reference, expert))
+
+
+def _run_both(pair: Pair, trees: Sequence[tuple[TokenTree, ModelCache]]) -> list[PairStates]:
+    with pair.as_both() as model:
+        states = run_trees(model, trees, copies=2)
+    return [_parted(some) for some in states]
 
 
 def run_pair_after(
@@ -61,39 +60,43 @@ def run_pair_after(
     Returns:
         For each tree two tensors of shape [leaves, hidden].
     """
-    reference: list[Leaves] = [(tree, leaves, kept.reference) for tree, leaves, kept in trees]
-    expert: list[Leaves] = [(tree, leaves, kept.expert) for tree, leaves, kept in trees]
-    states = _run(pair, parts_after(reference), parts_after(expert))
-    for tree, _, cached in [*reference, *expert]:
-        cached.cut(len(tree.tokens))
-    return list(map(PairStates, states[: len(trees)], states[len(trees) :]))
-
-
-def _run(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> list[Tensor]:
-    """Final hidden states of the reference's parts, then of the expert's."""
-    if _is_for_one_pass(pair, reference, expert):
-        return _one_pass(pair, reference, expert)
-    ours = forward_all(pair.reference, reference)
+    if serves_both(pair):
+        with pair.as_both() as model:
+            after = [(tree, leaves, caches.both) for tree, leaves, caches in trees]
+            return [_parted(some) for some in run_all_after(model, after, copies=2)]
+    reference: list[Leaves] = [(tree, leaves, caches.reference) for tree, leaves, caches in trees]
+    expert: list[Leaves] = [(tree, leaves, caches.expert) for tree, leaves, caches in trees]
+    ours = run_all_after(pair.reference, reference)
     with pair.as_expert() as model:
-        return [*ours, *forward_all(model, expert)]
+        return list(map(PairStates, ours, run_all_after(model, expert)))
 
 
-def _is_for_one_pass(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> bool:
-    attended = sum(part.visible.shape[1] for part in (*reference, *expert))
-    few = max(sum(len(part.tokens) for part in parts) for parts in (reference, expert))
-    return 0 < few <= FEW_TOKENS and attended <= JOINT_TOKENS and serves_both(pair)
+def run_expert_line(pair: Pair, tokens: Sequence[int], caches: PairCaches) -> Tensor:
+    """The expert's final hidden state of a sequence's last token, shape [hidden].
+
+    Where one pass serves both, the reference reads the sequence too, which costs next to nothing,
+    and has read it when it is asked.
+
+    Args:
+        pair: Expert and reference.
+        tokens: The sequence; at least one token.
+        caches: As for `run_pair`, which may go on from here.
+    """
+    if serves_both(pair):
+        with pair.as_both() as model:
+            return _parted(run_line(model, tokens, caches.both, copies=2)).expert
+    with pair.as_expert() as model:
+        return run_line(model, tokens, caches.expert)
 
 
-def _one_pass(pair: Pair, reference: Sequence[Part], expert: Sequence[Part]) -> list[Tensor]:
-    tokens = [sum(len(part.tokens) for part in parts) for parts in (reference, expert)]
-    with pair.as_both(*tokens) as model:
-        return forward_joint(model, [*reference, *expert])
+def _parted(states: Tensor) -> PairStates:
+    return PairStates(*states.chunk(2, -1))
 
 
 def serves_both(pair: Pair) -> bool:
     """Whether one pass gives what two give, which is tried once for a pair.
 
-    Where layers are given tokens in another form than all in their order, as the experts of a
+    Where layers are given tokens in another form than two rows of them, as the experts of a
     mixture are, it does not.
     """
     if pair.serves_both is None:
@@ -107,10 +110,8 @@ def _agrees(pair: Pair) -> bool:
     alone = [run_tree(pair.reference, tree, ModelCache())]
     with pair.as_expert() as model:
         alone.append(run_tree(model, tree, ModelCache()))
-    caches = PairCaches()
-    parts = parts_of([(tree, caches.reference)]), parts_of([(tree, caches.expert)])
     try:
-        together = _one_pass(pair, *parts)
+        [together] = _run_both(pair, [(tree, ModelCache())])
     except (RuntimeError, ValueError, TypeError, IndexError, TrimtabError):
         # Layers that are given tokens in another form fail in many ways.
         return False

@@ -38,8 +38,15 @@ class OwnReading(NamedTuple):
 
 @dataclass
 class PairCaches:
-    """What both models keep of the last contexts that they have read."""
+    """What both models keep of the last contexts that they have read.
 
+    Attributes:
+        both: Where one pass serves both, of the reference and then of the expert.
+        reference: Elsewhere, of the reference.
+        expert: Of the expert.
+    """
+
+    both: ModelCache = field(default_factory=ModelCache)
     reference: ModelCache = field(default_factory=ModelCache)
     expert: ModelCache = field(default_factory=ModelCache)
 

@@ -68,9 +68,11 @@ class TokenTree:
     def visible(self) -> Tensor:
         """Which nodes each node may attend to: itself and its ancestors, [nodes, nodes]."""
         seen = torch.eye(len(self.tokens), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[node] |= seen[parent]
+        trunk = self.trunk()
+        seen[:trunk, :trunk] = torch.ones(trunk, trunk, dtype=torch.bool).tril()
+        for node in range(trunk, len(self.tokens)):
+            if self.parents[node] >= 0:
+                seen[node] |= seen[self.parents[node]]
         return seen
 
 
@@ -131,16 +133,27 @@ def run_tree(model: HFModel, tree: TokenTree, cached: ModelCache) -> Tensor:
     return run_trees(model, [(tree, cached)])[0]
 
 
-def run_trees(model: HFModel, trees: Sequence[tuple[TokenTree, ModelCache]]) -> list[Tensor]:
+def run_trees(
+    model: HFModel, trees: Sequence[tuple[TokenTree, ModelCache]], *, copies: int = 1
+) -> list[Tensor]:
     """As `run_tree` of each, with its own cache, in as few passes as memory allows.
 
     A pass over some tokens takes as long as reading the model's weights, for one tree as for many.
+
+    Args:
+        model: As given to `run_tree`.
+        trees: The trees and their caches.
+        copies: How often each token is read, in as many rows of a pass, which the model may treat
+            unlike. A cache knows one number of copies only.
+
+    Returns:
+        For each tree the states of a node's copies one after the other, [nodes, copies * hidden].
     """
-    states = forward_all(model, parts_of(trees))
+    states = _forward_all(model, _parts_of(trees), copies)
     return [cached.keep(tree, new) for (tree, cached), new in zip(trees, states, strict=True)]
 
 
-def parts_of(trees: Sequence[tuple[TokenTree, ModelCache]]) -> list["Part"]:
+def _parts_of(trees: Sequence[tuple[TokenTree, ModelCache]]) -> list["Part"]:
     """What is to be run of some trees, their caches cut to what they share with these."""
     parts = []
     for tree, cached in trees:
@@ -150,13 +163,19 @@ def parts_of(trees: Sequence[tuple[TokenTree, ModelCache]]) -> list["Part"]:
     return parts
 
 
-def run_line(model: HFModel, tokens: Sequence[int], cached: ModelCache) -> Tensor:
-    """Final hidden state of a sequence's last token, shape [hidden], as a tree of that alone.
+def run_line(
+    model: HFModel, tokens: Sequence[int], cached: ModelCache, *, copies: int = 1
+) -> Tensor:
+    """Final hidden state of a sequence's last token, as a tree of that alone.
 
     Args:
         model: Decoder-only.
         tokens: The sequence; at least one token.
         cached: As for `run_tree`, which may go on from here.
+        copies: As for `run_trees`.
+
+    Returns:
+        Shape [copies * hidden].
     """
     shared = 0
     for ours, theirs in zip(cached.tokens, tokens[:-1], strict=False):
@@ -167,7 +186,7 @@ def run_line(model: HFModel, tokens: Sequence[int], cached: ModelCache) -> Tenso
     cached.cut(shared)
     new, depths = list(tokens[shared:]), list(range(shared, len(tokens)))
     visible = torch.ones(len(new), len(tokens), dtype=torch.bool).tril(shared)
-    [states] = forward_all(model, [Part(new, depths, visible, cached.cache)])
+    [states] = _forward_all(model, [Part(new, depths, visible, cached.cache)], copies)
     cached.tokens, cached.states = [*cached.tokens, *new], [*cached.states, *states]
     return states[-1]
 
@@ -193,15 +212,15 @@ def run_after(
     return run_all_after(model, [(tree, leaves, cached)])[0]
 
 
-def run_all_after(model: HFModel, trees: Sequence[Leaves]) -> list[Tensor]:
-    """As `run_after` of each, in as few passes as memory allows."""
-    states = forward_all(model, parts_after(trees))
+def run_all_after(model: HFModel, trees: Sequence[Leaves], *, copies: int = 1) -> list[Tensor]:
+    """As `run_after` of each, in as few passes as memory allows; copies as for `run_trees`."""
+    states = _forward_all(model, _parts_after(trees), copies)
     for tree, _, cached in trees:
         cached.cut(len(tree.tokens))
     return states
 
 
-def parts_after(trees: Sequence[Leaves]) -> list["Part"]:
+def _parts_after(trees: Sequence[Leaves]) -> list["Part"]:
     """What is to be run of tokens that follow nodes; errors as `run_after`."""
     parts = []
     for tree, leaves, cached in trees:
@@ -240,7 +259,7 @@ class Part:
         return self.visible.shape[1] - len(self.tokens)
 
 
-def forward_all(model: HFModel, parts: Sequence[Part]) -> list[Tensor]:
+def _forward_all(model: HFModel, parts: Sequence[Part], copies: int) -> list[Tensor]:
     """Final hidden states of each part's tokens, whose keys and values its cache gets."""
     found = list[Tensor]()
     while len(found) < len(parts):
@@ -250,15 +269,15 @@ def forward_all(model: HFModel, parts: Sequence[Part]) -> list[Tensor]:
             if room < 0:
                 break
             some.append(part)
-        found += forward_joint(model, some)
+        found += _forward_joint(model, some, copies)
     return found
 
 
-def forward_joint(model: HFModel, parts: Sequence[Part]) -> list[Tensor]:
+def _forward_joint(model: HFModel, parts: Sequence[Part], copies: int) -> list[Tensor]:
     """One pass over the tokens of all parts, none of which attends to those of another."""
     sizes = [len(part.tokens) for part in parts]
     if len(parts) == 1:
-        return [_forward(model, parts[0].tokens, parts[0].depths, parts[0].visible, parts[0].cache)]
+        return [_forward(model, parts[0], copies)]
     past = sum(part.past for part in parts)
     visible = torch.zeros(sum(sizes), past + sum(sizes), dtype=torch.bool)
     before, first = 0, 0
@@ -270,7 +289,7 @@ def forward_joint(model: HFModel, parts: Sequence[Part]) -> list[Tensor]:
     joint = _joint_cache([part.cache for part in parts if part.past])
     tokens = [token for part in parts for token in part.tokens]
     depths = [depth for part in parts for depth in part.depths]
-    states = _forward(model, tokens, depths, visible, joint)
+    states = _forward(model, Part(tokens, depths, visible, joint), copies)
     for number, layer in enumerate(layers_of(joint)):
         # A layer without keys of its own uses those of another.
         if layer is not None:
@@ -291,25 +310,19 @@ def _joint_cache(caches: Sequence[DynamicCache]) -> DynamicCache:
     return joint
 
 
-def _forward(
-    model: HFModel,
-    tokens: Sequence[int],
-    depths: Sequence[int],
-    visible: Tensor,
-    cache: DynamicCache,
-) -> Tensor:
-    mask = _masks(model, visible)
+def _forward(model: HFModel, part: Part, copies: int) -> Tensor:
     with torch.no_grad():
-        return model.model.base_model(
-            input_ids=torch.tensor([list(tokens)], device=model.device),
-            position_ids=torch.tensor([list(depths)], device=model.device),
-            attention_mask=mask,
-            past_key_values=cache,
+        states = model.model.base_model(
+            input_ids=torch.tensor([list(part.tokens)] * copies, device=model.device),
+            position_ids=torch.tensor([list(part.depths)] * copies, device=model.device),
+            attention_mask=_masks(model, part.visible, copies),
+            past_key_values=part.cache,
             use_cache=True,
-        ).last_hidden_state[0]
+        ).last_hidden_state
+    return states.transpose(0, 1).flatten(1)
 
 
-def _masks(model: HFModel, visible: Tensor) -> Tensor | dict[str, Tensor]:
+def _masks(model: HFModel, visible: Tensor, copies: int) -> Tensor | dict[str, Tensor]:
     """What each layer adds to its attention scores; by type of layer, where they differ in that.
 
     transformers takes a mask of this shape as it is, and would let the layers that have a sliding
@@ -318,21 +331,21 @@ def _masks(model: HFModel, visible: Tensor) -> Tensor | dict[str, Tensor]:
     config = model.model.config.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    whole = _added(model, visible)
+    whole = _added(model, visible, copies)
     if not window or (types is not None and "sliding_attention" not in types):
         return whole
     # A node sees its ancestors alone, so the last ones before it are the nearest by depth.
     behind = visible.flip(1).long().cumsum(1).flip(1)
-    near = _added(model, visible & (behind <= window))
+    near = _added(model, visible & (behind <= window), copies)
     if types is None:
         return near
     return {kind: near if kind == "sliding_attention" else whole for kind in set(types)}
 
 
-def _added(model: HFModel, visible: Tensor) -> Tensor:
+def _added(model: HFModel, visible: Tensor, copies: int) -> Tensor:
     dtype = model.model.dtype
     mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
-    return mask[None, None].to(model.device)
+    return mask.to(model.device).expand(copies, 1, -1, -1)
 
 
 def check_tree(model: HFModel) -> None:

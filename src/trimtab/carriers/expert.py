@@ -100,6 +100,15 @@ class LoraSwitch:
         self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self._layers:
             layer.enable_adapters(False)
+        self._step_aside()
+
+    def _step_aside(self) -> None:
+        """Let the layers under those of the LoRA be called in their place.
+
+        What PEFT's layers look at before they do the same takes a third of a small model's step.
+        """
+        for layer in self._layers:
+            vars(layer)["forward"] = layer.get_base_layer()
 
     @cached_property
     def _weights(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
@@ -138,30 +147,28 @@ class LoraSwitch:
         return [_path(layer) for layer in self._layers if isinstance(layer, LoraLinear)]
 
     @contextmanager
-    def on_last(self, before: int, tokens: int) -> Iterator[None]:
-        """Add the LoRA to the last tokens of a pass alone, so that it serves base and expert.
-
-        Args:
-            before: Tokens of the pass to which it is not added.
-            tokens: Tokens after them to which it is.
-        """
+    def on_second(self) -> Iterator[None]:
+        """Add the LoRA to the second of a batch's two rows, so that it serves base and expert."""
         for layer, down, up in self._paths:
-            path = partial(_beside, layer.get_base_layer(), down, up, before, tokens)
-            vars(layer)["forward"] = path
+            vars(layer)["forward"] = partial(_beside, layer.get_base_layer(), down, up)
         try:
             yield
         finally:
-            for layer, _, _ in self._paths:
-                del vars(layer)["forward"]
+            self._step_aside()
 
     def _set(self, *, on: bool) -> None:
-        # enable_adapters also walks all weights to set requires_grad, which would cost as much as
-        # a small model's step, twice a generated token.
-        if not self._weights:
-            for layer in self._layers:
-                layer._disable_adapters = not on
         for weight, base, merged in self._weights:
             weight.data = merged if on else base
+        if self._weights:
+            return
+        # enable_adapters also walks all weights to set requires_grad, which would cost as much as
+        # a small model's step, twice a generated token.
+        for layer in self._layers:
+            layer._disable_adapters = not on
+            if on:
+                vars(layer).pop("forward", None)
+        if not on:
+            self._step_aside()
 
 
 def _path(layer: LoraLinear) -> tuple[LoraLinear, Tensor, Tensor]:
@@ -169,17 +176,16 @@ def _path(layer: LoraLinear) -> tuple[LoraLinear, Tensor, Tensor]:
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(down, Tensor) and isinstance(up, Tensor)
     with torch.no_grad():
-        return layer, down.T.to(weight), (layer.scaling[name] * up).T.to(weight)
+        down, up = down.T.to(weight), (layer.scaling[name] * up).T.to(weight)
+    return layer, down.contiguous(), up.contiguous()
 
 
-def _beside(
-    base: nn.Module, down: Tensor, up: Tensor, before: int, tokens: int, states: Tensor
-) -> Tensor:
-    """A linear layer with the LoRA added to the last tokens, shapes [1, tokens, features]."""
-    if states.dim() != 3 or states.shape[:2] != (1, before + tokens):
+def _beside(base: nn.Module, down: Tensor, up: Tensor, states: Tensor) -> Tensor:
+    """A linear layer with the LoRA added to the second row, shapes [2, tokens, features]."""
+    if states.dim() != 3 or len(states) != 2:
         raise ValueError(f"a layer was given states of shape {tuple(states.shape)}")
     out: Tensor = base(states)
-    out[0, before:].addmm_(states[0, before:] @ down, up)
+    out[1].addmm_(states[1] @ down, up)
     return out
 
 
