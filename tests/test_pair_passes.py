@@ -12,8 +12,14 @@ from test_speculative import passes
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair, PairStates, open_pair_from
-from trimtab.backends.pair_passes import run_expert_line, run_pair, run_pair_after, serves_both
-from trimtab.backends.reading import PairCaches
+from trimtab.backends.pair_passes import (
+    run_expert_line,
+    run_pair,
+    run_pair_after,
+    serves_both,
+    states_after,
+)
+from trimtab.backends.reading import LiveReading, PairCaches
 from trimtab.backends.token_tree import TokenTree
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2")
@@ -93,6 +99,21 @@ def test_any_texts_of_a_row(folder: Path, texts: list[list[int]]) -> None:
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.expert, two.expert, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(one.reference, two.reference, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_tree_has_is_not_run_again(folder: Path) -> None:
+    pair, tree, caches = pair_of("llama", folder), TokenTree(), PairCaches()
+    end = tree.add([3, 4, 5, 6])
+    states = run_pair(pair, [(tree, caches)])[0]
+    reading = LiveReading(tree, [], [], [], states, caches)
+    expected = run_pair_after(pair, [(tree, [(1, 5), (1, 9), (end, 5)], caches)])[0]
+    with passes(pair.reference.model.base_model) as read:
+        found = states_after(pair, [reading, reading], [[(1, 5), (1, 9), (end, 5)], []])
+        again = states_after(pair, [reading], [[(1, 5)]])
+    assert read == [2], "of three tokens that follow one is in the tree"
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert torch.equal(again.expert[0], states.expert[2])
 
 
 def test_the_model_is_the_reference_again(folder: Path) -> None:

@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import (
@@ -20,6 +22,8 @@ from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
+from trimtab.backends.pair_passes import serves_both
+from trimtab.carriers.expert import attach_lora
 from trimtab.steering.drafting import Drafter
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
@@ -121,6 +125,24 @@ def test_greedy_is_plain_greedy(family: str, small: str) -> None:
     plain = written(host, pair, 0)
     with passes(host.model) as read:
         ours = written(host, pair, 5)
+    assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
+    assert max(read[1:]) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize("small", [SMALL, BYTES])
+def test_a_copy_of_the_expert_drafts_what_the_expert_then_decides(
+    small: str, host: HFModel, tmp_path: Path
+) -> None:
+    base = sharp(small, 10)
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(open_model(small, dtype="float32").model, lora).save_pretrained(tmp_path)
+    pair = Pair(base, attach_lora(base.model, tmp_path))
+    plain = written(host, pair, 0)
+    with passes(host.model) as read:
+        ours = written(host, pair, 5)
+    assert serves_both(pair)
     assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
     assert max(read[1:]) > 1
 

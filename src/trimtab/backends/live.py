@@ -21,9 +21,10 @@ from trimtab.align.replies import (
     still_undecided,
 )
 from trimtab.backends.base import GivesStrings
+from trimtab.backends.expert_ahead import ExpertAhead
 from trimtab.backends.one_vocabulary import is_one_vocabulary, reads_host_tokens, score_same
 from trimtab.backends.pair import Pair, PairStates
-from trimtab.backends.pair_passes import run_pair, run_pair_after
+from trimtab.backends.pair_passes import run_pair, states_after
 from trimtab.backends.reading import (
     WHO,
     LiveReading,
@@ -75,6 +76,7 @@ class Live:
         self._pair = pair
         self.draft_tokens = draft_tokens
         self._rows: dict[int, PairCaches] = {}
+        self.ahead = ExpertAhead(pair)
         self._align(host)
 
     def _align(self, host: GivesStrings) -> None:
@@ -367,17 +369,10 @@ class Live:
     ) -> dict[Who, list[list[Tensor]]]:
         """What both models say after tokens that follow nodes: by part, probabilities [vocab]."""
         leaves = [sorted({(one.node, one.token_id) for one in of_part}) for of_part in asked]
-        trees = [
-            (part.reading.tree, some, part.reading.caches)
-            for part, some in zip(parts, leaves, strict=True)
-            if some
-        ]
-        if not trees:
+        if not any(leaves):
             return {who: [[] for _ in parts] for who in WHO}
-        states = run_pair_after(self._pair, trees)
-        both: dict[Who, Tensor] = {
-            who: torch.cat([getattr(one, who) for one in states]) for who in WHO
-        }
+        states = states_after(self._pair, [part.reading for part in parts], leaves)
+        both: dict[Who, Tensor] = {who: getattr(states, who) for who in WHO}
         logits = logits_of_both({who: self._head(who) for who in WHO}, both)
         return {who: _dealt(logits[who].softmax(-1), leaves, asked) for who in WHO}
 

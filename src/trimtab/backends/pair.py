@@ -9,6 +9,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from trimtab.backends.heads import read_unembedding
 from trimtab.backends.hf import HFModel, ModelFingerprint
 from trimtab.backends.open import one_device, open_model
 from trimtab.carriers.expert import LoraSwitch, attach_lora
@@ -100,6 +101,21 @@ class Pair:
             raise ValueError("two models with weights of their own cannot share a pass")
         with self._switch.on_second():
             yield replace(self._reference, source=None)
+
+    def expert_copy(self, dtype: torch.dtype) -> HFModel:
+        """A copy of an expert that shares its weights with the reference, in numbers of its own.
+
+        Args:
+            dtype: Of its weights.
+
+        Raises:
+            ValueError: The two share no weights.
+        """
+        if self._switch is None:
+            raise ValueError("the expert has weights of its own")
+        model = self._switch.merged_copy(self._reference.model, dtype)
+        unembedding = read_unembedding(model)
+        return replace(self._reference, model=model, unembedding=unembedding, source=None)
 
     @property
     def shares_weights(self) -> bool:

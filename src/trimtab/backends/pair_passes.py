@@ -7,10 +7,11 @@ the second.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from trimtab.backends.pair import Pair, PairStates
-from trimtab.backends.reading import PairCaches
+from trimtab.backends.reading import LiveReading, PairCaches
 from trimtab.backends.token_tree import (
     PROBE,
     Leaves,
@@ -69,6 +70,39 @@ def run_pair_after(
     ours = run_all_after(pair.reference, reference)
     with pair.as_expert() as model:
         return list(map(PairStates, ours, run_all_after(model, expert)))
+
+
+def states_after(
+    pair: Pair, readings: Sequence[LiveReading], leaves: Sequence[Sequence[tuple[int, int]]]
+) -> PairStates:
+    """Final hidden states of tokens that follow nodes of what both models read last.
+
+    Those that a tree has, as where a text that is known goes on so, are not run again.
+
+    Args:
+        pair: Expert and reference.
+        readings: What they read.
+        leaves: Of each reading some nodes, each with a token that follows; one at least in all.
+
+    Returns:
+        Two tensors of shape [all leaves, hidden].
+    """
+    unread = [
+        [leaf for leaf in some if reading.tree.child(*leaf) is None]
+        for reading, some in zip(readings, leaves, strict=True)
+    ]
+    trees = [(one.tree, some, one.caches) for one, some in zip(readings, unread, strict=True)]
+    ran = run_pair_after(pair, [tree for tree in trees if tree[1]])
+    rows = iter([row for states in ran for row in zip(*states, strict=True)])
+    found = list[tuple[Tensor, Tensor]]()
+    for reading, some in zip(readings, leaves, strict=True):
+        for leaf in some:
+            child = reading.tree.child(*leaf)
+            known = reading.states
+            found.append(
+                next(rows) if child is None else (known.reference[child], known.expert[child])
+            )
+    return PairStates(*map(torch.stack, zip(*found, strict=True)))
 
 
 def run_expert_line(pair: Pair, tokens: Sequence[int], caches: PairCaches) -> Tensor:

@@ -50,6 +50,10 @@ class TokenTree:
             node = self._children[key]
         return node
 
+    def child(self, node: int, token: int) -> int | None:
+        """The node of a token that follows a node, where the tree has it."""
+        return self._children.get((node, token))
+
     def line(self, node: int) -> list[int]:
         """Nodes from the first token of a sequence to this one."""
         line = []

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
@@ -146,6 +147,31 @@ class LoraSwitch:
         """Each layer with its path: down to the rank, and up again with the scale."""
         return [_path(layer) for layer in self._layers if isinstance(layer, LoraLinear)]
 
+    def merged_copy(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        """A copy of the model with the LoRA added to its weights.
+
+        Args:
+            model: The model that the layers are inside of; all of them stand beside linear layers.
+            dtype: Of the copy's weights.
+        """
+        memo: dict[int, object] = {}
+        for parameter in model.parameters():
+            memo[id(parameter)] = _frozen(parameter, dtype)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+        for layer in layers.values():
+            weight = _weight(layer)
+            with torch.no_grad():
+                memo[id(weight)] = _frozen(weight + _added(layer), dtype)
+        copy = deepcopy(model, memo)
+        for name in layers:
+            parent, _, own = name.rpartition(".")
+            copied: Any = copy.get_submodule(name)
+            setattr(copy.get_submodule(parent), own, copied.get_base_layer())
+        for module in copy.modules():
+            # A way to compute that suits the weights as they were.
+            vars(module).pop("forward", None)
+        return copy
+
     @contextmanager
     def on_second(self) -> Iterator[None]:
         """Add the LoRA to the second of a batch's two rows, so that it serves base and expert."""
@@ -169,6 +195,10 @@ class LoraSwitch:
                 vars(layer).pop("forward", None)
         if not on:
             self._step_aside()
+
+
+def _frozen(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
 
 
 def _path(layer: LoraLinear) -> tuple[LoraLinear, Tensor, Tensor]:

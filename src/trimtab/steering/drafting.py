@@ -10,7 +10,6 @@ from torch import Tensor
 from trimtab.align.covers import covers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
-from trimtab.backends.pair_passes import run_expert_line
 from trimtab.steering.evidence import readable
 
 UNLIKELY = 0.3
@@ -146,9 +145,5 @@ def _most(live: Live, line: Sequence[int], room: int) -> int:
 
 def _ahead(live: Live, line: Sequence[int], drafted: list[int], most: int) -> Iterator[Tensor]:
     """The expert's logits after a line and what its caller has drafted after it by then."""
-    head, caches = live.pair.expert_unembedding, live.caches(0)
     for _ in range(most):
-        with torch.no_grad():
-            state = run_expert_line(live.pair, [*line, *drafted], caches)
-            logits = head.logits(state).float().cpu()
-        yield logits
+        yield live.ahead.logits_after([*line, *drafted], live.caches(0))

@@ -1,0 +1,105 @@
+"""What the expert expects of tokens to come, from a copy in bfloat16, against the expert itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_pair_passes import FAMILIES, pair_of
+
+from trimtab.backends.expert_ahead import FEW_UNREAD, ExpertAhead
+from trimtab.backends.open import open_model
+from trimtab.backends.pair import Pair
+from trimtab.backends.pair_passes import run_pair
+from trimtab.backends.reading import PairCaches
+from trimtab.backends.token_tree import TokenTree
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loras")
+
+
+def read(pair: Pair, text: list[int], caches: PairCaches) -> None:
+    tree = TokenTree()
+    tree.add(text)
+    run_pair(pair, [(tree, caches)])
+
+
+def is_near(ours: torch.Tensor, exact: torch.Tensor) -> bool:
+    # Eight bits of each number, through a few layers.
+    return float((ours - exact).abs().max()) <= 0.05 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_is_the_expert_and_leaves_the_pair_as_it_was(family: str, folder: Path) -> None:
+    pair = pair_of(family, folder)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    before = pair.reference.logits(ids), pair.expert_logits(ids)
+    copy, light = pair.expert_copy(torch.float32), pair.expert_copy(torch.bfloat16)
+    torch.testing.assert_close(copy.logits(ids), before[1], atol=1e-5, rtol=1e-4)
+    assert is_near(light.logits(ids).float(), before[1])
+    assert {weight.dtype for weight in light.model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        for weight in copy.model.parameters():
+            weight.zero_()
+    assert torch.equal(pair.reference.logits(ids), before[0])
+    assert torch.equal(pair.expert_logits(ids), before[1])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(3, 200), min_size=1, max_size=12),
+            st.lists(st.integers(3, 200), max_size=3),
+            st.integers(0, 12),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_drafts_of_a_growing_text(
+    folder: Path, steps: list[tuple[list[int], list[int], int]]
+) -> None:
+    pair = pair_of("llama", folder)
+    ahead, caches, text = ExpertAhead(pair), PairCaches(), list[int]()
+    for more, drafted, back in steps:
+        # What was written before may stand no more, as after a draft that was refused.
+        text = [*text[: max(0, len(text) - back)], *more]
+        read(pair, text, caches)
+        for count in range(len(drafted) + 1):
+            tokens = [*text, *drafted[:count]]
+            exact = pair.expert_logits(torch.tensor([tokens]))[0, -1]
+            assert is_near(ahead.logits_after(tokens, caches), exact)
+
+
+def test_a_text_that_was_not_read_is_read_by_the_pair(folder: Path) -> None:
+    pair = pair_of("llama", folder)
+    ahead, caches, tokens = ExpertAhead(pair), PairCaches(), list(range(3, 5 + FEW_UNREAD))
+    exact = pair.expert_logits(torch.tensor([tokens]))[0, -1]
+    torch.testing.assert_close(ahead.logits_after(tokens, caches), exact, atol=1e-5, rtol=1e-4)
+    assert caches.both.tokens == tokens
+
+
+def test_where_there_is_no_room_the_expert_itself_drafts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pair_of("llama", folder)
+    monkeypatch.setattr("trimtab.backends.expert_ahead.free_memory_bytes", lambda: 1_000)
+    ahead, tokens = ExpertAhead(pair), [3, 4, 5]
+    exact = pair.expert_logits(torch.tensor([tokens]))[0, -1]
+    ours = ahead.logits_after(tokens, PairCaches())
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-4)
+
+
+def test_two_models_draft_as_they_are() -> None:
+    pair = Pair(*(open_model(f"tiny:llama?seed={n}", dtype="float32") for n in (1, 2)))
+    exact = pair.expert_logits(torch.tensor([[3, 4, 5]]))[0, -1]
+    ours = ExpertAhead(pair).logits_after([3, 4, 5], PairCaches())
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="weights of its own"):
+        pair.expert_copy(torch.bfloat16)
