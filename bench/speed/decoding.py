@@ -78,11 +78,22 @@ def ways_of(models: Models, names: Sequence[str]) -> list[Way]:
     host = models.host.model
     own = {HOST: Size.of(host)}
 
-    def on_host(name: str, steers: Any, decode: Decode, beside: Work, *, pair: bool) -> Way:
+    def on_host(
+        name: str,
+        steers: Any,
+        decode: Decode,
+        beside: Work,
+        *,
+        pair: bool,
+        drafts: bool = False,
+    ) -> Way:
         sizes, running = dict(own), {HOST: host}
         if pair:
             running["pair"] = models.pair.reference.model
             sizes["pair"] = Size.of(running["pair"])
+        if drafts and (light := models.live.ahead.light) is not None:
+            running["draft"] = light.model
+            sizes["draft"] = Size.of(light.model)
         return Way(name, decode, steers, sizes, running, beside)
 
     plain = _plain(models, host)
@@ -112,6 +123,7 @@ def ways_of(models: Models, names: Sequence[str]) -> list[Way]:
             plain,
             Work(),
             pair=True,
+            drafts=True,
         ),
         "lockstep-proxy": lambda: _lockstep(models, own),
         "assisted": lambda: _assisted(models, own),

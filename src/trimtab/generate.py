@@ -13,7 +13,7 @@ from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.backends.open import open_host
 from trimtab.backends.padding import check_padding
-from trimtab.config import CarrierName, GenerateConfig, MountConfig, is_hosted
+from trimtab.config import DRAFT_TOKENS, CarrierName, GenerateConfig, MountConfig, is_hosted
 from trimtab.errors import AdapterError, InputError
 from trimtab.mount import mount
 from trimtab.steering.processor import DEFAULT_CARRIERS, check_carriers, open_live
@@ -187,7 +187,7 @@ def _ready(
             small=config.small,
             dtype=config.dtype,
             progress=progress,
-            draft_tokens=config.draft_tokens,
+            draft_tokens=DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens,
         )
     with steered(
         host,

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -36,6 +39,15 @@ class Vocabulary:
             if text:
                 ids.setdefault(text, token_id)
         return ids
+
+    @cached_property
+    def byte_ranks(self) -> NDArray[np.int64]:
+        """Place of each id in the order of the bytes; -1 for those that stand for no text."""
+        with_text = [token_id for token_id, text in enumerate(self.token_bytes) if text]
+        with_text.sort(key=lambda token_id: self.token_bytes[token_id] or b"")
+        ranks = np.full(len(self), -1)
+        ranks[with_text] = np.arange(len(with_text))
+        return ranks
 
     @cached_property
     def sha256(self) -> str:

@@ -32,15 +32,10 @@ class Candidates:
     @staticmethod
     def of(token_ids: Tensor, host: Vocabulary) -> "Candidates":
         """Sort the candidates of a host."""
-        pairs = sorted(
-            (text, place)
-            for place, token_id in enumerate(token_ids.tolist())
-            if (text := host.token_bytes[token_id])
-        )
-        texts = tuple(text for text, _ in pairs)
-        return Candidates(
-            token_ids, texts, torch.tensor([place for _, place in pairs], dtype=torch.long)
-        )
+        ranks = torch.from_numpy(host.byte_ranks)[token_ids]
+        order = ranks.argsort(stable=True)[int((ranks < 0).sum()) :]
+        texts = tuple(host.token_bytes[token_id] or b"" for token_id in token_ids[order].tolist())
+        return Candidates(token_ids, texts, order)
 
     def beginning_with(self, start: bytes) -> range:
         """Which of `texts` begin with `start`, it included."""

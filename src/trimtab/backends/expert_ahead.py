@@ -45,7 +45,7 @@ class ExpertAhead:
             caches: What expert and reference keep of the text that the tokens go on from.
         """
         with torch.no_grad():
-            light = self._light
+            light = self.light
             if light is not None:
                 self._take(tokens, caches.both)
                 if len(tokens) - len(self._cached.tokens) <= FEW_UNREAD:
@@ -54,7 +54,7 @@ class ExpertAhead:
             return self._pair.expert_unembedding.logits(state).float().cpu()
 
     @cached_property
-    def _light(self) -> HFModel | None:
+    def light(self) -> HFModel | None:
         """The copy, where one pays: of a LoRA in float32, on a processor, with room for it."""
         model = self._pair.reference
         if model.device.type != "cpu" or model.model.dtype is not torch.float32:

@@ -239,7 +239,7 @@ class _Run:
         """Expert and reference, aligned once for all prompts."""
         assert self._pair is not None
         tokens = self._host.tokens or ToldTokens.of((), ())
-        return Live(self._pair, tokens, draft_tokens=self._config.draft_tokens)
+        return Live(self._pair, tokens, draft_tokens=self._config.draft_tokens or 0)
 
     def _among_candidates(self, level: Level, number: int, task: Task, advance: Advance) -> _Done:
         """The host's own continuation, or the one of several that the small models choose."""
@@ -339,7 +339,7 @@ def _plan(config: GenerateConfig, host: HostedModel, tasks: Sequence[Task], leve
         return planned_alone(host, tasks)
     if level == "text":
         return planned_candidates(host, tasks, config.api_candidates)
-    return planned_steps(host, tasks, config.draft_tokens)
+    return planned_steps(host, tasks, config.draft_tokens or 0)
 
 
 def _open_pair(
