@@ -13,7 +13,8 @@ from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
 from trimtab.backends.padding import check_padding
 from trimtab.backends.pair import Pair
-from trimtab.backends.token_tree import ModelCache, TokenTree, check_tree, run_after, run_tree
+from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
+from trimtab.backends.tree_check import check_tree
 from trimtab.config import TuneConfig
 from trimtab.errors import ModelError
 from trimtab.tune import tune

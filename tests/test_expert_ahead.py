@@ -85,15 +85,55 @@ def test_a_text_that_was_not_read_is_read_by_the_pair(folder: Path) -> None:
     assert caches.both.tokens == tokens
 
 
-def test_where_there_is_no_room_the_expert_itself_drafts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["large", "far", "broken"])
+def test_without_a_good_copy_the_expert_itself_drafts(
+    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = pair_of("llama", folder)
-    monkeypatch.setattr("trimtab.backends.expert_ahead.free_memory_bytes", lambda: 1_000)
+    copied = pair.expert_copy(torch.bfloat16)
+    if what == "large":
+        monkeypatch.setattr("trimtab.backends.expert_ahead.MOST_COPIED_BYTES", 1_000)
+    elif what == "far":
+        torch.nn.init.normal_(copied.model.get_input_embeddings().weight)
+    else:
+        # As a family that adds float32 numbers of its own to the embeddings.
+        copied.model.base_model.norm.float()
+        copied.model.base_model.layers[0].mlp.up_proj.float()
+    monkeypatch.setattr(pair, "expert_copy", lambda _: copied)
     ahead, tokens = ExpertAhead(pair), [3, 4, 5]
+    assert ahead.light is None
     exact = pair.expert_logits(torch.tensor([tokens]))[0, -1]
     ours = ahead.logits_after(tokens, PairCaches())
     torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ahead_too", [False, True])
+def test_a_pass_that_is_broken_off_leaves_nothing_behind(ahead_too: bool, folder: Path) -> None:
+    pair = pair_of("llama", folder)
+    ahead, caches, text = ExpertAhead(pair), PairCaches(), list(range(3, 12))
+    read(pair, text, caches)
+    ahead.logits_after([*text, 20], caches)
+    model = (ahead.light if ahead_too else pair.reference).model
+    last = model.base_model.layers[-1]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = last.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        if ahead_too:
+            ahead.logits_after([*text, 20, 21], caches)
+        else:
+            read(pair, [*text, 20, 21], caches)
+    handle.remove()
+    tokens = [*text, 20, 22]
+    exact = pair.expert_logits(torch.tensor([tokens]))[0, -1]
+    assert is_near(ahead.logits_after(tokens, caches), exact)
+    read(pair, tokens, caches)
+    assert is_near(
+        ahead.logits_after([*tokens, 9], caches),
+        pair.expert_logits(torch.tensor([[*tokens, 9]]))[0, -1],
+    )
 
 
 def test_two_models_draft_as_they_are() -> None:

@@ -15,7 +15,8 @@ from trimtab.backends.hf import HFModel, adopt_model, quiet_transformers
 from trimtab.backends.live import Live
 from trimtab.backends.padding import check_padding
 from trimtab.backends.pair import open_pair
-from trimtab.backends.token_tree import ModelCache, TokenTree, check_tree, run_after, run_tree
+from trimtab.backends.token_tree import ModelCache, TokenTree, run_after, run_tree
+from trimtab.backends.tree_check import check_tree
 from trimtab.config import CarrierName, MountConfig, RecordConfig, TuneConfig
 from trimtab.errors import TrimtabError
 from trimtab.generate import steered
@@ -125,7 +126,9 @@ def _logits(family: Family, hosts: list[HFModel]) -> float:
 def _steering(host: HFModel, adapter: Path, carriers: tuple[CarrierName, ...]) -> float:
     seat = {"adapter": adapter, "host": host.ref, "dtype": "float32", "cache": False}
     mounted = mount(MountConfig.model_validate(seat), host=host)
-    live = open_live(mounted, host, dtype="float32") if "expert" in carriers else None
+    live = (
+        open_live(mounted, host, dtype="float32", draft_tokens=0) if "expert" in carriers else None
+    )
     check_padding(host, [prompt_ids(host, prompt) for prompt in PROMPTS])
     batch = _inputs(host, PROMPTS)
     plain = host.model.generate(**batch, **_options(host, 3))

@@ -297,7 +297,8 @@ def _write_shards(
                 else:
                     missing.append(Piece(partial(write, path, split, shard), rows_of(shard)))
         missing.sort(key=lambda piece: -piece.size)
-        sizes = [rows_of(shard) for split in splits.values() for shard in split.shards]
+        every = (rows_of(shard) for split in splits.values() for shard in split.shards)
+        sizes = sorted(every, reverse=True)
         do_pieces(missing, advance, process_count(sizes, config.processes))
 
 

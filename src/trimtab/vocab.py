@@ -1,12 +1,10 @@
 """Which bytes each token of a model stands for: the coordinate system that all models share."""
 
 import hashlib
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,13 @@ class Vocabulary:
         return ids
 
     @cached_property
-    def byte_ranks(self) -> NDArray[np.int64]:
+    def byte_ranks(self) -> "array[int]":
         """Place of each id in the order of the bytes; -1 for those that stand for no text."""
         with_text = [token_id for token_id, text in enumerate(self.token_bytes) if text]
         with_text.sort(key=lambda token_id: self.token_bytes[token_id] or b"")
-        ranks = np.full(len(self), -1)
-        ranks[with_text] = np.arange(len(with_text))
+        ranks = array("q", [-1]) * len(self)
+        for rank, token_id in enumerate(with_text):
+            ranks[token_id] = rank
         return ranks
 
     @cached_property

@@ -32,7 +32,7 @@ class Candidates:
     @staticmethod
     def of(token_ids: Tensor, host: Vocabulary) -> "Candidates":
         """Sort the candidates of a host."""
-        ranks = torch.from_numpy(host.byte_ranks)[token_ids]
+        ranks = torch.frombuffer(host.byte_ranks, dtype=torch.int64)[token_ids]
         order = ranks.argsort(stable=True)[int((ranks < 0).sum()) :]
         texts = tuple(host.token_bytes[token_id] or b"" for token_id in token_ids[order].tolist())
         return Candidates(token_ids, texts, order)

@@ -13,14 +13,18 @@ from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_expert_line, serves_both
 from trimtab.backends.reading import PairCaches
 from trimtab.backends.token_tree import ModelCache, run_line
-from trimtab.machine import free_memory_bytes
+from trimtab.backends.tree_check import PROBE
+
+FAR = 0.25
+"""Share of the largest state by which a copy's may differ: rounding stays far below."""
 
 FEW_UNREAD = 8
 """Tokens that a copy in bfloat16 reads at most: a processor multiplies many states in it far more
 slowly than in float32, unless it has instructions for that."""
 
-_LEAST_FREE = 4
-"""Times the copy's size that must be free."""
+MOST_COPIED_BYTES = 2**30
+"""Largest copy. No question of what memory is free: drafts decide which random numbers are drawn,
+and a seed's text must not depend on what else runs."""
 
 
 @final
@@ -55,19 +59,20 @@ class ExpertAhead:
 
     @cached_property
     def light(self) -> HFModel | None:
-        """The copy, where one pays: of a LoRA in float32, on a processor, with room for it."""
+        """The copy, where one pays and is right: of a small LoRA in float32 on a processor."""
         model = self._pair.reference
         if model.device.type != "cpu" or model.model.dtype is not torch.float32:
             return None
         copy_bytes = sum(2 * weight.numel() for weight in model.model.parameters())
-        if not serves_both(self._pair) or _LEAST_FREE * copy_bytes > free_memory_bytes():
+        if not serves_both(self._pair) or copy_bytes > MOST_COPIED_BYTES:
             return None
-        return self._pair.expert_copy(torch.bfloat16)
+        light = self._pair.expert_copy(torch.bfloat16)
+        return light if _follows(light, self._pair) else None
 
     def _take(self, tokens: Sequence[int], exact: ModelCache) -> None:
         """Keep what the copy has read of these tokens, and have what is exact in its place."""
         read = _alike(tokens[:-1], exact.tokens)
-        kept = _alike(tokens[:-1], self._cached.tokens)
+        kept = min(_alike(tokens[:-1], self._cached.tokens), self._cached.cache.get_seq_length())
         self._exact_tokens = min(self._exact_tokens, kept)
         if read > self._exact_tokens:
             kept = self._exact_tokens
@@ -81,6 +86,17 @@ class ExpertAhead:
                 keys, values = (side[1:, :, kept:read].bfloat16() for side in layer)
                 self._cached.cache.update(keys, values, number)
         self._exact_tokens = read
+
+
+def _follows(light: HFModel, pair: Pair) -> bool:
+    """Whether a copy computes at all, and about what the expert does, which is tried once."""
+    try:
+        ours = run_line(light, PROBE, ModelCache())
+    except (RuntimeError, ValueError, TypeError):
+        # Families that mix their weights with numbers of another size.
+        return False
+    exact = run_expert_line(pair, PROBE, PairCaches())
+    return float((ours - exact).abs().max()) <= FAR * float(exact.abs().max())
 
 
 def _alike(ours: Sequence[int], theirs: Sequence[int]) -> int:

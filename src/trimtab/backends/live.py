@@ -38,7 +38,8 @@ from trimtab.backends.reading import (
     logits_after,
     logits_of_both,
 )
-from trimtab.backends.token_tree import TokenTree, check_tree
+from trimtab.backends.token_tree import TokenTree
+from trimtab.backends.tree_check import check_tree
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError

@@ -33,7 +33,8 @@ class Pair:
     """A reference and its expert over one vocabulary.
 
     A LoRA expert lives inside the reference's own model, switched off, so that `reference` is
-    the base bit for bit except inside `as_expert`. Calls from several threads are not covered.
+    the base bit for bit except inside `as_expert` and `as_both`. Calls from several threads are
+    not covered.
 
     Attributes:
         serves_both: Whether one pass can serve both models; None until `pair_passes` has tried.
@@ -76,16 +77,19 @@ class Pair:
         return self._expert.unembedding
 
     @contextmanager
-    def as_expert(self) -> Iterator[HFModel]:
+    def as_expert(self, *, briefly: bool = False) -> Iterator[HFModel]:
         """Give the expert as a model, for as long as the context lasts.
 
         For a LoRA this is the reference's own model switched over; both cannot run at once, but
         their key-value caches can live side by side.
+
+        Args:
+            briefly: For a pass or two: nothing is made for it that is kept.
         """
         if self._switch is None:
             yield self._expert
             return
-        with self._switch.on():
+        with self._switch.on(briefly=briefly):
             # What is kept of the reference is not true of its switched model.
             yield replace(self._expert, source=None)
 

@@ -13,16 +13,15 @@ from torch import Tensor
 from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.reading import LiveReading, PairCaches
 from trimtab.backends.token_tree import (
-    PROBE,
     Leaves,
     ModelCache,
     TokenTree,
-    is_near,
     run_all_after,
     run_line,
     run_tree,
     run_trees,
 )
+from trimtab.backends.tree_check import PROBE, is_near
 from trimtab.errors import TrimtabError
 
 Trees = Sequence[tuple[TokenTree, PairCaches]]
@@ -142,7 +141,7 @@ def _agrees(pair: Pair) -> bool:
     tree = TokenTree()
     tree.add(PROBE)
     alone = [run_tree(pair.reference, tree, ModelCache())]
-    with pair.as_expert() as model:
+    with pair.as_expert(briefly=True) as model:
         alone.append(run_tree(model, tree, ModelCache()))
     try:
         [together] = _run_both(pair, [(tree, ModelCache())])

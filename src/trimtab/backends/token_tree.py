@@ -1,6 +1,7 @@
 """Token sequences that share beginnings, run through a model as one tree."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -9,17 +10,10 @@ from transformers import DynamicCache
 
 from trimtab.backends.cache_layers import layers_of
 from trimtab.backends.hf import HFModel
-from trimtab.errors import ModelError
 
 JOINT_TOKENS = 4_096
 """Tokens of several trees, those in caches too, that a pass attends to at most: their keys and
 values are copied for it, and each new token is compared with all of them."""
-
-PROBE = (3, 5, 7, 9, 11)
-_PROBE = (PROBE, (3, 5, 7, 4), (3, 5, 8, 6, 10))
-_PROBE_TOLERANCE = 2.0
-"""Roots of the machine epsilon, times the largest state, by which a tree may differ from plain
-passes: rounding in other shapes stays below, and a position or an ancestor too many is above."""
 
 
 @dataclass
@@ -87,7 +81,8 @@ class ModelCache:
     Attributes:
         tokens: The tokens on which all sequences of the tree began.
         cache: Keys and values of all its nodes, until the next tree is run.
-        states: Final hidden states of `tokens`.
+        states: Final hidden states of `tokens`, of all copies one after the other; none where only
+            lines are run.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -102,6 +97,8 @@ class ModelCache:
             if ours != theirs:
                 break
             shared += 1
+        # None where a pass was broken off.
+        shared = min(shared, self.cache.get_seq_length())
         self.tokens = self.tokens[:shared]
         self.states = self.states[:shared]
         self.cut(shared)
@@ -186,6 +183,7 @@ def run_line(
         if ours != theirs:
             break
         shared += 1
+    shared = min(shared, cached.cache.get_seq_length())
     cached.tokens, cached.states = cached.tokens[:shared], cached.states[:shared]
     cached.cut(shared)
     new, depths = list(tokens[shared:]), list(range(shared, len(tokens)))
@@ -315,7 +313,7 @@ def _joint_cache(caches: Sequence[DynamicCache]) -> DynamicCache:
 
 
 def _forward(model: HFModel, part: Part, copies: int) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), _emptied_if_broken_off(part.cache):
         states = model.model.base_model(
             input_ids=torch.tensor([list(part.tokens)] * copies, device=model.device),
             position_ids=torch.tensor([list(part.depths)] * copies, device=model.device),
@@ -324,6 +322,16 @@ def _forward(model: HFModel, part: Part, copies: int) -> Tensor:
             use_cache=True,
         ).last_hidden_state
     return states.transpose(0, 1).flatten(1)
+
+
+@contextmanager
+def _emptied_if_broken_off(cache: DynamicCache) -> Iterator[None]:
+    """Leave no cache of which some layers hold a token more than others, as after Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        cache.layers.clear()
+        raise
 
 
 def _masks(model: HFModel, visible: Tensor, copies: int) -> Tensor | dict[str, Tensor]:
@@ -350,49 +358,3 @@ def _added(model: HFModel, visible: Tensor, copies: int) -> Tensor:
     dtype = model.model.dtype
     mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
     return mask.to(model.device).expand(copies, 1, -1, -1)
-
-
-def check_tree(model: HFModel) -> None:
-    """Make sure that a model reads texts as one tree, or several, as it reads each of them alone.
-
-    Args:
-        model: A small model, which is to run beside a host.
-
-    Raises:
-        ModelError: It cannot: it keeps a state in place of keys and values, or takes positions or
-            a mask of its own.
-    """
-    alone = [model.hidden(torch.tensor([sequence]))[0] for sequence in _PROBE]
-    tree, cached = TokenTree(), ModelCache()
-    lines = [tree.line(tree.add(sequence)) for sequence in _PROBE]
-    trees = [(TokenTree(), ModelCache()) for _ in _PROBE]
-    try:
-        states = run_tree(model, tree, cached)
-        leaf = run_after(model, tree, [(lines[0][3], _PROBE[0][4])], cached)
-        for end in (3, None):
-            for (other, _), sequence in zip(trees, _PROBE, strict=True):
-                other.add(sequence[:end])
-            together = run_trees(model, trees)
-    except Exception as error:
-        # Families without such a cache or such a mask fail in many ways.
-        raise _reads_no_tree(model) from error
-    pairs = [(states[line], plain) for line, plain in zip(lines, alone, strict=True)]
-    pairs += [(leaf[0], alone[0][4]), *zip(together, alone, strict=True)]
-    if not all(is_near(ours, plain) for ours, plain in pairs):
-        raise _reads_no_tree(model)
-
-
-def is_near(ours: Tensor, plain: Tensor) -> bool:
-    """Whether states differ by rounding alone: a position or an ancestor too many is more."""
-    tolerance = _PROBE_TOLERANCE * torch.finfo(plain.dtype).eps ** 0.5 * float(plain.abs().max())
-    return float((ours - plain).abs().max()) <= tolerance
-
-
-def _reads_no_tree(model: HFModel) -> ModelError:
-    return ModelError(
-        f"{model.ref} ({type(model.model).__name__}) cannot read several texts as one tree, so it"
-        " cannot run beside a host: it has no keys and values that can be cut back, or no masks"
-        " and positions that can be given to it",
-        hint="use --carriers head,memory, or tune a small model of a family such as Llama, Qwen,"
-        " Gemma or GPT-2",
-    )

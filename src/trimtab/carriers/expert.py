@@ -1,7 +1,7 @@
 """The expert as a LoRA over its base: read from a PEFT folder, switched on and off in place."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property, partial
@@ -88,8 +88,8 @@ def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
 
 
 MERGED_BYTES = 2**31
-"""Linear weights of a small model that are kept twice, as they are and with the LoRA added: a
-second path beside each of them takes a fifth more time. Larger models do without the copy."""
+"""Linear weights of a small model that are kept twice where the expert runs alone, as they are and
+with the LoRA added: a second path beside each takes a fifth more time. Larger models do without."""
 
 
 @final
@@ -127,13 +127,18 @@ class LoraSwitch:
             ]
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Make the model the expert; at the end, also after an exception, the base again."""
-        self._set(on=True)
+    def on(self, *, briefly: bool = False) -> Iterator[None]:
+        """Make the model the expert; at the end, also after an exception, the base again.
+
+        Args:
+            briefly: For a pass or two: without the merged weights, which are kept once made.
+        """
+        weights = [] if briefly else self._weights
+        self._set(weights, on=True)
         try:
             yield
         finally:
-            self._set(on=False)
+            self._set(weights, on=False)
 
     @cached_property
     def is_linear(self) -> bool:
@@ -175,17 +180,17 @@ class LoraSwitch:
     @contextmanager
     def on_second(self) -> Iterator[None]:
         """Add the LoRA to the second of a batch's two rows, so that it serves base and expert."""
-        for layer, down, up in self._paths:
-            vars(layer)["forward"] = partial(_beside, layer.get_base_layer(), down, up)
         try:
+            for layer, down, up in self._paths:
+                vars(layer)["forward"] = partial(_beside, layer.get_base_layer(), down, up)
             yield
         finally:
             self._step_aside()
 
-    def _set(self, *, on: bool) -> None:
-        for weight, base, merged in self._weights:
+    def _set(self, weights: Sequence[tuple[nn.Parameter, Tensor, Tensor]], *, on: bool) -> None:
+        for weight, base, merged in weights:
             weight.data = merged if on else base
-        if self._weights:
+        if weights:
             return
         # enable_adapters also walks all weights to set requires_grad, which would cost as much as
         # a small model's step, twice a generated token.

@@ -149,7 +149,9 @@ def _steered(carriers: Sequence[CarrierName]) -> Callable[[Bench], Iterator[Made
         is_seated = tuple(carriers) != ("expert",)
         steps += (fitted, seated) if is_seated else ()
         mounted = bench.mounted(ADAPTER)
-        live = Live(bench.pair("expert"), bench.host) if "expert" in carriers else None
+        live = (
+            Live(bench.pair("expert"), bench.host, draft_tokens=0) if "expert" in carriers else None
+        )
         mixture = mixture_of(bench.host, mounted, carriers, 1.0, live)
         size = _carried(bench, ADAPTER, mounted, carriers)
         note = "; ".join(mounted.warnings) if is_seated else ""

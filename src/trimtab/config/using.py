@@ -10,7 +10,7 @@ from trimtab.config.hosted import HostedOptions, is_hosted
 
 DRAFT_TOKENS = 8
 """Tokens that an expert drafts ahead at most, unless told otherwise; it stops earlier where it is
-unsure. With drafts a token takes two thirds of the plain way's time and less (docs/speed.md)."""
+unsure. With drafts a token takes half of the plain way's time (docs/speed.md)."""
 
 ExportKind = Literal["peft", "gguf", "merged", "onnx"]
 

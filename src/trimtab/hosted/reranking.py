@@ -8,7 +8,8 @@ from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair, PairStates
-from trimtab.backends.token_tree import ModelCache, TokenTree, check_tree, run_tree
+from trimtab.backends.token_tree import ModelCache, TokenTree, run_tree
+from trimtab.backends.tree_check import check_tree
 from trimtab.errors import ModelError
 
 

@@ -256,7 +256,8 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         # Also beside files that are whole: a kill may come between a file's taking its name and
         # the removal of the folder that it was written in.
-        _remove(_abandoned(folder, _TEMPORARY))
+        with storage_errors(folder):
+            _remove(_abandoned(folder, _TEMPORARY))
         yield
     finally:
         if _is_at(descriptor, folder / LOCK_NAME):

@@ -123,8 +123,8 @@ def cut_shards(
 ) -> list[list[Passage]]:
     """Gather passages into shards of at most `shard_tokens` recorded positions.
 
-    Shards are as few as that allows and nearly equal, so that processes that share them end
-    together. A passage is never divided, so a single one may exceed the limit.
+    Shards are about as few as that allows and nearly equal, so that processes that share them
+    end together. A passage is never divided, so a single one may exceed the limit.
 
     Args:
         documents: The split.
