@@ -7,16 +7,14 @@ cache holds; of some repetitions the fastest counts, since other work can only s
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.cost.cpu_flops import processor
+from bench.timed_rows import write_rows
 from trimtab import few_rows
-from trimtab.store.files import package_versions, write_json
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 REPETITIONS = 7
@@ -42,18 +40,11 @@ def main() -> None:
         for name, shapes in SIZES.items()
         for count in ROWS
     ]
-    write_json(
+    write_rows(
         given.out,
-        {
-            "schema": 1,
-            "date": datetime.now(UTC).date().isoformat(),
-            "what": "states times transposed weight, as torch's linear layers ask, and the weight"
-            " times transposed states (trimtab.few_rows), float32",
-            "threads": torch.get_num_threads(),
-            "processor": processor(),
-            "packages": package_versions(),
-            "rows": rows,
-        },
+        "states times transposed weight, as torch's linear layers ask, and the weight"
+        " times transposed states (trimtab.few_rows), float32",
+        rows,
     )
     for row in rows:
         print("{sizes:>22} {rows:>4}  {linear_sec:.4f}  {exchanged_sec:.4f}".format(**row))

@@ -7,17 +7,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
-from bench.cost.cpu_flops import processor
+from bench.timed_rows import write_rows
 from trimtab.backends.pair import Pair, open_pair
 from trimtab.backends.pair_passes import run_pair
 from trimtab.backends.reading import PairCaches
 from trimtab.backends.token_tree import TokenTree
-from trimtab.store.files import package_versions, write_json
 
 CONTEXT_TOKENS, TOKENS = 200, 32
 WAYS = {"a pass of each": False, "one pass": True}
@@ -30,18 +26,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     rows = [row for folder in given.expert for row in _rows(folder)]
-    write_json(
+    write_rows(
         given.out,
-        {
-            "schema": 1,
-            "date": datetime.now(UTC).date().isoformat(),
-            "what": f"seconds for a token of both models after {CONTEXT_TOKENS} tokens and more,"
-            " up to the hidden states",
-            "threads": torch.get_num_threads(),
-            "processor": processor(),
-            "packages": package_versions(),
-            "rows": rows,
-        },
+        f"seconds for a token of both models after {CONTEXT_TOKENS} tokens and more,"
+        " up to the hidden states",
+        rows,
     )
     for row in rows:
         print("{model}  {way}: {median_sec:.4f} ({low_sec:.4f} - {high_sec:.4f})".format(**row))

@@ -9,7 +9,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from bench.cost.cpu_flops import processor
+from bench.timed_rows import write_rows
 from trimtab.backends.open import open_model
-from trimtab.store.files import package_versions, write_json
 
 CONTEXT_TOKENS, TOKENS, ROOM = 200, 24, 512
 
@@ -35,19 +33,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     rows = [row for ref in given.model for row in _rows(ref)]
-    write_json(
+    write_rows(
         given.out,
-        {
-            "schema": 1,
-            "date": datetime.now(UTC).date().isoformat(),
-            "what": f"seconds for a token after {CONTEXT_TOKENS} and more, up to the hidden states;"
-            " what making the way took, its first token included; the largest difference of a"
-            " state from float32's, over the largest state",
-            "threads": torch.get_num_threads(),
-            "processor": processor(),
-            "packages": package_versions(),
-            "rows": rows,
-        },
+        f"seconds for a token after {CONTEXT_TOKENS} and more, up to the hidden states;"
+        " what making the way took, its first token included; the largest difference of a"
+        " state from float32's, over the largest state",
+        rows,
     )
     for row in rows:
         print("{model}  {way}: {median_sec:.4f}, made in {made_sec:.1f}".format(**row))

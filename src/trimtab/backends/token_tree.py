@@ -1,7 +1,7 @@
 """Token sequences that share beginnings, run through a model as one tree."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -327,11 +327,10 @@ def _forward(model: HFModel, part: Part, copies: int) -> Tensor:
 @contextmanager
 def _emptied_if_broken_off(cache: DynamicCache) -> Iterator[None]:
     """Leave no cache of which some layers hold a token more than others, as after Ctrl-C."""
-    try:
+    with ExitStack() as if_broken_off:
+        if_broken_off.callback(cache.layers.clear)
         yield
-    except BaseException:
-        cache.layers.clear()
-        raise
+        if_broken_off.pop_all()
 
 
 def _masks(model: HFModel, visible: Tensor, copies: int) -> Tensor | dict[str, Tensor]:
