@@ -76,7 +76,8 @@ def main() -> None:
 def scored(host: HFModel, mixture: Mixture, document: Document, written: int) -> list[Tensor]:
     """Nats a written token by each count and of the host, shape [counts + 1]; none if too short."""
     ids = [*host.context_ids(), *host.encode(document.text)]
-    first = max(COUNTS) + len(host.context_ids())
+    # The first token of text has no position among those asked about.
+    first = 1 + max(COUNTS) + len(host.context_ids())
     if len(ids) < first + written:
         return []
     ids = torch.tensor(ids[: first + written])

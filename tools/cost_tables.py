@@ -14,7 +14,7 @@ from trimtab.costing.steps import Question, Work
 from trimtab.costing.table import number, shown
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "bench" / "results" / "demo.json"
+DEMO = ROOT / "bench" / "results" / "2026-11-26-demo-two-rows.json"
 DEMO_TOKENS = ROOT / "bench" / "results" / "2026-11-26-demo-tokens.json"
 CPU = ROOT / "bench" / "results" / "2026-11-25-cpu-flops.json"
 CPU_STEPS = ROOT / "bench" / "results" / "2026-11-25-cpu-steps.json"

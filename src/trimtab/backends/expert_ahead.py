@@ -32,7 +32,8 @@ class ExpertAhead:
     """The expert one token after another, on a processor from a copy in bfloat16.
 
     A token takes as long as reading the weights, and a draft decides nothing but the speed. What
-    came before a draft the copy takes from what expert and reference have read as they are.
+    came before a draft the copy takes from what expert and reference have read as they are. Where
+    these compute in bfloat16 themselves, the copy saves them the path beside each weight.
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -59,9 +60,9 @@ class ExpertAhead:
 
     @cached_property
     def light(self) -> HFModel | None:
-        """The copy, where one pays and is right: of a small LoRA in float32 on a processor."""
+        """The copy, where one pays and is right: of a small LoRA on a processor."""
         model = self._pair.reference
-        if model.device.type != "cpu" or model.model.dtype is not torch.float32:
+        if model.device.type != "cpu":
             return None
         copy_bytes = sum(2 * weight.numel() for weight in model.model.parameters())
         if not serves_both(self._pair) or copy_bytes > MOST_COPIED_BYTES:

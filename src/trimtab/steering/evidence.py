@@ -15,7 +15,7 @@ from trimtab.steering.predictors import Predicted, Rows, Steering, predicted
 from trimtab.steering.rows import prior_of
 from trimtab.unembedding import Unembeds
 
-EVIDENCE_TOKENS = 256
+EVIDENCE_TOKENS = 64
 """Last tokens of a prompt that count as evidence: each needs a row of logits, and by then the
 evidence has long decided where predictors differ."""
 
