@@ -100,15 +100,19 @@ class SteeringProcessor(LogitsProcessor):
         asked = Rows(scores.float(), states[:, -1], contexts, questions)
         return self._mixture.logprobs(asked, self._weights)
 
-    def block(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def block(self, input_ids: Tensor, scores: Tensor) -> Iterator[Tensor]:
         """Steer the scores, shape [places, vocab], of the last places of one row [1, seq].
 
         The last of the places is the one after input_ids. Each gets what a call of its own would
         have given it, except for the rounding of matrix products.
+
+        Yields:
+            The scores of one place after another, [1, vocab], each computed when it is asked for:
+            those after a draft that is refused never are.
         """
         weights = self._weights
         if weights is None:
-            return self(input_ids, scores)
+            return iter((self(input_ids, scores),))
         states = self._trace.take()[0, -len(scores) :]
         row = input_ids[0].cpu()
         text = self._spelled(row.tolist())
@@ -117,15 +121,17 @@ class SteeringProcessor(LogitsProcessor):
         questions = self._ask_block(each, [last_text(row, text, end) for end in ends])
         message = self._chats[0].message if self._chats else range(0)
         said = text_before(text[message.start : message.stop])
-        steered = []
+        asked = (
+            Rows(one.float(), state, (said + place.context,), question)
+            for one, state, place, question in zip(
+                scores.split(1), states.split(1), each, questions, strict=True
+            )
+        )
         # One by one: rows that are asked together share their candidates.
-        for one, state, place, question in zip(
-            scores.split(1), states.split(1), each, questions, strict=True
-        ):
-            asked = Rows(one.float(), state, (said + place.context,), question)
-            forced = self._is_forced(one)
-            steered.append(one if forced else self._mixture.logprobs(asked, weights))
-        return torch.cat(steered)
+        return (
+            one if self._is_forced(one) else self._mixture.logprobs(rows, weights)
+            for one, rows in zip(scores.split(1), asked, strict=True)
+        )
 
     def written(self, input_ids: Tensor) -> Written:
         """What the expert is to go on from, of one row [1, seq] of a generation that has begun."""

@@ -1,6 +1,6 @@
 """Speculative steering: the expert drafts, the host verifies, the steered distribution decides."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -112,14 +112,15 @@ class _Run:
         self._steer = processor
         self._after = LogitsProcessorList(processors[place + 1 :])
         self._config = config
-        self._steered, self._logits = torch.empty(0), torch.empty(0)
+        self._steered: Iterator[Tensor] = iter(())
+        self._logits = torch.empty(0)
         # Any: transformers' own types ask for LongTensor, which no operation returns.
         self.ids: Any = input_ids
         self.scores: Any = ()
         self.logits: Any = ()
 
     def verify(self, logits: Tensor, draft: Draft) -> None:
-        """Steer what the host says at each place of a draft and after it, shape [places, vocab]."""
+        """Take what the host says at each place of a draft and after it, shape [places, vocab]."""
         ids: Any = torch.cat([self.ids, _row(draft.token_ids, self.ids)], 1)
         self._logits = logits.to(dtype=torch.float32, device=ids.device)
         first = self.ids.shape[1]
@@ -130,8 +131,11 @@ class _Run:
         self._steered = self._steer.block(ids, torch.cat(raw))
 
     def choose(self, draft: Draft, place: int) -> bool:
-        """Write the token of one place; whether it is the drafted one, so that the next counts."""
-        scores = self._after(self.ids, self._steered[place : place + 1])
+        """Write the token of one place; whether it is the drafted one, so that the next counts.
+
+        Places are asked for one after another, from the first.
+        """
+        scores = self._after(self.ids, next(self._steered))
         if self._config.return_dict_in_generate:
             self.scores += (scores,) if self._config.output_scores else ()
             self.logits += (self._logits[place : place + 1],) if self._config.output_logits else ()
