@@ -26,7 +26,7 @@ from trimtab.backends.pair_passes import serves_both
 from trimtab.carriers.expert import attach_lora
 from trimtab.steering.drafting import Drafter
 from trimtab.steering.evidence import Mixture
-from trimtab.steering.predictors import Steering
+from trimtab.steering.predictors import Rows, Steering
 from trimtab.steering.processor import steered_by
 
 HOST = "tiny:qwen3?vocab=bpe&hidden=32"
@@ -190,6 +190,22 @@ def test_a_draft_that_stands_saves_passes(monkeypatch: pytest.MonkeyPatch) -> No
     # A prompt gives one token, and each pass four drafts and the token after them.
     assert read == [ids_of(host).shape[1], 5, 5, 5, 5]
     assert_same(written(host, pair, 0, **options), ours, read[0])
+
+
+def test_places_after_a_refused_draft_are_not_steered(
+    host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.steering.drafting.UNLIKELY", 0.0)
+    steered, plain = list[Rows](), Mixture.logprobs
+    monkeypatch.setattr(
+        Mixture,
+        "logprobs",
+        lambda self, rows, trust: steered.append(rows) or plain(self, rows, trust),
+    )
+    with passes(host.model) as read:
+        ours = written(host, sure_pair(SMALL), 5)
+    tokens = ours.sequences.shape[1] - ids_of(host).shape[1]
+    assert len(steered) == tokens < 1 + sum(read[1:])
 
 
 def windowed() -> HFModel:
