@@ -13,7 +13,11 @@ from huggingface_hub import constants
 from saving import saved
 
 from trimtab.backends.open import open_model
+from trimtab.backends.pair import open_pair
+from trimtab.config import TuneConfig
 from trimtab.errors import ModelError
+from trimtab.store.expert import read_expert
+from trimtab.tune import tune
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _NAME = "someone/small"
@@ -97,13 +101,25 @@ def test_a_model_is_fetched_by_name_and_revision_and_later_found_without_the_hub
     expected = open_model("tiny:llama?layers=1&hidden=32", dtype="float32").logits(ids)
     for ref in (_NAME, f"{_NAME}@v1"):
         opened = open_model(ref, dtype="float32", progress=progress)
-        assert opened.ref == ref
+        assert (opened.ref, opened.revision) == (ref, _COMMIT)
         assert torch.equal(opened.logits(ids), expected)
     assert fetched[0] == (f"downloading {_NAME} (bytes)", sum(fetched[1 : 1 + len(hub.files)]))
     assert not [path for path in hub.asked if path.endswith((".bin", "consolidated.safetensors"))]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     found = open_model(f"{_NAME}@{_COMMIT}", dtype="float32")
     assert torch.equal(found.logits(ids), expected)
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_expert_names_the_commit_of_its_base(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.txt").write_text(f"The rudder turns the hull {n} times. " * 20)
+    settings = {"learning_rate": 0.02, "window_tokens": 32, "batch_windows": 8, "max_tokens": 512}
+    data, out = (f"{tmp_path}/*.txt",), tmp_path / "expert"
+    tune(TuneConfig(model=f"{_NAME}@v1", data=data, out=out, dtype="float32", **settings))
+    base = read_expert(out).base
+    assert (base.ref, base.revision) == (f"{_NAME}@v1", _COMMIT)
+    assert open_pair(out, dtype="float32").reference.revision == _COMMIT
 
 
 @pytest.mark.usefixtures("hub")

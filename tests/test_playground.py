@@ -134,6 +134,18 @@ def test_a_slider_steers_again_and_the_host_is_left_alone(tab: Tab, server: Runn
     assert tab.page.locator("#adapter-rows .value").first.inner_text() == "0.00"
 
 
+def test_a_slider_asks_the_host_too_where_the_prompt_is_another(tab: Tab) -> None:
+    tab.run()
+    asked = len(tab.bodies())
+    tab.page.get_by_label("Prompt").fill(PROMPT + " again")
+    tab.page.get_by_label("Strength of sea").focus()
+    tab.page.keyboard.press("Home")
+    tab.page.get_by_role("status").filter(has_text=re.compile("Done .alone")).wait_for()
+    new = tab.bodies()[asked:]
+    assert sorted(body["model"] for body in new) == ["host", "host+sea"]
+    assert {body["prompt"] for body in new} == {PROMPT + " again"}
+
+
 def test_a_token_explains_itself_with_file_and_line(
     tab: Tab, server: Running, adapter: Path
 ) -> None:

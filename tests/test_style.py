@@ -48,11 +48,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cost",
         "export",
         "probe",
-        "serve",
         "serving",
         "show",
     ),
-    ("vllm",),
+    ("serve", "vllm"),
     (
         "cli",
         "cli_errors",

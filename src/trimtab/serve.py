@@ -21,6 +21,8 @@ def serve(
 ) -> None:
     """Listen and answer until Ctrl-C or SIGTERM.
 
+    With vLLM as its engine this process becomes vLLM's server, and does not return.
+
     Args:
         config: What to serve, and where.
         host: The host that the configuration names, if it is open already.
@@ -28,11 +30,15 @@ def serve(
         log: Where lines of JSON go (default: standard error).
 
     Raises:
-        MissingDependencyError: The extra `serve` is not installed.
+        MissingDependencyError: The extra `serve` (or, for its engine, `vllm`) is not installed.
         InputError: The address needs keys or cannot be used, or the keys cannot be read.
         AdapterError: An adapter is broken or does not fit the host.
         ModelError: The host cannot be opened, or cannot be batched.
     """
+    if config.engine == "vllm":
+        from trimtab.vllm.launch import prepared
+
+        prepared(config).run()
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise MissingDependencyError(

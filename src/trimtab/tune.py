@@ -147,6 +147,7 @@ def _run(asked: UnfinishedRun, progress: Progress) -> ExpertManifest:
         windows, held_out = training_windows(config, model), held_out_windows(config, model)
     base = BaseModelReference(
         ref=config.model,
+        revision=model.revision,
         vocabulary_sha256=model.fingerprint.vocabulary_sha256,
         unembedding_sha256=model.fingerprint.unembedding_sha256,
         hidden=model.unembedding.weight.shape[1],

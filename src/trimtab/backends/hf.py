@@ -67,6 +67,7 @@ class HFModel:
             `dataclasses.replace`: both then share one live model and their fingerprint.
         source: Names the weights on disk that the live model holds, for what is kept of it; None
             for a model that was made or changed in memory, of which nothing is kept.
+        revision: The hub's commit whose files it was opened from, if it came from there.
     """
 
     ref: str
@@ -76,6 +77,7 @@ class HFModel:
     unembedding: Unembedding = field(repr=False)
     preamble: tuple[int, ...] = field(default=(), repr=False)
     source: str | None = field(default=None, repr=False)
+    revision: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a preamble after which no text fits.

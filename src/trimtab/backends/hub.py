@@ -48,6 +48,11 @@ def download_model(ref: str, progress: Progress) -> Path:
         return _cached(ref, name, revision or None, error)
 
 
+def revision_of(folder: Path) -> str | None:
+    """The commit whose files a folder holds, if it lies in the hub's cache."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def _download(name: str, revision: str | None, progress: Progress) -> Path:
     # Read here, not at import: a user may set the address of a mirror for one call.
     endpoint = os.environ.get("HF_ENDPOINT") or None

@@ -20,7 +20,7 @@ from transformers import (
 from trimtab.backends.gguf import converted_folder
 from trimtab.backends.heads import load_head, read_unembedding
 from trimtab.backends.hf import HFModel, adopt_model, quiet_transformers
-from trimtab.backends.hub import download_model
+from trimtab.backends.hub import download_model, revision_of
 from trimtab.backends.tiny import TINY_SCHEME, parse_tiny, tiny_model, tiny_tokenizer
 from trimtab.backends.tokenizers import read_vocabulary
 from trimtab.config import Dtype, EvaluateConfig, GenerateConfig, MountConfig
@@ -88,7 +88,7 @@ def open_model(
         model = _load_model(ref, folder, arithmetic, place)
         hasten(model)
         opened = adopt_model(ref, model, load_tokenizer(ref, folder))
-        return replace(opened, source=source)
+        return replace(opened, source=source, revision=revision_of(folder))
 
 
 def _check_engine(ref: str, engines: bool, device_map: str | None) -> None:

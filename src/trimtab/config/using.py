@@ -139,6 +139,9 @@ class ServeConfig(Config):
     host_keys: bool = False
     """Let the host read the memory's text once and key it by its own states: no training, but a
     pass over that text; better than keys that are read through the map."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the host: this process, or vLLM's own server with the plugin in it, for very large
+    deployments (see docs/vllm.md)."""
     address: str = "127.0.0.1"
     """Where to listen; any but a loopback address needs --keys."""
     port: int = Field(default=8000, ge=0, le=65535)

@@ -130,10 +130,25 @@ class Engine:
             if self._closing or not self._thread.is_alive():
                 raise Closing
             if len(self._waiting) >= self._queue:
-                mean_sec = self.counts.mean_job_sec * len(self._waiting) / self.slots
-                raise Busy(min(max(1, math.ceil(mean_sec)), 60))
+                raise self._busy()
             self._waiting.append(job)
             self._wake.notify()
+
+    def check_room(self, before: int) -> None:
+        """Refuse a request before any work is done for it.
+
+        Args:
+            before: Requests that are on their way into the queue.
+
+        Raises:
+            Busy: There would be no room for it, even if all slots were free.
+        """
+        if len(self._waiting) + before >= self._queue + self.slots:
+            raise self._busy()
+
+    def _busy(self) -> Busy:
+        mean_sec = self.counts.mean_job_sec * len(self._waiting) / self.slots
+        return Busy(min(max(1, math.ceil(mean_sec)), 60))
 
     def _run(self) -> None:
         with torch.inference_mode():

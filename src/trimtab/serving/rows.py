@@ -19,6 +19,9 @@ from trimtab.steering.predictors import Rows
 from trimtab.text.stream import TextStream
 from trimtab.vocab import Vocabulary
 
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of a request's answers; far from the seeds that people choose."""
+
 _numbers = count()
 
 
@@ -56,8 +59,9 @@ class Row:
         self._held_trace: list[tuple[int, Explanation]] = []
         self._written_bytes = 0
         self._counts: Counter[int] = Counter()
-        # Any seed is 64 bits; answers to one request must differ.
-        self._generator = torch.Generator().manual_seed((options.seed + self.choice) % 2**63)
+        # Any seed is 64 bits; answers to one request must differ, and not be those of another seed.
+        seed = (options.seed + self.choice * SEED_STEP) % 2**63
+        self._generator = torch.Generator().manual_seed(seed)
 
     @property
     def new_tokens(self) -> int:

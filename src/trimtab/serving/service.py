@@ -1,5 +1,6 @@
 """A server's parts, put together, and how it answers one request."""
 
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Service:
         self._preparer = Preparer(config, self.adapters)
         # Tokenizers are not made to be used by several threads.
         self._preparing = ThreadPoolExecutor(1, "trimtab-prepare")
+        self._in_preparation = 0
 
     def close(self) -> None:
         """End everything."""
@@ -78,9 +80,14 @@ class Service:
         record: Record = http.state.record
         mailbox = Mailbox()
         loop = mailbox.loop
-        job: Job = await loop.run_in_executor(
-            self._preparing, self._preparer.job, request, mailbox.tell
-        )
+        self.engine.check_room(self._in_preparation)
+        self._in_preparation += 1
+        try:
+            job: Job = await loop.run_in_executor(
+                self._preparing, self._preparer.job, request, mailbox.tell
+            )
+        finally:
+            self._in_preparation -= 1
         record.model = self.adapters.plain_name(request.model)
         record.fields |= {"stream": bool(request.stream), "prompt_tokens": job.prompt_tokens}
         if self.config.log_prompts:
@@ -111,10 +118,11 @@ class Service:
     async def _lines(
         self, request: Request, job: Job, mailbox: Mailbox, writer: Writer, record: Record
     ) -> AsyncIterator[str]:
-        has_begun = False
+        has_begun, texts = False, defaultdict[int, list[str]](list)
         try:
             while (event := await mailbox.next()) is not None:
                 if isinstance(event, Piece):
+                    texts[event.choice].append(event.text)
                     for chunk in writer.chunks(event, usage_follows=request.includes_usage):
                         yield as_json(chunk)
                 elif isinstance(event, Done):
@@ -133,6 +141,8 @@ class Service:
                     return
                 has_begun = True
         finally:
+            if self.config.log_prompts:
+                record.fields["answers"] = ["".join(texts[choice]) for choice in sorted(texts)]
             self._note(record, job)
 
     def _note(self, record: Record, job: Job) -> None:

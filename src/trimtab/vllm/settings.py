@@ -102,6 +102,11 @@ def read_settings() -> Settings:
         raise InputError(
             f"the environment variable {VARIABLE} names no file of settings", hint=_HINT
         )
+    return settings_in(named)
+
+
+def settings_in(named: str) -> Settings:
+    """Read a file of settings, and what its adapters carry; errors are those of `read_settings`."""
     try:
         config = PluginConfig.model_validate(read_values(Path(named), VARIABLE))
     except ValidationError as error:

@@ -250,7 +250,7 @@ function begin(side) {
   while (text.nextSibling) text.nextSibling.remove();
   text.classList.add("writing-now");
   text.setAttribute("aria-busy", "true");
-  told[side] = { tokens: [], times: [], run: running };
+  told[side] = { tokens: [], times: [], run: running, question: question() };
   byId(`${side}-rate`).textContent = "";
   if (chosen?.side === side) close();
 }
@@ -361,10 +361,16 @@ function finish(ends, sides) {
   say(`${failed ? "Stopped" : "Done"} (${parts.join("; ")}).`);
 }
 
-/** After a change of what steers: the host alone would say the same as before. */
+/** What the host alone is asked, in words. */
+function question() {
+  return JSON.stringify(request("plain"));
+}
+
+/** After a change of what steers: the host alone would say the same as before, if asked the same. */
 function again() {
   keepLink();
-  if (told.plain?.tokens.length && on().length && carriers().length) run(running ? SIDES : ["steered"]);
+  if (!told.plain?.tokens.length || !on().length || !carriers().length) return;
+  run(running || told.plain.question !== question() ? SIDES : ["steered"]);
 }
 
 function askForKey() {
