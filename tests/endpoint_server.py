@@ -3,11 +3,13 @@
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -43,6 +45,8 @@ class Endpoint:
         prefill: A chat goes on from the beginning of an answer.
         several: `n` is understood.
         readable: It writes whole characters only, as a trained model nearly always does.
+        lenient: Asked for more log-probabilities than it shows, it says nothing and shows fewer.
+        behind: Address of a server that answers in the model's place, and shows no more than this.
         key: What it asks for; none lets everybody in.
         faults: What goes wrong, one a POST, in order; None for nothing.
         served: Tokens of each answer that was sent whole.
@@ -59,6 +63,8 @@ class Endpoint:
     prefill: bool = True
     several: bool = True
     readable: bool = False
+    lenient: bool = False
+    behind: str = ""
     key: str = ""
     faults: list[str | None] = field(default_factory=list)
     served: list[Usage] = field(default_factory=list)
@@ -121,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
                 headers = {"retry-after": "7"} if fault == "429" else {}
                 self._send(int(fault), {"error": {"message": "later"}}, headers)
                 return
+            if fault == "no-model":
+                body["model"] = f"not-{body['model']}"
             self.shown.asked_again.clear()
             try:
                 answer = self._answer(body)
@@ -167,6 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         if shown.key and given.removeprefix("Bearer ") != shown.key:
             # As some services do, it repeats what it was sent.
             raise _Refused(401, f"incorrect key: {given}")
+        if shown.behind:
+            return _forwarded(shown, self.path, body)
         if body["model"] != shown.name:
             raise _Refused(404, f"the model {body['model']} does not exist")
         if body.get("n", 1) > 1 and not shown.several:
@@ -178,6 +188,22 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/messages" and shown.chat:
             return _messages(shown, body)
         raise _Refused(404, f"no such path: {self.path}")
+
+
+def _forwarded(shown: Endpoint, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    chat = "messages" in body
+    kept = {k: value for k, value in body.items() if k not in ("logprobs", "top_logprobs")}
+    if top := _top(shown, body.get("top_logprobs" if chat else "logprobs")):
+        kept |= {"logprobs": True, "top_logprobs": top} if chat else {"logprobs": top}
+    # What is drawn is the same whenever the same is asked for.
+    sent = json.dumps({"seed": 1, **kept})
+    with closing(HTTPConnection(urlsplit(shown.behind).netloc, timeout=PATIENCE_SEC)) as server:
+        server.request("POST", path, sent, {"content-type": "application/json"})
+        answer = server.getresponse()
+        raw = json.loads(answer.read())
+    if answer.status != 200:
+        raise _Refused(answer.status, raw["error"]["message"])
+    return raw
 
 
 def _completions(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,6 +289,8 @@ def _messages(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
 def _top(shown: Endpoint, asked: int | None) -> int:
     if not asked:
         return 0
+    if shown.lenient and shown.top is not None:
+        return min(asked, shown.top)
     if shown.top == 0:
         raise _Refused(400, "logprobs are not supported")
     if shown.top is not None and asked > shown.top:

@@ -238,6 +238,16 @@ def test_both_forms_of_logprobs_are_one() -> None:
         assert one.ended
 
 
+@pytest.mark.parametrize(("chosen", "shown"), [("c", ["a", "b"]), ("a", ["a", "b", "c"])])
+def test_a_chosen_token_beside_the_top_is_no_part_of_it(chosen: str, shown: list[str]) -> None:
+    top = {"a": -0.5, "b": -1.0, "c": -3.0}
+    logprobs = {"tokens": [chosen], "token_logprobs": [top[chosen]], "top_logprobs": [top]}
+    raw = {"choices": [{"text": chosen, "logprobs": logprobs}]}
+    for asked, names in ((2, shown), (3, [*top]), (None, [*top])):
+        (place,) = read_answers(raw, logprobs=True, top=asked).choices[0].places
+        assert (place.chosen.name, [token.name for token in place.top]) == (chosen, names)
+
+
 @pytest.mark.parametrize(
     "choice", [{}, {"text": "a"}, {"text": "a", "logprobs": {"tokens": ["a"]}}]
 )

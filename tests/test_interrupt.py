@@ -67,6 +67,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
         "tune", str(text), "--model", SMALL, "--window-tokens", "32", "--batch-windows", "1",
         "--dtype", "float32", "--checkpoint-every-sec", "0",
     )  # fmt: skip
+    fit_words = (
+        "fit", str(recording), "--rank", "4", "--key-size", "16", "--checkpoint-every-sec", "0",
+    )  # fmt: skip
     return {
         "tune": Stage(tune_words, "expert.json", saved, contents(expert, "expert.json")),
         "tune eaft": Stage(
@@ -83,11 +86,13 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
             contents(recording, "recording.json"),
         ),
         "fit": Stage(
-            ("fit", str(recording), "--rank", "4", "--key-size", "16",
-             "--checkpoint-every-sec", "0"),
+            fit_words,
             "manifest.json",
             lambda out: (out / UNFINISHED_NAME).exists(),
             contents(adapter, "manifest.json"),
+        ),
+        "fit memory": Stage(
+            fit_words, "manifest.json", head_is_done, contents(adapter, "manifest.json")
         ),
     }  # fmt: skip
 
@@ -95,6 +100,11 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
 def saved(out: Path) -> bool:
     """Whether tune has written a checkpoint."""
     return (out / "checkpoint" / "state.safetensors").exists()
+
+
+def head_is_done(out: Path) -> bool:
+    """Whether fit has gone on to the memory: where it writes the adapter lies a whole head."""
+    return any(out.parent.glob(f".{out.name}.tmp-*/head.safetensors"))
 
 
 def contents(folder: Path, marker: str) -> dict[str, bytes]:
@@ -136,7 +146,7 @@ def interrupted(stage: Stage, out: Path, stop: signal.Signals) -> tuple[int | No
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("name", ["tune", "tune eaft", "record", "fit"])
+@pytest.mark.parametrize("name", ["tune", "tune eaft", "record", "fit", "fit memory"])
 def test_the_same_command_again_finishes(
     name: str, stop: signal.Signals, stages: dict[str, Stage], tmp_path: Path
 ) -> None:
@@ -147,7 +157,11 @@ def test_the_same_command_again_finishes(
     if stop == signal.SIGINT:
         assert shown.endswith(STOPPED)
     assert not (out / stage.marker).exists()
-    if name == "fit":
+    if name == "fit memory" and stop == signal.SIGKILL:
+        [written] = tmp_path.glob(".out.tmp-*")
+        assert (written / "head.safetensors").read_bytes() == stage.whole["head.safetensors"]
+        assert not (written / "memory" / "memory.safetensors").exists()
+    if name.startswith("fit"):
         # No half adapter: what is there is to be continued, or was being written when it ended.
         left = {path.name for path in out.glob("*") if f"{UNFINISHED_NAME}.tmp-" not in path.name}
         assert left <= {".lock", UNFINISHED_NAME}

@@ -25,7 +25,7 @@ from trimtab.store.files import sha256_file
 from trimtab.store.manifest import read_manifest
 from trimtab.tune import tune
 
-ROWS = ("host", "head", "memory", "head-shuffled", "memory-shuffled")
+ROWS = ("host", "state", "head", "memory", "head-shuffled", "memory-shuffled")
 SEED = 0
 WORDS = "billing ledger mail search login media quota audit export report stock order".split()
 KINDS = "api worker cron proxy".split()
@@ -144,6 +144,13 @@ def test_a_carrier_beats_the_bare_host_and_a_shuffled_map(
 ) -> None:
     found, other = job.bits_per_byte[carrier], job.bits_per_byte[control.format(carrier=carrier)]
     assert found.mean + 4 * max(found.stderr, other.stderr) < other.mean
+
+
+def test_states_find_what_a_shuffled_map_does_not(job: Job) -> None:
+    """The shuffled memory is searched by state alone, so that only the map differs."""
+    state, shuffled = (job.bits_per_byte[row] for row in ("state", "memory-shuffled"))
+    assert state.mean + 4 * max(state.stderr, shuffled.stderr) < shuffled.mean
+    assert state.mean < job.bits_per_byte["host"].mean
 
 
 def test_the_report_says_what_was_measured(job: Job) -> None:

@@ -308,11 +308,18 @@ def test_the_shipped_probe_text_is_recorded_by_default(expert: Path, tmp_path: P
     assert {document.name for document in recording.documents("general")} == names
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("encoding", "processes"),
+    [("exact", 1), ("exact", 2), ("sparse", 1), ("sampled", 1), ("sampled", 2)],
+)
 def test_killed_and_resumed_gives_the_same_bytes(
-    exact: Recording, expert: Path, texts: Path, tmp_path: Path, processes: int
+    encoding: str, processes: int, exact: Recording, expert: Path, texts: Path, tmp_path: Path
 ) -> None:
-    config = recorded(expert, texts, tmp_path / "recording", processes=processes)
+    whole = exact
+    if encoding != "exact":
+        whole = opened(expert, texts, tmp_path / "whole", encoding=encoding)
+    out = tmp_path / "recording"
+    config = recorded(expert, texts, out, encoding=encoding, processes=processes)
     code = """
 import contextlib, sys, time
 from trimtab.config import RecordConfig
@@ -346,7 +353,8 @@ record(RecordConfig.model_validate_json(sys.argv[1]), progress=slow)
     first = {path: path.stat().st_mtime_ns for path in config.out.glob("*.safetensors")}
     record(config.model_copy(update={"processes": 3 - processes}))
     assert {path: path.stat().st_mtime_ns for path in first} == first
-    assert contents(config.out) == contents(exact.folder)
+    assert contents(config.out) == contents(whole.folder)
+    assert Recording.open(config.out).manifest.encoding.kind == encoding
 
 
 @given(

@@ -1,7 +1,7 @@
 """What an API answers, whatever dialect it speaks. Pure."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,18 +102,20 @@ def is_end(name: str) -> bool:
     return _END.fullmatch(name) is not None
 
 
-def read_answers(raw: Mapping[str, Any], *, logprobs: bool) -> Answers:
+def read_answers(raw: Mapping[str, Any], *, logprobs: bool, top: int | None = None) -> Answers:
     """Read what /completions or /chat/completions answered.
 
     Args:
         raw: The JSON.
         logprobs: They were asked for, and must be there.
+        top: Tokens that were asked for at each place. Completions show the chosen one as well,
+            where it is not among these, and then it is no part of the top (default: unknown).
 
     Raises:
         BrokenAnswer: Parts are missing or are of another kind.
     """
     try:
-        choices = tuple(_choice(one, logprobs=logprobs) for one in raw["choices"])
+        choices = tuple(_choice(one, top, logprobs=logprobs) for one in raw["choices"])
         usage = _usage(raw.get("usage"), "prompt_tokens", "completion_tokens")
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise BrokenAnswer(f"the answer lacks {error}") from error
@@ -137,22 +139,22 @@ def read_messages(raw: Mapping[str, Any]) -> Answers:
         raise BrokenAnswer(f"the answer lacks {error}") from error
 
 
-def _choice(raw: Mapping[str, Any], *, logprobs: bool) -> Answer:
+def _choice(raw: Mapping[str, Any], top: int | None, *, logprobs: bool) -> Answer:
     text = raw["message"]["content"] if "message" in raw else raw["text"]
     # A chat that ends at once has no content.
     text = text or ""
-    places = _places(raw.get("logprobs")) if logprobs else ()
+    places = _places(raw.get("logprobs"), top) if logprobs else ()
     if logprobs and text and not places:
         raise BrokenAnswer("the answer lacks its logprobs")
     return Answer(text, places, raw.get("finish_reason") not in ("length", None))
 
 
-def _places(raw: Mapping[str, Any] | None) -> tuple[Place, ...]:
+def _places(raw: Mapping[str, Any] | None, most: int | None) -> tuple[Place, ...]:
     if not raw:
         return ()
     if raw.get("content") is not None:
         return tuple(
-            _place(_token(one), map(_token, one["top_logprobs"])) for one in raw["content"]
+            _place(_token(one), [*map(_token, one["top_logprobs"])], most) for one in raw["content"]
         )
     columns = zip(raw["tokens"], raw["token_logprobs"], raw["top_logprobs"], strict=True)
     return tuple(
@@ -160,13 +162,17 @@ def _places(raw: Mapping[str, Any] | None) -> tuple[Place, ...]:
         _place(
             _named(name, 0.0 if logprob is None else logprob),
             [_named(*pair) for pair in (top or {}).items()],
+            most,
         )
         for name, logprob, top in columns
     )
 
 
-def _place(chosen: Token, top: Iterable[Token]) -> Place:
-    return Place(chosen, tuple(token for token in top if token.is_readable))
+def _place(chosen: Token, shown: Sequence[Token], most: int | None) -> Place:
+    if most is not None and len(shown) > most:
+        least = min(shown, key=lambda token: token.logprob)
+        shown = [token for token in shown if token is not least or token.name != chosen.name]
+    return Place(chosen, tuple(token for token in shown if token.is_readable))
 
 
 def _token(raw: Mapping[str, Any]) -> Token:

@@ -47,7 +47,7 @@ class HostedModel:
         return self.client.ask(
             path,
             body,
-            lambda raw: read_answers(raw, logprobs=bool(wanted.top)),
+            lambda raw: read_answers(raw, logprobs=bool(wanted.top), top=wanted.top),
             ordinal=ordinal,
         )
 
