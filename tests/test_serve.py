@@ -79,6 +79,17 @@ def test_a_completion_is_what_generate_says(
     assert found.usage.total_tokens == found.usage.prompt_tokens + alone.tokens[0]
 
 
+def test_requests_in_preparation_are_bounded(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.serving.service.MOST_IN_PREPARATION", 0)
+    with pytest.raises(openai.RateLimitError) as refused:
+        client.completions.create(model="host", prompt=PROMPT, **GREEDY)
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    monkeypatch.undo()
+    assert client.completions.create(model="host", prompt=PROMPT, **GREEDY).choices[0].text
+
+
 def test_prompts_of_every_kind(client: openai.OpenAI, host: HFModel) -> None:
     ids = host.context_ids() + host.encode(PROMPT)
     alone = run(None, PROMPT).texts[0]
@@ -742,3 +753,18 @@ def test_the_command_serves_until_it_is_asked_to_end(tmp_path: Path) -> None:
             assert process.wait() == 0
         finally:
             process.kill()
+
+
+def test_prompts_and_answers_are_logged_where_that_is_asked_for(
+    host: HFModel, adapter: Path
+) -> None:
+    log, body = io.StringIO(), {"model": "host", "prompt": PROMPT, "n": 2, **GREEDY}
+    with running(served(f"sea={adapter}", log_prompts=True), host=host, log=log) as found:
+        url = f"{found.base_url}/v1/completions"
+        whole = http("POST", url, json=body).json()
+        assert http("POST", url, json=body | {"stream": True}).text.endswith("data: [DONE]\n\n")
+        wait_until(lambda: log.getvalue().count('"answers"') == 2)
+    lines = [json.loads(line) for line in log.getvalue().splitlines() if '"answers"' in line]
+    texts = [choice["text"] for choice in whole["choices"]]
+    assert [line["answers"] for line in lines] == [texts, texts]
+    assert all(line["request"]["prompt"] == PROMPT for line in lines)

@@ -130,23 +130,12 @@ class Engine:
             if self._closing or not self._thread.is_alive():
                 raise Closing
             if len(self._waiting) >= self._queue:
-                raise self._busy()
+                raise self.busy()
             self._waiting.append(job)
             self._wake.notify()
 
-    def check_room(self, before: int) -> None:
-        """Refuse a request before any work is done for it.
-
-        Args:
-            before: Requests that are on their way into the queue.
-
-        Raises:
-            Busy: There would be no room for it, even if all slots were free.
-        """
-        if len(self._waiting) + before >= self._queue + self.slots:
-            raise self._busy()
-
-    def _busy(self) -> Busy:
+    def busy(self) -> Busy:
+        """What a request is told that there is no room for, with when to come back."""
         mean_sec = self.counts.mean_job_sec * len(self._waiting) / self.slots
         return Busy(min(max(1, math.ceil(mean_sec)), 60))
 

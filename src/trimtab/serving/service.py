@@ -23,6 +23,9 @@ from trimtab.serving.refusals import as_json, json_response, refusal
 from trimtab.serving.watch import Record, Watch
 from trimtab.serving.work import Done, Job, Piece
 
+MOST_IN_PREPARATION = 256
+"""Requests whose prompts may wait for the tokenizer; only then are they sound, or in the queue."""
+
 STREAM_GRACE_SEC = 30.0
 """Time that a reader has beyond a request's own limit to fetch what was written."""
 
@@ -80,7 +83,8 @@ class Service:
         record: Record = http.state.record
         mailbox = Mailbox()
         loop = mailbox.loop
-        self.engine.check_room(self._in_preparation)
+        if self._in_preparation >= MOST_IN_PREPARATION:
+            raise self.engine.busy()
         self._in_preparation += 1
         try:
             job: Job = await loop.run_in_executor(
