@@ -117,3 +117,5 @@ def test_ci_runs_tests_format_lint_and_types() -> None:
     assert re.findall(r"^make (\w+)$", script, re.MULTILINE) == ["test", "check"]
     checks = make("check")
     assert all(word in checks for word in ("ruff format --check", "ruff check", "pyright"))
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["pyright"]["typeCheckingMode"] == "strict"

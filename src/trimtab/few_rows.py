@@ -8,6 +8,7 @@ is then read as it lies, and two to four columns cost what one does.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +64,14 @@ def _exchanged(states: Tensor, weight: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
-    weight = layer.weight
+    weight: Tensor = layer.weight
+    # torch says of a layer without a bias that it has one.
+    bias: Any = layer.bias
     if not _is_few(states.numel() // max(1, states.shape[-1]), states, weight):
-        return functional.linear(states, weight, layer.bias)
+        return functional.linear(states, weight, bias)
     found = _exchanged(states.reshape(-1, states.shape[-1]), weight)
-    if layer.bias is not None:
-        found += layer.bias
+    if bias is not None:
+        found += bias
     return found.reshape(*states.shape[:-1], len(weight))
 
 

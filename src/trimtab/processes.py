@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from ctypes import c_bool, c_int64
 from dataclasses import dataclass
 from multiprocessing import connection, current_process, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
 from threading import Thread
 from typing import final
@@ -190,7 +191,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _copies(count: int, work: Callable[[], None]) -> Iterator[list]:
+def _copies(count: int, work: Callable[[], None]) -> Iterator[Sequence[BaseProcess]]:
     """Copies of this process that work; ended when the context is left early."""
     context = get_context("fork")
     copies = [context.Process(target=_run_copy, args=(work,), daemon=True) for _ in range(count)]

@@ -250,8 +250,6 @@ def _trainable(config: TuneConfig, model: HFModel) -> PeftModel | None:
                 f"{config.model} ({type(model.model).__name__}) cannot take a LoRA: {error}",
                 hint="tune it with --method full, or take a small model of another family",
             ) from error
-    if not isinstance(wrapped, PeftModel):
-        raise ModelError(f"{config.model} cannot take a LoRA", hint="tune it with --method full")
     _describe(wrapped, config)
     return wrapped
 

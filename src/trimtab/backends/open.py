@@ -270,7 +270,7 @@ def _load_model(ref: str, folder: Path, dtype: torch.dtype, place: str) -> PreTr
     return model
 
 
-def _check_device(place: str) -> None:
+def _check_device(place: object) -> None:
     if not isinstance(place, str) or place in _SPREAD:
         return
     try:

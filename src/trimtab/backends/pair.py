@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -177,7 +177,11 @@ def open_pair(
     fingerprint = ModelFingerprint(
         manifest.base.vocabulary_sha256, manifest.base.unembedding_sha256
     )
-    options = {"dtype": dtype, "device_map": device_map or one_device(), "progress": progress}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": device_map or one_device(),
+        "progress": progress,
+    }
     if manifest.method == "lora":
         folder = expert_folder / "lora"
         return open_pair_from(manifest.base.ref, folder, fingerprint=fingerprint, **options)

@@ -195,7 +195,7 @@ class LoraSwitch:
         # enable_adapters also walks all weights to set requires_grad, which would cost as much as
         # a small model's step, twice a generated token.
         for layer in self._layers:
-            layer._disable_adapters = not on
+            layer._disable_adapters = not on  # pyright: ignore[reportPrivateUsage]
             if on:
                 vars(layer).pop("forward", None)
         if not on:

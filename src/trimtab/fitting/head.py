@@ -3,10 +3,10 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -257,7 +257,7 @@ class _Training:
                 hint=f"delete {checkpoint.path} to begin the fit again",
             ) from error
 
-    def _restore(self, tensors: dict[str, Tensor], numbers: dict) -> None:
+    def _restore(self, tensors: dict[str, Tensor], numbers: Mapping[str, Any]) -> None:
         steps = int(numbers["steps"])
         for name, weight in zip(_NAMES, self.weights, strict=True):
             with torch.no_grad():

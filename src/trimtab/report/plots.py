@@ -144,7 +144,8 @@ def _bar(axes: Axes, place: float, row: str, origin: float, figure: Estimate) ->
 def _bar_words(axes: Axes, place: float, row: str, figures: Figures, paired: Figures) -> None:
     change = change_percent(figures, paired, row).split(" ")[0]
     # The value is read from left to right with its change: 1.213  −5.5 %.
-    right, beside = axes.get_yaxis_transform(), {"va": "center_baseline", "parse_math": False}
+    right = axes.get_yaxis_transform()
+    beside: dict[str, Any] = {"va": "center_baseline", "parse_math": False}
     axes.text(-0.04, place, _plain(row), ha="right", transform=right, **beside)
     value = f"{figures[row].mean:.3f}"
     axes.text(1.27, place, value, ha="right", color=_MUTED, transform=right, **beside)

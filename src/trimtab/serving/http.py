@@ -1,7 +1,7 @@
 """HTTP/1.1 as uvicorn speaks it, with errors like all others and an end to waiting."""
 
 import asyncio
-from typing import final
+from typing import Any, final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -43,7 +43,9 @@ class Http(H11Protocol):
         self._refuse(ApiError(400, "the request is not valid HTTP/1.1", code="invalid_http"))
 
     def _watch_head(self) -> None:
-        is_waiting = self.cycle is None or self.cycle.response_complete
+        # There is none before the first request, whatever uvicorn says of its type.
+        cycle: Any = self.cycle
+        is_waiting = cycle is None or cycle.response_complete
         if not is_waiting:
             self._stop_waiting()
         elif self._patience is None:

@@ -118,7 +118,11 @@ def save_documents(path: Path, documents: Sequence[Document]) -> None:
 
 
 def _line(document: Document) -> bytes:
-    value = {"loss_spans": document.loss_spans, "name": document.name, "text": document.text}
+    value: dict[str, object] = {
+        "loss_spans": document.loss_spans,
+        "name": document.name,
+        "text": document.text,
+    }
     if document.markup:
         value["markup"] = True
     return json.dumps(value, ensure_ascii=False).encode()

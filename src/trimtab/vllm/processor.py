@@ -1,5 +1,8 @@
 """What vLLM is told to load: one name, behind which each of its two runners finds its interface."""
 
+# vLLM is not installed where types are checked.
+# pyright: reportUntypedBaseClass=false
+
 from functools import cache
 from typing import Any, final
 
