@@ -35,17 +35,23 @@ def download_model(ref: str, progress: Progress) -> Path:
         ModelError: There is no such model, it is gated, or the hub cannot be reached.
         StorageError: The disk is full.
     """
-    name, _, revision = ref.partition("@")
+    name, revision = name_and_revision(ref)
     try:
         with storage_errors(Path(constants.HF_HUB_CACHE)):
-            return _download(name, revision or None, progress)
+            return _download(name, revision, progress)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise _unknown(ref, error) from error
     except TrimtabError:
         raise
     except Exception as error:
         # The client lets its transport's errors through, whose library changes between versions.
-        return _cached(ref, name, revision or None, error)
+        return _cached(ref, name, revision, error)
+
+
+def name_and_revision(ref: str) -> tuple[str, str | None]:
+    """A hub name, and the version that is pinned behind an @, if any."""
+    name, _, revision = ref.partition("@")
+    return name, revision or None
 
 
 def revision_of(folder: Path) -> str | None:

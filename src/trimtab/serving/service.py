@@ -126,7 +126,8 @@ class Service:
         try:
             while (event := await mailbox.next()) is not None:
                 if isinstance(event, Piece):
-                    texts[event.choice].append(event.text)
+                    if self.config.log_prompts:
+                        texts[event.choice].append(event.text)
                     for chunk in writer.chunks(event, usage_follows=request.includes_usage):
                         yield as_json(chunk)
                 elif isinstance(event, Done):

@@ -121,16 +121,15 @@ class SteeringProcessor(LogitsProcessor):
         questions = self._ask_block(each, [last_text(row, text, end) for end in ends])
         message = self._chats[0].message if self._chats else range(0)
         said = text_before(text[message.start : message.stop])
-        asked = (
-            Rows(one.float(), state, (said + place.context,), question)
-            for one, state, place, question in zip(
-                scores.split(1), states.split(1), each, questions, strict=True
-            )
-        )
+        places = zip(scores.split(1), states.split(1), each, questions, strict=True)
         # One by one: rows that are asked together share their candidates.
         return (
-            one if self._is_forced(one) else self._mixture.logprobs(rows, weights)
-            for one, rows in zip(scores.split(1), asked, strict=True)
+            one
+            if self._is_forced(one)
+            else self._mixture.logprobs(
+                Rows(one.float(), state, (said + place.context,), question), weights
+            )
+            for one, state, place, question in places
         )
 
     def written(self, input_ids: Tensor) -> Written:

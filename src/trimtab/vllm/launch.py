@@ -1,6 +1,6 @@
 """Start vLLM's own server with the plugin in it, from what `trimtab serve` is told."""
 
-import hashlib
+import json
 import os
 import shutil
 import sys
@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from trimtab.backends.hub import name_and_revision
 from trimtab.config import PluginConfig, ServeConfig
 from trimtab.errors import InputError, MissingDependencyError
 from trimtab.serving.gate import is_loopback
-from trimtab.store.files import write_json
+from trimtab.store.files import sha256_bytes, write_json
 from trimtab.store.home import trimtab_home
 from trimtab.vllm.hook import VARIABLE
-from trimtab.vllm.settings import settings_in
+from trimtab.vllm.settings import settings_of
 
 API_KEY = "VLLM_API_KEY"
 """Environment variable of the one key that vLLM's server checks."""
@@ -46,7 +45,7 @@ class Launch:
 
 
 def prepared(config: ServeConfig) -> Launch:
-    """Write the plugin's settings, check them and its adapters, and say what to run.
+    """Check the plugin's settings and its adapters, write them, and say what to run.
 
     Args:
         config: What to serve, and where.
@@ -59,13 +58,11 @@ def prepared(config: ServeConfig) -> Launch:
     """
     _check(config)
     program = _program()
-    settings = _settings(config)
-    content = {name: value for name, value in settings.model_dump(mode="json").items() if value}
-    name = hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()[:16]
+    content = _settings(config).model_dump(mode="json", exclude_defaults=True)
+    name = sha256_bytes(json.dumps(content, sort_keys=True).encode())
     path = trimtab_home() / "vllm" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
-    settings_in(str(path))
     return Launch((program, "serve", *_arguments(config)), {**os.environ, VARIABLE: str(path)})
 
 
@@ -102,21 +99,17 @@ def _settings(config: ServeConfig) -> PluginConfig:
         "host_keys": config.host_keys,
         "dtype": config.dtype,
     }
-    try:
-        return PluginConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors()]
-        raise InputError(
-            f"vLLM's plugin cannot serve this: {'; '.join(problems)}",
-            hint="give at least one --adapter NAME=FOLDER, and of carriers head and memory alone;"
-            " --engine transformers runs the expert too",
-        ) from error
+    hint = (
+        "give at least one --adapter NAME=FOLDER, and of carriers head and memory alone;"
+        " --engine transformers runs the expert too"
+    )
+    return settings_of(values, "--engine vllm", hint).config
 
 
 def _arguments(config: ServeConfig) -> list[str]:
-    host, _, revision = config.host.partition("@")
-    if Path(config.host).exists():
-        host, revision = config.host, ""
+    host, revision = config.host, None
+    if not Path(host).exists():
+        host, revision = name_and_revision(host)
     words = [host, "--logits-processors", "trimtab.vllm:Steering"]
     words += ["--host", config.address, "--port", str(config.port)]
     words += ["--max-num-seqs", str(config.slots), "--dtype", config.dtype]

@@ -107,14 +107,29 @@ def read_settings() -> Settings:
 
 def settings_in(named: str) -> Settings:
     """Read a file of settings, and what its adapters carry; errors are those of `read_settings`."""
+    return settings_of(read_values(Path(named), VARIABLE), f"{VARIABLE} {named}", _HINT)
+
+
+def settings_of(values: Mapping[str, Any], origin: str, hint: str) -> Settings:
+    """Check settings, and read what their adapters carry.
+
+    Args:
+        values: By name.
+        origin: Where they come from, for an error.
+        hint: What to do where they are wrong.
+
+    Raises:
+        InputError: They are no settings.
+        AdapterError: As `read_settings`.
+    """
     try:
-        config = PluginConfig.model_validate(read_values(Path(named), VARIABLE))
+        config = PluginConfig.model_validate(values)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
             for problem in error.errors(include_url=False)
         ]
-        raise InputError(f"{VARIABLE} {named}: {'; '.join(problems)}", hint=_HINT) from error
+        raise InputError(f"{origin}: {'; '.join(problems)}", hint=hint) from error
     pairs = (given.partition("=") for given in config.adapter)
     folders = {name: Path(folder) for name, _, folder in pairs}
     carriers = {name: _steers(config, name, folder) for name, folder in folders.items()}
