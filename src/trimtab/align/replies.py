@@ -42,16 +42,21 @@ class Reply:
     probs: Tensor
     share: float
 
-    def likeliest(self, count: int) -> list[tuple[float, int]]:
+    def likeliest(self, count: int, least: float) -> list[tuple[float, int]]:
         """The likeliest next tokens with their probability, this way's share included.
 
         None where the next token repeats a rest of the context: it is followed by its string.
+
+        Args:
+            count: Most tokens.
+            least: Least probability, above 0: few tokens are left to be sorted.
         """
         if self.cover.rest:
             return []
-        top = self.probs.topk(min(count, len(self.probs)))
-        probs = self.share * top.values / self.probs.sum().clamp_min(1e-30)
-        return list(zip(probs.tolist(), top.indices.tolist(), strict=True))
+        probs = (self.share / float(self.probs.sum().clamp_min(1e-30))) * self.probs
+        token_ids = torch.nonzero(probs >= least)[:, 0]
+        top = probs[token_ids].topk(min(count, len(token_ids)))
+        return list(zip(top.values.tolist(), token_ids[top.indices].tolist(), strict=True))
 
 
 class Asked(NamedTuple):
@@ -84,9 +89,8 @@ def still_undecided(
         Asked(question, reply.node, token_id)
         for question, of_question in enumerate(replies)
         for reply in of_question
-        for prob, token_id in reply.likeliest(MAX_ASKED)
-        if prob >= MIN_UNDECIDED
-        and prob * undecided(alignment, token_id, host_probs[question], candidates) >= MIN_UNDECIDED
+        for prob, token_id in reply.likeliest(MAX_ASKED, MIN_UNDECIDED)
+        if prob * undecided(alignment, token_id, host_probs[question], candidates) >= MIN_UNDECIDED
     ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trimtab.backends.cache_layers import layers_of
 from trimtab.backends.hf import HFModel
+from trimtab.backends.int8 import quantise
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_expert_line, serves_both
 from trimtab.backends.reading import PairCaches
@@ -19,7 +20,7 @@ FAR = 0.25
 """Share of the largest state by which a copy's may differ: rounding stays far below."""
 
 FEW_UNREAD = 8
-"""Tokens that a copy in bfloat16 reads at most: a processor multiplies many states in it far more
+"""Tokens that a copy reads at most: a processor multiplies many states with its small numbers more
 slowly than in float32, unless it has instructions for that."""
 
 MOST_COPIED_BYTES = 2**30
@@ -29,11 +30,11 @@ and a seed's text must not depend on what else runs."""
 
 @final
 class ExpertAhead:
-    """The expert one token after another, on a processor from a copy in bfloat16.
+    """The expert one token after another, on a processor from a copy with weights of one byte.
 
     A token takes as long as reading the weights, and a draft decides nothing but the speed. What
-    came before a draft the copy takes from what expert and reference have read as they are. Where
-    these compute in bfloat16 themselves, the copy saves them the path beside each weight.
+    came before a draft the copy takes from what expert and reference have read as they are. The
+    copy's states, embeddings and head are bfloat16.
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -68,6 +69,7 @@ class ExpertAhead:
         if not serves_both(self._pair) or copy_bytes > MOST_COPIED_BYTES:
             return None
         light = self._pair.expert_copy(torch.bfloat16)
+        quantise(light.model.base_model)
         return light if _follows(light, self._pair) else None
 
     def _take(self, tokens: Sequence[int], exact: ModelCache) -> None:

@@ -59,31 +59,41 @@ class Ways:
             place: Row of each node.
             small: The small model's strings.
         """
-        scores, lefts = [], []
-        for cover, end, path in zip(self.covers, self.ends, self.paths, strict=True):
-            score = sum(float(logprobs[place[node], token]) for node, token in path)
+        scores = [
+            sum(float(logprobs[place[node], token]) for node, token in path)
             # What goes on after a cover without a rest is any text, but not the end of one.
-            score += small.log_mass_beyond(cover.rest, logprobs[place[end]])
-            left = None
-            if self.cut is not None and score > -math.inf:
-                left = self.cut.left_of(logprobs[place[end]], cover.rest, small)
-                score += math.log(left.others) if left.others else -math.inf
-            scores.append(score)
-            lefts.append(left)
-        if max(scores, default=-math.inf) == -math.inf:
-            return []
-        shares = torch.tensor(scores, dtype=torch.float64).softmax(0)
-        shares = torch.where(shares < MIN_SHARE, 0.0, shares)
-        shares = (shares / shares.sum()).tolist()
-        return [
-            Reply(cover, end, _probs(logprobs[place[end]], left), share)
-            for cover, end, left, share in zip(self.covers, self.ends, lefts, shares, strict=True)
-            if share > 0
+            + small.log_mass_beyond(cover.rest, logprobs[place[end]])
+            for cover, end, path in zip(self.covers, self.ends, self.paths, strict=True)
         ]
+        found = list[tuple[int, Tensor, float]]()
+        total = -math.inf
+        # A host's cut makes no way likelier: the first that is too unlikely is followed by none.
+        for way in sorted(range(len(scores)), key=lambda way: -scores[way]):
+            score = scores[way]
+            if score == -math.inf or score < total + math.log(MIN_SHARE):
+                break
+            after = logprobs[place[self.ends[way]]]
+            if self.cut is not None:
+                left = self.cut.left_of(after, self.covers[way].rest, small)
+                score += math.log(left.others) if left.others else -math.inf
+                after = left.of(after)
+            if score > -math.inf:
+                total = float(torch.logaddexp(torch.tensor(total), torch.tensor(score)))
+                found.append((way, after, score))
+        return self._replies(found, total)
 
-
-def _probs(logprobs: Tensor, left: Left | None) -> Tensor:
-    return (logprobs if left is None else left.of(logprobs)).exp()
+    def _replies(self, found: Sequence[tuple[int, Tensor, float]], total: float) -> list[Reply]:
+        """The ways that are likely enough, in their order, as shares of one."""
+        likely = [
+            (way, after, math.exp(score - total))
+            for way, after, score in sorted(found, key=lambda one: one[0])
+        ]
+        likely = [one for one in likely if one[2] >= MIN_SHARE]
+        whole = sum(share for _, _, share in likely)
+        return [
+            Reply(self.covers[way], self.ends[way], after.exp(), share / whole)
+            for way, after, share in likely
+        ]
 
 
 def _shared_length(lines: list[list[int]]) -> int:

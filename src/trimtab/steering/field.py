@@ -87,12 +87,7 @@ class Field:
                 many candidates of its own as if it were asked alone.
         """
         each = CANDIDATES if strangers else max(CANDIDATES // len(logits), ROW_CANDIDATES)
-        top = logits.topk(min(each, logits.shape[1]), -1)
-        is_near = top.values > top.values[:, :1] - CANDIDATE_NATS
-        likely = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        likely[top.indices[is_near]] = True
-        likely[wanted.to(logits.device)] = True
-        token_ids = torch.nonzero(likely)[:, 0]
+        token_ids = torch.cat([_likely(logits, each), wanted.to(logits.device)]).unique()
         tail = _Tail.of(logits, token_ids)
         return Field(logits, *_over(logits, token_ids, tail), token_ids.cpu(), tail.entropy_nats)
 
@@ -133,10 +128,13 @@ class Field:
             stay forbidden.
         """
         device = self.logits.device
+        token_ids = self.token_ids.to(device)
         shift = (logprobs[:, -1:] - self.logprobs[:, -1:]).to(device)
-        full = (self.logits - self.normaliser).float() + shift
-        full[:, self.token_ids.to(device)] = logprobs[:, :-1].float().to(device)
-        return full.masked_fill(self.logits.isneginf(), -torch.inf)
+        full = self.logits.float() + (shift - self.normaliser.float())
+        is_forbidden = self.logits[:, token_ids].isneginf()
+        chosen = logprobs[:, :-1].float().to(device)
+        full[:, token_ids] = chosen.masked_fill(is_forbidden, -torch.inf)
+        return full
 
 
 @dataclass(frozen=True)
@@ -153,18 +151,35 @@ class _Tail:
 
     @staticmethod
     def of(logits: Tensor, token_ids: Tensor) -> "_Tail":
-        """Read the whole vocabulary as few times as can be: nothing else here is as large."""
-        # Summed by itself: one less the candidates' share would be lost in rounding.
-        others = logits.index_fill(1, token_ids, -torch.inf)
-        top = others.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
-        others -= top
-        shares = others.exp()
-        total = shares.sum(-1, keepdim=True)
-        # Tokens that cannot come at all have a share of nothing.
-        surprise = torch.linalg.vecdot(shares, others.clamp_min_(-IMPOSSIBLE_NATS), dim=-1)
+        """Read the vocabulary row by row: one row stays in a processor's caches, and many do not.
+
+        The tail is summed by itself: one less the candidates' share would be lost in rounding.
+        """
+        tails, entropies = list[Tensor](), list[Tensor]()
+        for row in logits:
+            top = row.amax()
+            below = row - top
+            shares = below.exp().index_fill_(0, token_ids, 0.0)
+            total = shares.sum()
+            # Tokens that cannot come at all have a share of nothing.
+            surprise = torch.dot(shares, below.clamp_min_(-IMPOSSIBLE_NATS))
+            tails.append(top + total.log())
+            entropies.append(total.log() - surprise / total)
         # Where there are none, there is nothing to be unsure of.
-        entropy_nats = (total[:, 0].log() - surprise / total[:, 0]).nan_to_num(0.0, 0.0, 0.0)
-        return _Tail(top + total.log(), entropy_nats.float().cpu())
+        entropy_nats = torch.stack(entropies).nan_to_num(0.0, 0.0, 0.0)
+        return _Tail(torch.stack(tails)[:, None], entropy_nats.float().cpu())
+
+
+def _likely(logits: Tensor, most: int) -> Tensor:
+    """Tokens near the likeliest of some row, of the `most` likeliest there, shape [likely]."""
+    closest = torch.full_like(logits[0], -torch.inf)
+    for row in logits:
+        torch.maximum(closest, row - row.amax(), out=closest)
+    token_ids = torch.nonzero(closest > -CANDIDATE_NATS)[:, 0]
+    if len(token_ids) <= most:
+        return token_ids
+    top = logits[:, token_ids].topk(most, -1)
+    return token_ids[top.indices[top.values > top.values[:, :1] - CANDIDATE_NATS]]
 
 
 def _over(logits: Tensor, token_ids: Tensor, tail: _Tail) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,61 @@
+"""Linear layers with weights of one byte, for passes of a few states on a processor.
+
+One state times a weight takes as long as reading the weight, so half as many bytes take half as
+long. PyTorch has the product under a name of its own (`_weight_int8pack_mm`), which is what
+torchao's weight-only quantisation compiles to; without a compiler torchao multiplies by weights
+that it first writes out in full.
+"""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+COLUMNS = 32
+"""The product reads weights in steps of as many columns, and beyond a row's end if they do not fit.
+"""
+
+LARGEST = 127
+"""Integers lie within this of zero."""
+
+
+@final
+class Int8Linear(nn.Module):
+    """A linear layer in inference: y = (x W'^T) * scales + bias, W' in whole numbers."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        """Round each row of a layer's weight to 255 steps between its largest values.
+
+        Args:
+            layer: With `COLUMNS` features, or a multiple; it is left as it is.
+        """
+        super().__init__()
+        rows = layer.weight.detach().float()
+        scales = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+        self.register_buffer("weight", (rows / scales[:, None]).round().to(torch.int8))
+        self.register_buffer("scales", scales.to(layer.weight.dtype))
+        # torch says of a layer without a bias that it has one.
+        bias: Any = layer.bias
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Apply it, shape [..., features] to [..., outputs]."""
+        flat = states.reshape(-1, states.shape[-1])
+        out = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scales)
+        if self.bias is not None:
+            out += self.bias
+        return out.reshape(*states.shape[:-1], -1)
+
+
+def quantise(model: nn.Module) -> None:
+    """Put `Int8Linear` in the place of a model's linear layers, where that is possible.
+
+    Args:
+        model: A copy of this program's own, on a processor; changed in place.
+    """
+    if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
+        return
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and child.in_features % COLUMNS == 0:
+                setattr(parent, name, Int8Linear(child))
