@@ -96,6 +96,15 @@ def test_the_first_token_is_the_tokenizers(text: str) -> None:
     assert first == (list(found.encode(text)) or [-1])[0]
 
 
+@pytest.mark.parametrize("ref", ["tiny:llama?vocab=bpe", "tiny:gemma3"])
+@steady
+@given(asked=st.lists(st.one_of(texts.map(str.encode), st.binary(max_size=4))))
+def test_the_first_tokens_of_many_texts_are_those_of_each(ref: str, asked: list[bytes]) -> None:
+    found = open_model(ref, dtype="float32").strings
+    assert found.encode_all
+    assert found.first_of_each(asked) == [found.first_token(text) for text in asked]
+
+
 def test_the_first_token_is_not_always_the_longest() -> None:
     # A tokenizer that joins "nk" before "ta" reads "tank" as "ta" and "nk", though it has "tan".
     vocabulary = Vocabulary((b"ta", b"tan", b"nk", b"k", b"\xe2\x82", b"q"))
@@ -109,11 +118,11 @@ def test_the_first_token_is_not_always_the_longest() -> None:
 def test_first_tokens_are_asked_for_once() -> None:
     asked: list[bytes] = []
 
-    def first_token(text: bytes) -> int:
-        asked.append(text)
-        return len(text)
+    def first_tokens(texts: Sequence[bytes]) -> list[int]:
+        asked.extend(texts)
+        return [len(text) for text in texts]
 
-    found = FirstTokens(Vocabulary((b"a", None, b"abc", b"ab")), first_token)
+    found = FirstTokens(Vocabulary((b"a", None, b"abc", b"ab")), first_tokens)
     assert found(torch.tensor([2, 1, 2])).tolist() == [3, -1, 3]
     assert found(torch.tensor([3, 2, 0])).tolist() == [2, 3, 1]
     assert sorted(asked) == [b"a", b"ab", b"abc"]

@@ -1,7 +1,7 @@
 """Tokens that a step considers, and which tokens of another vocabulary begin them."""
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,11 +56,11 @@ class FirstTokens:
 
     Attributes:
         vocabulary: The tokens that are asked about.
-        first_token: Says which token begins a text, -1 for none.
+        first_tokens: Says which token begins each text, -1 for none.
     """
 
     vocabulary: Vocabulary
-    first_token: Callable[[bytes], int]
+    first_tokens: Callable[[Sequence[bytes]], Sequence[int]]
 
     @cached_property
     def _known(self) -> Tensor:
@@ -70,7 +70,13 @@ class FirstTokens:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """The first token of each, -1 for none, of the shape of `token_ids` (one dimension)."""
-        for token_id in token_ids[self._known[token_ids] == NOT_ASKED].unique().tolist():
-            text = self.vocabulary.token_bytes[token_id]
-            self._known[token_id] = self.first_token(text) if text else -1
+        found = self._known[token_ids]
+        new = token_ids[found == NOT_ASKED]
+        if not len(new):
+            return found
+        texts = {i: self.vocabulary.token_bytes[i] for i in new.tolist()}
+        asked = {i: text for i, text in texts.items() if text}
+        self._known[new] = -1
+        first = self.first_tokens(list(asked.values()))
+        self._known[list(asked)] = torch.tensor(first, dtype=torch.long)
         return self._known[token_ids]

@@ -35,17 +35,19 @@ class Alignment:
     @cached_property
     def first_small(self) -> FirstTokens:
         """For each host token, the small token that begins it; -1 if none."""
-        return FirstTokens(self.host.vocabulary, self.small.first_token)
+        return FirstTokens(self.host.vocabulary, self.small.first_of_each)
 
     @cached_property
     def other_small(self) -> FirstTokens:
         """For each host token, another small token that may begin it as well; -1 if none."""
-        return FirstTokens(self.host.vocabulary, self._other_first)
+        return FirstTokens(
+            self.host.vocabulary, lambda texts: [self._other_first(text) for text in texts]
+        )
 
     @cached_property
     def first_host(self) -> FirstTokens:
         """For each small token, the host token that begins it; -1 if none."""
-        return FirstTokens(self.small.vocabulary, self.host.first_token)
+        return FirstTokens(self.small.vocabulary, self.host.first_of_each)
 
     def _other_first(self, run: bytes) -> int:
         """What begins a run of white space where only one tokenizer leaves its last to a word.

@@ -17,6 +17,7 @@ from trimtab.backends.heads import check_unembedding, read_unembedding
 from trimtab.backends.seq2seq import max_source_tokens, source_ids, target_start
 from trimtab.backends.tokenizers import (
     ENCODING,
+    encode_all_following,
     encode_following,
     encode_plain,
     read_vocabulary,
@@ -203,7 +204,11 @@ class HFModel:
 
     @cached_property
     def _strings(self) -> Strings:
-        return Strings(self.vocabulary, self.encode_following)
+        return Strings(
+            self.vocabulary,
+            self.encode_following,
+            lambda texts: encode_all_following(self.tokenizer, texts, self.vocabulary),
+        )
 
     @cached_property
     def first_ids(self) -> list[int]:

@@ -23,6 +23,10 @@ LARGEST = 127
 class Int8Linear(nn.Module):
     """A linear layer in inference: y = (x W'^T) * scales + bias, W' in whole numbers."""
 
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: nn.Linear) -> None:
         """Round each row of a layer's weight to 255 steps between its largest values.
 

@@ -3,7 +3,7 @@
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -111,14 +111,32 @@ def encode_following(
     return encode_plain(tokenizer, text, prefix_space=vocabulary.prefix_space)
 
 
+def encode_all_following(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], vocabulary: Vocabulary
+) -> list[list[int]]:
+    """As `encode_following` of each text, on several threads where the tokenizer has them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or vocabulary.prefix_space:
+        return [encode_following(tokenizer, text, vocabulary) for text in texts]
+    with ENCODING:
+        _set_to_plain(backend)
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [one.ids for one in encoded]
+
+
+def _set_to_plain(backend: Any) -> None:
+    # A call of the tokenizer leaves other settings behind.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+
+
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     with ENCODING:
         if backend is not None:
-            # Seven times as fast as the call below, which leaves these settings behind as well.
-            backend.no_truncation()
-            backend.no_padding()
-            backend.encode_special_tokens = True
+            # Seven times as fast as the call below.
+            _set_to_plain(backend)
             return backend.encode(text, add_special_tokens=False).ids
         # A model writes a target: Marian's tokenizer has another vocabulary for its sources.
         options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}

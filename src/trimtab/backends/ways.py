@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.align.covers import Cover
-from trimtab.align.cut import HostCut, Left
+from trimtab.align.cut import HostCut
 from trimtab.align.replies import Reply
 from trimtab.align.strings import Strings
 from trimtab.backends.token_tree import TokenTree
@@ -70,7 +70,7 @@ class Ways:
         # A host's cut makes no way likelier: the first that is too unlikely is followed by none.
         for way in sorted(range(len(scores)), key=lambda way: -scores[way]):
             score = scores[way]
-            if score == -math.inf or score < total + math.log(MIN_SHARE):
+            if score == -math.inf or (found and math.exp(min(score - total, 0.0)) < MIN_SHARE):
                 break
             after = logprobs[place[self.ends[way]]]
             if self.cut is not None:
