@@ -128,6 +128,14 @@ def test_first_tokens_are_asked_for_once() -> None:
     assert sorted(asked) == [b"a", b"ab", b"abc"]
 
 
+def test_first_tokens_that_could_not_be_told_are_asked_for_again() -> None:
+    answers: list[list[int]] = [[], [7]]
+    found = FirstTokens(Vocabulary((b"a",)), lambda _: [answers.pop(0)[0]])
+    with pytest.raises(IndexError):
+        found(torch.tensor([0]))
+    assert found(torch.tensor([0])).tolist() == [7]
+
+
 @pytest.mark.parametrize("ref", ["tiny:llama?vocab=bpe", "tiny:llama"])
 @steady
 @given(text=texts)

@@ -37,6 +37,13 @@ def test_candidates_are_the_likely_of_any_row_and_the_wanted(logits: Tensor) -> 
     assert found.token_ids.tolist() == sorted(expected)
 
 
+def test_logits_of_a_model_that_might_learn_are_taken_as_well(logits: Tensor) -> None:
+    plain = Field.of(logits, NONE)
+    found = Field.of(logits.clone().requires_grad_(), NONE)
+    assert torch.equal(found.token_ids, plain.token_ids)
+    assert torch.equal(found.logprobs.detach(), plain.logprobs)
+
+
 def test_the_host_is_itself_everywhere(logits: Tensor) -> None:
     logits[1, 5] = -torch.inf
     field = Field.of(logits, torch.tensor([5, 7]))

@@ -76,7 +76,8 @@ class FirstTokens:
             return found
         texts = {i: self.vocabulary.token_bytes[i] for i in new.tolist()}
         asked = {i: text for i, text in texts.items() if text}
-        self._known[new] = -1
         first = self.first_tokens(list(asked.values()))
+        # Only now: a question that is broken off is asked again.
+        self._known[new] = -1
         self._known[list(asked)] = torch.tensor(first, dtype=torch.long)
         return self._known[token_ids]

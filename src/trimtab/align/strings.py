@@ -124,8 +124,7 @@ class Strings:
         size = len(self.bytes_of(longest))
         if size == len(text):
             return (longest,)
-        is_read = self.encode is not None and _is_utf8(text)
-        ids = self.encode(text.decode()) if self.encode and is_read else ()
+        ids = self.encode(text.decode()) if self.encode and _is_utf8(text) else ()
         if self._spelled(ids) == text:
             return tuple(ids[:2])
         second = self.longest_token(text[size:])

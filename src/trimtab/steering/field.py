@@ -173,7 +173,8 @@ class _Tail:
 def _likely(logits: Tensor, most: int) -> Tensor:
     """Tokens near the likeliest of some row, of the `most` likeliest there, shape [likely]."""
     closest = torch.full_like(logits[0], -torch.inf)
-    for row in logits:
+    # Which tokens are likely has no gradient, and `out` allows none.
+    for row in logits.detach():
         torch.maximum(closest, row - row.amax(), out=closest)
     token_ids = torch.nonzero(closest > -CANDIDATE_NATS)[:, 0]
     if len(token_ids) <= most:
