@@ -74,7 +74,11 @@ def test_drafts_of_a_growing_text(
         for count in range(len(drafted) + 1):
             tokens = [*text, *drafted[:count]]
             exact = pair.expert_logits(torch.tensor([tokens]))[0, -1]
-            assert is_near(ahead.logits_after(tokens, caches), exact)
+            # A byte's steps are as fine for a row's largest weight as for its smallest: of random
+            # rows they round 3 to 4 times as much away as bfloat16, which `is_near` is made for.
+            found = ahead.logits_after(tokens, caches)
+            assert float((found - exact).abs().max()) <= 0.15 * float(exact.abs().max())
+            assert float(torch.corrcoef(torch.stack([found, exact]))[0, 1]) >= 0.98
 
 
 def test_a_text_that_was_not_read_is_read_by_the_pair(folder: Path) -> None:
