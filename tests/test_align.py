@@ -83,8 +83,7 @@ texts = st.text(st.sampled_from("the rudder  \n\tturns, é€😀_(89"), max_siz
 
 @cache
 def strings_of(ref: str) -> Strings:
-    model = open_model(ref, dtype="float32")
-    return Strings(model.vocabulary, model.encode_following)
+    return open_model(ref, dtype="float32").strings
 
 
 @steady
@@ -100,7 +99,7 @@ def test_the_first_token_is_the_tokenizers(text: str) -> None:
 @steady
 @given(asked=st.lists(st.one_of(texts.map(str.encode), st.binary(max_size=4))))
 def test_the_first_tokens_of_many_texts_are_those_of_each(ref: str, asked: list[bytes]) -> None:
-    found = open_model(ref, dtype="float32").strings
+    found = strings_of(ref)
     assert found.encode_all
     assert found.first_of_each(asked) == [found.first_token(text) for text in asked]
 
@@ -113,6 +112,14 @@ def test_the_first_token_is_not_always_the_longest() -> None:
     # Who cannot write the text, or cannot be asked, is taken at the longest.
     assert found.first_token(b"tanq") == 1 and found.first_token(b"\xe2\x82\xe2") == 4
     assert found.first_token(b"tan") == 1 and found.first_token(b"z") == -1
+
+
+def test_where_no_candidate_is_text_nothing_is_carried() -> None:
+    # As where a host is certain that a text ends.
+    alignment = Alignment(strings_of("tiny:llama?vocab=bpe"), strings_of("tiny:gemma3"))
+    probs = torch.ones(1, len(alignment.small.vocabulary)).softmax(-1)
+    none = torch.zeros(0, dtype=torch.long)
+    assert alignment.to_host(probs, torch.zeros(1, 0), none).shape == (1, 0)
 
 
 def test_first_tokens_are_asked_for_once() -> None:

@@ -126,31 +126,29 @@ class Alignment:
         known, known_as_other = host_probs * (first >= 0), host_probs * (other >= 0)
         foreign = host_probs * self._is_foreign[token_ids]
         first, other = first.clamp_min(0), other.clamp_min(0)
-        text_mass = (probs @ self.is_text.to(probs.dtype))[:, None].clamp_min(1e-30)
+        text_mass = probs[..., self.is_text].sum(-1, keepdim=True).clamp_min(1e-30)
         probs = probs * (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
-        mass = torch.zeros_like(probs).index_add_(-1, first, known)
-        mass.index_add_(-1, other, known_as_other)
+        mass = torch.zeros_like(probs).index_add(-1, first, known)
+        mass = mass.index_add(-1, other, known_as_other)
         carried = foreign.clone()
         for position, shares_of in enumerate(told or ()):
             for token_id, shares in shares_of.items():
                 carried[position] += probs[position, token_id] * shares
                 probs[position, token_id] = 0.0
-        carried += known * (probs[:, first] / mass[:, first].clamp_min(1e-30))
-        carried += known_as_other * (probs[:, other] / mass[:, other].clamp_min(1e-30))
-        return self._with_those_alone(carried, probs, mass, token_ids)
+        lent = probs / mass.clamp_min(1e-30)
+        carried += known * lent[:, first] + known_as_other * lent[:, other]
+        return self._with_those_alone(carried, probs * (mass <= 0), token_ids)
 
-    def _with_those_alone(
-        self, carried: Tensor, probs: Tensor, mass: Tensor, token_ids: Tensor
-    ) -> Tensor:
-        """Add what small tokens lend that begin no candidate: those that have no mass."""
-        lenders = torch.nonzero((probs >= LEAST_PROB).any(0))[:, 0]
-        lenders = lenders[(mass[:, lenders] <= 0).any(0)]
-        alone = probs[:, lenders] * (mass[:, lenders] <= 0)
-        in_order, order = token_ids.sort()
+    def _with_those_alone(self, carried: Tensor, alone: Tensor, token_ids: Tensor) -> Tensor:
+        """Add what small tokens lend that begin no candidate."""
+        place = torch.full((len(self.host.vocabulary),), -1)
+        place[token_ids] = torch.arange(len(token_ids))
+        lenders = torch.nonzero((alone >= LEAST_PROB).any(0))[:, 0]
         takers = self.first_host(lenders)
-        places = torch.searchsorted(in_order, takers).clamp_max(len(in_order) - 1)
-        is_taken = in_order[places] == takers
-        return carried.index_add_(-1, order[places], alone * is_taken)
+        takers = torch.where(takers >= 0, place[takers.clamp_min(0)], -1)
+        return carried.index_add_(
+            -1, takers.clamp_min(0), alone[:, lenders] * (takers >= 0).to(alone.dtype)
+        )
 
     def begun_by(self, token_id: int, candidates: Candidates) -> Tensor:
         """Places of the candidates that a small token may begin."""

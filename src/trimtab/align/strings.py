@@ -124,7 +124,7 @@ class Strings:
         size = len(self.bytes_of(longest))
         if size == len(text):
             return (longest,)
-        ids = self.encode(text.decode()) if self.encode and _is_utf8(text) else ()
+        ids = self.encode(text.decode()) if self.encode and is_whole(text) else ()
         if self._spelled(ids) == text:
             return tuple(ids[:2])
         second = self.longest_token(text[size:])
@@ -134,17 +134,17 @@ class Strings:
         """As `first_token` of each text."""
         if self.encode_all is None:
             return [self.first_token(text) for text in texts]
-        longest = [self.longest_token(text) for text in texts]
+        first = [self.longest_token(text) for text in texts]
         asked = [
             place
-            for place, (text, token_id) in enumerate(zip(texts, longest, strict=True))
-            if token_id >= 0 and self.bytes_of(token_id) != text and _is_utf8(text)
+            for place, (text, longest) in enumerate(zip(texts, first, strict=True))
+            if longest >= 0 and self.bytes_of(longest) != text and is_whole(text)
         ]
-        found = self.encode_all([texts[place].decode() for place in asked])
-        for place, ids in zip(asked, found, strict=True):
+        read = self.encode_all([texts[place].decode() for place in asked])
+        for place, ids in zip(asked, read, strict=True):
             if self._spelled(ids) == texts[place]:
-                longest[place] = ids[0]
-        return longest
+                first[place] = ids[0]
+        return first
 
     def _spelled(self, token_ids: Sequence[int]) -> bytes:
         return b"".join(map(self.bytes_of, token_ids))
@@ -168,10 +168,9 @@ class Strings:
             return True
         if self.encode is None:
             return self.longest_token(piece + following) == token_id
-        try:
-            text = (piece + following).decode()
-        except UnicodeDecodeError:
+        if not is_whole(piece + following):
             return True
+        text = (piece + following).decode()
         # The last of a run of white space may go to a word that is not here yet.
         asked = [text, f"{text}x"] if text[-1:].isspace() else [text]
         return any(self._begins_with(text, token_id) for text in asked)
@@ -194,7 +193,8 @@ class Strings:
         return 3 in ends and 2 not in ends
 
 
-def _is_utf8(text: bytes) -> bool:
+def is_whole(text: bytes) -> bool:
+    """Whether bytes are text by themselves."""
     try:
         text.decode()
     except UnicodeDecodeError:

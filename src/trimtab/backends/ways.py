@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from trimtab.align.covers import Cover
@@ -78,7 +78,7 @@ class Ways:
                 score += math.log(left.others) if left.others else -math.inf
                 after = left.of(after)
             if score > -math.inf:
-                total = float(torch.logaddexp(torch.tensor(total), torch.tensor(score)))
+                total = float(np.logaddexp(total, score))
                 found.append((way, after, score))
         return self._replies(found, total)
 

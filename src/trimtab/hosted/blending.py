@@ -7,11 +7,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from trimtab.align.strings import is_whole
 from trimtab.backends.live import Live
 from trimtab.backends.reading import LiveReading
 from trimtab.blend import mixture_logprobs
 from trimtab.hosted.answers import Place, Token
-from trimtab.hosted.tokens import KnownTokens, ToldTokens, expected_texts, is_whole, shown_ids
+from trimtab.hosted.tokens import KnownTokens, ToldTokens, expected_texts, shown_ids
 from trimtab.steering.evidence import (
     EVIDENCE_TOKENS,
     Mixture,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
+from trimtab.align.strings import is_whole
 from trimtab.errors import ModelError
 from trimtab.hosted.answers import Answers, Place, read_answers, read_messages, text_of
 from trimtab.hosted.capabilities import (
@@ -14,7 +15,7 @@ from trimtab.hosted.capabilities import (
 from trimtab.hosted.client import Client
 from trimtab.hosted.requests import CHAT, COMPLETIONS, MESSAGES, Prefix, Wanted, chat, completion
 from trimtab.hosted.requests import messages as message_request
-from trimtab.hosted.tokens import KnownTokens, is_whole
+from trimtab.hosted.tokens import KnownTokens
 
 TOPS = (20, 5, 1)
 """Numbers of likeliest tokens that services allow."""

@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from trimtab.align.strings import Strings
+from trimtab.align.strings import Strings, is_whole
 from trimtab.backends.hf import quiet_transformers
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_tokenizer
@@ -114,15 +114,6 @@ def expected_texts(live: Live, reading: LiveReading, questions: range, count: in
     ids: Tensor = live.expected_small(reading, questions, count)
     found = (live.pair.vocabulary.token_bytes[i] for i in ids.tolist())
     return [text for text in found if text and is_whole(text)]
-
-
-def is_whole(text: bytes) -> bool:
-    """Whether bytes are text by themselves."""
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def open_known(ref: str, progress: Progress = silent) -> KnownTokens:
