@@ -200,7 +200,9 @@ def resolve_dtype(dtype: Dtype, device_map: str | None = None) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capabilities = torch.cpu.get_capabilities()
     has_bfloat16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    # A processor can be told to do with less than it has (ATEN_CPU_CAPABILITY).
+    is_used = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.bfloat16 if has_bfloat16 and is_used else torch.float32
 
 
 def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
