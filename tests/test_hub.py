@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from saving import saved
+from test_bad_input import refusal
 
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import open_pair
@@ -122,15 +123,23 @@ def test_an_expert_names_the_commit_of_its_base(tmp_path):
     assert open_pair(out, dtype="float32").reference.revision == _COMMIT
 
 
+@pytest.mark.parametrize(
+    "name, found, remedy",
+    [
+        ("someone/else", "there is no model someone/else", "GGUF file"),
+        ("someone/gated", "asks for its licence to be accepted", "hf auth login"),
+    ],
+)
 @pytest.mark.usefixtures("hub")
-def test_a_name_that_the_hub_does_not_know():
-    with pytest.raises(ModelError, match="there is no model someone/else") as caught:
-        open_model("someone/else")
-    assert "GGUF file" in caught.value.hint
-
-
-@pytest.mark.usefixtures("hub")
-def test_a_gated_model_says_what_to_do():
-    with pytest.raises(ModelError, match="asks for its licence to be accepted") as caught:
-        open_model("someone/gated")
-    assert "hf auth login" in caught.value.hint
+def test_a_name_that_cannot_be_had_is_told_by_every_verb(name, found, remedy, tmp_path, capsys):
+    with pytest.raises(ModelError, match=found) as caught:
+        open_model(name)
+    assert remedy in caught.value.hint
+    (tmp_path / "a.txt").write_text("The rudder turns the hull. " * 40)
+    for words in (
+        ("tune", tmp_path / "a.txt", "--model", name, "--out", tmp_path / "expert"),
+        ("generate", "a", "--host", name),
+    ):
+        said = refusal(capsys, *words)
+        assert found in said and remedy in said
+    assert not (tmp_path / "expert").exists()
