@@ -4,8 +4,11 @@ r"""How much of an expert's gain a host keeps that shows its likeliest tokens on
         --leave-out FOLDER ... --out RESULT.json
 
 The host runs here, and of its distribution at each place only the likeliest tokens are passed on,
-as an API would pass them. Its own bits per byte are those of its full distribution. A token that is
-not shown has what the small models make of it. Text: the middles of Zig files that lie in none of
+as an API would pass them. Its own bits per byte are those of its full distribution. To the blends a
+token that is not shown is what the small models make of it, and no evidence. The host itself, as a
+part of the mixture, gives each token its full probability, as it does where the API draws that part
+("top 20"); in "top 20, host cut off" it gives what is made of what it has shown, to whom all tokens
+are evidence. Text: the middles of Zig files that lie in none of
 the folders to leave out (give the demo's training and test files), of modules of Python's library,
 and passages of Moby-Dick.
 """
@@ -148,7 +151,13 @@ def score(
             place_scores(steering, unseen, reading, some, (logprobs, ids[first:], top))
             for some in chunks(len(ids) - first)
         ]
-        ways[f"top {top}"], ways[f"host, top {top}"] = mixed(steering, torch.cat(places, 1))
+        scores = torch.cat(places, 1)
+        ways[f"top {top}, host cut off"] = mixed(steering, scores, scores)
+        host_row = steering.families["live"].index("host")
+        ways[f"host, top {top}"] = scores[host_row].clone()
+        scores[host_row] = ways["host"]
+        is_shown = ways["host"] >= torch.stack([row.topk(top).values[-1] for row in logprobs])
+        ways[f"top {top}"] = mixed(steering, scores, scores.masked_fill(~is_shown, 0.0))
     sums.sizes.append(sum(map(len, pieces[first:])))
     sums.tokens += len(ids) - first
     for way, row in ways.items():
@@ -207,12 +216,11 @@ def place_scores(
     return stacked[:, torch.arange(len(targets)), columns]
 
 
-def mixed(steering: Steering, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the weighed mixture and of the truncated host alone, [tokens] each."""
-    members = steering.families["live"]
-    prior = prior_of(members, steering.blend)
-    weights = evidence_weights(scores, prior, share=steering.blend.share)[:, :-1]
-    return mixture_logprobs(scores.double(), weights), scores[members.index("host")]
+def mixed(steering: Steering, scores: Tensor, evidence: Tensor) -> Tensor:
+    """Log-probabilities of the weighed mixture, [tokens]; arguments are [predictors, tokens]."""
+    prior = prior_of(steering.families["live"], steering.blend)
+    weights = evidence_weights(evidence, prior, share=steering.blend.share)[:, :-1]
+    return mixture_logprobs(scores.double(), weights)
 
 
 def result(

@@ -46,6 +46,10 @@ class Endpoint:
         several: `n` is understood.
         readable: It writes whole characters only, as a trained model nearly always does.
         lenient: Asked for more log-probabilities than it shows, it says nothing and shows fewer.
+        sharpness: Multiplies its logits, since a random model finds all tokens about alike.
+        end_lead: By so much the logit of the end is above all others (default: as it is).
+        fresh: Equal requests have draws of their own; otherwise one is answered as another.
+        silent_end: Of the token that ends a text nothing is shown.
         behind: Address of a server that answers in the model's place, and shows no more than this.
         key: What it asks for; none lets everybody in.
         faults: What goes wrong, one a POST, in order; None for nothing.
@@ -64,6 +68,10 @@ class Endpoint:
     several: bool = True
     readable: bool = False
     lenient: bool = False
+    sharpness: float = 1.0
+    end_lead: float | None = None
+    fresh: bool = False
+    silent_end: bool = False
     behind: str = ""
     key: str = ""
     faults: list[str | None] = field(default_factory=list)
@@ -219,7 +227,7 @@ def _completions(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
     for index in range(body.get("n", 1)):
         tokens, logprobs, ended = continued(shown, ids, body, index)
         first = 0 if echo else len(ids)
-        told = range(first, len(tokens))
+        told = range(first, len(tokens) - (ended and shown.silent_end))
         column = [_spelled(shown.model, tokens[i]) for i in told]
         parts = {
             "tokens": column,
@@ -303,11 +311,12 @@ def continued(
 ) -> tuple[list[int], torch.Tensor, bool]:
     """Prompt and continuation, log-probabilities after each token, and whether it has ended."""
     longest = body.get("max_tokens") or body.get("max_completion_tokens") or 16
-    generator = torch.Generator().manual_seed(1000 * index + len(ids))
+    salt = len(shown.seen) << 20 if shown.fresh else 0
+    generator = torch.Generator().manual_seed(salt + 1000 * index + len(ids))
     bias = {int(token): value for token, value in (body.get("logit_bias") or {}).items()}
     tokens = list(ids)
     for _ in range(longest):
-        logits = _logits(shown, tokens)[-1]
+        logits = logits_of(shown, tokens)[-1]
         for token, value in bias.items():
             logits[token] += value
         temperature = body.get("temperature", 1.0)
@@ -319,12 +328,15 @@ def continued(
         tokens.append(token)
         if token in shown.model.end_ids:
             break
-    logprobs = _logits(shown, tokens).log_softmax(-1)
+    logprobs = logits_of(shown, tokens).log_softmax(-1)
     return tokens, logprobs, tokens[-1] in shown.model.end_ids
 
 
-def _logits(shown: Endpoint, tokens: Sequence[int]) -> torch.Tensor:
-    logits = shown.model.logits(torch.tensor([list(tokens)]))[0].float()
+def logits_of(shown: Endpoint, tokens: Sequence[int]) -> torch.Tensor:
+    logits = shown.model.logits(torch.tensor([list(tokens)]))[0].float() * shown.sharpness
+    if shown.end_lead is not None:
+        logits[:, sorted(shown.model.end_ids)] = logits.amax(-1, keepdim=True)
+        logits[:, sorted(shown.model.end_ids)] += shown.end_lead
     if shown.readable:
         texts = shown.model.vocabulary.token_bytes
         hidden = [text is None or not text.decode("latin1").isprintable() for text in texts]

@@ -1,27 +1,36 @@
 """Steering a model behind an API, over HTTP, against the same model opened here."""
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from endpoint_server import Endpoint, continued, serving, text_of
+from endpoint_server import Endpoint, continued, logits_of, serving, text_of
 from endpoint_server import home as home  # a fixture
+from scipy.stats import chisquare
 from test_generate import HOST, PROMPTS
 from test_generate import adapter as adapter  # a fixture
 from test_generate import host as host  # a fixture
 
 from trimtab.backends.chat import prompt_ids
 from trimtab.backends.hf import HFModel
+from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair
 from trimtab.cli import main
 from trimtab.config import GenerateConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.generate import GenerateResult, generate
+from trimtab.hosted.answers import Token
+from trimtab.hosted.blending import Before, Blender
+from trimtab.hosted.tokens import open_known
 from trimtab.steering.beside import open_beside
+from trimtab.steering.evidence import Mixture
+from trimtab.steering.predictors import Steering
 from trimtab.store.manifest import read_manifest
 
 WHOLE = 1000
@@ -125,6 +134,68 @@ def test_stop_strings_and_sampling(adapter: Path, endpoint: Endpoint) -> None:
     ones = [asked(endpoint, adapter, seed=seed, **sampled).texts[0] for seed in (1, 1, 2, 3)]
     assert ones[0] == ones[1]
     assert len(set(ones)) > 1
+
+
+@pytest.mark.parametrize("silent_end", [False, True])
+def test_the_hosts_part_of_a_draw_is_its_whole_distribution(
+    adapter: Path, host: HFModel, endpoint: Endpoint, silent_end: bool
+) -> None:
+    endpoint.top, endpoint.echo, endpoint.sharpness, endpoint.fresh = 5, False, 20.0, True
+    endpoint.end_lead, endpoint.silent_end = -1.0, silent_end
+    prompt, draws = "The m", 400
+    expected, shown = steered(adapter, host, endpoint, prompt)
+    found = asked(
+        endpoint, adapter, prompt=(prompt,) * draws, max_new_tokens=1, temperature=1.0,
+        api_tokenizer=HOST, api_cache=False, draft_tokens=2,
+    ).texts  # fmt: skip
+    observed = Counter(found)
+    assert sum(expected.values()) == pytest.approx(1.0, abs=1e-4)
+    # The host's own draws are not bound to what it has shown, or to what the expert expects.
+    assert sum(count for text, count in observed.items() if text not in shown) > draws / 20
+    # Texts in the order of their probability, in groups of which enough are drawn.
+    counts, probs = [0], [0.0]
+    for text in sorted(expected, key=lambda text: -expected[text]):
+        if probs[-1] * draws >= 8:
+            counts.append(0)
+            probs.append(0.0)
+        counts[-1] += observed[text]
+        probs[-1] += expected[text]
+    assert len(counts) >= 10
+    p_value = chisquare(counts, draws * np.array(probs) / sum(probs)).pvalue
+    assert p_value > 1e-3
+
+
+def steered(
+    adapter: Path, host: HFModel, endpoint: Endpoint, prompt: str
+) -> tuple[dict[str, float], set[str]]:
+    """The next text's probabilities when the host's part is whole, and what else may be chosen."""
+    pair = open_beside(read_manifest(adapter), adapter, dtype="float32")
+    tokens = open_known(HOST)
+    live = Live(pair, tokens)
+    mixture = Mixture(Steering(("live",), live=live, blend=read_manifest(adapter).blend))
+    blender = Blender(mixture, live, tokens, by_ids=True)
+    ids = prompt_ids(host, prompt)
+    logprobs = logits_of(endpoint, ids)[-1].log_softmax(-1)
+    texts = host.vocabulary.token_bytes
+    top = [
+        Token(texts[i], float(logprobs[i]), host.tokenizer.convert_ids_to_tokens(i), i)
+        for i in logprobs.topk(5).indices.tolist()
+    ]
+    last = ids[-1]
+    options = blender.options(Before(prompt.encode(), ids, last), top)
+    share, others = blender.host_share, options.others.softmax(-1)
+    assert 0.05 < share < 0.95
+    mixed: dict[str, float] = defaultdict(float)
+    for token_id, prob in enumerate(logprobs.exp().tolist()):
+        mixed[text_of(host, [token_id])] += share * prob
+    for option, prob in zip(options.each, others.tolist(), strict=True):
+        mixed[(option.text or b"").decode("utf-8", "replace")] += (1 - share) * prob
+        if option.text in [token.text for token in top]:
+            whole = float(options.logprobs[options.each.index(option)].exp())
+            own = float(logprobs[option.token_id].exp())
+            left = float(options.others[options.each.index(option)].exp())
+            assert whole == pytest.approx(share * own + (1 - share) * left, rel=1e-3)
+    return mixed, {(o.text or b"").decode("utf-8", "replace") for o in options.each}
 
 
 def test_a_chat_that_goes_on_from_a_beginning_is_blended(

@@ -48,10 +48,12 @@ class Options:
         each: The tokens.
         logprobs: The steered natural-log probabilities, shape [options]; -inf for what cannot be
             sent back to the host. What is missing to one belongs to tokens that are not here.
+        others: As `logprobs`, without the part of them that is the host's own.
     """
 
     each: tuple[Option, ...]
     logprobs: Tensor
+    others: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,14 @@ class Blender:
     def weigh(self, places: Sequence[Place]) -> None:
         """Trust each predictor as far as a prompt speaks for it (`Mixture.weigh`).
 
+        Tokens that the host has not shown are no evidence: blends know of the host there only what
+        the reference makes up for it, and would be blamed for that.
+
         Args:
             places: The prompt's tokens, as the host has read them; nothing is known of the first.
         """
         pieces = [place.chosen.text for place in places]
-        asked = [i for i in range(1, len(places)) if pieces[i] and places[i].top]
+        asked = [i for i in range(1, len(places)) if pieces[i] and places[i].shows_chosen]
         asked = asked[-EVIDENCE_TOKENS:]
         if not asked:
             return
@@ -131,17 +136,38 @@ class Blender:
             top: The likeliest tokens that the host shows there.
         """
         said, options = self._said(self._read([before], row=0), 0, top)
-        mixed = mixture_logprobs(said, self._weights[:, None])[:-1]
-        if not self._by_ids:
-            sent = [o.ends or (o.text is not None and is_whole(o.text)) for o in options]
-            mixed = mixed.masked_fill(~torch.tensor(sent, dtype=torch.bool), -torch.inf)
-        return Options(options, mixed)
+        logprobs = mixture_logprobs(said, self._weights[:, None])[:-1]
+        share = (1.0 - self.host_share) or 1.0
+        others = mixture_logprobs(said[1:], self._weights[1:, None] / share)[:-1]
+        unsendable = ~torch.tensor([self._is_sendable(option) for option in options])
+        return Options(
+            options,
+            logprobs.masked_fill(unsendable, -torch.inf),
+            others.masked_fill(unsendable, -torch.inf),
+        )
+
+    @property
+    def host_share(self) -> float:
+        """How far the bare host is trusted: its part of the mixture, in [0, 1]."""
+        return float(self._weights[0])
+
+    def option_of(self, token: Token) -> Option | None:
+        """A token that the host has drawn; None if it cannot be sent back."""
+        if self._tokens is None:
+            option = self._option(token.text, 0)
+        else:
+            token_id = self._tokens.id_of(token)
+            if token_id is None:
+                return None
+            option = self._option(self._tokens.vocabulary.token_bytes[token_id], token_id)
+        return option if self._is_sendable(option) else None
+
+    def _is_sendable(self, option: Option) -> bool:
+        return self._by_ids or option.ends or (option.text is not None and is_whole(option.text))
 
     def _score(self, reading: LiveReading, number: int, place: Place) -> Tensor:
         """What each predictor gives to the token that stands at a place, shape [predictors]."""
-        names = {token.name for token in place.top}
-        top = place.top if place.chosen.name in names else (*place.top, place.chosen)
-        said, options = self._said(reading, number, top)
+        said, options = self._said(reading, number, place.top)
         texts = [option.text for option in options]
         # A token that the named tokenizer does not have is one of the tail.
         found = place.chosen.text in texts

@@ -42,27 +42,30 @@ def planned_candidates(host: HostedModel, tasks: Sequence[Task], count: int) -> 
     )
 
 
-def planned_steps(host: HostedModel, tasks: Sequence[Task], ahead: int) -> Plan:
+def planned_steps(
+    host: HostedModel, tasks: Sequence[Task], ahead: int, *, drafts_itself: bool
+) -> Plan:
     """A request a token, in the worst case; each reads all that was written before.
+
+    A place of which the API shows nothing is asked about once more, and is not foreseen.
 
     Args:
         host: The host.
         tasks: What to go on from.
         ahead: Tokens that a request asks for beyond the next.
+        drafts_itself: The host writes these tokens; otherwise it reads the expert's.
     """
     calls, prompt, completion = 0, 0, 0
     for task in tasks:
         length, steps = host.count(task.prompt), task.max_new_tokens
         calls += steps
         prompt += steps * length + steps * (steps - 1) // 2
-        if host.by.echo:
-            # The host reads drafts, and the prompt once more as evidence.
-            calls, prompt, completion = calls + 1, prompt + length + steps * ahead, completion + 1
-            if ahead:
-                # A draft that the host cuts otherwise is asked for again without it.
-                calls, prompt = calls + steps, 2 * prompt
-                completion += steps
+        completion += steps * (1 + ahead) if drafts_itself else steps
+        if ahead and not drafts_itself:
+            # A draft that the host cuts otherwise is asked for again without it.
+            calls, prompt = calls + steps, 2 * prompt + steps * ahead
             completion += steps
-        else:
-            completion += steps * (1 + ahead)
+        if host.by.echo:
+            # The host reads the prompt once more as evidence.
+            calls, prompt, completion = calls + 1, prompt + length, completion + 1
     return Plan(calls, Usage(prompt, completion))

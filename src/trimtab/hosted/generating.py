@@ -36,6 +36,9 @@ from trimtab.types import Advance, OnNote, OnText, Progress, silent
 CANDIDATE_TEMPERATURE = 0.8
 """Of candidates, where the run itself is greedy: they must differ."""
 
+_MOST_PROMPTS = 1_000_000
+"""Of a run: further ones would share their draws with another seed's."""
+
 Level = Literal["alone", "top-k", "text"]
 
 
@@ -218,8 +221,7 @@ class _Run:
 
     def _blended(self, number: int, task: Task, advance: Advance) -> _Done:
         stream = TextStream(self._config.stop)
-        sampling = Sampling(self._config.temperature, self._config.top_p, self._config.top_k)
-        writer = Writer(self._host, self._blender(), task, sampling, stream)
+        writer = Writer(self._host, self._blender(), task, _sampling(self._config, number), stream)
         for piece in writer.pieces(advance):
             self._say(number, piece)
         self._say(number, stream.finish())
@@ -334,12 +336,19 @@ def _in_words(config: GenerateConfig, by: Capabilities, level: Level) -> str:
     return f"top {by.top(chat=config.chat)} logprobs, blended with expert and reference"
 
 
+def _sampling(config: GenerateConfig, number: int = 0) -> Sampling:
+    """How tokens of a prompt's continuation are chosen."""
+    draw = config.seed * _MOST_PROMPTS + number
+    return Sampling(config.temperature, config.top_p, config.top_k, draw)
+
+
 def _plan(config: GenerateConfig, host: HostedModel, tasks: Sequence[Task], level: Level) -> Plan:
     if level == "alone":
         return planned_alone(host, tasks)
     if level == "text":
         return planned_candidates(host, tasks, config.api_candidates)
-    return planned_steps(host, tasks, config.draft_tokens or 0)
+    drafts_itself = not host.by.echo or _sampling(config).is_plain
+    return planned_steps(host, tasks, config.draft_tokens or 0, drafts_itself=drafts_itself)
 
 
 def _open_pair(

@@ -15,7 +15,7 @@ from transformers import (
 
 from trimtab.errors import ModelError
 from trimtab.hosted.answers import Place, Token
-from trimtab.hosted.blending import Before, Blender, Option
+from trimtab.hosted.blending import Before, Blender, Option, Options
 from trimtab.hosted.host import HostedModel
 from trimtab.hosted.requests import Prefix, Wanted
 from trimtab.steering.drafting import Written, text_ahead
@@ -49,11 +49,24 @@ class Task:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; temperature 0 takes the likeliest."""
+    """How a token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: Draw from the smallest set of tokens with this much probability.
+        top_k: Draw from so many likeliest tokens; 0 for all.
+        draw: Tells the host's draws for this text from those for another.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    draw: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Tokens are drawn from the distribution as it is."""
+        return self.temperature == 1.0 and self.top_p == 1.0 and not self.top_k
 
     def choose(self, logprobs: Tensor) -> int:
         """Place of the chosen one among natural-log probabilities of shape [options]."""
@@ -78,6 +91,10 @@ class Writer:
     prompt, the expert drafts text and the host reads it; elsewhere the host drafts by itself. At
     each place of a draft the steered choice decides; the first that differs from the draft ends
     it. So a draft changes how many requests are sent, and not what is chosen.
+
+    Where tokens are drawn from the steered distribution as it is, the host's part of it is drawn by
+    the host itself, and the rest here from what it has shown: a mixture is drawn from by drawing
+    one of its parts first. So the host's part is its whole distribution, of which it shows a piece.
     """
 
     def __init__(
@@ -104,6 +121,7 @@ class Writer:
         self._stream = stream
         self._written: list[Option] = []
         self._is_ended = False
+        self._is_steered_next = False
         self.is_cut_short = False
 
     @property
@@ -120,11 +138,9 @@ class Writer:
         self._weigh_prompt()
         while not self._is_done() and not self.is_cut_short:
             places, ended = self._ask()
-            if not places:
-                return
             followed = yield from self._follow(places, advance)
-            if followed and ended:
-                # Where the host has ended the text, it need not show a token that says so.
+            # Where the host has ended the text, it need not show a token that says so.
+            if self.is_cut_short or (followed and ended and self._ends_with_the_host()):
                 return
 
     def _is_done(self) -> bool:
@@ -141,16 +157,37 @@ class Writer:
                     " sent back as text",
                     hint="name the host's tokenizer with --api-tokenizer, so that tokens are sent",
                 )
-            option = options.each[self._sampling.choose(options.logprobs)]
+            option = self._chosen(options, place.chosen)
             if option.ends:
                 self._is_ended = True
                 return False
             self._written.append(option)
+            self._is_steered_next = False
             advance(1)
             yield self._stream.add(option.text or b"")
             if self._is_done() or not self._is_same(option, place.chosen):
                 return False
         return True
+
+    def _chosen(self, options: Options, drawn: Token) -> Option:
+        """The next token, given what the host itself has drawn there."""
+        if not self._sampling.is_plain:
+            return options.each[self._sampling.choose(options.logprobs)]
+        if self._is_steered_next or not self._is_the_hosts_turn():
+            return options.each[self._sampling.choose(options.others)]
+        own = self._blender.option_of(drawn)
+        # What cannot be sent back gives way to what the host has shown.
+        return own or options.each[self._sampling.choose(options.logprobs)]
+
+    def _is_the_hosts_turn(self) -> bool:
+        return float(torch.rand(())) < self._blender.host_share
+
+    def _ends_with_the_host(self) -> bool:
+        """Whether the text ends where the host has ended it, without showing any place."""
+        if not self._sampling.is_plain or self._is_steered_next:
+            return True
+        self._is_steered_next = not self._is_the_hosts_turn()
+        return not self._is_steered_next
 
     def _is_same(self, option: Option, token: Token) -> bool:
         if option.text is None and self._host.tokens is not None:
@@ -162,20 +199,29 @@ class Writer:
         room = self._task.max_new_tokens - self.tokens - 1
         top = self._host.by.top(chat=self._task.chat)
         ahead = min(room, self._blender.live.draft_tokens)
-        if ahead and self._echoes:
+        draws = self._sampling.is_plain
+        if ahead and self._echoes and not draws:
             places = self._ask_about_draft(room, top)
             if places or self.is_cut_short:
                 return places, False
-        found = self._send(self._prefix(), Wanted(1 if self._echoes else 1 + ahead, top))
+        count = 1 + ahead if draws or not self._echoes else 1
+        temperature = 0.0
+        if draws:
+            # It has ended the text where that was not its part: what else it would say is asked.
+            count, temperature = (1, 0.0) if self._is_steered_next else (count, 1.0)
+        found = self._send(self._prefix(), Wanted(count, top, temperature))
         if not any((*found, self.is_cut_short)):
             # llama.cpp shows nothing of a token until the characters that it begins are whole.
-            found = self._send(self._prefix(), Wanted(_CHARACTER_TOKENS, top))
+            found = self._send(self._prefix(), Wanted(_CHARACTER_TOKENS, top, temperature))
         if not any((*found, self.is_cut_short)):
             raise ModelError(
                 f"{self._host.client.address.url} shows no token after {self._tail()!r}",
                 hint="it may end inside a character there, which this API does not show; use"
                 " --api-level text",
             )
+        if self._is_steered_next:
+            # These tokens are no draws, so that nothing after the first one follows from them.
+            return found[0][:1], not found[0]
         return found
 
     def _ask_about_draft(self, room: int, top: int) -> Sequence[Place]:
@@ -197,7 +243,8 @@ class Writer:
         if not self._host.allows(prefix, wanted):
             self.is_cut_short = True
             return (), False
-        answer = self._host.go_on(prefix, wanted).choices[0]
+        draw = self._sampling.draw if wanted.temperature else 0
+        answer = self._host.go_on(prefix, wanted, ordinal=draw).choices[0]
         return answer.places, answer.ended
 
     def _weigh_prompt(self) -> None:
