@@ -17,7 +17,7 @@ from test_generate import HOST, PROMPTS
 from test_generate import adapter as adapter  # a fixture
 from test_generate import host as host  # a fixture
 
-from trimtab.backends.chat import prompt_ids
+from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair
@@ -253,6 +253,31 @@ def slow_score(pair: Pair, prompt: str, text: str) -> float:
         for sign, logits in ((1, pair.expert_logits(read)), (-1, pair.reference_logits(read))):
             total += sign * float(logits[0, -1].log_softmax(-1)[ids[end]])
     return total / len(text.encode())
+
+
+def test_a_chat_is_shown_the_experts_draft(adapter: Path, endpoint: Endpoint) -> None:
+    endpoint.completions, endpoint.chat, endpoint.prefill = False, True, False
+    found = asked(endpoint, adapter, chat=True, api_candidates=3, api_draft_tokens=6)
+    assert found.level.endswith(", all having seen the expert's draft")
+    sent = [body["messages"] for _, _, body in endpoint.seen if body.get("n") == 3]
+    [[message]] = sent
+    pair = open_beside(read_manifest(adapter), adapter, dtype="float32")
+    ids = chat_ids(pair.reference, PROMPTS[0])
+    # The oracle: the expert's likeliest token after all before it, read anew each time.
+    draft = list(ids)
+    for _ in range(6):
+        with pair.as_expert() as expert:
+            draft.append(int(expert.logits(torch.tensor([draft]))[0, -1].argmax()))
+    said = text_of(pair.reference, draft[len(ids) :]).strip("\n ")
+    assert message["content"].startswith(PROMPTS[0])
+    assert said and message["content"].endswith(said)
+
+
+def test_a_draft_needs_a_chat_and_candidates(adapter: Path, endpoint: Endpoint) -> None:
+    endpoint.chat = endpoint.readable = True
+    for options in ({}, {"chat": True}, {"chat": True, "adapter": None}, {"api_level": "text"}):
+        with pytest.raises(InputError, match="is shown in a chat where candidates are chosen"):
+            asked(endpoint, **{"adapter": adapter, "api_draft_tokens": 4, **options})
 
 
 def test_anthropics_messages(adapter: Path, endpoint: Endpoint) -> None:

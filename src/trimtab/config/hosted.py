@@ -40,6 +40,9 @@ class HostedOptions(Config):
     """Log-probabilities to ask for at each token; fewer are taken if the API refuses."""
     api_candidates: int = Field(default=8, ge=2, le=128)
     """Continuations among which the small models choose where there are no logprobs."""
+    api_draft_tokens: int = Field(default=0, ge=0, le=100_000)
+    """In a chat where candidates are chosen, show the host the expert's own answer beside the
+    message, up to so many of the expert's tokens (default: none)."""
     api_budget_tokens: int | None = Field(default=None, ge=1)
     """Stop before a run has used more tokens than this, of prompts and answers."""
     api_price_in: float | None = Field(default=None, ge=0, le=1e6, allow_inf_nan=False)

@@ -28,7 +28,7 @@ class Plan:
 
 def planned_alone(host: HostedModel, tasks: Sequence[Task]) -> Plan:
     """One request a prompt."""
-    prompt = sum(host.count(task.prompt) for task in tasks)
+    prompt = sum(host.count(task.sent) for task in tasks)
     return Plan(len(tasks), Usage(prompt, sum(task.max_new_tokens for task in tasks)))
 
 

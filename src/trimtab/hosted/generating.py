@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, final
+from typing import final
 
 import torch
 
@@ -13,13 +13,14 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair
 from trimtab.config import GenerateConfig, HostedOptions, ProbeConfig
-from trimtab.errors import AdapterError, InputError, ModelError
+from trimtab.errors import AdapterError, InputError
 from trimtab.hosted.blending import Blender
-from trimtab.hosted.capabilities import Capabilities
 from trimtab.hosted.client import Address, Client, Manners
+from trimtab.hosted.context import expert_draft
 from trimtab.hosted.estimating import Plan, planned_alone, planned_candidates, planned_steps
 from trimtab.hosted.host import HostedModel
 from trimtab.hosted.ledger import Ledger, Price
+from trimtab.hosted.level import Level, in_words, level_of
 from trimtab.hosted.probing import capabilities_of
 from trimtab.hosted.requests import Prefix, Wanted
 from trimtab.hosted.reranking import best_of
@@ -38,8 +39,6 @@ CANDIDATE_TEMPERATURE = 0.8
 
 _MOST_PROMPTS = 1_000_000
 """Of a run: further ones would share their draws with another seed's."""
-
-Level = Literal["alone", "top-k", "text"]
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,12 @@ def generate_hosted(
     manifest = _check(config)
     with opened(config.host, config, progress=progress) as host:
         host.check_way(chat=config.chat)
-        level = _level(config, host.by, steered=manifest is not None)
+        level = level_of(config, host.by, steered=manifest is not None)
         pair = _open_pair(config, manifest, progress)
         tasks = [_task(config, prompt, host, pair) for prompt in config.prompt]
-        words = _in_words(config, host.by, level)
+        if config.api_draft_tokens:
+            tasks = _with_drafts(config, tasks, pair, level)
+        words = in_words(config, host.by, level)
         notes = [f"{config.host}: {words}"]
         notes.append(f"at most {_plan(config, host, tasks, level).in_words(price_of(config))}")
         for note in notes:
@@ -254,7 +255,7 @@ class _Run:
         )
         prefix = self._host.prefix(
             "" if task.chat else task.prompt,
-            task.prompt if task.chat else None,
+            task.sent if task.chat else None,
             list(task.prompt_ids),
         )
         if not self._host.allows(prefix, wanted):
@@ -306,36 +307,6 @@ def _check(config: GenerateConfig) -> AdapterManifest | None:
     return manifest
 
 
-def _level(config: GenerateConfig, by: Capabilities, *, steered: bool) -> Level:
-    if not steered:
-        level: Level = "alone"
-    elif config.api_level == "text" or not by.top(chat=config.chat):
-        level = "text"
-    else:
-        level = "top-k"
-    if level == "text" and config.api_level == "top-k":
-        raise ModelError(
-            f"{config.host} shows no log-probabilities that can be steered here",
-            hint="see `trimtab hosts probe`; --api-level auto chooses among candidates instead",
-        )
-    if level != "top-k" and config.top_k:
-        raise InputError(
-            "--top-k needs log-probabilities, and none are used here", hint="leave it out"
-        )
-    return level
-
-
-def _in_words(config: GenerateConfig, by: Capabilities, level: Level) -> str:
-    if level == "alone":
-        return "the host alone, unsteered"
-    if level == "text":
-        return (
-            f"text only: the best of {config.api_candidates} candidates by log expert - log"
-            " reference"
-        )
-    return f"top {by.top(chat=config.chat)} logprobs, blended with expert and reference"
-
-
 def _sampling(config: GenerateConfig, number: int = 0) -> Sampling:
     """How tokens of a prompt's continuation are chosen."""
     draw = config.seed * _MOST_PROMPTS + number
@@ -359,6 +330,22 @@ def _open_pair(
     return open_beside(
         manifest, config.adapter, small=config.small, dtype=config.dtype, progress=progress
     )
+
+
+def _with_drafts(
+    config: GenerateConfig, tasks: Sequence[Task], pair: Pair | None, level: Level
+) -> list[Task]:
+    """The same tasks, each with what the expert would answer."""
+    if pair is None or level != "text" or not config.chat:
+        raise InputError(
+            "a draft of the expert's is shown in a chat where candidates are chosen, and this is"
+            f" {'a chat' if config.chat else 'no chat'} at level {level}",
+            hint="give --chat, an adapter and --api-level text, or leave out --api-draft-tokens",
+        )
+    return [
+        replace(task, draft=expert_draft(pair, task.small_ids or (), config.api_draft_tokens))
+        for task in tasks
+    ]
 
 
 def _task(config: GenerateConfig, prompt: str, host: HostedModel, pair: Pair | None) -> Task:

@@ -16,6 +16,7 @@ from transformers import (
 from trimtab.errors import ModelError
 from trimtab.hosted.answers import Place, Token
 from trimtab.hosted.blending import Before, Blender, Option, Options
+from trimtab.hosted.context import with_draft
 from trimtab.hosted.host import HostedModel
 from trimtab.hosted.requests import Prefix, Wanted
 from trimtab.steering.drafting import Written, text_ahead
@@ -38,6 +39,7 @@ class Task:
         small_ids: In a chat, what the small models read before the answer.
         prompt_ids: What the host reads before the continuation, where its tokens are known and it
             is no chat.
+        draft: In a chat, what the expert would answer; the host is shown it with the message.
     """
 
     prompt: str
@@ -45,6 +47,12 @@ class Task:
     max_new_tokens: int
     small_ids: tuple[int, ...] | None = None
     prompt_ids: tuple[int, ...] = ()
+    draft: str = ""
+
+    @property
+    def sent(self) -> str:
+        """What the host is sent."""
+        return with_draft(self.prompt, self.draft)
 
 
 @dataclass(frozen=True)
