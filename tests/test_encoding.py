@@ -78,6 +78,26 @@ def test_topk_with_tail_sums_to_one(top_k: int) -> None:
     assert torch.allclose(kept, torch.ones(5), atol=1e-5)
 
 
+def test_a_tail_is_dealt_out_in_a_stand_ins_proportions() -> None:
+    generator = torch.Generator().manual_seed(3)
+    expert = 3 * torch.randn(6, 300, generator=generator)
+    reference = expert + 0.5 * torch.randn(6, 300, generator=generator)
+    topk = encode_topk(expert, 20)
+    told = decode_topk(topk, 300, reference)
+    torch.testing.assert_close(told.exp().sum(-1), torch.ones(6))
+    torch.testing.assert_close(told.gather(1, topk.token_ids.long()), topk.logprobs)
+    others = [i for i in range(300) if i not in topk.token_ids[2].tolist()]
+    torch.testing.assert_close(
+        told[2, others] - told[2, others[0]], reference[2, others] - reference[2, others[0]]
+    )
+    torch.testing.assert_close(decode_topk(topk, 300, torch.zeros(6, 300)), decode_topk(topk, 300))
+    exact = expert.log_softmax(-1)
+    lost = [(exact.exp() * (exact - way)).sum() for way in (told, decode_topk(topk, 300))]
+    assert lost[0] < lost[1] / 2
+    whole = encode_topk(expert, 300)
+    torch.testing.assert_close(decode_topk(whole, 300, reference), exact)
+
+
 def test_topk_equals_sorting() -> None:
     logits = peaked_logits(4, 50)
     topk = encode_topk(logits, 6)

@@ -111,20 +111,29 @@ def normalised(topk: TopK) -> TopK:
     )
 
 
-def decode_topk(topk: TopK, vocab: int) -> Tensor:
-    """Give each token outside the top an equal share of the tail.
+def decode_topk(topk: TopK, vocab: int, stand_in: Tensor | None = None) -> Tensor:
+    """Deal the tail out among the tokens outside the top.
+
+    An expert's tail is much like its reference's: dealt out in the reference's proportions, 23
+    tokens lose a tenth of what they lose with equal shares (docs/log.md, 2026-11-27).
 
     Args:
         topk: The encoded distributions.
         vocab: Size of the vocabulary.
+        stand_in: Logits in whose proportions the tail is dealt out, shape [rows, vocab] (default:
+            all others alike).
 
     Returns:
         Log-probabilities in nats, shape [rows, vocab].
     """
+    token_ids = topk.token_ids.long()
+    if stand_in is not None and token_ids.shape[1] < vocab:
+        tail = stand_in.float().scatter(-1, token_ids, -torch.inf).log_softmax(-1)
+        return (tail + topk.log_tail[:, None]).scatter(-1, token_ids, topk.logprobs)
     others = vocab - topk.token_ids.shape[1]
     share = topk.log_tail - (float(np.log(others)) if others else 0.0)
     spread = share[:, None].expand(-1, vocab).clone()
-    return spread.scatter(-1, topk.token_ids.long(), topk.logprobs)
+    return spread.scatter(-1, token_ids, topk.logprobs)
 
 
 def pack_topk(topk: TopK, vocab: int) -> dict[str, Tensor]:

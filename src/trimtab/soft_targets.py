@@ -35,6 +35,10 @@ _Chunk = TypeVar("_Chunk")
 BATCH_TOKENS = 2048
 """Positions, padding included, that go through a model at once."""
 
+WIDTH_STEP = 32
+"""Batches are padded to multiples of so many positions: for each new shape of a product in bfloat16
+a processor keeps code and scratch space, 3 MB a shape even for a toy."""
+
 FLOAT16_LIMIT = 6e4
 """Hidden states larger than this are stored as float32."""
 
@@ -61,7 +65,8 @@ def run_passages(
         NumericalError: A hidden state that is not finite.
     """
     context_ids = pair.reference.context_ids()
-    return PairStates(*_run(pair.hidden, context_ids, documents, shard, advance))
+    longest = pair.reference.max_tokens
+    return PairStates(*_run(pair.hidden, (context_ids, longest), documents, shard, advance))
 
 
 def run_reference(
@@ -72,24 +77,32 @@ def run_reference(
     advance: Advance,
 ) -> Tensor:
     """As `run_passages`, of the reference alone: shape [rows, hidden]."""
-    (states,) = _run(
-        lambda ids: (reference.hidden(ids),), reference.context_ids(), documents, shard, advance
-    )
+    before = reference.context_ids(), reference.max_tokens
+    (states,) = _run(lambda ids: (reference.hidden(ids),), before, documents, shard, advance)
     return states
 
 
 def _run(
     hidden: Callable[[Tensor], Sequence[Tensor]],
-    context_ids: Sequence[int],
+    room: tuple[Sequence[int], int | None],
     documents: Sequence[DocumentTokens],
     shard: Sequence[Passage],
     advance: Advance,
 ) -> list[Tensor]:
-    """The states of each model that `hidden` runs, in order of the passages."""
+    """The states of each model that `hidden` runs, in order of the passages.
+
+    Args:
+        hidden: From token ids to states.
+        room: What a model reads before any text, and the positions that it has.
+        documents: The split that the passages are of.
+        shard: What to run.
+        advance: Told of recorded positions as they are done.
+    """
+    context_ids, longest = room
     done: dict[int, list[Tensor]] = {}
     for places in _batches(shard):
         batch = [shard[place] for place in places]
-        states = hidden(_padded_ids(context_ids, documents, batch))
+        states = hidden(_padded_ids(context_ids, documents, batch, longest))
         for row, place in enumerate(places):
             passage = shard[place]
             first = len(context_ids) + passage.record_from - passage.start
@@ -112,12 +125,18 @@ def _batches(shard: Sequence[Passage]) -> Iterator[list[int]]:
 
 
 def _padded_ids(
-    context_ids: Sequence[int], documents: Sequence[DocumentTokens], batch: Sequence[Passage]
+    context_ids: Sequence[int],
+    documents: Sequence[DocumentTokens],
+    batch: Sequence[Passage],
+    longest: int | None,
 ) -> Tensor:
     # A causal model's states do not depend on what stands to their right, so padding needs no
     # mask; without one the attention takes its fast path.
     before = len(context_ids)
-    width = before + max(passage.end - passage.start for passage in batch)
+    needed = before + max(passage.end - passage.start for passage in batch)
+    width = -(-needed // WIDTH_STEP) * WIDTH_STEP
+    if longest is not None:
+        width = max(needed, min(width, longest))
     ids = torch.zeros(len(batch), width, dtype=torch.int64)
     for row, passage in enumerate(batch):
         text = documents[passage.document_index].token_ids[passage.start : passage.end]

@@ -60,7 +60,10 @@ def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding
     if "expert_top_ids" in train:
         names = ("top_ids", "top_logprobs", "log_tail", "log_normaliser")
         parts = [train[f"expert_{name}"] for name in names]
-        return lambda batch, ids: _chosen(decode_topk(TopK(*(p[batch] for p in parts)), vocab), ids)
+        reference = reference_logits(train, unembedding)
+        return lambda batch, ids: _chosen(
+            decode_topk(TopK(*(p[batch] for p in parts)), vocab, reference(batch, None)), ids
+        )
     drawn, counts = train["expert_sample_ids"], train["expert_sample_counts"]
     return lambda batch, ids: (
         _chosen(decode_samples(Samples(drawn[batch], counts[batch]), vocab), ids) + UNDRAWN_PROB
