@@ -4,11 +4,10 @@ r"""How much of an expert's gain a host keeps that shows its likeliest tokens on
         --leave-out FOLDER ... --out RESULT.json
 
 The host runs here, and of its distribution at each place only the likeliest tokens are passed on,
-as an API would pass them. Its own bits per byte are those of its full distribution. To the blends a
-token that is not shown is what the small models make of it, and no evidence. The host itself, as a
-part of the mixture, gives each token its full probability, as it does where the API draws that part
-("top 20"); in "top 20, host cut off" it gives what is made of what it has shown, to whom all tokens
-are evidence. Text: the middles of Zig files that lie in none of
+as an API would pass them. Its own bits per byte are those of its full distribution. A token that is
+not shown is to the blends what the small models make of it. The host itself, as a part of the
+mixture, gives each token its full probability, as it does where the API draws that part ("top 20");
+in "top 20, host cut off" it gives what is made of what it has shown. By that all are judged. Text: the middles of Zig files that lie in none of
 the folders to leave out (give the demo's training and test files), of modules of Python's library,
 and passages of Moby-Dick.
 """
@@ -152,12 +151,12 @@ def score(
             for some in chunks(len(ids) - first)
         ]
         scores = torch.cat(places, 1)
-        ways[f"top {top}, host cut off"] = mixed(steering, scores, scores)
         host_row = steering.families["live"].index("host")
-        ways[f"host, top {top}"] = scores[host_row].clone()
-        scores[host_row] = ways["host"]
-        is_shown = ways["host"] >= torch.stack([row.topk(top).values[-1] for row in logprobs])
-        ways[f"top {top}"] = mixed(steering, scores, scores.masked_fill(~is_shown, 0.0))
+        drawn = scores.clone()
+        drawn[host_row] = ways["host"]
+        ways[f"top {top}"] = mixed(steering, drawn, scores)
+        ways[f"top {top}, host cut off"] = mixed(steering, scores, scores)
+        ways[f"host, top {top}"] = scores[host_row]
     sums.sizes.append(sum(map(len, pieces[first:])))
     sums.tokens += len(ids) - first
     for way, row in ways.items():

@@ -56,6 +56,21 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What the small models make of a continuation.
+
+    Attributes:
+        expert_nats: Natural-log probability that the expert gives to all of it.
+        reference_nats: That the reference gives.
+        size: Its bytes; 0 where it is empty.
+    """
+
+    expert_nats: float
+    reference_nats: float
+    size: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """What a host has written.
 
@@ -67,7 +82,7 @@ class Candidate:
 
     text: str
     host_nats: float
-    judged: Judged
+    judged: Judgement
 
 
 def lines_of(document: Document, count: int, seed: int = 0) -> list[Line]:
@@ -157,14 +172,18 @@ def main() -> None:
 def candidates(host: HFModel, pair: Pair, line: Line, seed: int) -> list[Candidate]:
     """What the host writes, and what the small models make of it."""
     written = sampled(host, line.prompt, seed)
-    by = judged(pair, line.prompt, [text for text, _ in written], None)
+    texts = [text for text, _ in written]
+    reference = judged(pair.reference, line.prompt, texts, None)
+    with pair.as_expert() as model:
+        expert = judged(model, line.prompt, texts, None)
+    by = [Judgement(e.nats, r.nats, e.size) for e, r in zip(expert, reference, strict=True)]
     return [Candidate(text, nats, one) for (text, nats), one in zip(written, by, strict=True)]
 
 
 def _candidate(kept: Mapping[str, object]) -> Candidate:
     by = kept["judged"]
     assert isinstance(by, dict)
-    return Candidate(str(kept["text"]), float(str(kept["host_nats"])), Judged(**by))
+    return Candidate(str(kept["text"]), float(str(kept["host_nats"])), Judgement(**by))
 
 
 Choice = Callable[[Sequence[Candidate]], int]
@@ -187,7 +206,7 @@ def most_common(found: Sequence[Candidate]) -> int:
 
 
 CHOICES: Mapping[str, Choice] = {
-    "shipped": lambda found: chosen([one.judged for one in found]),
+    "shipped": lambda found: chosen([Judged(c.judged.expert_nats, c.judged.size) for c in found]),
     "first": lambda _: 0,
     "most common": most_common,
     "host's likelihood": largest(lambda c: c.host_nats),

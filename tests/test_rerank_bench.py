@@ -58,9 +58,15 @@ def test_candidates_are_the_hosts_and_their_likelihood_its_own(
         assert one.host_nats == pytest.approx(own, abs=1e-3)
         compared += 1
     assert compared
-    assert [one.judged for one in found] == judged(
-        pair, line.prompt, [one.text for one in found], None
-    )
+    texts = [one.text for one in found]
+    with pair.as_expert() as expert:
+        by_expert = judged(expert, line.prompt, texts, None)
+    by_reference = judged(pair.reference, line.prompt, texts, None)
+    both = zip(by_expert, by_reference, strict=True)
+    assert [one.judged for one in found] == [
+        rerank.Judgement(e.nats, r.nats, e.size) for e, r in both
+    ]
+    assert by_expert != by_reference
 
 
 def test_a_continuation_costs_what_its_parts_cost(adapter: Path) -> None:
@@ -69,13 +75,12 @@ def test_a_continuation_costs_what_its_parts_cost(adapter: Path) -> None:
     pieces = [pair.vocabulary.token_bytes[i] or b"" for i in ids]
     cut = len(ids) // 2
     first, rest = (b"".join(part).decode() for part in (pieces[:cut], pieces[cut:]))
-    whole, before = judged(pair, "", [first + rest, first], None)
-    parts = [before, *judged(pair, first, [rest], None)]
-    assert whole.size == sum(part.size for part in parts)
-    for side in ("expert_nats", "reference_nats"):
-        total = sum(getattr(part, side) for part in parts)
-        assert getattr(whole, side) == pytest.approx(total, abs=1e-3)
-    assert judged(pair, "The", ["", " hull"], None)[0] == Judged(0.0, 0.0, 0)
+    with pair.as_expert() as expert:
+        whole, before = judged(expert, "", [first + rest, first], None)
+        parts = [before, *judged(expert, first, [rest], None)]
+        assert whole.size == sum(part.size for part in parts)
+        assert whole.nats == pytest.approx(sum(part.nats for part in parts), abs=1e-3)
+        assert judged(expert, "The", ["", " hull"], None)[0] == Judged(0.0, 0)
 
 
 def test_a_tree_of_candidates_is_read_as_each_alone(
@@ -83,18 +88,18 @@ def test_a_tree_of_candidates_is_read_as_each_alone(
 ) -> None:
     pair = open_beside(read_manifest(adapter), adapter, dtype="float32")
     texts = [" hull", " hull and the mast", "", " tide"]
-    tree = judged(pair, PROMPTS[0], texts, None)
-    monkeypatch.setattr(reranking, "_reads_trees", lambda _: False)
-    for ours, alone in zip(tree, judged(pair, PROMPTS[0], texts, None), strict=True):
-        assert ours.size == alone.size
-        assert ours.expert_nats == pytest.approx(alone.expert_nats, abs=1e-4)
-        assert ours.reference_nats == pytest.approx(alone.reference_nats, abs=1e-4)
+    with pair.as_expert() as expert:
+        tree = judged(expert, PROMPTS[0], texts, None)
+        monkeypatch.setattr(reranking, "_reads_trees", lambda _: False)
+        for ours, alone in zip(tree, judged(expert, PROMPTS[0], texts, None), strict=True):
+            assert ours.size == alone.size
+            assert ours.nats == pytest.approx(alone.nats, abs=1e-4)
 
 
-def test_the_chosen_one_has_the_largest_ratio_a_byte() -> None:
-    one = Judged(-2.0, -4.0, 4)
-    assert chosen([Judged(0.0, 0.0, 0), replace(one, size=8), one, one]) == 2
-    assert chosen([Judged(0.0, 0.0, 0)] * 2) == 0
+def test_the_chosen_one_is_the_likeliest_a_byte() -> None:
+    one = Judged(-2.0, 8)
+    assert chosen([Judged(0.0, 0), replace(one, size=4), one, one]) == 2
+    assert chosen([Judged(0.0, 0)] * 2) == 0
 
 
 def test_figures_are_means_over_lines_and_errors_over_files() -> None:
@@ -117,4 +122,4 @@ def test_the_measures_know_equal_texts() -> None:
 
 
 def made(text: str) -> rerank.Candidate:
-    return rerank.Candidate(text, -1.0, Judged(-1.0, -2.0, len(text)))
+    return rerank.Candidate(text, -1.0, rerank.Judgement(-1.0, -2.0, len(text)))

@@ -104,14 +104,15 @@ class Blender:
     def weigh(self, places: Sequence[Place]) -> None:
         """Trust each predictor as far as a prompt speaks for it (`Mixture.weigh`).
 
-        Tokens that the host has not shown are no evidence: blends know of the host there only what
-        the reference makes up for it, and would be blamed for that.
+        The host too is judged by what it has shown, though an API tells how likely each token of a
+        prompt was: blends know of a token that was not shown only what the reference makes up for
+        the host, and would be blamed for that.
 
         Args:
             places: The prompt's tokens, as the host has read them; nothing is known of the first.
         """
         pieces = [place.chosen.text for place in places]
-        asked = [i for i in range(1, len(places)) if pieces[i] and places[i].shows_chosen]
+        asked = [i for i in range(1, len(places)) if pieces[i] and places[i].top]
         asked = asked[-EVIDENCE_TOKENS:]
         if not asked:
             return

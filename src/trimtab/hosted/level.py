@@ -46,7 +46,7 @@ def in_words(config: GenerateConfig, by: Capabilities, level: Level) -> str:
     if level == "text":
         seen = ", all having seen the expert's draft" if config.api_draft_tokens else ""
         return (
-            f"text only: the best of {config.api_candidates} candidates by log expert - log"
-            f" reference{seen}"
+            f"text only: of {config.api_candidates} candidates the one that the expert finds"
+            f" likeliest{seen}"
         )
     return f"top {by.top(chat=config.chat)} logprobs, blended with expert and reference"

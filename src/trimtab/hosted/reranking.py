@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.pair import Pair, PairStates
+from trimtab.backends.pair import Pair
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_tree
 from trimtab.backends.tree_check import check_tree
 from trimtab.errors import ModelError
@@ -15,24 +15,22 @@ from trimtab.errors import ModelError
 
 @dataclass(frozen=True)
 class Judged:
-    """What the small models make of a continuation.
+    """What a small model makes of a continuation.
 
     Attributes:
-        expert_nats: Natural-log probability that the expert gives to all of it.
-        reference_nats: That the reference gives.
+        nats: Natural-log probability that it gives to all of it.
         size: Its bytes; 0 where it is empty, or nothing can be said of it.
     """
 
-    expert_nats: float
-    reference_nats: float
+    nats: float
     size: int
 
 
 def best_of(pair: Pair, prompt: str, texts: Sequence[str], small_ids: Sequence[int] | None) -> int:
-    """Choose the continuation that the expert finds likelier than its reference by most.
+    """Choose the continuation that the expert finds likeliest.
 
     Args:
-        pair: Expert and reference.
+        pair: The expert is one of it.
         prompt: What the candidates go on from; in a chat the message.
         texts: The candidates. An empty one has no score, and is chosen only among others alike.
         small_ids: In a chat, what the small models read before the answer.
@@ -43,78 +41,70 @@ def best_of(pair: Pair, prompt: str, texts: Sequence[str], small_ids: Sequence[i
     Raises:
         InputError: A candidate is longer than the small models can read.
     """
-    return chosen(judged(pair, prompt, texts, small_ids))
+    with pair.as_expert() as expert:
+        return chosen(judged(expert, prompt, texts, small_ids))
 
 
 def chosen(candidates: Sequence[Judged]) -> int:
     """Place of the best candidate: of those alike the first.
 
-    The measure is (log expert - log reference) / bytes, in nats. The reference takes out what any
-    model finds likely, so that neither common words nor a candidate's ease count, only what tuning
-    has changed. The sum over tokens is divided by the bytes of the continuation: else longer
-    candidates would have larger scores of either sign.
+    The measure is log expert / bytes. What the host finds likely it has written more often already.
+    The quotient of expert and reference, which leaves only what tuning has changed, is no better
+    than chance where measured (docs/log.md, 2026-11-27): a ratio of two small numbers is mostly
+    noise where both models find a text unlikely. The sum over tokens is divided by the bytes of the
+    continuation: else the shortest would win.
     """
-    scores = [
-        (one.expert_nats - one.reference_nats) / one.size if one.size else -torch.inf
-        for one in candidates
-    ]
+    scores = [one.nats / one.size if one.size else -torch.inf for one in candidates]
     return scores.index(max(scores))
 
 
 def judged(
-    pair: Pair, prompt: str, texts: Sequence[str], small_ids: Sequence[int] | None
+    model: HFModel, prompt: str, texts: Sequence[str], small_ids: Sequence[int] | None
 ) -> list[Judged]:
-    """Ask expert and reference how likely continuations are.
+    """Ask a small model how likely continuations are.
 
     What they go on from is read once for all of them, as one tree, by models that can.
 
     Args:
-        pair: Expert and reference.
+        model: Expert or reference.
         prompt: What they go on from.
         texts: The continuations.
-        small_ids: In a chat, what the small models read before the answer.
+        small_ids: In a chat, what the model reads before the answer.
 
     Raises:
-        InputError: One is longer than the small models can read.
+        InputError: One is longer than the model can read.
     """
-    read = [_read(pair.reference, prompt, text, small_ids) if text else ([], 0) for text in texts]
-    states = _states(pair, [ids for ids, _ in read])
+    read = [_read(model, prompt, text, small_ids) if text else ([], 0) for text in texts]
+    states = _states(model, [ids for ids, _ in read])
     found = []
     for text, (ids, first), of_text in zip(texts, read, states, strict=True):
         if first >= len(ids):
-            found.append(Judged(0.0, 0.0, 0))
+            found.append(Judged(0.0, 0))
             continue
         targets = torch.tensor(ids[first:])
-        expert = _logprobs(pair.expert_unembedding.logits(of_text.expert[first - 1 : -1]), targets)
-        reference = _logprobs(
-            pair.reference_unembedding.logits(of_text.reference[first - 1 : -1]), targets
-        )
-        found.append(Judged(float(expert.sum()), float(reference.sum()), len(text.encode())))
+        logprobs = _logprobs(model.unembedding.logits(of_text[first - 1 : -1]), targets)
+        found.append(Judged(float(logprobs.sum()), len(text.encode())))
     return found
 
 
-def _states(pair: Pair, sequences: Sequence[Sequence[int]]) -> list[PairStates]:
-    """Final hidden states of each sequence, two tensors of shape [tokens, hidden]."""
-    longest, limit = max(map(len, sequences), default=0), pair.reference.max_tokens
-    if not longest or (limit is not None and longest > limit) or not _reads_trees(pair):
-        return [_alone(pair, ids) for ids in sequences]
+def _states(model: HFModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Final hidden states of each sequence, shape [tokens, hidden]."""
+    longest, limit = max(map(len, sequences), default=0), model.max_tokens
+    if not longest or (limit is not None and longest > limit) or not _reads_trees(model):
+        return [_alone(model, ids) for ids in sequences]
     tree = TokenTree()
     lines = [tree.line(tree.add(ids)) for ids in sequences]
-    reference = run_tree(pair.reference, tree, ModelCache())
-    with pair.as_expert() as model:
-        expert = run_tree(model, tree, ModelCache())
-    return [PairStates(reference[line], expert[line]) for line in lines]
+    states = run_tree(model, tree, ModelCache())
+    return [states[line] for line in lines]
 
 
-def _alone(pair: Pair, ids: Sequence[int]) -> PairStates:
-    if not ids:
-        return PairStates(torch.zeros(0, 1), torch.zeros(0, 1))
-    return PairStates(*(side[0] for side in pair.hidden(torch.tensor([list(ids)]))))
+def _alone(model: HFModel, ids: Sequence[int]) -> Tensor:
+    return model.hidden(torch.tensor([list(ids)]))[0] if ids else torch.zeros(0, 1)
 
 
-def _reads_trees(pair: Pair) -> bool:
+def _reads_trees(model: HFModel) -> bool:
     try:
-        check_tree(pair.reference)
+        check_tree(model)
     except ModelError:
         return False
     return True
