@@ -7,9 +7,10 @@ The host runs here, and of its distribution at each place only the likeliest tok
 as an API would pass them. Its own bits per byte are those of its full distribution. A token that is
 not shown is to the blends what the small models make of it. The host itself, as a part of the
 mixture, gives each token its full probability, as it does where the API draws that part ("top 20");
-in "top 20, host cut off" it gives what is made of what it has shown. By that all are judged. Text: the middles of Zig files that lie in none of
-the folders to leave out (give the demo's training and test files), of modules of Python's library,
-and passages of Moby-Dick.
+in "top 20, host cut off" it gives what is made of what it has shown. By that all are judged.
+
+Text: the middles of Zig files that lie in none of the folders to leave out (give the demo's
+training and test files), of modules of Python's library, and passages of Moby-Dick.
 """
 
 import argparse
