@@ -194,7 +194,12 @@ class Learner:
             logits = self._model(
                 input_ids=windows.token_ids, position_ids=windows.position_ids, use_cache=False
             ).logits
-        return loss(logits[:, :-1], windows.token_ids[:, 1:], windows.counted[:, 1:])
+        # The last position counts for nothing: cutting it off would copy all logits, and their
+        # gradients once more.
+        targets = windows.token_ids.roll(-1, dims=1)
+        counted = windows.counted.roll(-1, dims=1)
+        counted[:, -1] = False
+        return loss(logits, targets, counted)
 
     def _mixed_precision(self) -> AbstractContextManager[object]:
         mixed = self._arithmetic is not torch.float32
