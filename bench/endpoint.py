@@ -7,7 +7,7 @@ The host runs here, and of its distribution at each place only the likeliest tok
 as an API would pass them. Its own bits per byte are those of its full distribution. A token that is
 not shown is to the blends what the small models make of it. The host itself, as a part of the
 mixture, gives each token its full probability, as it does where the API draws that part ("top 20");
-in "top 20, host cut off" it gives what is made of what it has shown. By that all are judged.
+in "top 20, host cut off" it gives what is made of what it has shown, and all tokens are evidence.
 
 Text: the middles of Zig files that lie in none of the folders to leave out (give the demo's
 training and test files), of modules of Python's library, and passages of Moby-Dick.
@@ -35,7 +35,7 @@ from trimtab.steering.beside import open_beside
 from trimtab.steering.predictors import Steering
 from trimtab.steering.rows import prior_of
 from trimtab.steering.scoring import score_document
-from trimtab.steering.truncated import EXPECTED, Shown, truncated
+from trimtab.steering.truncated import EXPECTED, Shown, fair_evidence, truncated
 from trimtab.steering.unseen import Unseen
 from trimtab.store.files import package_versions, write_json
 from trimtab.store.manifest import read_manifest
@@ -152,12 +152,13 @@ def score(
             for some in chunks(len(ids) - first)
         ]
         scores = torch.cat(places, 1)
-        host_row = steering.families["live"].index("host")
-        drawn = scores.clone()
-        drawn[host_row] = ways["host"]
-        ways[f"top {top}"] = mixed(steering, drawn, scores)
+        assert steering.families["live"][0] == "host"
+        was_shown = ways["host"] >= torch.stack([row.topk(top).values[-1] for row in logprobs])
+        evidence = fair_evidence(scores, ways["host"], was_shown)
+        drawn = torch.cat([ways["host"][None], scores[1:]])
+        ways[f"top {top}"] = mixed(steering, drawn, evidence)
         ways[f"top {top}, host cut off"] = mixed(steering, scores, scores)
-        ways[f"host, top {top}"] = scores[host_row]
+        ways[f"host, top {top}"] = scores[0]
     sums.sizes.append(sum(map(len, pieces[first:])))
     sums.tokens += len(ids) - first
     for way, row in ways.items():

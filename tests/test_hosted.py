@@ -27,7 +27,7 @@ from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.generate import GenerateResult, generate
 from trimtab.hosted.answers import Token
 from trimtab.hosted.blending import Before, Blender
-from trimtab.hosted.tokens import open_known
+from trimtab.hosted.tokens import ToldTokens, open_known
 from trimtab.steering.beside import open_beside
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
@@ -196,6 +196,20 @@ def steered(
             left = float(options.others[options.each.index(option)].exp())
             assert whole == pytest.approx(share * own + (1 - share) * left, rel=1e-3)
     return mixed, {(o.text or b"").decode("utf-8", "replace") for o in options.each}
+
+
+def test_what_the_host_has_drawn_is_taken_if_it_can_be_sent(adapter: Path) -> None:
+    pair = open_beside(read_manifest(adapter), adapter, dtype="float32")
+    live = Live(pair, ToldTokens.of((), ()))
+    steering = Steering(("live",), live=live, blend=read_manifest(adapter).blend)
+    blender = Blender(Mixture(steering), live, None, by_ids=False)
+    taken = blender.option_of(Token(b" hull", -1.0, " hull"))
+    assert taken and (taken.text, taken.ends) == (b" hull", False)
+    end = blender.option_of(Token(None, -1.0, "</s>"))
+    assert end and end.ends
+    # A part of a character, and one whose bytes are not told.
+    assert blender.option_of(Token(b"\xc3", -1.0, "bytes:\\xc3")) is None
+    assert blender.option_of(Token(None, -1.0, "\ufffd")) is None
 
 
 def test_a_chat_that_goes_on_from_a_beginning_is_blended(

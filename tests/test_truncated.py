@@ -16,7 +16,7 @@ from trimtab.backends.live import Live
 from trimtab.steering.beside import open_beside
 from trimtab.steering.field import LEAST_LOGPROB
 from trimtab.steering.predictors import Rows, Steering, predicted
-from trimtab.steering.truncated import Shown, made_whole, truncated
+from trimtab.steering.truncated import Shown, fair_evidence, made_whole, truncated
 from trimtab.store.manifest import read_manifest
 
 
@@ -59,6 +59,13 @@ def test_rounded_logprobs_and_nothing_shown() -> None:
     torch.testing.assert_close(over.exp().sum(), torch.tensor(1.0))
     nothing = made_whole(torch.full((1, 2), torch.nan), torch.tensor([[0.5, 0.25]])).exp()[0]
     torch.testing.assert_close(nothing, torch.tensor([0.5, 0.25, 0.25]))
+
+
+def test_a_blend_is_not_blamed_for_what_was_not_shown() -> None:
+    scores = torch.tensor([[-9.0, -2.0, -9.0], [-12.0, -5.0, -3.0], [-4.5, -1.0, -8.0]])
+    host, was_shown = torch.tensor([-4.0, -2.0, -6.0]), torch.tensor([False, True, False])
+    found = fair_evidence(scores, host, was_shown)
+    assert found.tolist() == [[-4.0, -2.0, -6.0], [-5.0, -5.0, -3.0], [-4.5, -1.0, -7.0]]
 
 
 def test_rows_are_gathered_over_the_candidates_of_all() -> None:

@@ -62,6 +62,11 @@ class Place:
     chosen: Token
     top: tuple[Token, ...]
 
+    @property
+    def shows_chosen(self) -> bool:
+        """The token that stands there is among the likeliest."""
+        return any(token.name == self.chosen.name for token in self.top)
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -21,7 +21,7 @@ from trimtab.steering.evidence import (
     text_before,
     text_ids,
 )
-from trimtab.steering.truncated import EXPECTED, Shown, truncated
+from trimtab.steering.truncated import EXPECTED, Shown, fair_evidence, truncated
 from trimtab.steering.unseen import rank_prior
 
 
@@ -102,11 +102,7 @@ class Blender:
         return self._live
 
     def weigh(self, places: Sequence[Place]) -> None:
-        """Trust each predictor as far as a prompt speaks for it (`Mixture.weigh`).
-
-        The host too is judged by what it has shown, though an API tells how likely each token of a
-        prompt was: blends know of a token that was not shown only what the reference makes up for
-        the host, and would be blamed for that.
+        """Trust each predictor as far as a prompt speaks for it (`Mixture.weigh`, `fair_evidence`).
 
         Args:
             places: The prompt's tokens, as the host has read them; nothing is known of the first.
@@ -127,7 +123,11 @@ class Blender:
         ]
         reading = self._read(befores)
         scores = [self._score(reading, number, places[i]) for number, i in enumerate(asked)]
-        self._weights = self._mixture.weights_after(torch.stack(scores, 1))
+        chosen = [places[i].chosen.logprob for i in asked]
+        was_shown = torch.tensor([places[i].shows_chosen for i in asked])
+        self._weights = self._mixture.weights_after(
+            fair_evidence(torch.stack(scores, 1), torch.tensor(chosen), was_shown)
+        )
 
     def options(self, before: Before, top: Sequence[Token]) -> Options:
         """What may come next, steered.
@@ -155,6 +155,8 @@ class Blender:
     def option_of(self, token: Token) -> Option | None:
         """A token that the host has drawn; None if it cannot be sent back."""
         if self._tokens is None:
+            if not token.is_readable:
+                return None
             option = self._option(token.text, 0)
         else:
             token_id = self._tokens.id_of(token)

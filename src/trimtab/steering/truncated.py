@@ -19,6 +19,10 @@ DEALS = 16
 """Rounds of dealing out at most; what is too much for a token after them is the tail's."""
 
 
+MOST_BLAME_NATS = 1.0
+"""By so much a blend may fall behind the host on a token that was not shown, as evidence."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """What a host has shown of the tokens after some contexts.
@@ -92,6 +96,27 @@ def made_whole(logprobs: Tensor, stand_in: Tensor) -> Tensor:
     probs = torch.where(shown, probs, _dealt(left, weights, tail, least))
     tail = (1.0 - probs.sum(-1, keepdim=True)).clamp_min(0.0)
     return torch.cat([probs, tail], -1).log().clamp_min(LEAST_LOGPROB).float()
+
+
+def fair_evidence(scores: Tensor, host_logprobs: Tensor, was_shown: Tensor) -> Tensor:
+    """What predictors have to show for themselves, where some tokens were not shown.
+
+    A blend knows of such a token only what a stand-in makes up for the host. What it loses to the
+    whole host there is mostly the stand-in's fault, and a few such tokens would end all trust in
+    it; what it wins is its own merit.
+
+    Args:
+        scores: Natural-log probabilities of the tokens that came, shape [predictors, tokens], the
+            host first.
+        host_logprobs: The whole host's, shape [tokens].
+        was_shown: Whether each was among the tokens shown, shape [tokens].
+
+    Returns:
+        Shape [predictors, tokens]; the host's are its own.
+    """
+    blends = scores[1:].maximum(host_logprobs - MOST_BLAME_NATS)
+    blends = torch.where(was_shown, scores[1:], blends)
+    return torch.cat([host_logprobs[None].to(blends), blends])
 
 
 def _dealt(left: Tensor, weights: Tensor, tail: Tensor, most: Tensor) -> Tensor:
