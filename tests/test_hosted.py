@@ -395,12 +395,14 @@ def test_the_key_is_nowhere(
     said = [str(asked(endpoint, adapter))]
     words = ["generate", "--host", "openai:toy", "--api-url", endpoint.url, "The keel"]
     words += ["--adapter", str(adapter), "--max-new-tokens", "2"]
-    for right in (True, False):
-        endpoint.key = CANARY if right else "another"
-        options = [] if right else ["--no-api-cache", "--api-top-logprobs", "7"]
-        with pytest.raises(SystemExit) as end:
-            main([*words, *options])
-        assert end.value.code == (0 if right else 2)
+    probe = ["hosts", "probe", "openai:toy", "--api-url", endpoint.url]
+    for command in (words, [*words, "--api-level", "text"], probe):
+        for right in (True, False):
+            endpoint.key = CANARY if right else "another"
+            options = [] if right else ["--no-api-cache", "--api-top-logprobs", "7"]
+            with pytest.raises(SystemExit) as end:
+                main([*command, *options])
+            assert end.value.code == (0 if right else 2)
     with pytest.raises(SystemExit):
         main([*words[:4], f"http://user:{CANARY}@127.0.0.1/v1", "The"])
     out, err = capfd.readouterr()

@@ -14,6 +14,7 @@ from bench.speed.models import Models
 from bench.speed.roofline import Passes, Size, Work, counted
 from bench.speed.timing import Clock, Figure
 from trimtab.backends.hf import quiet_transformers
+from trimtab.carriers.search import LISTED_ENTRIES, PROBED_SHARE, list_count
 from trimtab.config import CarrierName
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.field import CANDIDATES
@@ -186,11 +187,15 @@ def _head(models: Models) -> Work:
 
 
 def _memory(models: Models) -> Work:
-    """Every key once, as it is stored."""
+    """The keys that a question is compared with, as they are stored, and the centres of lists."""
     memory = models.mounted_large.memory
     assert memory is not None
     keys = memory.memory.keys
-    return Work(float(keys.nbytes), 2.0 * keys.numel())
+    if len(keys) < LISTED_ENTRIES:
+        return Work(float(keys.nbytes), 2.0 * keys.numel())
+    read = keys.numel() / PROBED_SHARE
+    centres = float(list_count(len(keys)) * keys.shape[1])
+    return Work(read * keys.element_size() + 4.0 * centres, 2.0 * (read + centres))
 
 
 def _lockstep(models: Models, own: Mapping[str, Size]) -> Way:

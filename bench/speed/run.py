@@ -22,7 +22,7 @@ Keep = Callable[[Mapping[str, Outcome]], None]
 NOTES = {
     "head": "",
     "memory-1m": "keys are {entries:,} real ones repeated with noise, text and its places are"
-    " real; searched exactly at each token",
+    " real; found by the nearest lists of keys, and by bytes",
     "head+memory-1m": "the memory of the row memory-1m",
     "live-plain": "",
     "live-speculative": "at most {draft_tokens} tokens drafted, fewer where the expert is unsure",
