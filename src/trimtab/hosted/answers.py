@@ -151,7 +151,11 @@ def _choice(raw: Mapping[str, Any], top: int | None, *, logprobs: bool) -> Answe
     places = _places(raw.get("logprobs"), top) if logprobs else ()
     if logprobs and text and not places:
         raise BrokenAnswer("the answer lacks its logprobs")
-    return Answer(text, places, raw.get("finish_reason") not in ("length", None))
+    ended = raw.get("finish_reason") not in ("length", None)
+    if ended and places and not places[-1].chosen.is_readable:
+        # llama.cpp shows the end of a text as a token without a name.
+        places = places[:-1]
+    return Answer(text, places, ended)
 
 
 def _places(raw: Mapping[str, Any] | None, most: int | None) -> tuple[Place, ...]:

@@ -172,9 +172,10 @@ class Blender:
         """What each predictor gives to the token that stands at a place, shape [predictors]."""
         said, options = self._said(reading, number, place.top)
         texts = [option.text for option in options]
-        # A token that the named tokenizer does not have is one of the tail.
-        found = place.chosen.text in texts
-        return said[:, texts.index(place.chosen.text) if found else -1]
+        if place.chosen.text not in texts:
+            # Neither shown nor expected: the tail's share would be all of its tokens'.
+            return torch.full((len(said),), place.chosen.logprob)
+        return said[:, texts.index(place.chosen.text)]
 
     def _said(
         self, reading: LiveReading, number: int, top: Sequence[Token]

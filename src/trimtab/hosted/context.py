@@ -40,6 +40,8 @@ def expert_draft(pair: Pair, small_ids: Sequence[int], max_tokens: int) -> str:
             generation_config=GenerationConfig(
                 max_new_tokens=room,
                 do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
                 repetition_penalty=1.0,
                 eos_token_id=sorted(expert.end_ids) or None,
                 pad_token_id=expert.pad_id,

@@ -55,17 +55,20 @@ def planned_steps(
         ahead: Tokens that a request asks for beyond the next.
         drafts_itself: The host writes these tokens; otherwise it reads the expert's.
     """
-    calls, prompt, completion = 0, 0, 0
-    for task in tasks:
-        length, steps = host.count(task.prompt), task.max_new_tokens
-        calls += steps
-        prompt += steps * length + steps * (steps - 1) // 2
-        completion += steps * (1 + ahead) if drafts_itself else steps
-        if ahead and not drafts_itself:
-            # A draft that the host cuts otherwise is asked for again without it.
-            calls, prompt = calls + steps, 2 * prompt + steps * ahead
-            completion += steps
-        if host.by.echo:
-            # The host reads the prompt once more as evidence.
-            calls, prompt, completion = calls + 1, prompt + length, completion + 1
+    plans = [_planned_steps(host, task, ahead, drafts_itself=drafts_itself) for task in tasks]
+    usage = sum((plan.usage for plan in plans), Usage())
+    return Plan(sum(plan.calls for plan in plans), usage)
+
+
+def _planned_steps(host: HostedModel, task: Task, ahead: int, *, drafts_itself: bool) -> Plan:
+    length, steps = host.count(task.prompt), task.max_new_tokens
+    calls, completion = steps, steps * (1 + ahead) if drafts_itself else steps
+    prompt = steps * length + steps * (steps - 1) // 2
+    if ahead and not drafts_itself:
+        # A draft that the host cuts otherwise is asked for again without it.
+        calls, prompt = calls + steps, 2 * prompt + steps * ahead
+        completion += steps
+    if host.by.echo and not task.chat:
+        # The host reads the prompt once more as evidence.
+        calls, prompt, completion = calls + 1, prompt + length, completion + 1
     return Plan(calls, Usage(prompt, completion))

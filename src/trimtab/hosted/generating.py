@@ -318,7 +318,7 @@ def _plan(config: GenerateConfig, host: HostedModel, tasks: Sequence[Task], leve
         return planned_alone(host, tasks)
     if level == "text":
         return planned_candidates(host, tasks, config.api_candidates)
-    drafts_itself = not host.by.echo or _sampling(config).is_plain
+    drafts_itself = config.chat or not host.by.echo or _sampling(config).is_plain
     return planned_steps(host, tasks, config.draft_tokens or 0, drafts_itself=drafts_itself)
 
 

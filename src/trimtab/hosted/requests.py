@@ -53,7 +53,7 @@ def completion(model: str, prefix: Prefix, wanted: Wanted) -> dict[str, Any]:
         body["logprobs"] = wanted.top
     if wanted.echo:
         body["echo"] = True
-    return body
+    return body | _whole(wanted)
 
 
 def chat(model: str, prefix: Prefix, wanted: Wanted, by: Capabilities) -> dict[str, Any]:
@@ -62,6 +62,7 @@ def chat(model: str, prefix: Prefix, wanted: Wanted, by: Capabilities) -> dict[s
         "messages": _messages(prefix),
         by.length_name: wanted.max_tokens,
     }
+    body |= _whole(wanted)
     if wanted.top:
         body |= {"logprobs": True, "top_logprobs": wanted.top}
     if prefix.text and by.prefill == "flagged":
@@ -96,6 +97,11 @@ def _common(model: str, wanted: Wanted) -> dict[str, Any]:
     if wanted.top_p < 1:
         body["top_p"] = wanted.top_p
     return body
+
+
+def _whole(wanted: Wanted) -> dict[str, float]:
+    """Said even where it is 1: some servers have another default. Anthropic's refuses both."""
+    return {"top_p": wanted.top_p} if wanted.temperature else {}
 
 
 def _messages(prefix: Prefix) -> list[dict[str, str]]:

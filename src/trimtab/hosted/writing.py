@@ -165,6 +165,10 @@ class Writer:
                     " sent back as text",
                     hint="name the host's tokenizer with --api-tokenizer, so that tokens are sent",
                 )
+            if self._is_steered_next and not any(option.ends for option in options.each):
+                # The other parts cannot say how likely an end is that has no name.
+                self._is_ended = True
+                return False
             option = self._chosen(options, place.chosen)
             if option.ends:
                 self._is_ended = True

@@ -114,6 +114,8 @@ def fair_evidence(scores: Tensor, host_logprobs: Tensor, was_shown: Tensor) -> T
     Returns:
         Shape [predictors, tokens]; the host's are its own.
     """
+    # An API may write an impossible token's as some thousand below 0.
+    host_logprobs = host_logprobs.clamp_min(LEAST_LOGPROB)
     blends = scores[1:].maximum(host_logprobs - MOST_BLAME_NATS)
     blends = torch.where(was_shown, scores[1:], blends)
     return torch.cat([host_logprobs[None].to(blends), blends])
