@@ -127,10 +127,10 @@ def decode_topk(topk: TopK, vocab: int, stand_in: Tensor | None = None) -> Tenso
         Log-probabilities in nats, shape [rows, vocab].
     """
     token_ids = topk.token_ids.long()
-    if stand_in is not None and token_ids.shape[1] < vocab:
+    others = vocab - token_ids.shape[1]
+    if stand_in is not None and others:
         tail = stand_in.float().scatter(-1, token_ids, -torch.inf).log_softmax(-1)
         return (tail + topk.log_tail[:, None]).scatter(-1, token_ids, topk.logprobs)
-    others = vocab - topk.token_ids.shape[1]
     share = topk.log_tail - (float(np.log(others)) if others else 0.0)
     spread = share[:, None].expand(-1, vocab).clone()
     return spread.scatter(-1, token_ids, topk.logprobs)

@@ -64,9 +64,7 @@ def run_passages(
     Raises:
         NumericalError: A hidden state that is not finite.
     """
-    context_ids = pair.reference.context_ids()
-    longest = pair.reference.max_tokens
-    return PairStates(*_run(pair.hidden, (context_ids, longest), documents, shard, advance))
+    return PairStates(*_run(pair.hidden, pair.reference, documents, shard, advance))
 
 
 def run_reference(
@@ -77,14 +75,13 @@ def run_reference(
     advance: Advance,
 ) -> Tensor:
     """As `run_passages`, of the reference alone: shape [rows, hidden]."""
-    before = reference.context_ids(), reference.max_tokens
-    (states,) = _run(lambda ids: (reference.hidden(ids),), before, documents, shard, advance)
+    (states,) = _run(lambda ids: (reference.hidden(ids),), reference, documents, shard, advance)
     return states
 
 
 def _run(
     hidden: Callable[[Tensor], Sequence[Tensor]],
-    room: tuple[Sequence[int], int | None],
+    model: HFModel,
     documents: Sequence[DocumentTokens],
     shard: Sequence[Passage],
     advance: Advance,
@@ -93,19 +90,19 @@ def _run(
 
     Args:
         hidden: From token ids to states.
-        room: What a model reads before any text, and the positions that it has.
+        model: Of it, or of what was tuned from it, these are the states.
         documents: The split that the passages are of.
         shard: What to run.
         advance: Told of recorded positions as they are done.
     """
-    context_ids, longest = room
+    before = len(model.context_ids())
     done: dict[int, list[Tensor]] = {}
     for places in _batches(shard):
         batch = [shard[place] for place in places]
-        states = hidden(_padded_ids(context_ids, documents, batch, longest))
+        states = hidden(_padded_ids(model, documents, batch))
         for row, place in enumerate(places):
             passage = shard[place]
-            first = len(context_ids) + passage.record_from - passage.start
+            first = before + passage.record_from - passage.start
             kept = slice(first, first + passage.rows)
             done[place] = [each[row, kept] for each in states]
             _check_finite(done[place], documents[passage.document_index].name)
@@ -125,13 +122,11 @@ def _batches(shard: Sequence[Passage]) -> Iterator[list[int]]:
 
 
 def _padded_ids(
-    context_ids: Sequence[int],
-    documents: Sequence[DocumentTokens],
-    batch: Sequence[Passage],
-    longest: int | None,
+    model: HFModel, documents: Sequence[DocumentTokens], batch: Sequence[Passage]
 ) -> Tensor:
     # A causal model's states do not depend on what stands to their right, so padding needs no
     # mask; without one the attention takes its fast path.
+    context_ids, longest = model.context_ids(), model.max_tokens
     before = len(context_ids)
     needed = before + max(passage.end - passage.start for passage in batch)
     width = -(-needed // WIDTH_STEP) * WIDTH_STEP

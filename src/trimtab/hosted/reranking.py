@@ -49,10 +49,9 @@ def chosen(candidates: Sequence[Judged]) -> int:
     """Place of the best candidate: of those alike the first.
 
     The measure is log expert / bytes. What the host finds likely it has written more often already.
-    The quotient of expert and reference, which leaves only what tuning has changed, is no better
-    than chance where measured (docs/log.md, 2026-11-27): a ratio of two small numbers is mostly
-    noise where both models find a text unlikely. The sum over tokens is divided by the bytes of the
-    continuation: else the shortest would win.
+    The quotient of expert and reference, which leaves only what tuning has changed, gained nothing
+    sure where this gained much (docs/log.md, 2026-11-27). The sum over tokens is divided by the
+    bytes of the continuation: else short ones would win.
     """
     scores = [one.nats / one.size if one.size else -torch.inf for one in candidates]
     return scores.index(max(scores))

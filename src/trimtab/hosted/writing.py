@@ -1,7 +1,7 @@
 """Writing a continuation token by token with a host that shows its likeliest ones."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -211,20 +211,15 @@ class Writer:
         room = self._task.max_new_tokens - self.tokens - 1
         top = self._host.by.top(chat=self._task.chat)
         ahead = min(room, self._blender.live.draft_tokens)
-        draws = self._sampling.is_plain
-        if ahead and self._echoes and not draws:
+        if ahead and self._echoes and not self._sampling.is_plain:
             places = self._ask_about_draft(room, top)
             if places or self.is_cut_short:
                 return places, False
-        count = 1 + ahead if draws or not self._echoes else 1
-        temperature = 0.0
-        if draws:
-            # It has ended the text where that was not its part: what else it would say is asked.
-            count, temperature = (1, 0.0) if self._is_steered_next else (count, 1.0)
-        found = self._send(self._prefix(), Wanted(count, top, temperature))
+        wanted = self._wanted(ahead, top)
+        found = self._send(self._prefix(), wanted)
         if not any((*found, self.is_cut_short)):
             # llama.cpp shows nothing of a token until the characters that it begins are whole.
-            found = self._send(self._prefix(), Wanted(_CHARACTER_TOKENS, top, temperature))
+            found = self._send(self._prefix(), replace(wanted, max_tokens=_CHARACTER_TOKENS))
         if not any((*found, self.is_cut_short)):
             raise ModelError(
                 f"{self._host.client.address.url} shows no token after {self._tail()!r}",
@@ -235,6 +230,15 @@ class Writer:
             # These tokens are no draws, so that nothing after the first one follows from them.
             return found[0][:1], not found[0]
         return found
+
+    def _wanted(self, ahead: int, top: int) -> Wanted:
+        """What is asked of the host where it reads no draft of the expert's."""
+        if self._is_steered_next:
+            # It has ended the text where that was not its part: what else it would say is asked.
+            return Wanted(1, top)
+        if self._sampling.is_plain:
+            return Wanted(1 + ahead, top, temperature=1.0)
+        return Wanted(1 if self._echoes else 1 + ahead, top)
 
     def _ask_about_draft(self, room: int, top: int) -> Sequence[Place]:
         """What the host says of the expert's draft; nothing where it cuts the text otherwise."""
