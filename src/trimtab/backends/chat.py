@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from trimtab.backends.hf import HFModel
+from trimtab.backends.prefix import common_length
 from trimtab.errors import InputError
 
 Rendered = tuple[str, tuple[tuple[int, int], ...]]
@@ -149,11 +149,6 @@ def _located(message: str, read: Callable[[str], list[int]]) -> tuple[list[int],
     edges = message.strip()[:1] + message.strip()[-1:]
     other = next(letter for letter in "xyz" if letter not in edges)
     ids, others = read(message), read(other)
-    start = _shared(ids, others)
-    after = _shared(ids[start:][::-1], others[start:][::-1])
+    start = common_length(ids, others)
+    after = common_length(ids[start:][::-1], others[start:][::-1])
     return ids, range(start, len(ids) - after)
-
-
-def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
-    return len(list(same))

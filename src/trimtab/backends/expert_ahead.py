@@ -12,6 +12,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.int8 import quantise
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_expert_line, serves_both
+from trimtab.backends.prefix import common_length
 from trimtab.backends.reading import PairCaches
 from trimtab.backends.token_tree import ModelCache, run_line
 from trimtab.backends.tree_check import PROBE
@@ -74,8 +75,10 @@ class ExpertAhead:
 
     def _take(self, tokens: Sequence[int], exact: ModelCache) -> None:
         """Keep what the copy has read of these tokens, and have what is exact in its place."""
-        read = _alike(tokens[:-1], exact.tokens)
-        kept = min(_alike(tokens[:-1], self._cached.tokens), self._cached.cache.get_seq_length())
+        read = common_length(tokens[:-1], exact.tokens)
+        kept = min(
+            common_length(tokens[:-1], self._cached.tokens), self._cached.cache.get_seq_length()
+        )
         self._exact_tokens = min(self._exact_tokens, kept)
         if read > self._exact_tokens:
             kept = self._exact_tokens
@@ -100,11 +103,3 @@ def _follows(light: HFModel, pair: Pair) -> bool:
         return False
     exact = run_expert_line(pair, PROBE, PairCaches())
     return float((ours - exact).abs().max()) <= FAR * float(exact.abs().max())
-
-
-def _alike(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-        if one != other:
-            return place
-    return min(len(ours), len(theirs))

@@ -64,7 +64,7 @@ def open_model(
             where its weights are needed.
     """
     with quiet_transformers():
-        if ref.startswith(LLAMACPP_SCHEME):
+        if is_in_llamacpp(ref):
             _check_engine(ref, engines, device_map)
             # Imported here: what it needs is in an extra.
             from trimtab.backends.llamacpp.opening import open_llamacpp
@@ -89,6 +89,11 @@ def open_model(
         hasten(model)
         opened = adopt_model(ref, model, load_tokenizer(ref, folder))
         return replace(opened, source=source, revision=revision_of(folder))
+
+
+def is_in_llamacpp(ref: str) -> bool:
+    """Whether a model's name asks for it in llama.cpp."""
+    return ref.startswith(LLAMACPP_SCHEME)
 
 
 def _check_engine(ref: str, engines: bool, device_map: str | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.backends.heads import read_unembedding
 from trimtab.backends.hf import HFModel, ModelFingerprint
-from trimtab.backends.open import one_device, open_model
+from trimtab.backends.open import is_in_llamacpp, one_device, open_model
 from trimtab.carriers.expert import LoraSwitch, attach_lora
 from trimtab.config import Dtype
 from trimtab.errors import ModelError
@@ -201,7 +201,8 @@ def open_pair_from(
     """Open a base model and put a LoRA into it.
 
     Args:
-        base_ref: The base: hub name[@revision], folder, GGUF file, or tiny:NAME.
+        base_ref: The base: hub name[@revision], folder, GGUF file, tiny:NAME, or
+            llamacpp:FILE.gguf, of which both models run in llama.cpp, as quantised as it is.
         lora_folder: PEFT folder of the LoRA.
         fingerprint: What the base must be.
         dtype: Arithmetic.
@@ -212,6 +213,14 @@ def open_pair_from(
         ModelError: The base cannot be opened or has another fingerprint.
         AdapterError: The LoRA is broken or does not fit.
     """
+    if is_in_llamacpp(base_ref):
+        # Imported here: what it needs is in an extra.
+        from trimtab.backends.llamacpp.opening import with_expert
+
+        reference = open_checked(
+            base_ref, fingerprint=fingerprint, dtype=dtype, engines=True, progress=progress
+        )
+        return Pair(reference, with_expert(reference, lora_folder))
     reference = open_checked(
         base_ref,
         fingerprint=fingerprint,
@@ -228,6 +237,7 @@ def open_checked(
     fingerprint: ModelFingerprint,
     dtype: Dtype = "auto",
     device_map: str | None = None,
+    engines: bool = False,
     progress: Progress = silent,
 ) -> HFModel:
     """Open a model and make sure that it is the one that is meant.
@@ -235,7 +245,13 @@ def open_checked(
     Raises:
         ModelError: It cannot be opened, or its vocabulary or unembedding is another.
     """
-    model = open_model(ref, dtype=dtype, device_map=device_map, progress=progress)
+    model = open_model(
+        ref,
+        dtype=dtype,
+        device_map=device_map,
+        engines=engines,
+        progress=progress,
+    )
     found = model.fingerprint
     pairs = {
         "vocabulary": (found.vocabulary_sha256, fingerprint.vocabulary_sha256),

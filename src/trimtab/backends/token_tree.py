@@ -10,6 +10,9 @@ from transformers import DynamicCache
 
 from trimtab.backends.cache_layers import layers_of
 from trimtab.backends.hf import HFModel
+from trimtab.backends.llamacpp.model import EngineModel
+from trimtab.backends.llamacpp.trees import Line
+from trimtab.backends.prefix import common_length
 
 JOINT_TOKENS = 4_096
 """Tokens of several trees, those in caches too, that a pass attends to at most: their keys and
@@ -57,7 +60,7 @@ class TokenTree:
         return line[::-1]
 
     def trunk(self) -> int:
-        """Number of nodes before the first branch: one line, on which all sequences begin."""
+        """Number of nodes before the first that does not follow the one before: a line."""
         for node, parent in enumerate(self.parents):
             if parent != node - 1:
                 return parent + 1
@@ -79,24 +82,22 @@ class ModelCache:
     """Keys and values of the last tree, and what its sequences shared.
 
     Attributes:
-        tokens: The tokens on which all sequences of the tree began.
+        tokens: The tokens of the tree's trunk.
         cache: Keys and values of all its nodes, until the next tree is run.
         states: Final hidden states of `tokens`, of all copies one after the other; none where only
             lines are run.
+        line: What a model outside torch, which keeps keys and values itself, has read.
     """
 
     tokens: list[int] = field(default_factory=list)
     cache: DynamicCache = field(default_factory=DynamicCache)
     states: list[Tensor] = field(default_factory=list)
+    line: Line = field(default_factory=Line)
 
     def shared_with(self, tree: TokenTree) -> int:
         """Cut the cache to the tokens that begin the tree's trunk; how many they are."""
         trunk = tree.trunk()
-        shared = 0
-        for ours, theirs in zip(self.tokens, tree.tokens[:trunk], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
+        shared = common_length(self.tokens, tree.tokens[:trunk])
         # None where a pass was broken off.
         shared = min(shared, self.cache.get_seq_length())
         self.tokens = self.tokens[:shared]
@@ -150,8 +151,18 @@ def run_trees(
     Returns:
         For each tree the states of a node's copies one after the other, [nodes, copies * hidden].
     """
+    if isinstance(model.model, EngineModel):
+        return [_run_in_engine(model.model, tree, cached) for tree, cached in trees]
     states = _forward_all(model, _parts_of(trees), copies)
     return [cached.keep(tree, new) for (tree, cached), new in zip(trees, states, strict=True)]
+
+
+def _run_in_engine(model: EngineModel, tree: TokenTree, cached: ModelCache) -> Tensor:
+    """As `run_tree`; only nodes whose states are not known yet are asked for."""
+    shared = common_length(cached.tokens, tree.tokens[: tree.trunk()])
+    cached.tokens, cached.states = cached.tokens[:shared], cached.states[:shared]
+    new = model.tree_states(tree, range(shared, len(tree.tokens)), cached.line)
+    return cached.keep(tree, new)
 
 
 def _parts_of(trees: Sequence[tuple[TokenTree, ModelCache]]) -> list["Part"]:
@@ -178,11 +189,10 @@ def run_line(
     Returns:
         Shape [copies * hidden].
     """
-    shared = 0
-    for ours, theirs in zip(cached.tokens, tokens[:-1], strict=False):
-        if ours != theirs:
-            break
-        shared += 1
+    if isinstance(model.model, EngineModel):
+        tree = TokenTree()
+        return model.model.tree_states(tree, [tree.add(tokens)], cached.line)[0]
+    shared = common_length(cached.tokens, tokens[:-1])
     shared = min(shared, cached.cache.get_seq_length())
     cached.tokens, cached.states = cached.tokens[:shared], cached.states[:shared]
     cached.cut(shared)
@@ -216,10 +226,26 @@ def run_after(
 
 def run_all_after(model: HFModel, trees: Sequence[Leaves], *, copies: int = 1) -> list[Tensor]:
     """As `run_after` of each, in as few passes as memory allows; copies as for `run_trees`."""
+    if isinstance(model.model, EngineModel):
+        return [_run_after_in_engine(model.model, *leaves) for leaves in trees]
     states = _forward_all(model, _parts_after(trees), copies)
     for tree, _, cached in trees:
         cached.cut(len(tree.tokens))
     return states
+
+
+def _run_after_in_engine(
+    model: EngineModel, tree: TokenTree, leaves: Sequence[tuple[int, int]], cached: ModelCache
+) -> Tensor:
+    """As `run_after`; an engine has forgotten the branches and reads those of the leaves again."""
+    again = TokenTree()
+    ends = [
+        again.add([*(tree.tokens[above] for above in tree.line(node)), token])
+        for node, token in leaves
+    ]
+    asked = sorted(set(ends))
+    states = model.tree_states(again, asked, cached.line)
+    return states[[asked.index(end) for end in ends]]
 
 
 def _parts_after(trees: Sequence[Leaves]) -> list["Part"]:

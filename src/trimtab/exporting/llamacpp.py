@@ -8,6 +8,7 @@ import torch
 
 from trimtab.backends.gguf import PlainReader
 from trimtab.backends.hf import HFModel
+from trimtab.backends.llamacpp.lora import write_lora
 from trimtab.errors import ModelError
 from trimtab.exporting.linear import Lora
 from trimtab.store.storage_errors import storage_errors
@@ -90,34 +91,23 @@ def architecture(host: HFModel) -> str:
     return _ARCHITECTURES[family]
 
 
-def write_lora(path: Path, name: str, arch: str, lora: Lora) -> None:
-    """Write a GGUF adapter in float32, with alpha = rank so that its scale is 1.
+def write_head(path: Path, name: str, arch: str, lora: Lora) -> None:
+    """Write the LoRA as a GGUF adapter; llama.cpp takes any rank.
 
     Args:
         path: File to write.
         name: Name in its header.
         arch: llama.cpp's name of the host's architecture.
-        lora: The matrix; llama.cpp takes any rank.
+        lora: The matrix.
 
     Raises:
         StorageError: The file cannot be written.
     """
-    writer = gguf.GGUFWriter(None, arch)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(name)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
-    writer.add_tensor(f"{_OUTPUT}.lora_a", lora.lora_a.numpy())
-    writer.add_tensor(f"{_OUTPUT}.lora_b", lora.lora_b.numpy())
-    with storage_errors(path):
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    write_lora(path, arch, {_OUTPUT: (lora.lora_a.numpy(), lora.lora_b.numpy())}, name=name)
 
 
 def read_lora(path: Path) -> Lora:
-    """Read back what `write_lora` wrote."""
+    """Read back what `write_head` wrote."""
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(str(path)).tensors}
     sides = (torch.from_numpy(np.array(found[f"{_OUTPUT}.lora_{side}"])) for side in "ab")
     return Lora(*sides)

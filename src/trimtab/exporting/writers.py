@@ -22,7 +22,7 @@ from trimtab.exporting.llamacpp import (
     check_output,
     host_file,
     read_lora,
-    write_lora,
+    write_head,
     write_untied,
 )
 from trimtab.exporting.measured import Measured, ProbeStates, host_logits, measure
@@ -149,7 +149,7 @@ def _write_gguf(job: Job, folder: Path) -> Written:
     needs_copy, arch = check_output(host), architecture(host)
     constant = job.states.constant()
     lora = as_lora(job.shift, scale=host.unembedding.scale, constant=constant)
-    write_lora(folder / ADAPTER_NAME, f"trimtab head on {Path(host.ref).name}", arch, lora)
+    write_head(folder / ADAPTER_NAME, f"trimtab head on {Path(host.ref).name}", arch, lora)
     measured = _measured_lora(job, read_lora(folder / ADAPTER_NAME), None)
     settings: dict[str, JsonValue] = {"rank": lora.rank, "architecture": arch}
     notes = [*_constant_notes(measured, constant)]

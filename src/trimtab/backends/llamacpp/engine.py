@@ -1,7 +1,9 @@
 """A GGUF file in llama.cpp: tokens in, final hidden states and logits out, in one decode."""
 
+import ctypes
 import weakref
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -11,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from trimtab.backends.llamacpp.library import MAX_ROWS, last_words, library
+from trimtab.backends.prefix import common_length
 from trimtab.errors import InputError, ModelError
 
 OUTPUT_VALUES = 2**25
@@ -76,10 +79,31 @@ class Engine:
         self.vocab_size = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
         self.max_tokens = int(lib.llama_model_n_ctx_train(model))
         fitting = OUTPUT_VALUES // self.vocab_size
-        self._batch_tokens = max(MIN_BATCH_TOKENS, min(fitting, MAX_BATCH_TOKENS))
-        self._batch = lib.llama_batch_init(self._batch_tokens, 0, 1)
-        weakref.finalize(self, lib.llama_batch_free, self._batch)
-        self._context: _Context | None = None
+        self.batch_tokens = max(MIN_BATCH_TOKENS, min(fitting, MAX_BATCH_TOKENS))
+        self._batch = _Batch(lib, self.batch_tokens)
+        self._context: Context | None = None
+        self._lora: Any = None
+
+    def with_lora(self, path: Path) -> "Engine":
+        """The same weights with a LoRA beside them, and keys and values of its own.
+
+        Args:
+            path: A GGUF adapter to this file; not needed any more once it is read.
+
+        Raises:
+            ModelError: llama.cpp does not take it.
+        """
+        lora = self._lib.llama_adapter_lora_init(self._model.handle, str(path).encode())
+        if not lora:
+            raise ModelError(
+                f"llama.cpp does not take the LoRA to {self._path}: {last_words()}",
+                hint="run the small model in torch: name its file without llamacpp:",
+            )
+        other = copy(self)
+        other._batch, other._context = _Batch(self._lib, self.batch_tokens), None
+        # Freed with the model.
+        other._lora = lora
+        return other
 
     def read(
         self,
@@ -109,7 +133,7 @@ class Engine:
         firsts = [len(ids) for ids in past]
         ends = [first + len(ids) for first, ids in zip(firsts, new, strict=True)]
         skipped = [end - count for end, count in zip(ends, kept, strict=True)]
-        for places in _batches([*map(_joined, past, new, begins)], begins, self._batch_tokens):
+        for places in _batches([*map(_joined, past, new, begins)], begins, self.batch_tokens):
             self._decode(context, places)
             for number, place in enumerate(places):
                 if (offset := place.position - firsts[place.row]) >= 0:
@@ -118,28 +142,36 @@ class Engine:
                     own[place.row][offset] = context.logits(number, self.vocab_size)
         return [Read(*both) for both in zip(hidden, own, strict=True)]
 
-    def _decode(self, context: "_Context", places: Sequence["_Place"]) -> None:
-        batch = self._batch
-        batch.n_tokens = len(places)
-        for number, place in enumerate(places):
-            batch.token[number] = place.token_id
-            batch.pos[number] = place.position
-            batch.n_seq_id[number] = 1
-            batch.seq_id[number][0] = place.row
-            batch.logits[number] = 1
+    def _decode(self, context: "Context", places: Sequence["_Place"]) -> None:
+        try:
+            self.decode(context, [Token(p.token_id, p.position, (p.row,)) for p in places])
+        except ModelError:
+            self._context = None
+            raise
+        for place in places:
+            context.held[place.row].append(place.token_id)
+
+    def decode(self, context: "Context", tokens: Sequence["Token"]) -> None:
+        """Read tokens in one pass.
+
+        Args:
+            context: Gets their keys and values, and gives their states.
+            tokens: At most `batch_tokens`.
+
+        Raises:
+            ModelError: llama.cpp fails; what the context holds is not known then.
+        """
+        batch = self._batch.filled(tokens)
         code = self._lib.llama_decode(context.handle, batch)
         if code:
-            self._context = None
             raise ModelError(
                 f"llama.cpp failed to read with {self._path} (code {code}): {last_words()}",
                 hint="give a shorter text or fewer prompts at once, if memory is short",
             )
-        for place in places:
-            context.held[place.row].append(place.token_id)
 
     def _ready(
         self, past: Sequence[Sequence[int]], new: Sequence[Sequence[int]], room: int
-    ) -> "_Context":
+    ) -> "Context":
         """A context with room for these rows: the one that is there, or a larger one."""
         longest = max((len(old) + len(ids) for old, ids in zip(past, new, strict=True)), default=0)
         if self.max_tokens and longest > self.max_tokens:
@@ -159,15 +191,26 @@ class Engine:
             tokens = 1 << (wanted - 1).bit_length()
             # The old one goes first: both may not fit into memory.
             self._context = found = None
-            found = self._new_context(len(new), min(tokens, self.max_tokens or tokens))
+            found = self.context(len(new), min(tokens, self.max_tokens or tokens))
             self._context = found
         return found
 
-    def _new_context(self, rows: int, row_tokens: int) -> "_Context":
+    def context(self, rows: int, row_tokens: int, *, shared: bool = False) -> "Context":
+        """New keys and values.
+
+        Args:
+            rows: Sequences, at most `MAX_ROWS`.
+            row_tokens: Tokens of each.
+            shared: A token may belong to several sequences; `row_tokens` are then those of all.
+
+        Raises:
+            ModelError: There is no room for them.
+        """
         lib = self._lib
         params = lib.llama_context_default_params()
-        params.n_seq_max, params.n_ctx = rows, rows * row_tokens
-        params.n_batch = params.n_ubatch = self._batch_tokens
+        params.n_seq_max, params.n_ctx = rows, row_tokens if shared else rows * row_tokens
+        params.kv_unified = shared
+        params.n_batch = params.n_ubatch = self.batch_tokens
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         if self._in_float32:
             params.type_k = params.type_v = lib.GGML_TYPE_F32
@@ -181,7 +224,30 @@ class Engine:
                 f" {last_words()}",
                 hint="give shorter texts or fewer prompts at once",
             )
-        return _Context(self._model, handle, rows)
+        if self._lora is not None:
+            loras, scales = (
+                (lib.llama_adapter_lora_p_ctypes * 1)(self._lora),
+                (ctypes.c_float * 1)(1),
+            )
+            lib.llama_set_adapters_lora(handle, loras, 1, scales)
+        return Context(self._model, handle, rows)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token to be read.
+
+    Attributes:
+        token_id: The token.
+        position: Tokens before it in its sequence.
+        sequences: That it belongs to; it sees what belongs to the first.
+        asked: Its state and logits are wanted.
+    """
+
+    token_id: int
+    position: int
+    sequences: Sequence[int]
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -222,7 +288,29 @@ class _Model:
 
 
 @final
-class _Context:
+class _Batch:
+    """Memory for the tokens of a pass."""
+
+    def __init__(self, lib: Any, tokens: int) -> None:
+        self._batch = lib.llama_batch_init(tokens, 0, MAX_ROWS)
+        weakref.finalize(self, lib.llama_batch_free, self._batch)
+
+    def filled(self, tokens: Sequence[Token]) -> Any:
+        """llama.cpp's own batch of these tokens."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for number, token in enumerate(tokens):
+            batch.token[number] = token.token_id
+            batch.pos[number] = token.position
+            batch.n_seq_id[number] = len(token.sequences)
+            for place, sequence in enumerate(token.sequences):
+                batch.seq_id[number][place] = sequence
+            batch.logits[number] = token.asked
+        return batch
+
+
+@final
+class Context:
     """Keys and values of some rows in llama.cpp, and the tokens that they are of."""
 
     def __init__(self, model: _Model, handle: Any, rows: int) -> None:
@@ -236,7 +324,7 @@ class _Context:
     def rewind(self, row: int, past: Sequence[int]) -> int:
         """Forget what of a row does not begin these tokens; how many of them are left."""
         held = self.held[row]
-        shared = _shared(held, past)
+        shared = common_length(held, past)
         memory = self._lib.llama_get_memory(self.handle)
         # Asked even where nothing is to go: an interrupted decode may have left more than is held.
         if not self._lib.llama_memory_seq_rm(memory, row, shared, -1):
@@ -245,6 +333,20 @@ class _Context:
             shared = 0
         del held[shared:]
         return shared
+
+    def cut(self, sequence: int, length: int) -> None:
+        """Forget all but the first tokens of a sequence that shares its tokens with others."""
+        memory = self._lib.llama_get_memory(self.handle)
+        if not self._lib.llama_memory_seq_rm(memory, sequence, length, -1):
+            raise ModelError(
+                "llama.cpp cannot go back in a text with this model, so it reads no tree",
+                hint="run the small model in torch: name its file without llamacpp:",
+            )
+
+    def copy(self, sequence: int, other: int) -> None:
+        """Let another sequence, which has none, have a sequence's tokens too."""
+        memory = self._lib.llama_get_memory(self.handle)
+        self._lib.llama_memory_seq_cp(memory, sequence, other, -1, -1)
 
     def state(self, place: int, size: int) -> NDArray[np.float32]:
         """The state of a token of the last decode; the next one overwrites it."""
@@ -260,11 +362,3 @@ class _Context:
 def _free_context(model: _Model, handle: Any) -> None:
     """Free a context while its model, which is given for that, is still there."""
     model.lib.llama_free(handle)
-
-
-def _shared(held: Sequence[int], past: Sequence[int]) -> int:
-    """How many tokens two sequences begin alike with."""
-    if list(held[: len(past)]) == list(past):
-        return len(past)
-    pairs = enumerate(zip(held, past, strict=False))
-    return next((place for place, (ours, theirs) in pairs if ours != theirs), len(held))

@@ -10,6 +10,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from trimtab.backends.llamacpp.engine import Engine
+from trimtab.backends.llamacpp.trees import Line, Tree, TreeReader
 from trimtab.errors import ModelError
 
 
@@ -150,6 +151,7 @@ class EngineModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.trunk = EngineTrunk(engine)
         self.lm_head = head
+        self._trees = TreeReader(engine)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head's copy."""
@@ -158,6 +160,10 @@ class EngineModel(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Linear:
         """The head's copy again, which says where tensors are: no embedding is in torch."""
         return self.lm_head
+
+    def tree_states(self, tree: Tree, wanted: Sequence[int], line: Line) -> Tensor:
+        """Final hidden states of nodes of a tree, [wanted, hidden]; as `TreeReader.read`."""
+        return torch.from_numpy(self._trees.read(tree, wanted, line))
 
     def forward(
         self,

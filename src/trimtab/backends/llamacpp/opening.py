@@ -1,6 +1,8 @@
 """Open a GGUF file as a host that runs in llama.cpp."""
 
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from trimtab.backends.gguf import UNEMBEDDING_NAME, described_folder
 from trimtab.backends.heads import read_unembedding
 from trimtab.backends.hf import HFModel
 from trimtab.backends.llamacpp.engine import Engine
+from trimtab.backends.llamacpp.lora import write_expert
 from trimtab.backends.llamacpp.model import EngineModel
 from trimtab.backends.tokenizers import read_vocabulary
 from trimtab.errors import ModelError
@@ -40,7 +43,7 @@ def open_llamacpp(
         MissingDependencyError: llama-cpp-python is not installed.
         ModelError: There is no such file, or it cannot be read.
     """
-    path = Path(ref.partition(":")[2]).expanduser()
+    path = _path(ref)
     if not path.is_file():
         raise ModelError(f"there is no file {path}", hint="give llamacpp:FILE.gguf")
     engine = Engine(path, in_float32=in_float32)
@@ -62,6 +65,34 @@ def open_llamacpp(
     )
     _check(opened, engine)
     return opened
+
+
+def with_expert(reference: HFModel, folder: Path) -> HFModel:
+    """The same model with an expert's LoRA beside its weights.
+
+    Args:
+        reference: In llama.cpp.
+        folder: PEFT folder of the LoRA.
+
+    Raises:
+        AdapterError: The LoRA is broken or cannot stand beside this file's weights.
+        ModelError: llama.cpp does not take it.
+        StorageError: There is no room for a copy of it, which llama.cpp reads.
+    """
+    plain = reference.model
+    assert isinstance(plain, EngineModel)
+    base = _path(reference.ref)
+    with TemporaryDirectory() as temp:
+        file = Path(temp) / "expert.gguf"
+        write_expert(folder, base, plain.config, file)
+        engine = plain.trunk.engine.with_lora(file)
+    model = EngineModel(plain.config, engine, plain.lm_head)
+    model.eval()
+    return replace(reference, model=model, unembedding=read_unembedding(model), source=None)
+
+
+def _path(ref: str) -> Path:
+    return Path(ref.partition(":")[2]).expanduser()
 
 
 def _head(tensors: dict[str, Tensor], arithmetic: torch.dtype) -> nn.Linear:
