@@ -42,7 +42,7 @@ test: $(VENV)/ready-test models
 
 test-llamacpp: $(VENV)/ready-llamacpp models
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py \
-		tests/test_llamacpp_host.py
+		tests/test_llamacpp_host.py tests/test_llamacpp_expert.py
 
 # Logs are not collected: vLLM sets torch's to say everything.
 test-vllm: $(VLLM_VENV)/ready-vllm

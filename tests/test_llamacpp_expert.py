@@ -8,11 +8,10 @@ import torch
 from test_fit import DOMAIN
 from test_generate import PROMPTS, domain_text
 from test_gguf import write_gguf
-from test_llamacpp_host import STATE, assert_near
+from test_llamacpp_host import assert_near
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
-from trimtab.backends.live import Live
 from trimtab.backends.llamacpp import trees as in_llamacpp
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
@@ -23,9 +22,7 @@ from trimtab.config import (
     EvaluateConfig,
     FitConfig,
     GenerateConfig,
-    MountConfig,
     RecordConfig,
-    ServeConfig,
     TuneConfig,
 )
 from trimtab.errors import AdapterError, ModelError
@@ -184,7 +181,7 @@ def test_both_models_read_what_they_read_in_torch(adapter: Path, small: Path) ->
         after = run_pair_after(
             pair, [(tree, leaves, one) for tree, one in zip(trees, caches, strict=True)]
         )
-        line = run_expert_line(pair, trees[0].tokens[:12] + [5, 6], caches[0])
+        line = run_expert_line(pair, [*trees[0].tokens[:12], 5, 6], caches[0])
         found.append([*states[0], *states[1], *after[0], *after[1], line])
     for ours, theirs in zip(*found, strict=True):
         assert_near(ours, theirs)
@@ -195,8 +192,14 @@ def test_the_same_text_is_written_whoever_runs_the_expert(
     draft_tokens: int, adapter: Path, small: Path
 ) -> None:
     config = GenerateConfig(
-        host=HOST, adapter=adapter, carriers=("head", "memory", "expert"), prompt=PROMPTS,
-        max_new_tokens=16, dtype="float32", small=str(small), draft_tokens=draft_tokens,
+        host=HOST,
+        adapter=adapter,
+        carriers=("head", "memory", "expert"),
+        prompt=PROMPTS,
+        max_new_tokens=16,
+        dtype="float32",
+        small=str(small),
+        draft_tokens=draft_tokens,
     )
     texts = [
         generate(config.model_copy(update={"small": ref})).texts
@@ -212,9 +215,13 @@ def test_evaluate_measures_the_same(adapter: Path, small: Path, tmp_path: Path) 
     found = []
     for number, ref in enumerate((f"llamacpp:{small}", str(small))):
         config = EvaluateConfig(
-            adapter=adapter, host=HOST, data=(str(tmp_path / "text.txt"),), small=ref,
+            adapter=adapter,
+            host=HOST,
+            data=(str(tmp_path / "text.txt"),),
+            small=ref,
             rows=("host", "reference", "expert", "proxy", "live", "all"),
-            out=tmp_path / f"report-{number}", dtype="float32",
+            out=tmp_path / f"report-{number}",
+            dtype="float32",
         )
         (result,) = evaluate(config).report.hosts
         found.append({row: estimate.mean for row, estimate in result.domain.items()})

@@ -75,7 +75,8 @@ class EvaluateConfig(Config):
     task_batch: int = Field(default=8, ge=1)
     """Questions that the host reads at once."""
     small: str | None = None
-    """Where the small model lies, for what runs it (default: where the adapter says)."""
+    """Where the small model lies, for what runs it; llamacpp:FILE.gguf runs it in llama.cpp
+    (default: where the adapter says)."""
     host_keys: bool = False
     """Let the host read the memory's text once and key it by its own states: no training, but a
     pass over that text; better than keys that are read through the map."""

@@ -84,7 +84,8 @@ class _Generation(Config):
     strength: float = Field(default=1.0, ge=0, le=2)
     """How far to follow the adapter; 0 is the host itself, bit for bit."""
     small: str | None = None
-    """Where the small model lies, for what runs it (default: where the adapter says)."""
+    """Where the small model lies, for what runs it; llamacpp:FILE.gguf runs it in llama.cpp
+    (default: where the adapter says)."""
     host_keys: bool = False
     """Let the host read the memory's text once and key it by its own states: no training, but a
     pass over that text; better than keys that are read through the map."""
@@ -135,7 +136,8 @@ class ServeConfig(Config):
     carriers: tuple[CarrierName, ...] | None = None
     """Carriers that steer (default: head and memory, as far as an adapter has them)."""
     small: str | None = None
-    """Where the small model lies, for what runs it (default: where the adapter says)."""
+    """Where the small model lies, for what runs it; llamacpp:FILE.gguf runs it in llama.cpp
+    (default: where the adapter says)."""
     host_keys: bool = False
     """Let the host read the memory's text once and key it by its own states: no training, but a
     pass over that text; better than keys that are read through the map."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trimtab.backends.llamacpp.library import MAX_ROWS, last_words, library
+from trimtab.backends.llamacpp.library import MAX_ROWS, has_tiles, last_words, library
 from trimtab.backends.prefix import common_length
 from trimtab.errors import InputError, ModelError
 
@@ -64,6 +64,9 @@ class Engine:
         self._in_float32 = in_float32
         params = lib.llama_model_default_params()
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
+        # llama.cpp sets a thread's tiles up once, and torch's products, on the same threads, let go
+        # of theirs afterwards: the next one of llama.cpp's would end the process.
+        params.use_extra_bufts = not has_tiles()
         self._model = _Model(lib, lib.llama_model_load_from_file(str(path).encode(), params))
         model = self._model.handle
         if not model:

@@ -45,6 +45,11 @@ def library() -> Any:
     return module
 
 
+def has_tiles() -> bool:
+    """Whether llama.cpp was compiled to multiply by a processor's tile registers (AMX)."""
+    return b"AMX_INT8 = 1" in library().llama_print_system_info()
+
+
 def last_words() -> str:
     """The last errors that llama.cpp has logged, for a message; they are then forgotten."""
     words = "; ".join(line for line in _said if line)

@@ -79,7 +79,7 @@ def write_lora(
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     for weight, (down, up) in matrices.items():
-        writer.add_tensor(f"{weight}.lora_a", np.ascontiguousarray(down * (len(down) / alpha)))
+        writer.add_tensor(f"{weight}.lora_a", np.ascontiguousarray(down * np.float32(len(down) / alpha)))
         writer.add_tensor(f"{weight}.lora_b", np.ascontiguousarray(up))
     with storage_errors(target):
         writer.write_header_to_file(target)
@@ -104,7 +104,7 @@ def _layers(folder: Path) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np
         )
     for module in modules:
         down, up = (weights[f"{module}{end}"].float().numpy() for end in ends)
-        yield module.removeprefix(_PREFIX), down * _scale(config, len(down)), up
+        yield module.removeprefix(_PREFIX), down * np.float32(_scale(config, len(down))), up
 
 
 def _scale(config: Any, rank: int) -> float:
