@@ -27,6 +27,7 @@ from trimtab.fitting.recorded import (
     document_bytes,
     expert_logits,
     reference_logits,
+    with_states,
 )
 from trimtab.store.adapter import (
     EXPERT_FOLDER,
@@ -111,7 +112,7 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
             f"{config.out} holds an adapter that was fitted with other settings or defaults",
             hint="choose another --out, or delete that folder",
         )
-    work = _Work.prepare(config, recording, provenance)
+    work = _Work.prepare(config, recording, provenance, progress)
     unfinished = (UNFINISHED_NAME,)
     with lock(config.out), replace_directory(config.out, unfinished=unfinished) as folder:
         carriers = _write_carriers(work, host, folder, progress)
@@ -141,7 +142,9 @@ class _Work:
     checkpoint: Checkpoint
 
     @staticmethod
-    def prepare(config: FitConfig, recording: Recording, provenance: Provenance) -> "_Work":
+    def prepare(
+        config: FitConfig, recording: Recording, provenance: Provenance, progress: Progress
+    ) -> "_Work":
         base = _open_base(recording)
         splits = {name: recording.read(name) for name in SPLITS}
         if config.max_tokens is not None:
@@ -153,6 +156,8 @@ class _Work:
                     f" {name} text, expected at least 2",
                     hint="record again with more text",
                 )
+        if "expert_numbers" in splits["train"]:
+            splits["train"] = with_states(recording, splits["train"], base.unembedding, progress)
         expert = expert_logits(recording, splits["train"], base.unembedding)
         made_from = json.dumps([provenance.fit, provenance.inputs], sort_keys=True)
         checkpoint = Checkpoint(

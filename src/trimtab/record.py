@@ -1,19 +1,23 @@
 """Record what an expert and its reference think at every position of a text."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trimtab.backends.chat import Rendered, chat_renderer
-from trimtab.backends.pair import Pair, open_pair
+from trimtab.backends.pair import Pair, PairStates, open_pair
+from trimtab.compact import PRECISION, SAMPLE_ROWS, StateCode, difference_basis
 from trimtab.config import RecordConfig
 from trimtab.encoding import bits_needed
 from trimtab.errors import InputError
 from trimtab.processes import Piece, do_pieces, process_count
 from trimtab.soft_targets import (
     Heads,
+    compact_columns,
     encode_states,
     passage_columns,
     run_passages,
@@ -28,16 +32,21 @@ from trimtab.store.files import (
 )
 from trimtab.store.recording import (
     file_entry,
+    precision_of,
+    read_basis,
     shard_entry,
+    write_basis,
     write_shard,
     write_unembedding,
 )
 from trimtab.store.recording_run import RecordingRun, begin_run, check_same_run
 from trimtab.store.recording_schema import (
+    BASIS_NAME,
     DOCUMENTS_NAME,
     MANIFEST_NAME,
     PARTIAL_NAME,
     UNEMBEDDING_NAME,
+    CompactEncoding,
     Encoding,
     ExactEncoding,
     MovedHead,
@@ -64,7 +73,7 @@ class RecordResult:
         tokens: Recorded positions.
         split_tokens: Recorded positions of each split.
         bytes_per_token: Size of the shards over recorded positions.
-        encoding: exact, sparse or sampled.
+        encoding: exact, compact, sparse or sampled.
     """
 
     folder: Path
@@ -149,13 +158,18 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
     begin_run(config.out, asked)
     pair = _open(config, progress)
     heads = Heads(pair.reference_unembedding, pair.expert_unembedding)
-    encoding = _encoding(config, heads.vocab)
+    encoding = _encoding(config, heads)
     splits = _splits(config, pair)
-    _write_shards(config, pair, heads, encoding, splits, progress)
+    code = _code(config, pair, heads, encoding, splits)
+    _write_shards(config, pair, _Encoder(heads, encoding, code), splits, progress)
     documents = {name: split.listed() for name, split in splits.items()}
     write_json(config.out / DOCUMENTS_NAME, documents)
     moved = _write_head(config, heads)
-    files = [DOCUMENTS_NAME, *([UNEMBEDDING_NAME] if moved else [])]
+    files = [
+        DOCUMENTS_NAME,
+        *([UNEMBEDDING_NAME] if moved else []),
+        *([BASIS_NAME] if code else []),
+    ]
     expert = read_expert(config.expert, verify=False)
     manifest = RecordingManifest(
         base=expert.base,
@@ -192,14 +206,63 @@ def _open(config: RecordConfig, progress: Progress) -> Pair:
     return pair
 
 
-def _encoding(config: RecordConfig, vocab: int) -> Encoding:
+def _encoding(config: RecordConfig, heads: Heads) -> Encoding:
+    vocab = heads.vocab
     id_bits = bits_needed(vocab)
+    if config.encoding == "compact":
+        if not heads.same:
+            raise InputError(
+                f"the expert {config.expert} has a head of its own, and the compact encoding keeps"
+                " a difference of states that one head reads",
+                hint="record with --encoding exact, or tune with --method lora",
+            )
+        return CompactEncoding(**asdict(PRECISION), id_bits=id_bits)
     if config.encoding == "sparse":
         return SparseEncoding(top_k=min(config.top_k, vocab), id_bits=id_bits)
     if config.encoding == "sampled":
         count_bits = bits_needed(config.top_k)
         return SampledEncoding(draws=config.top_k, id_bits=id_bits, count_bits=count_bits)
     return ExactEncoding()
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """From a shard's states to its columns."""
+
+    heads: Heads
+    encoding: Encoding
+    code: StateCode | None
+
+    def columns(
+        self, states: Callable[[Advance], PairStates], seed: int, advance: Advance
+    ) -> dict[str, Tensor]:
+        """Run both models and encode; what takes longer is what is told of."""
+        if self.code is None:
+            return encode_states(states(advance), self.heads, self.encoding, seed=seed)
+        assert isinstance(self.encoding, CompactEncoding)
+        found = states(lambda _: None)
+        return compact_columns(found, self.code, self.encoding, advance=advance)
+
+
+def _code(
+    config: RecordConfig,
+    pair: Pair,
+    heads: Heads,
+    encoding: Encoding,
+    splits: Mapping[Split, "_SplitWork"],
+) -> StateCode | None:
+    """The compact encoding with its coordinates, which a sample of the text decides."""
+    if not isinstance(encoding, CompactEncoding):
+        return None
+    path, train = config.out / BASIS_NAME, splits["train"]
+    if path.is_file():
+        basis = read_basis(path)
+    else:
+        passages = [passage for shard in train.shards for passage in shard]
+        step = max(1, train.tokens // SAMPLE_ROWS)
+        states = run_passages(pair, train.documents, passages[::step], advance=lambda _: None)
+        basis = write_basis(path, difference_basis(*states, heads.reference))
+    return StateCode(basis, heads.reference, precision_of(encoding))
 
 
 @dataclass(frozen=True)
@@ -275,16 +338,17 @@ def _cut(
 def _write_shards(
     config: RecordConfig,
     pair: Pair,
-    heads: Heads,
-    encoding: Encoding,
+    encoder: _Encoder,
     splits: Mapping[Split, _SplitWork],
     progress: Progress,
 ) -> None:
     def write(path: Path, split: _SplitWork, shard: Sequence[Passage], advance: Advance) -> None:
-        states = run_passages(pair, split.documents, shard, advance=advance)
+        def states(advance: Advance) -> PairStates:
+            return run_passages(pair, split.documents, shard, advance=advance)
+
         columns = passage_columns(split.documents, shard)
-        seed = shard_seed(config.seed, path.name)
-        write_shard(path, columns | encode_states(states, heads, encoding, seed=seed))
+        encoded = encoder.columns(states, shard_seed(config.seed, path.name), advance)
+        write_shard(path, columns | encoded)
 
     with progress("recording (tokens)", sum(split.tokens for split in splits.values())) as advance:
         missing = []

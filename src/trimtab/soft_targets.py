@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair, PairStates
+from trimtab.compact import StateCode, pack_states
 from trimtab.encoding import (
     Samples,
     TopK,
@@ -21,6 +22,7 @@ from trimtab.encoding import (
 )
 from trimtab.errors import NumericalError
 from trimtab.store.recording_schema import (
+    CompactEncoding,
     Encoding,
     ExactEncoding,
     SampledEncoding,
@@ -252,6 +254,23 @@ def sampled_columns(
     return {f"expert_{name}": column for name, column in packed.items()}
 
 
+def compact_columns(
+    states: PairStates, code: StateCode, encoding: CompactEncoding, *, advance: Advance
+) -> dict[str, Tensor]:
+    """Encode a shard's states as the reference's and their difference.
+
+    Args:
+        states: Shapes [rows, hidden].
+        code: Of the recording.
+        encoding: Form of the soft targets.
+        advance: Told of positions as they are done.
+    """
+    columns = state_columns(states, exact=False)
+    stored = code.encode(columns["reference_hidden"], states.expert.cpu(), advance)
+    packed = pack_states(stored, encoding.id_bits)
+    return columns | {f"expert_{name}": column for name, column in packed.items()}
+
+
 def _chunked(
     hidden: Tensor, head: Unembedding, encode: Callable[[Tensor, slice], _Chunk]
 ) -> list[_Chunk]:
@@ -266,7 +285,7 @@ def _chunked(
 def encode_states(
     states: PairStates, heads: Heads, encoding: Encoding, *, seed: int
 ) -> dict[str, Tensor]:
-    """Encode a shard's states in the form that the recording's manifest states.
+    """Encode a shard's states as the recording's manifest states, unless that is compact.
 
     The reference's hidden states are kept in every encoding, since a memory's keys and a head's
     input are made of them.

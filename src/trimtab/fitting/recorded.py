@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from trimtab.align.strings import token_lengths
+from trimtab.compact import StoredStates, Unexpected
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
 from trimtab.store.recording import Recording
+from trimtab.types import Progress
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
 
@@ -43,6 +45,28 @@ def byte_ends(vocabulary: Vocabulary, columns: Columns) -> Tensor:
     _, sizes = torch.unique_consecutive(columns["document_index"].long(), return_counts=True)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[sizes.cumsum(0)[:-1] - 1]])
     return ends - starts.repeat_interleave(sizes) - int(vocabulary.prefix_space)
+
+
+def with_states(
+    recording: Recording, columns: Columns, unembedding: Unembedding, progress: Progress
+) -> Columns:
+    """A compact recording's columns with `expert_hidden`, as an exact one has it.
+
+    Args:
+        recording: Encoded as compact.
+        columns: A split, or the beginning of one.
+        unembedding: The reference's.
+        progress: Shows the decoding.
+    """
+    names = ("expert_numbers", "expert_unexpected_ids", "expert_unexpected_levels")
+    numbers, ids, levels = (columns[name] for name in names)
+    code = recording.state_code(unembedding)
+    with progress("decoding the recording (tokens)", len(numbers)) as advance:
+        stored = StoredStates(numbers, Unexpected(ids, levels))
+        states = code.decode(columns["reference_hidden"], stored, advance)
+    dtype = columns["reference_hidden"].dtype
+    kept = {name: column for name, column in columns.items() if name not in names}
+    return kept | {"expert_hidden": states.to(dtype)}
 
 
 def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding) -> SmallLogits:

@@ -10,16 +10,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trimtab.compact import (
+    MOST_UNEXPECTED,
+    STATE_COLUMNS,
+    Precision,
+    StateCode,
+    unpack_states,
+)
 from trimtab.encoding import unpack_samples, unpack_topk
 from trimtab.errors import RecordingError
 from trimtab.store.adapter_schema import FileEntry
 from trimtab.store.files import read_json, sha256_file, writing_atomically
 from trimtab.store.recording_schema import (
+    BASIS_NAME,
     DOCUMENTS_NAME,
     FORMAT,
     FORMAT_VERSION,
     RECORD_AGAIN,
     UNEMBEDDING_NAME,
+    CompactEncoding,
     MovedHead,
     RecordedDocument,
     RecordingManifest,
@@ -34,6 +43,7 @@ from trimtab.unembedding import Unembedding
 _COMMON = ("token_ids", "next_ids", "document_index", "reference_hidden")
 _TOPK = ("top_ids", "top_logprobs", "log_tail", "log_normaliser")
 _SAMPLES = ("sample_ids", "sample_counts")
+_COMPACT = ("numbers", "unexpected_ids", "unexpected_levels")
 _STORED_SAMPLES = ("sample_sizes", *_SAMPLES)
 _STATES: dict[str, Literal["float16", "float32"]] = {"F16": "float16", "F32": "float32"}
 _BROKEN = "delete that file and run the same `trimtab record` command again"
@@ -45,12 +55,15 @@ def column_names(encoding: str) -> tuple[str, ...]:
     `token_ids` (the token read), `next_ids` (the same document's next, -1 at its end),
     `document_index` and `reference_hidden` are in all. exact adds `expert_hidden`; sparse adds,
     each for `expert_` and `reference_`, `top_ids`, `top_logprobs`, `log_tail` and
-    `log_normaliser`; sampled adds `expert_sample_ids` and `expert_sample_counts`.
+    `log_normaliser`; sampled adds `expert_sample_ids` and `expert_sample_counts`; compact adds
+    `expert_numbers`, `expert_unexpected_ids` and `expert_unexpected_levels`, of which
+    `trimtab.compact` makes states.
     """
     own = {
         "exact": ("expert_hidden",),
         "sparse": tuple(f"{who}_{name}" for who in ("expert", "reference") for name in _TOPK),
         "sampled": tuple(f"expert_{name}" for name in _SAMPLES),
+        "compact": tuple(f"expert_{name}" for name in _COMPACT),
     }
     return (*_COMMON, *own[encoding])
 
@@ -101,6 +114,11 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
+def precision_of(encoding: CompactEncoding) -> Precision:
+    """The precision of a compact encoding."""
+    return Precision(encoding.step, encoding.likely_tokens, encoding.flattening)
+
+
 def write_unembedding(path: Path, unembedding: Unembedding) -> MovedHead:
     """Store an expert's own head as float16.
 
@@ -112,6 +130,30 @@ def write_unembedding(path: Path, unembedding: Unembedding) -> MovedHead:
         tensors["bias"] = unembedding.bias.detach().half()
     write_shard(path, tensors)
     return MovedHead(scale=unembedding.scale, softcap=unembedding.softcap)
+
+
+def write_basis(path: Path, basis: Tensor) -> Tensor:
+    """Store the coordinates of the compact encoding, a byte a number; as they are then read.
+
+    Raises:
+        StorageError: The disk is full or the path cannot be written.
+    """
+    largest = basis.abs().amax(0).clamp(min=torch.finfo(basis.dtype).tiny)
+    write_shard(path, {"basis": (basis / largest * 127).round().to(torch.int8), "largest": largest})
+    return read_basis(path)
+
+
+def read_basis(path: Path) -> Tensor:
+    """The coordinates that `write_basis` stored, float32, shape [hidden, hidden].
+
+    Raises:
+        RecordingError: The file is missing or broken.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return stored.get_tensor("basis").float() * (stored.get_tensor("largest") / 127)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
 
 
 @final
@@ -178,6 +220,23 @@ class Recording:
             parts = {name: tensors.get_tensor(name).float() for name in tensors.keys()}
         return Unembedding(parts["weight"], parts.get("bias"), head.scale, head.softcap)
 
+    def state_code(self, head: Unembedding) -> StateCode:
+        """What makes states of a recording that is compact.
+
+        Args:
+            head: The reference's.
+
+        Raises:
+            RecordingError: It is encoded otherwise, or its coordinates cannot be read.
+        """
+        encoding = self._manifest.encoding
+        if not isinstance(encoding, CompactEncoding):
+            raise RecordingError(
+                f"the recording {self._folder} has encoding {encoding.kind!r}, not 'compact'",
+                hint="record again with --encoding compact",
+            )
+        return StateCode(read_basis(self._folder / BASIS_NAME), head, precision_of(encoding))
+
     def read(self, split: Split, columns: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Read a whole split into memory.
 
@@ -226,14 +285,20 @@ class Recording:
                     return _sparse(shard, names, self._manifest.vocab)
                 if isinstance(encoding, SampledEncoding):
                     return _sampled(shard, names, encoding.draws, self._manifest.vocab)
+                if isinstance(encoding, CompactEncoding):
+                    return _compact(shard, names, self._manifest.hidden, encoding.id_bits)
                 return {name: shard.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise _unreadable(path, error) from error
 
     def _empty(self, name: str) -> Tensor:
         encoding, manifest = self._manifest.encoding, self._manifest
         if name.endswith("_hidden"):
             return torch.empty(0, manifest.hidden, dtype=torch.float16)
+        if name == "expert_numbers":
+            return torch.empty(0, manifest.hidden, dtype=torch.int16)
+        if "_unexpected_" in name:
+            return torch.empty(0, MOST_UNEXPECTED, dtype=torch.int32)
         if isinstance(encoding, SampledEncoding) and "_sample_" in name:
             return torch.empty(0, encoding.draws, dtype=torch.int32)
         if isinstance(encoding, SparseEncoding) and "_top_" in name:
@@ -263,6 +328,17 @@ def _sampled(shard: Any, names: tuple[str, ...], draws: int, vocab: int) -> dict
         samples = unpack_samples(stored, draws, vocab)
         columns["expert_sample_ids"] = samples.token_ids
         columns["expert_sample_counts"] = samples.counts
+    return {name: columns[name] for name in names}
+
+
+def _compact(shard: Any, names: tuple[str, ...], hidden: int, id_bits: int) -> dict[str, Tensor]:
+    columns = {name: shard.get_tensor(name) for name in names if name in _COMMON}
+    if len(columns) < len(names):
+        stored = {name: shard.get_tensor(f"expert_{name}") for name in STATE_COLUMNS}
+        states = unpack_states(stored, hidden, id_bits)
+        columns["expert_numbers"] = states.numbers
+        columns["expert_unexpected_ids"] = states.unexpected.token_ids
+        columns["expert_unexpected_levels"] = states.unexpected.levels
     return {name: columns[name] for name in names}
 
 

@@ -18,6 +18,8 @@ DOCUMENTS_NAME = "documents.json"
 """Names and lengths of the recorded documents."""
 UNEMBEDDING_NAME = "unembedding-expert.safetensors"
 """The expert's head, where a full fine-tune moved it."""
+BASIS_NAME = "basis.safetensors"
+"""Coordinates of the compact encoding."""
 
 Split = Literal["train", "held_out", "general"]
 SPLITS: tuple[Split, ...] = ("train", "held_out", "general")
@@ -60,7 +62,25 @@ class SampledEncoding(Part):
     """Bits of a packed count, from which 1 was subtracted."""
 
 
-Encoding = Annotated[ExactEncoding | SparseEncoding | SampledEncoding, Field(discriminator="kind")]
+class CompactEncoding(Part):
+    """The reference's states, and of the expert's what they differ by (`trimtab.compact`)."""
+
+    kind: Literal["compact"] = "compact"
+    """Discriminator."""
+    step: FiniteFloat = Field(gt=0)
+    """Precision of the difference's coordinates, in the root of nats."""
+    likely_tokens: int = Field(ge=1)
+    """The reference's likeliest tokens, which tell how a logit matters."""
+    flattening: FiniteFloat = Field(gt=0)
+    """Power of their probabilities."""
+    id_bits: int = Field(ge=1, le=31)
+    """Bits of a packed token id."""
+
+
+Encoding = Annotated[
+    ExactEncoding | SparseEncoding | SampledEncoding | CompactEncoding,
+    Field(discriminator="kind"),
+]
 
 
 class ShardEntry(Part):
@@ -156,6 +176,7 @@ class RecordingManifest(Part):
             if rows != split.tokens:
                 raise ValueError(f"the shards of {name} hold {rows} of {split.tokens} tokens")
         needed = {DOCUMENTS_NAME} | ({UNEMBEDDING_NAME} if self.expert_head else set())
+        needed |= {BASIS_NAME} if isinstance(self.encoding, CompactEncoding) else set()
         if set(self.files) != needed or set(self.splits) != set(SPLITS):
             raise ValueError(f"expected the files {sorted(needed)} and the splits {SPLITS}")
         return self
@@ -172,8 +193,9 @@ class RecordingManifest(Part):
 
     @property
     def bytes_per_token(self) -> float:
-        """Size of all shards over recorded positions."""
-        return sum(shard.bytes for shard in self.shards) / max(1, self.tokens)
+        """Size of all shards, and of what all share, over recorded positions."""
+        shared = self.files[BASIS_NAME].bytes if BASIS_NAME in self.files else 0
+        return (shared + sum(shard.bytes for shard in self.shards)) / max(1, self.tokens)
 
 
 def read_recording_manifest(folder: Path) -> RecordingManifest:

@@ -79,7 +79,9 @@ def write_lora(
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     for weight, (down, up) in matrices.items():
-        writer.add_tensor(f"{weight}.lora_a", np.ascontiguousarray(down * np.float32(len(down) / alpha)))
+        writer.add_tensor(
+            f"{weight}.lora_a", np.ascontiguousarray(down * np.float32(len(down) / alpha))
+        )
         writer.add_tensor(f"{weight}.lora_b", np.ascontiguousarray(up))
     with storage_errors(target):
         writer.write_header_to_file(target)
