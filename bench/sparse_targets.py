@@ -1,31 +1,28 @@
 r"""What a soft target loses in as many bytes: top-k of the expert, by how its tail is told.
 
-    python -m bench.sparse_targets --recording FOLDER --out RESULT.json [--compact FOLDER]
+    python -m bench.sparse_targets --recording FOLDER --out RESULT.json
 
 The recording is of the encoding `exact`, whose states give both models' logits. Each of its
 domain positions is encoded as the sparse encoding packs it and decoded again. Tokens outside the
 top share the tail alike, or in the proportions of the reference, whose states a recording of any
-encoding holds, as `fit` has it. A recording of the same text that is `compact` is decoded and
-compared too. Bytes are those of the expert's target alone.
+encoding holds, as `fit` has it. The compact encoding's code is made of other positions. Bytes are
+those of the expert's target alone.
 """
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from trimtab.backends.pair import open_pair
-from trimtab.compact import STATE_COLUMNS
-from trimtab.encoding import decode_topk, encode_topk, pack_topk, unpack_topk
-from trimtab.fitting.recorded import with_states
+from trimtab.compact import code_for, pack_states
+from trimtab.encoding import bits_needed, decode_topk, encode_topk, pack_topk, unpack_topk
 from trimtab.store.files import package_versions, write_json
 from trimtab.store.recording import Recording
-from trimtab.store.recording_schema import BASIS_NAME
-from trimtab.types import silent
 from trimtab.unembedding import Unembedding
 
 SIZES = (8, 16, 23, 32, 64)
@@ -34,11 +31,16 @@ EVERY = 32
 
 ROWS = 64
 
+SAMPLED = 8
+"""One position of so many, none of those above among them, is in the sample for the code."""
+
+Rows = tuple[Tensor, ...]
+"""Some states of expert and reference."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--recording", type=Path, required=True)
-    parser.add_argument("--compact", type=Path)
     parser.add_argument("--expert", type=Path, help="default: as the recording says")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -46,7 +48,8 @@ def main() -> None:
     pair = open_pair(given.expert or given.recording.parent / "expert", dtype="float32")
     rows = recording.read("train")
     # Some positions: neighbours say much the same.
-    states = tuple(rows[f"{who}_hidden"][::EVERY].float() for who in ("expert", "reference"))
+    sides = [rows[f"{who}_hidden"] for who in ("expert", "reference")]
+    states = tuple(side[::EVERY].float() for side in sides)
     sums = {size: [0.0, 0.0, 0.0] for size in SIZES}
     between = 0.0
     for expert, reference in _logprobs(states, pair.reference_unembedding):
@@ -58,7 +61,8 @@ def main() -> None:
             found[1] += float(_kl(expert, decode_topk(topk, expert.shape[1])))
             found[2] += float(_kl(expert, decode_topk(topk, expert.shape[1], reference)))
     count = len(states[0])
-    compact = _compact(given.compact, states, pair.reference_unembedding) if given.compact else None
+    sample = tuple(side[EVERY // 2 :: SAMPLED].float() for side in sides)
+    vocab = recording.manifest.vocab
     write_json(
         given.out,
         {
@@ -75,37 +79,27 @@ def main() -> None:
                 }
                 for size, (size_bytes, alike, told) in sums.items()
             },
-            "compact": compact,
+            "compact": _compact(sample, states, pair.reference_unembedding, vocab),
             "packages": package_versions(),
         },
     )
     print(given.out.read_text())
 
 
-def _compact(folder: Path, states: tuple[Tensor, ...], head: Unembedding) -> dict[str, Any]:
-    """What a compact recording of the same text, or its beginning, has kept."""
-    recording = Recording.open(folder)
-    columns = recording.read("train")
-    some = {name: column[::EVERY] for name, column in columns.items()}
-    found = with_states(recording, some, head, silent)["expert_hidden"].float()
-    exact = tuple(side[: len(found)] for side in states)
-    lost = [float(_kl(*both)) for both in _logprobs((exact[0], found), head)]
-    between = [float(_kl(*both)) for both in _logprobs((exact[0], exact[1]), head)]
-    rows = len(columns["token_ids"])
-    target_bytes = 0
-    for shard in recording.manifest.shards:
-        if shard.split == "train":
-            with safe_open(folder / shard.file, framework="pt") as stored:
-                parts = [stored.get_tensor(f"expert_{name}") for name in STATE_COLUMNS]
-            target_bytes += sum(part.numel() * part.element_size() for part in parts)
+def _compact(sample: Rows, states: Rows, head: Unembedding, vocab: int) -> dict[str, Any]:
+    """What the compact encoding keeps of some states, with a code that others have decided."""
+    code = code_for(sample[1], sample[0], head)
+    expert, reference = states
+    stored = code.encode(reference, expert)
+    packed = pack_states(stored, bits_needed(vocab))
+    found = code.decode(reference, stored)
+    lost = sum(float(_kl(*both)) for both in _logprobs((expert, found), head))
+    between = sum(float(_kl(*both)) for both in _logprobs(states, head))
+    size = sum(part.numel() * part.element_size() for part in packed.values())
     return {
-        "tokens": len(found),
-        "bytes_per_token": round(target_bytes / rows, 1),
-        "basis_bytes": recording.manifest.files[BASIS_NAME].bytes,
-        "recorded_tokens": recording.manifest.tokens,
-        "lost_percent": round(100 * sum(lost) / sum(between), 3),
-        "expert_to_reference_nats": round(sum(between) / len(found), 5),
-        "precision": recording.manifest.encoding.model_dump(),
+        "bytes_per_token": round(size / len(expert), 1),
+        "lost_percent": round(100 * lost / between, 3),
+        "precision": asdict(code.precision),
     }
 
 

@@ -273,7 +273,7 @@ def test_sampling_follows_the_seed(expert: Path, texts: Path, tmp_path: Path) ->
     assert not torch.equal(rows[0]["expert_sample_ids"], rows[2]["expert_sample_ids"])
 
 
-@pytest.mark.parametrize("encoding", ["exact", "sparse", "sampled"])
+@pytest.mark.parametrize("encoding", ["exact", "compact", "sparse", "sampled"])
 def test_an_empty_split_has_the_same_columns(
     encoding: str, lone_expert: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -310,7 +310,15 @@ def test_the_shipped_probe_text_is_recorded_by_default(expert: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("encoding", "processes"),
-    [("exact", 1), ("exact", 2), ("sparse", 1), ("sampled", 1), ("sampled", 2)],
+    [
+        ("exact", 1),
+        ("exact", 2),
+        ("compact", 1),
+        ("compact", 2),
+        ("sparse", 1),
+        ("sampled", 1),
+        ("sampled", 2),
+    ],
 )
 def test_killed_and_resumed_gives_the_same_bytes(
     encoding: str, processes: int, exact: Recording, expert: Path, texts: Path, tmp_path: Path

@@ -15,7 +15,7 @@ that need none of this to be read, so that rounding on another machine changes a
 little as the factor, and never what the bits mean.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,9 +52,15 @@ STATE_COLUMNS = (
 """What is stored of some states; all but the sizes are bytes of all rows in turn."""
 
 SAMPLE_ROWS = 2_048
-"""Positions that a basis is made of, at most."""
+"""Positions that a code is made of, about."""
+
+LIKELY_TOKENS, FLATTENING = 384, 0.7
+STEP_SHARE = 0.014
+"""Step over the root of KL(expert, reference). Keeps KL(expert, stored) below a hundredth of that
+in less than 100 bytes (docs/log.md, 2026-11-27)."""
 
 _FISHER_ROWS = 256
+_LEAST_NATS = 1e-5
 _SHRINKAGE = 0.1
 
 
@@ -71,11 +77,6 @@ class Precision:
     step: float
     likely_tokens: int
     flattening: float
-
-
-PRECISION = Precision(step=0.009, likely_tokens=384, flattening=0.7)
-"""Keeps KL(expert, stored) below a hundredth of KL(expert, reference) in less than 100 bytes
-(docs/log.md, 2026-11-27)."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,36 @@ class StateCode:
         return torch.linalg.cholesky(metric, upper=True)
 
 
+def code_for(reference: Tensor, expert: Tensor, head: Unembedding) -> StateCode:
+    """A code for states like these: its coordinates, and a step that suits how much they differ.
+
+    Args:
+        reference: Some states, shape [rows, hidden].
+        expert: Of the same shape.
+        head: Of both.
+    """
+    nats = [
+        (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
+        for ours, theirs in _logits(_some(reference), _some(expert), head)
+    ]
+    # Two models that say the same need no finer steps than float16 has.
+    step = STEP_SHARE * max(float(torch.cat(nats).mean()), _LEAST_NATS) ** 0.5
+    basis = difference_basis(reference, expert, head)
+    return StateCode(basis, head, Precision(step, LIKELY_TOKENS, FLATTENING))
+
+
+def _some(states: Tensor) -> Tensor:
+    """Rows from all over, for what takes the whole vocabulary."""
+    return states[:: max(1, len(states) // _FISHER_ROWS)]
+
+
+def _logits(ours: Tensor, theirs: Tensor, head: Unembedding) -> Iterator[tuple[Tensor, Tensor]]:
+    with torch.no_grad():
+        for pair in zip(ours.split(BATCH), theirs.split(BATCH), strict=True):
+            one, other = (head.logits(states.float()).float().cpu() for states in pair)
+            yield one, other
+
+
 def difference_basis(reference: Tensor, expert: Tensor, head: Unembedding) -> Tensor:
     """Coordinates in which the difference of some states has variance 1, those that matter first.
 
@@ -225,7 +256,7 @@ def difference_basis(reference: Tensor, expert: Tensor, head: Unembedding) -> Te
     with torch.no_grad():
         token_rows = head.weight.double().cpu() @ white
         metric = torch.zeros_like(covariance)
-        for states in reference[:_FISHER_ROWS].split(BATCH):
+        for states in _some(reference).split(BATCH):
             probs = head.logits(states.float()).cpu().double().softmax(-1)
             means = probs @ token_rows
             metric += (token_rows * probs.sum(0)[:, None]).T @ token_rows - means.T @ means

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimtab.backends.chat import Rendered, chat_renderer
 from trimtab.backends.pair import Pair, PairStates, open_pair
-from trimtab.compact import PRECISION, SAMPLE_ROWS, StateCode, difference_basis
+from trimtab.compact import SAMPLE_ROWS, StateCode, code_for
 from trimtab.config import RecordConfig
 from trimtab.encoding import bits_needed
 from trimtab.errors import InputError
@@ -32,16 +32,15 @@ from trimtab.store.files import (
 )
 from trimtab.store.recording import (
     file_entry,
-    precision_of,
-    read_basis,
+    read_code,
     shard_entry,
-    write_basis,
+    write_code,
     write_shard,
     write_unembedding,
 )
 from trimtab.store.recording_run import RecordingRun, begin_run, check_same_run
 from trimtab.store.recording_schema import (
-    BASIS_NAME,
+    CODE_NAME,
     DOCUMENTS_NAME,
     MANIFEST_NAME,
     PARTIAL_NAME,
@@ -158,9 +157,9 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
     begin_run(config.out, asked)
     pair = _open(config, progress)
     heads = Heads(pair.reference_unembedding, pair.expert_unembedding)
-    encoding = _encoding(config, heads)
     splits = _splits(config, pair)
-    code = _code(config, pair, heads, encoding, splits)
+    code = _code(config, pair, heads, splits) if config.encoding == "compact" else None
+    encoding = _encoding(config, heads, code)
     _write_shards(config, pair, _Encoder(heads, encoding, code), splits, progress)
     documents = {name: split.listed() for name, split in splits.items()}
     write_json(config.out / DOCUMENTS_NAME, documents)
@@ -168,7 +167,7 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
     files = [
         DOCUMENTS_NAME,
         *([UNEMBEDDING_NAME] if moved else []),
-        *([BASIS_NAME] if code else []),
+        *([CODE_NAME] if code else []),
     ]
     expert = read_expert(config.expert, verify=False)
     manifest = RecordingManifest(
@@ -206,17 +205,11 @@ def _open(config: RecordConfig, progress: Progress) -> Pair:
     return pair
 
 
-def _encoding(config: RecordConfig, heads: Heads) -> Encoding:
+def _encoding(config: RecordConfig, heads: Heads, code: StateCode | None) -> Encoding:
     vocab = heads.vocab
     id_bits = bits_needed(vocab)
-    if config.encoding == "compact":
-        if not heads.same:
-            raise InputError(
-                f"the expert {config.expert} has a head of its own, and the compact encoding keeps"
-                " a difference of states that one head reads",
-                hint="record with --encoding exact, or tune with --method lora",
-            )
-        return CompactEncoding(**asdict(PRECISION), id_bits=id_bits)
+    if code is not None:
+        return CompactEncoding(**asdict(code.precision), id_bits=id_bits)
     if config.encoding == "sparse":
         return SparseEncoding(top_k=min(config.top_k, vocab), id_bits=id_bits)
     if config.encoding == "sampled":
@@ -248,21 +241,22 @@ def _code(
     config: RecordConfig,
     pair: Pair,
     heads: Heads,
-    encoding: Encoding,
     splits: Mapping[Split, "_SplitWork"],
-) -> StateCode | None:
-    """The compact encoding with its coordinates, which a sample of the text decides."""
-    if not isinstance(encoding, CompactEncoding):
-        return None
-    path, train = config.out / BASIS_NAME, splits["train"]
-    if path.is_file():
-        basis = read_basis(path)
-    else:
+) -> StateCode:
+    """What shards are encoded with, which a sample of the text decides when a run begins."""
+    if not heads.same:
+        raise InputError(
+            f"the expert {config.expert} has a head of its own, and the compact encoding keeps a"
+            " difference of states that one head reads",
+            hint="record with --encoding exact, or tune with --method lora",
+        )
+    path, train = config.out / CODE_NAME, splits["train"]
+    if not path.is_file():
         passages = [passage for shard in train.shards for passage in shard]
-        step = max(1, train.tokens // SAMPLE_ROWS)
-        states = run_passages(pair, train.documents, passages[::step], advance=lambda _: None)
-        basis = write_basis(path, difference_basis(*states, heads.reference))
-    return StateCode(basis, heads.reference, precision_of(encoding))
+        every = max(1, train.tokens // SAMPLE_ROWS)
+        states = run_passages(pair, train.documents, passages[::every], advance=lambda _: None)
+        write_code(path, code_for(*states, heads.reference))
+    return read_code(path, heads.reference)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A recording on disk: shards of soft targets, written whole and read with every file checked."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -22,7 +23,7 @@ from trimtab.errors import RecordingError
 from trimtab.store.adapter_schema import FileEntry
 from trimtab.store.files import read_json, sha256_file, writing_atomically
 from trimtab.store.recording_schema import (
-    BASIS_NAME,
+    CODE_NAME,
     DOCUMENTS_NAME,
     FORMAT,
     FORMAT_VERSION,
@@ -114,11 +115,6 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
-def precision_of(encoding: CompactEncoding) -> Precision:
-    """The precision of a compact encoding."""
-    return Precision(encoding.step, encoding.likely_tokens, encoding.flattening)
-
-
 def write_unembedding(path: Path, unembedding: Unembedding) -> MovedHead:
     """Store an expert's own head as float16.
 
@@ -132,28 +128,40 @@ def write_unembedding(path: Path, unembedding: Unembedding) -> MovedHead:
     return MovedHead(scale=unembedding.scale, softcap=unembedding.softcap)
 
 
-def write_basis(path: Path, basis: Tensor) -> Tensor:
-    """Store the coordinates of the compact encoding, a byte a number; as they are then read.
+def write_code(path: Path, code: StateCode) -> None:
+    """Store what a compact recording's shards are read with; a byte for a number of the basis.
 
     Raises:
         StorageError: The disk is full or the path cannot be written.
     """
+    basis = code.basis
     largest = basis.abs().amax(0).clamp(min=torch.finfo(basis.dtype).tiny)
-    write_shard(path, {"basis": (basis / largest * 127).round().to(torch.int8), "largest": largest})
-    return read_basis(path)
+    columns = {"basis": (basis / largest * 127).round().to(torch.int8), "largest": largest}
+    precision = {
+        name: torch.tensor(value, dtype=torch.float64)
+        for name, value in asdict(code.precision).items()
+    }
+    write_shard(path, columns | precision)
 
 
-def read_basis(path: Path) -> Tensor:
-    """The coordinates that `write_basis` stored, float32, shape [hidden, hidden].
+def read_code(path: Path, head: Unembedding) -> StateCode:
+    """The code that `write_code` stored, with the coordinates as they were rounded.
+
+    Args:
+        path: The file.
+        head: The reference's.
 
     Raises:
         RecordingError: The file is missing or broken.
     """
     try:
         with safe_open(path, framework="pt") as stored:
-            return stored.get_tensor("basis").float() * (stored.get_tensor("largest") / 127)
-    except (OSError, SafetensorError) as error:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        basis = tensors["basis"].float() * (tensors["largest"] / 127)
+        step, likely, power = (float(tensors[field.name]) for field in fields(Precision))
+    except (OSError, SafetensorError, KeyError) as error:
         raise _unreadable(path, error) from error
+    return StateCode(basis, head, Precision(step, int(likely), power))
 
 
 @final
@@ -235,7 +243,7 @@ class Recording:
                 f"the recording {self._folder} has encoding {encoding.kind!r}, not 'compact'",
                 hint="record again with --encoding compact",
             )
-        return StateCode(read_basis(self._folder / BASIS_NAME), head, precision_of(encoding))
+        return read_code(self._folder / CODE_NAME, head)
 
     def read(self, split: Split, columns: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Read a whole split into memory.

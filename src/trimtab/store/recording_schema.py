@@ -18,8 +18,8 @@ DOCUMENTS_NAME = "documents.json"
 """Names and lengths of the recorded documents."""
 UNEMBEDDING_NAME = "unembedding-expert.safetensors"
 """The expert's head, where a full fine-tune moved it."""
-BASIS_NAME = "basis.safetensors"
-"""Coordinates of the compact encoding."""
+CODE_NAME = "code.safetensors"
+"""What the shards of the compact encoding are read with."""
 
 Split = Literal["train", "held_out", "general"]
 SPLITS: tuple[Split, ...] = ("train", "held_out", "general")
@@ -176,7 +176,7 @@ class RecordingManifest(Part):
             if rows != split.tokens:
                 raise ValueError(f"the shards of {name} hold {rows} of {split.tokens} tokens")
         needed = {DOCUMENTS_NAME} | ({UNEMBEDDING_NAME} if self.expert_head else set())
-        needed |= {BASIS_NAME} if isinstance(self.encoding, CompactEncoding) else set()
+        needed |= {CODE_NAME} if isinstance(self.encoding, CompactEncoding) else set()
         if set(self.files) != needed or set(self.splits) != set(SPLITS):
             raise ValueError(f"expected the files {sorted(needed)} and the splits {SPLITS}")
         return self
@@ -194,7 +194,7 @@ class RecordingManifest(Part):
     @property
     def bytes_per_token(self) -> float:
         """Size of all shards, and of what all share, over recorded positions."""
-        shared = self.files[BASIS_NAME].bytes if BASIS_NAME in self.files else 0
+        shared = self.files[CODE_NAME].bytes if CODE_NAME in self.files else 0
         return (shared + sum(shard.bytes for shard in self.shards)) / max(1, self.tokens)
 
 
