@@ -10,6 +10,7 @@ those of the expert's target alone.
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -61,7 +62,7 @@ def main() -> None:
             found[1] += float(_kl(expert, decode_topk(topk, expert.shape[1])))
             found[2] += float(_kl(expert, decode_topk(topk, expert.shape[1], reference)))
     count = len(states[0])
-    sample = tuple(side[EVERY // 2 :: SAMPLED].float() for side in sides)
+    sample = tuple(side[SAMPLED // 2 :: SAMPLED].float() for side in sides)
     vocab = recording.manifest.vocab
     write_json(
         given.out,
@@ -90,9 +91,12 @@ def _compact(sample: Rows, states: Rows, head: Unembedding, vocab: int) -> dict[
     """What the compact encoding keeps of some states, with a code that others have decided."""
     code = code_for(sample[1], sample[0], head)
     expert, reference = states
+    began = time.perf_counter()
     stored = code.encode(reference, expert)
     packed = pack_states(stored, bits_needed(vocab))
+    encoded = time.perf_counter()
     found = code.decode(reference, stored)
+    decoded = time.perf_counter()
     lost = sum(float(_kl(*both)) for both in _logprobs((expert, found), head))
     between = sum(float(_kl(*both)) for both in _logprobs(states, head))
     size = sum(part.numel() * part.element_size() for part in packed.values())
@@ -100,6 +104,10 @@ def _compact(sample: Rows, states: Rows, head: Unembedding, vocab: int) -> dict[
         "bytes_per_token": round(size / len(expert), 1),
         "lost_percent": round(100 * lost / between, 3),
         "precision": asdict(code.precision),
+        "hidden": expert.shape[1],
+        "encoding_ms_per_token": round(1e3 * (encoded - began) / len(expert), 1),
+        "decoding_ms_per_token": round(1e3 * (decoded - encoded) / len(expert), 1),
+        "threads": torch.get_num_threads(),
     }
 
 

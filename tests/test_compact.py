@@ -219,6 +219,16 @@ def test_equal_models_take_next_to_nothing() -> None:
     torch.testing.assert_close(code.decode(reference, stored), reference)
 
 
+def test_broken_columns_are_refused() -> None:
+    head, reference, expert = drawn(40)
+    code = code_of(head, reference, expert, 0.02)
+    columns = pack_states(code.encode(reference, expert), 9)
+    for name, value in (("unexpected_sizes", 99), ("code_sizes", 3)):
+        broken = columns | {name: torch.full_like(columns[name], value)}
+        with pytest.raises(ValueError, match=r"cannot be|rows"):
+            unpack_states(broken, HIDDEN, 9)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An expert that learnt much, recorded exactly and in few bytes."""

@@ -1,7 +1,12 @@
 """An expert and its reference in llama.cpp, against the same in torch (`make test-llamacpp`)."""
 
+import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.llamacpp import trees as in_llamacpp
+from trimtab.backends.llamacpp.engine import Context
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_expert_line, run_pair, run_pair_after
@@ -229,6 +235,54 @@ def test_evaluate_measures_the_same(adapter: Path, small: Path, tmp_path: Path) 
     assert found[0]["live"] < found[0]["host"]
 
 
+def test_a_pass_that_is_broken_off_leaves_nothing_wrong(
+    adapter: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pairs(adapter, small)[0].reference
+    tree, other, cached = grown(1, 40, 12), grown(2, 40, 12), ModelCache()
+    run_tree(model, tree, cached)
+    for name in ("copy", "state", "cut"):
+        with monkeypatch.context() as patched:
+            calls = iter(range(100))
+            whole = getattr(Context, name)
+
+            def broken(*given: Any, whole: Any = whole, calls: Any = calls) -> Any:
+                if next(calls) == 3:
+                    raise KeyboardInterrupt
+                return whole(*given)
+
+            patched.setattr(Context, name, broken)
+            with pytest.raises(KeyboardInterrupt):
+                run_tree(model, other, ModelCache())
+        assert_near(run_tree(model, tree, cached), alone(model, tree))
+        assert_near(run_tree(model, other, ModelCache()), alone(model, other))
+
+
+def test_evaluate_shares_no_context_among_processes(
+    adapter: Path, small: Path, tmp_path: Path
+) -> None:
+    """A copy of a process has none of the threads that llama.cpp began, and would wait for them."""
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(domain_text(number))
+    words = ["evaluate", str(adapter), HOST, "--data", str(tmp_path / "*.txt"), "--rows", "live"]
+    words += [
+        "--small",
+        f"llamacpp:{small}",
+        "--out",
+        str(tmp_path / "report"),
+        "--dtype",
+        "float32",
+    ]
+    found = subprocess.run(
+        [sys.executable, "-m", "trimtab", *words, "--processes", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        timeout=180,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr.decode()
+
+
 def test_what_cannot_be_done_there_is_said(adapter: Path, small: Path, tmp_path: Path) -> None:
     manifest = read_manifest(adapter)
     other = tmp_path / "other.gguf"
@@ -239,7 +293,16 @@ def test_what_cannot_be_done_there_is_said(adapter: Path, small: Path, tmp_path:
     lora.mkdir(parents=True)
     for file in (adapter / "expert").iterdir():
         (lora / file.name).write_bytes(file.read_bytes())
+    weights = (lora / "adapter_model.safetensors").read_bytes()
+    (lora / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(AdapterError, match="cannot read the LoRA's weights"):
+        open_beside(manifest, lora.parent, small=f"llamacpp:{small}")
+    (lora / "adapter_model.safetensors").write_bytes(weights)
     settings = (lora / "adapter_config.json").read_text()
+    changed = json.loads(settings) | {"alpha_pattern": {"q_proj": 4}}
+    (lora / "adapter_config.json").write_text(json.dumps(changed))
+    with pytest.raises(AdapterError, match="another alpha for some layers"):
+        open_beside(manifest, lora.parent, small=f"llamacpp:{small}")
     (lora / "adapter_config.json").write_text(settings.replace('"LORA"', '"IA3"'))
     with pytest.raises(AdapterError, match="is of PEFT type 'IA3'"):
         open_beside(manifest, lora.parent, small=f"llamacpp:{small}")

@@ -26,8 +26,12 @@ from trimtab.encoding import pack_bits, unpack_bits
 from trimtab.rice import decode_rows, encode_rows
 from trimtab.unembedding import Unembedding
 
-BATCH = 32
-"""Positions at once: their matrices take some hundred megabytes for a small model."""
+MOST_ROWS = 32
+MATRIX_NUMBERS = 2**23
+"""Positions at once, and numbers of one of their matrices, of which there are some."""
+
+TOKEN_BLOCK = 8_192
+"""Tokens whose part of a product over the vocabulary is computed at once."""
 
 SPACING = 2.0
 FEWEST_R = 1.2
@@ -54,10 +58,13 @@ STATE_COLUMNS = (
 SAMPLE_ROWS = 2_048
 """Positions that a code is made of, about."""
 
+ROWS_PACKED = 256
+"""Rows that are made bits of at once; each is whole bytes."""
+
 LIKELY_TOKENS, FLATTENING = 384, 0.7
 STEP_SHARE = 0.014
-"""Step over the root of KL(expert, reference). Keeps KL(expert, stored) below a hundredth of that
-in less than 100 bytes (docs/log.md, 2026-11-27)."""
+"""Step over the root of KL(expert, reference). Two small models lose less than a
+hundredth of that in less than 100 bytes (docs/log.md, 2026-11-27)."""
 
 _FISHER_ROWS = 256
 _LEAST_NATS = 1e-5
@@ -132,7 +139,8 @@ class StateCode:
         inverse = torch.linalg.inv(self.basis.double()).float().T
         token_rows = self._token_rows()
         parts = []
-        for ours, theirs in zip(reference.split(BATCH), expert.split(BATCH), strict=True):
+        size = _rows_at_once(reference.shape[1])
+        for ours, theirs in zip(reference.split(size), expert.split(size), strict=True):
             ours, theirs = ours.float(), theirs.float()
             probs = self._probs(ours)
             weights = self._weights(probs)
@@ -162,8 +170,9 @@ class StateCode:
         """
         token_rows = self._token_rows()
         states = [torch.zeros(0, reference.shape[1])]
-        for start in range(0, len(reference), BATCH):
-            rows = slice(start, start + BATCH)
+        size = _rows_at_once(reference.shape[1])
+        for start in range(0, len(reference), size):
+            rows = slice(start, start + size)
             ours = reference[rows].float()
             both = stored.unexpected
             unexpected = Unexpected(both.token_ids[rows], both.levels[rows])
@@ -177,7 +186,10 @@ class StateCode:
     def _token_rows(self) -> Tensor:
         """W B: how each token's logit depends on the coordinates, shape [vocab, hidden]."""
         with torch.no_grad():
-            return self.head.scale * self.head.weight.float().cpu() @ self.basis
+            blocks = self.head.weight.split(TOKEN_BLOCK)
+            return torch.cat(
+                [self.head.scale * block.float().cpu() @ self.basis for block in blocks]
+            )
 
     def _probs(self, states: Tensor) -> Tensor:
         with torch.no_grad():
@@ -206,6 +218,10 @@ class StateCode:
         return torch.linalg.cholesky(metric, upper=True)
 
 
+def _rows_at_once(hidden: int) -> int:
+    return max(1, min(MOST_ROWS, MATRIX_NUMBERS // hidden**2))
+
+
 def code_for(reference: Tensor, expert: Tensor, head: Unembedding) -> StateCode:
     """A code for states like these: its coordinates, and a step that suits how much they differ.
 
@@ -214,6 +230,7 @@ def code_for(reference: Tensor, expert: Tensor, head: Unembedding) -> StateCode:
         expert: Of the same shape.
         head: Of both.
     """
+    reference, expert = reference.cpu(), expert.cpu()
     nats = [
         (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
         for ours, theirs in _logits(_some(reference), _some(expert), head)
@@ -231,7 +248,7 @@ def _some(states: Tensor) -> Tensor:
 
 def _logits(ours: Tensor, theirs: Tensor, head: Unembedding) -> Iterator[tuple[Tensor, Tensor]]:
     with torch.no_grad():
-        for pair in zip(ours.split(BATCH), theirs.split(BATCH), strict=True):
+        for pair in zip(ours.split(MOST_ROWS), theirs.split(MOST_ROWS), strict=True):
             one, other = (head.logits(states.float()).float().cpu() for states in pair)
             yield one, other
 
@@ -254,12 +271,17 @@ def difference_basis(reference: Tensor, expert: Tensor, head: Unembedding) -> Te
     whole = (1 - _SHRINKAGE) * covariance + _SHRINKAGE * size * identity
     white = torch.linalg.cholesky(whole)
     with torch.no_grad():
-        token_rows = head.weight.double().cpu() @ white
+        chosen = _some(reference).float()
+        probs = torch.cat(
+            [head.logits(s).float().cpu().softmax(-1) for s in chosen.split(MOST_ROWS)]
+        )
         metric = torch.zeros_like(covariance)
-        for states in _some(reference).split(BATCH):
-            probs = head.logits(states.float()).cpu().double().softmax(-1)
-            means = probs @ token_rows
-            metric += (token_rows * probs.sum(0)[:, None]).T @ token_rows - means.T @ means
+        means = torch.zeros(len(chosen), len(covariance), dtype=covariance.dtype)
+        for rows in torch.arange(probs.shape[1]).split(TOKEN_BLOCK):
+            token_rows, shares = head.weight[rows].double().cpu() @ white, probs[:, rows].double()
+            metric += (token_rows * shares.sum(0)[:, None]).T @ token_rows
+            means += shares @ token_rows
+        metric -= means.T @ means
     return (white @ torch.linalg.eigh(metric).eigenvectors.flip(1)).float()
 
 
@@ -270,7 +292,10 @@ def pack_states(stored: StoredStates, id_bits: int) -> dict[str, Tensor]:
         stored: What is stored.
         id_bits: Bits of a token id.
     """
-    packed, sizes = encode_rows(stored.numbers.numpy().astype(np.int64))
+    parts = [
+        encode_rows(some.numpy().astype(np.int64)) for some in stored.numbers.split(ROWS_PACKED)
+    ]
+    packed, sizes = (np.concatenate(side) for side in zip(*parts, strict=True))
     has = stored.unexpected.token_ids >= 0
     return {
         "codes": torch.from_numpy(packed),
@@ -295,6 +320,8 @@ def unpack_states(columns: Mapping[str, Tensor], hidden: int, id_bits: int) -> S
     sizes = columns["code_sizes"].numpy().astype(np.int64)
     numbers = decode_rows(columns["codes"].numpy(), sizes, hidden)
     counts = columns["unexpected_sizes"].long()
+    if counts.shape != sizes.shape or int(counts.max() if len(counts) else 0) > MOST_UNEXPECTED:
+        raise ValueError("the numbers of unexpected tokens cannot be")
     has = torch.arange(MOST_UNEXPECTED) < counts[:, None]
     ids = torch.full(has.shape, -1, dtype=torch.int32)
     levels = torch.zeros(has.shape, dtype=torch.int32)

@@ -97,7 +97,8 @@ class Evaluator:
     @property
     def is_shared(self) -> bool:
         """Copies of this process may score too: it is torch that computes, and scores are kept."""
-        return self.keeps and not self.host.has_own_logits
+        models = (self.host, *([self.pair.reference] if self.pair else []))
+        return self.keeps and not any(model.has_own_logits for model in models)
 
     def score(self, document: Document) -> Kept:
         """Score one document under every row, unless it is scored already."""

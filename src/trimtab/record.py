@@ -71,7 +71,7 @@ class RecordResult:
         folder: Folder of the recording.
         tokens: Recorded positions.
         split_tokens: Recorded positions of each split.
-        bytes_per_token: Size of the shards over recorded positions.
+        bytes_per_token: Size of the shards, and of what all share, over recorded positions.
         encoding: exact, compact, sparse or sampled.
     """
 
@@ -158,7 +158,9 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
     pair = _open(config, progress)
     heads = Heads(pair.reference_unembedding, pair.expert_unembedding)
     splits = _splits(config, pair)
-    code = _code(config, pair, heads, splits) if config.encoding == "compact" else None
+    code = None
+    if config.encoding == "compact":
+        code = _code(config, pair, heads, splits["train"], progress)
     encoding = _encoding(config, heads, code)
     _write_shards(config, pair, _Encoder(heads, encoding, code), splits, progress)
     documents = {name: split.listed() for name, split in splits.items()}
@@ -241,7 +243,8 @@ def _code(
     config: RecordConfig,
     pair: Pair,
     heads: Heads,
-    splits: Mapping[Split, "_SplitWork"],
+    train: "_SplitWork",
+    progress: Progress,
 ) -> StateCode:
     """What shards are encoded with, which a sample of the text decides when a run begins."""
     if not heads.same:
@@ -250,11 +253,13 @@ def _code(
             " difference of states that one head reads",
             hint="record with --encoding exact, or tune with --method lora",
         )
-    path, train = config.out / CODE_NAME, splits["train"]
+    path = config.out / CODE_NAME
     if not path.is_file():
         passages = [passage for shard in train.shards for passage in shard]
         every = max(1, train.tokens // SAMPLE_ROWS)
-        states = run_passages(pair, train.documents, passages[::every], advance=lambda _: None)
+        sample = passages[::every]
+        with progress("sampling states for the code (tokens)", rows_of(sample)) as advance:
+            states = run_passages(pair, train.documents, sample, advance=advance)
         write_code(path, code_for(*states, heads.reference))
     return read_code(path, heads.reference)
 

@@ -122,8 +122,8 @@ def _soft(memory: Memory, base: HFModel, head: Unembedding, train: Columns) -> M
         probs = torch.cat([top.values for top in tops])
     else:
         raise InputError(
-            "soft values need an exact or a sparse recording, and this one is sampled",
-            hint="record again with --encoding exact or sparse, or fit with --values hard",
+            "soft values need an exact, compact or sparse recording, and this one is sampled",
+            hint="record again with --encoding exact, or fit with --values hard",
         )
     kept, places = torch.unique(ids, return_inverse=True)
     strings = tuple(base.vocabulary.token_bytes[i] or b"" for i in kept.tolist())

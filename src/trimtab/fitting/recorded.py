@@ -20,6 +20,9 @@ SmallLogits = Callable[[Tensor, Tensor | None], Tensor]
 """From positions of the training text [batch] and token ids [chosen], None being all, to the
 logits, or log-probabilities, that expert or reference gives them, shape [batch, chosen]."""
 
+FLOAT16_LIMIT = 6e4
+"""Hidden states larger than this are kept as float32."""
+
 UNDRAWN_PROB = 1e-9
 """Probability of a token that a sampled recording never drew; a logit needs one."""
 
@@ -64,9 +67,10 @@ def with_states(
     with progress("decoding the recording (tokens)", len(numbers)) as advance:
         stored = StoredStates(numbers, Unexpected(ids, levels))
         states = code.decode(columns["reference_hidden"], stored, advance)
-    dtype = columns["reference_hidden"].dtype
+    if not len(states) or float(states.abs().max()) <= FLOAT16_LIMIT:
+        states = states.half()
     kept = {name: column for name, column in columns.items() if name not in names}
-    return kept | {"expert_hidden": states.to(dtype)}
+    return kept | {"expert_hidden": states}
 
 
 def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding) -> SmallLogits:
@@ -74,13 +78,15 @@ def expert_logits(recording: Recording, train: Columns, unembedding: Unembedding
 
     Args:
         recording: Where the expert's own head is, if it has one.
-        train: The training split.
+        train: The training split; of a compact recording, `with_states`, or nobody may ask.
         unembedding: The reference's.
     """
     vocab = recording.manifest.vocab
     if "expert_hidden" in train:
         head, states = recording.expert_unembedding() or unembedding, train["expert_hidden"]
         return lambda batch, ids: head.logits(states[batch].float(), ids)
+    if "expert_numbers" in train:
+        return _undecoded
     if "expert_top_ids" in train:
         names = ("top_ids", "top_logprobs", "log_tail", "log_normaliser")
         parts = [train[f"expert_{name}"] for name in names]
@@ -103,6 +109,10 @@ def reference_logits(train: Columns, unembedding: Unembedding) -> SmallLogits:
     """
     states = train["reference_hidden"]
     return lambda batch, ids: unembedding.logits(states[batch].float(), ids)
+
+
+def _undecoded(*asked: Tensor | None) -> Tensor:
+    raise AssertionError(f"{len(asked)} questions to states that were not decoded")
 
 
 def _chosen(rows: Tensor, ids: Tensor | None) -> Tensor:

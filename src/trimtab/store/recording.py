@@ -159,7 +159,7 @@ def read_code(path: Path, head: Unembedding) -> StateCode:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         basis = tensors["basis"].float() * (tensors["largest"] / 127)
         step, likely, power = (float(tensors[field.name]) for field in fields(Precision))
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise _unreadable(path, error) from error
     return StateCode(basis, head, Precision(step, int(likely), power))
 
@@ -243,7 +243,14 @@ class Recording:
                 f"the recording {self._folder} has encoding {encoding.kind!r}, not 'compact'",
                 hint="record again with --encoding compact",
             )
-        return read_code(self._folder / CODE_NAME, head)
+        path = self._folder / CODE_NAME
+        code = read_code(path, head)
+        stated = encoding.model_dump(exclude={"kind", "id_bits"})
+        if asdict(code.precision) != stated or len(code.basis) != self._manifest.hidden:
+            raise RecordingError(
+                f"{path} is not the code that {self._folder} was written with", hint=RECORD_AGAIN
+            )
+        return code
 
     def read(self, split: Split, columns: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Read a whole split into memory.

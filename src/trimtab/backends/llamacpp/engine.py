@@ -232,7 +232,12 @@ class Engine:
                 (lib.llama_adapter_lora_p_ctypes * 1)(self._lora),
                 (ctypes.c_float * 1)(1),
             )
-            lib.llama_set_adapters_lora(handle, loras, 1, scales)
+            if lib.llama_set_adapters_lora(handle, loras, 1, scales):
+                lib.llama_free(handle)
+                raise ModelError(
+                    f"llama.cpp does not put the LoRA beside {self._path.name}: {last_words()}",
+                    hint="run the small model in torch: name its file without llamacpp:",
+                )
         return Context(self._model, handle, rows)
 
 

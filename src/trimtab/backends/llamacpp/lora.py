@@ -7,7 +7,10 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedConfig, modeling_gguf_pytorch_utils
 
 from trimtab.backends.gguf import PlainReader
@@ -18,6 +21,7 @@ from trimtab.store.storage_errors import storage_errors
 _PREFIX = "base_model.model."
 _SIDES = ("lora_A", "lora_B")
 _ENDS = ("output.weight", "token_embd.weight")
+_FETCH = "fetch the expert again from where it came, or tune it anew"
 _IN_TORCH = "run the small model in torch: name its file without llamacpp:"
 
 Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -90,26 +94,39 @@ def write_lora(
         writer.close()
 
 
+def _weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"cannot read the LoRA's weights in {folder}: {error}", hint=_FETCH
+        ) from error
+
+
 def _layers(folder: Path) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
     """Each layer that a LoRA changes: its name, and both matrices, the first with the scale."""
     config = read_lora_config(folder)
-    weights = load_file(folder / WEIGHTS_NAME)
+    if config.alpha_pattern:
+        raise AdapterError(
+            f"the LoRA in {folder} has another alpha for some layers", hint=_IN_TORCH
+        )
+    weights = _weights(folder)
     ends = tuple(f".{side}.weight" for side in _SIDES)
     modules = sorted(
         {name.removesuffix(end) for name in weights for end in ends if name.endswith(end)}
     )
-    if len(weights) != 2 * len(modules):
+    if weights.keys() != {f"{module}{end}" for module in modules for end in ends}:
         raise AdapterError(
             f"the LoRA in {folder} has {len(weights)} weights, expected two for each of"
             f" {len(modules)} layers",
-            hint="fetch the expert again from where it came, or tune it anew",
+            hint=_FETCH,
         )
     for module in modules:
         down, up = (weights[f"{module}{end}"].float().numpy() for end in ends)
         yield module.removeprefix(_PREFIX), down * np.float32(_scale(config, len(down))), up
 
 
-def _scale(config: Any, rank: int) -> float:
+def _scale(config: LoraConfig, rank: int) -> float:
     return config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
 
 

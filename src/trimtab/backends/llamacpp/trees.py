@@ -85,6 +85,14 @@ class TreeReader:
         Raises:
             ModelError: llama.cpp fails, or has no room.
         """
+        try:
+            return self._read(tree, wanted, line)
+        except BaseException:
+            # What a pass that was broken off has left is not known.
+            self._forget_all()
+            raise
+
+    def _read(self, tree: Tree, wanted: Sequence[int], line: Line) -> NDArray[np.float32]:
         context = self._ready(tree, line)
         assert line.number is not None
         trunk = _trunk(tree)
@@ -123,12 +131,7 @@ class TreeReader:
                 Token(tree.tokens[node], tree.depths[node], sequences, asked=node in place)
                 for node, sequences in some
             ]
-            try:
-                self._engine.decode(context, tokens)
-            except BaseException:
-                # What a decode that was broken off has left is not known.
-                self._forget_all()
-                raise
+            self._engine.decode(context, tokens)
             for number, ((node, _), token) in enumerate(zip(some, tokens, strict=True)):
                 if token.asked:
                     states[place.pop(node)] = context.state(number, states.shape[1])
