@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.pair import open_pair
-from trimtab.compact import code_for, pack_states
+from trimtab.compact import SAMPLE_ROWS, code_for, pack_states
 from trimtab.encoding import bits_needed, decode_topk, encode_topk, pack_topk, unpack_topk
 from trimtab.store.files import package_versions, write_json
 from trimtab.store.recording import Recording
@@ -31,9 +31,6 @@ EVERY = 32
 """One position of so many is encoded."""
 
 ROWS = 64
-
-SAMPLED = 8
-"""One position of so many, none of those above among them, is in the sample for the code."""
 
 Rows = tuple[Tensor, ...]
 """Some states of expert and reference."""
@@ -50,7 +47,7 @@ def main() -> None:
     rows = recording.read("train")
     # Some positions: neighbours say much the same.
     sides = [rows[f"{who}_hidden"] for who in ("expert", "reference")]
-    states = tuple(side[::EVERY].float() for side in sides)
+    states = tuple(side[EVERY // 2 :: EVERY].float() for side in sides)
     sums = {size: [0.0, 0.0, 0.0] for size in SIZES}
     between = 0.0
     for expert, reference in _logprobs(states, pair.reference_unembedding):
@@ -62,7 +59,10 @@ def main() -> None:
             found[1] += float(_kl(expert, decode_topk(topk, expert.shape[1])))
             found[2] += float(_kl(expert, decode_topk(topk, expert.shape[1], reference)))
     count = len(states[0])
-    sample = tuple(side[SAMPLED // 2 :: SAMPLED].float() for side in sides)
+    others = torch.arange(len(sides[0]))
+    others = others[others % EVERY != EVERY // 2]
+    others = others[:: max(1, len(others) // SAMPLE_ROWS)]
+    sample = tuple(side[others].float() for side in sides)
     vocab = recording.manifest.vocab
     write_json(
         given.out,

@@ -84,11 +84,11 @@ def test_numbers_come_back_as_the_format_is_described(values: np.ndarray) -> Non
 
 def test_small_numbers_are_short() -> None:
     zeros, sizes = encode_rows(np.zeros((3, 160), np.int64))
-    assert sizes.tolist() == [4, 4, 4] and not zeros.any()
+    assert sizes.tolist() == [2, 2, 2] and not zeros.any()
     drawn = np.random.default_rng(0).geometric(0.5, (200, 160)) - 1
     # The entropy of such a number is 2 bits; its Rice code has as many, and a row its headers.
     _, sizes = encode_rows(np.where(drawn % 2, -(drawn + 1) // 2, drawn // 2))
-    assert 8 * sizes.mean() < 160 * 2.05 + 10 * 3 + 8
+    assert 8 * sizes.mean() < 160 * 2.05 + 5 * 3 + 8
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "other"])
@@ -127,7 +127,7 @@ def kl(head: Unembedding, one: Tensor, other: Tensor) -> float:
 def test_finer_steps_take_more_bytes_and_lose_less() -> None:
     head, reference, expert = drawn(700)
     between, found = kl(head, expert, reference), []
-    for step in (0.3, 0.1, 0.03, 0.01):
+    for step in (0.3, 0.1, 0.03, 0.008):
         code = code_of(head, reference, expert, step)
         stored = code.encode(reference, expert)
         columns = pack_states(stored, 9)
@@ -300,7 +300,8 @@ def test_a_code_is_stored_in_bytes_and_read_as_it_is_used(tmp_path: Path) -> Non
     assert used.precision == code.precision
     assert ((used.basis - code.basis).abs() <= code.basis.abs().amax(0) / 254 + 1e-6).all()
     between = kl(head, expert, reference)
-    assert code.precision.step == pytest.approx(compact.STEP_SHARE * between**0.5, rel=0.1)
+    shares = [code.precision.step / between**0.5 / share for share in compact.STEP_SHARES]
+    assert any(share == pytest.approx(1, rel=0.1) for share in shares)
     assert kl(head, expert, used.decode(reference, used.encode(reference, expert))) < 0.01 * between
     (tmp_path / "code.safetensors").write_bytes(b"nothing")
     with pytest.raises(RecordingError, match="cannot read the shard"):

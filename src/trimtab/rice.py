@@ -8,7 +8,7 @@ that each say their own k, or that they are all zero: nothing but the bits is ne
 import numpy as np
 from numpy.typing import NDArray
 
-PART = 16
+PART = 32
 """Numbers that share a parameter."""
 
 _HEADER_BITS = 3
