@@ -8,6 +8,7 @@ from torch import Tensor
 from trimtab.align.strings import token_lengths
 from trimtab.compact import StoredStates, Unexpected
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
+from trimtab.soft_targets import FLOAT16_LIMIT
 from trimtab.store.recording import Recording
 from trimtab.types import Progress
 from trimtab.unembedding import Unembedding
@@ -19,9 +20,6 @@ Columns = dict[str, Tensor]
 SmallLogits = Callable[[Tensor, Tensor | None], Tensor]
 """From positions of the training text [batch] and token ids [chosen], None being all, to the
 logits, or log-probabilities, that expert or reference gives them, shape [batch, chosen]."""
-
-FLOAT16_LIMIT = 6e4
-"""Hidden states larger than this are kept as float32."""
 
 UNDRAWN_PROB = 1e-9
 """Probability of a token that a sampled recording never drew; a logit needs one."""
