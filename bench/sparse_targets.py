@@ -22,6 +22,7 @@ from torch import Tensor
 from trimtab.backends.pair import open_pair
 from trimtab.compact import SAMPLE_ROWS, code_for, pack_states
 from trimtab.encoding import bits_needed, decode_topk, encode_topk, pack_topk, unpack_topk
+from trimtab.losses import kl_nats
 from trimtab.store.files import package_versions, write_json
 from trimtab.store.recording import Recording
 from trimtab.unembedding import Unembedding
@@ -121,7 +122,7 @@ def _logprobs(states: tuple[Tensor, ...], head: Unembedding) -> Iterator[tuple[T
 
 def _kl(expert: Tensor, other: Tensor) -> Tensor:
     """Sum of KL(expert, other) over positions, in nats."""
-    return (expert.double().exp() * (expert.double() - other.double())).sum()
+    return kl_nats(expert.double(), other.double()).sum()
 
 
 if __name__ == "__main__":

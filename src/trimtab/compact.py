@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.encoding import pack_bits, unpack_bits
+from trimtab.encoding import pack_ragged, unpack_ragged
+from trimtab.losses import kl_nats
 from trimtab.rice import decode_rows, encode_rows
 from trimtab.unembedding import Unembedding
 
@@ -137,7 +138,7 @@ class StateCode:
         """Encode the expert's states.
 
         Args:
-            reference: As they are stored, shape [rows, hidden].
+            reference: As they are stored, at least one, shape [rows, hidden].
             expert: Of the same shape.
             advance: Told of rows as they are done.
         """
@@ -154,8 +155,6 @@ class StateCode:
             parts.append((_rounded((theirs - ours) @ inverse, factor), unexpected))
             if advance is not None:
                 advance(len(ours))
-        if not parts:
-            return _nothing(reference.shape[1])
         numbers, found = zip(*parts, strict=True)
         ids, levels = (torch.cat([getattr(u, n) for u in found]) for n in ("token_ids", "levels"))
         return StoredStates(torch.cat(numbers), Unexpected(ids, levels))
@@ -256,8 +255,8 @@ def _nats(head: Unembedding, one: Tensor, other: Tensor) -> float:
     sums = 0.0
     with torch.no_grad():
         for pair in zip(one.split(MOST_ROWS), other.split(MOST_ROWS), strict=True):
-            ours, theirs = (head.logits(s).double().cpu().log_softmax(-1) for s in pair)
-            sums += float((ours.exp() * (ours - theirs)).sum())
+            ours, theirs = (head.logits(states).double().cpu() for states in pair)
+            sums += float(kl_nats(ours, theirs).sum())
     return sums / max(1, len(one))
 
 
@@ -314,8 +313,8 @@ def pack_states(stored: StoredStates, id_bits: int) -> dict[str, Tensor]:
         "codes": torch.from_numpy(packed),
         "code_sizes": torch.from_numpy(sizes.astype(np.int16)),
         "unexpected_sizes": has.sum(-1).to(torch.uint8),
-        "unexpected_ids": pack_bits(stored.unexpected.token_ids[has][None], id_bits)[0],
-        "unexpected_levels": pack_bits(stored.unexpected.levels[has][None], _LEVEL_BITS)[0],
+        "unexpected_ids": pack_ragged(stored.unexpected.token_ids, has, id_bits),
+        "unexpected_levels": pack_ragged(stored.unexpected.levels, has, _LEVEL_BITS),
     }
 
 
@@ -336,11 +335,8 @@ def unpack_states(columns: Mapping[str, Tensor], hidden: int, id_bits: int) -> S
     if counts.shape != sizes.shape or int(counts.max() if len(counts) else 0) > MOST_UNEXPECTED:
         raise ValueError("the numbers of unexpected tokens cannot be")
     has = torch.arange(MOST_UNEXPECTED) < counts[:, None]
-    ids = torch.full(has.shape, -1, dtype=torch.int32)
-    levels = torch.zeros(has.shape, dtype=torch.int32)
-    total = int(counts.sum())
-    ids[has] = unpack_bits(columns["unexpected_ids"][None], id_bits, total)[0]
-    levels[has] = unpack_bits(columns["unexpected_levels"][None], _LEVEL_BITS, total)[0]
+    ids = unpack_ragged(columns["unexpected_ids"], has, id_bits).masked_fill(~has, -1)
+    levels = unpack_ragged(columns["unexpected_levels"], has, _LEVEL_BITS)
     return StoredStates(torch.from_numpy(numbers.astype(np.int16)), Unexpected(ids, levels))
 
 
@@ -381,8 +377,3 @@ def _rounded(coordinates: Tensor, factor: Tensor) -> Tensor:
         numbers[:, place] = number.clamp(-LARGEST_NUMBER, LARGEST_NUMBER)
         left[:, place] = coordinates[:, place] - numbers[:, place] * spacing
     return numbers.to(torch.int16)
-
-
-def _nothing(hidden: int) -> StoredStates:
-    none = torch.zeros(0, MOST_UNEXPECTED, dtype=torch.int32)
-    return StoredStates(torch.zeros(0, hidden, dtype=torch.int16), Unexpected(none, none))

@@ -61,6 +61,27 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     return torch.from_numpy(numbers.sum(axis=2, dtype=np.int32))
 
 
+def pack_ragged(values: Tensor, has: Tensor, bits: int) -> Tensor:
+    """Store rows of unlike lengths one after the other, as `pack_bits`; their lengths apart.
+
+    Args:
+        values: Numbers in [0, 2**bits), shape [rows, most].
+        has: Which of them there are, the first ones of each row, shape [rows, most].
+        bits: Width of one number.
+
+    Returns:
+        Bytes of all rows in turn.
+    """
+    return pack_bits(values[has][None], bits)[0]
+
+
+def unpack_ragged(packed: Tensor, has: Tensor, bits: int) -> Tensor:
+    """Invert `pack_ragged`; int32, shape [rows, most], 0 where there is none."""
+    numbers = torch.zeros(has.shape, dtype=torch.int32)
+    numbers[has] = unpack_bits(packed[None], bits, int(has.sum()))[0]
+    return numbers
+
+
 @dataclass(frozen=True)
 class TopK:
     """The likeliest tokens of a distribution, and how much is left for all others.
@@ -219,18 +240,14 @@ def pack_samples(samples: Samples, vocab: int) -> dict[str, Tensor]:
     draws = samples.counts.shape[1]
     return {
         "sample_sizes": drawn.sum(-1).to(torch.int16),
-        "sample_ids": pack_bits(samples.token_ids[drawn][None], bits_needed(vocab))[0],
-        "sample_counts": pack_bits(samples.counts[drawn][None] - 1, bits_needed(draws))[0],
+        "sample_ids": pack_ragged(samples.token_ids, drawn, bits_needed(vocab)),
+        "sample_counts": pack_ragged(samples.counts - 1, drawn, bits_needed(draws)),
     }
 
 
 def unpack_samples(columns: Columns, draws: int, vocab: int) -> Samples:
     """Invert `pack_samples`."""
-    sizes = columns["sample_sizes"].long()
-    distinct = int(sizes.sum())
-    drawn = torch.arange(draws) < sizes[:, None]
-    token_ids = torch.full(drawn.shape, -1, dtype=torch.int32)
-    counts = torch.zeros(drawn.shape, dtype=torch.int32)
-    token_ids[drawn] = unpack_bits(columns["sample_ids"][None], bits_needed(vocab), distinct)[0]
-    counts[drawn] = 1 + unpack_bits(columns["sample_counts"][None], bits_needed(draws), distinct)[0]
-    return Samples(token_ids, counts)
+    drawn = torch.arange(draws) < columns["sample_sizes"].long()[:, None]
+    token_ids = unpack_ragged(columns["sample_ids"], drawn, bits_needed(vocab))
+    counts = unpack_ragged(columns["sample_counts"], drawn, bits_needed(draws))
+    return Samples(token_ids.masked_fill(~drawn, -1), counts + drawn)

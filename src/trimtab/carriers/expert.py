@@ -46,7 +46,7 @@ _IRRELEVANT = (
     "revision",
     "task_type",
 )
-_FETCH = "fetch the expert again from where it came, or tune it anew"
+FETCH_AGAIN = "fetch the expert again from where it came, or tune it anew"
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
@@ -72,7 +72,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
         return LoraConfig(**{key: raw[key] for key in _USED if key in raw}, inference_mode=True)
     except (TypeError, ValueError) as error:
         raise AdapterError(
-            f"the LoRA configuration of {folder} cannot be used: {error}", hint=_FETCH
+            f"the LoRA configuration of {folder} cannot be used: {error}", hint=FETCH_AGAIN
         ) from error
 
 
@@ -250,7 +250,7 @@ def attach_lora(model: PreTrainedModel, folder: Path) -> LoraSwitch:
             the model, or a LoRA on the model's embeddings or head.
     """
     config = read_lora_config(folder)
-    found = _weight_names(folder / WEIGHTS_NAME)
+    found = weight_names(folder / WEIGHTS_NAME)
     try:
         # PEFT warns of missing weights, which the comparison below turns into an error.
         with warnings.catch_warnings(action="ignore"):
@@ -275,14 +275,19 @@ def attach_lora(model: PreTrainedModel, folder: Path) -> LoraSwitch:
     return LoraSwitch(model)
 
 
-def _weight_names(path: Path) -> set[str]:
+def weight_names(path: Path) -> set[str]:
+    """Names of a LoRA's weights.
+
+    Raises:
+        AdapterError: The file is missing or broken.
+    """
     # Checked before PEFT looks, which would take a pickle in place of a missing file.
     try:
         with safe_open(path, framework="pt") as weights:
             return set(weights.keys())
     except (OSError, SafetensorError) as error:
         raise AdapterError(
-            f"cannot read the LoRA's weights {path}: {error}", hint=_FETCH
+            f"cannot read the LoRA's weights {path}: {error}", hint=FETCH_AGAIN
         ) from error
 
 

@@ -42,6 +42,8 @@ from trimtab.store.recording_schema import (
 from trimtab.unembedding import Unembedding
 
 _COMMON = ("token_ids", "next_ids", "document_index", "reference_hidden")
+_AS_STORED = (*_COMMON, "expert_hidden")
+"""Columns that a reader gets as they lie in a shard."""
 _TOPK = ("top_ids", "top_logprobs", "log_tail", "log_normaliser")
 _SAMPLES = ("sample_ids", "sample_counts")
 _COMPACT = ("numbers", "unexpected_ids", "unexpected_levels")
@@ -296,13 +298,15 @@ class Recording:
         encoding = self._manifest.encoding
         try:
             with safe_open(path, framework="pt") as shard:
-                if isinstance(encoding, SparseEncoding):
-                    return _sparse(shard, names, self._manifest.vocab)
-                if isinstance(encoding, SampledEncoding):
-                    return _sampled(shard, names, encoding.draws, self._manifest.vocab)
-                if isinstance(encoding, CompactEncoding):
-                    return _compact(shard, names, self._manifest.hidden, encoding.id_bits)
-                return {name: shard.get_tensor(name) for name in names}
+                columns = {n: shard.get_tensor(n) for n in names if n in _AS_STORED}
+                unpacked = [name for name in names if name not in columns]
+                if unpacked and isinstance(encoding, SparseEncoding):
+                    columns |= _sparse(shard, unpacked, self._manifest.vocab)
+                elif unpacked and isinstance(encoding, SampledEncoding):
+                    columns |= _sampled(shard, encoding.draws, self._manifest.vocab)
+                elif unpacked and isinstance(encoding, CompactEncoding):
+                    columns |= _compact(shard, self._manifest.hidden, encoding.id_bits)
+                return {name: columns[name] for name in names}
         except (OSError, SafetensorError, ValueError) as error:
             raise _unreadable(path, error) from error
 
@@ -322,9 +326,9 @@ class Recording:
         return torch.empty(0, dtype=torch.float32 if "_log_" in name else torch.int32)
 
 
-def _sparse(shard: Any, names: tuple[str, ...], vocab: int) -> dict[str, Tensor]:
-    columns = {name: shard.get_tensor(name) for name in names if name in _COMMON}
-    for who in {name.split("_")[0] for name in names if name not in _COMMON}:
+def _sparse(shard: Any, names: Sequence[str], vocab: int) -> dict[str, Tensor]:
+    columns = {}
+    for who in {name.split("_")[0] for name in names}:
         stored = {name: shard.get_tensor(f"{who}_{name}") for name in _TOPK}
         topk = unpack_topk(stored, vocab)
         columns |= {
@@ -333,28 +337,26 @@ def _sparse(shard: Any, names: tuple[str, ...], vocab: int) -> dict[str, Tensor]
             f"{who}_log_tail": topk.log_tail,
             f"{who}_log_normaliser": topk.log_normaliser,
         }
-    return {name: columns[name] for name in names}
+    return columns
 
 
-def _sampled(shard: Any, names: tuple[str, ...], draws: int, vocab: int) -> dict[str, Tensor]:
-    columns = {name: shard.get_tensor(name) for name in names if name in _COMMON}
-    if len(columns) < len(names):
-        stored = {name: shard.get_tensor(f"expert_{name}") for name in _STORED_SAMPLES}
-        samples = unpack_samples(stored, draws, vocab)
-        columns["expert_sample_ids"] = samples.token_ids
-        columns["expert_sample_counts"] = samples.counts
-    return {name: columns[name] for name in names}
+def _sampled(shard: Any, draws: int, vocab: int) -> dict[str, Tensor]:
+    stored = {name: shard.get_tensor(f"expert_{name}") for name in _STORED_SAMPLES}
+    samples = unpack_samples(stored, draws, vocab)
+    return {
+        "expert_sample_ids": samples.token_ids,
+        "expert_sample_counts": samples.counts,
+    }
 
 
-def _compact(shard: Any, names: tuple[str, ...], hidden: int, id_bits: int) -> dict[str, Tensor]:
-    columns = {name: shard.get_tensor(name) for name in names if name in _COMMON}
-    if len(columns) < len(names):
-        stored = {name: shard.get_tensor(f"expert_{name}") for name in STATE_COLUMNS}
-        states = unpack_states(stored, hidden, id_bits)
-        columns["expert_numbers"] = states.numbers
-        columns["expert_unexpected_ids"] = states.unexpected.token_ids
-        columns["expert_unexpected_levels"] = states.unexpected.levels
-    return {name: columns[name] for name in names}
+def _compact(shard: Any, hidden: int, id_bits: int) -> dict[str, Tensor]:
+    stored = {name: shard.get_tensor(f"expert_{name}") for name in STATE_COLUMNS}
+    states = unpack_states(stored, hidden, id_bits)
+    return {
+        "expert_numbers": states.numbers,
+        "expert_unexpected_ids": states.unexpected.token_ids,
+        "expert_unexpected_levels": states.unexpected.levels,
+    }
 
 
 def _check_file(path: Path, sha256: str | None, size: int) -> None:

@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trimtab.backends.llamacpp.library import MAX_ROWS, has_tiles, last_words, library
+from trimtab.backends.llamacpp.library import (
+    IN_TORCH,
+    MAX_ROWS,
+    has_tiles,
+    last_words,
+    library,
+)
 from trimtab.backends.prefix import common_length
 from trimtab.errors import InputError, ModelError
 
@@ -100,7 +106,7 @@ class Engine:
         if not lora:
             raise ModelError(
                 f"llama.cpp does not take the LoRA to {self._path}: {last_words()}",
-                hint="run the small model in torch: name its file without llamacpp:",
+                hint=IN_TORCH,
             )
         other = copy(self)
         other._batch, other._context = _Batch(self._lib, self.batch_tokens), None
@@ -136,23 +142,24 @@ class Engine:
         firsts = [len(ids) for ids in past]
         ends = [first + len(ids) for first, ids in zip(firsts, new, strict=True)]
         skipped = [end - count for end, count in zip(ends, kept, strict=True)]
-        for places in _batches([*map(_joined, past, new, begins)], begins, self.batch_tokens):
-            self._decode(context, places)
-            for number, place in enumerate(places):
-                if (offset := place.position - firsts[place.row]) >= 0:
-                    hidden[place.row][offset] = context.state(number, self.hidden_size)
-                if (offset := place.position - skipped[place.row]) >= 0:
-                    own[place.row][offset] = context.logits(number, self.vocab_size)
+        for tokens in _batches([*map(_joined, past, new, begins)], begins, self.batch_tokens):
+            self._decode(context, tokens)
+            for number, token in enumerate(tokens):
+                row = token.sequences[0]
+                if (offset := token.position - firsts[row]) >= 0:
+                    hidden[row][offset] = context.state(number, self.hidden_size)
+                if (offset := token.position - skipped[row]) >= 0:
+                    own[row][offset] = context.logits(number, self.vocab_size)
         return [Read(*both) for both in zip(hidden, own, strict=True)]
 
-    def _decode(self, context: "Context", places: Sequence["_Place"]) -> None:
+    def _decode(self, context: "Context", tokens: Sequence["Token"]) -> None:
         try:
-            self.decode(context, [Token(p.token_id, p.position, (p.row,)) for p in places])
+            self.decode(context, tokens)
         except ModelError:
             self._context = None
             raise
-        for place in places:
-            context.held[place.row].append(place.token_id)
+        for token in tokens:
+            context.held[token.sequences[0]].append(token.token_id)
 
     def decode(self, context: "Context", tokens: Sequence["Token"]) -> None:
         """Read tokens in one pass.
@@ -236,7 +243,7 @@ class Engine:
                 lib.llama_free(handle)
                 raise ModelError(
                     f"llama.cpp does not put the LoRA beside {self._path.name}: {last_words()}",
-                    hint="run the small model in torch: name its file without llamacpp:",
+                    hint=IN_TORCH,
                 )
         return Context(self._model, handle, rows)
 
@@ -258,30 +265,21 @@ class Token:
     asked: bool = True
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A token of a row to be read."""
-
-    row: int
-    position: int
-    token_id: int
-
-
 def _joined(past: Sequence[int], new: Sequence[int], begin: int) -> list[int]:
     return [*past[begin:], *new]
 
 
 def _batches(
     rows: Sequence[Sequence[int]], begins: Sequence[int], size: int
-) -> Iterator[list[_Place]]:
+) -> Iterator[list[Token]]:
     """All tokens of all rows, in the order of each row, some at a time."""
-    places = [
-        _Place(row, begin + offset, token_id)
+    tokens = [
+        Token(token_id, begin + offset, (row,))
         for row, (ids, begin) in enumerate(zip(rows, begins, strict=True))
         for offset, token_id in enumerate(ids)
     ]
-    for first in range(0, len(places), size):
-        yield places[first : first + size]
+    for first in range(0, len(tokens), size):
+        yield tokens[first : first + size]
 
 
 @final
@@ -348,7 +346,7 @@ class Context:
         if not self._lib.llama_memory_seq_rm(memory, sequence, length, -1):
             raise ModelError(
                 "llama.cpp cannot go back in a text with this model, so it reads no tree",
-                hint="run the small model in torch: name its file without llamacpp:",
+                hint=IN_TORCH,
             )
 
     def copy(self, sequence: int, other: int) -> None:

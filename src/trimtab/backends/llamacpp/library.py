@@ -11,6 +11,9 @@ from trimtab.errors import MissingDependencyError, ModelError
 MAX_ROWS = 256
 """Sequences that llama.cpp keeps side by side at most (its LLAMA_MAX_SEQ)."""
 
+IN_TORCH = "run the small model in torch: name its file without llamacpp:"
+"""What to do where llama.cpp cannot run an expert."""
+
 _ERROR_LEVEL = 3
 _said: deque[str] = deque(maxlen=4)
 _callbacks: list[Any] = []

@@ -1,6 +1,6 @@
 """An expert's LoRA as llama.cpp reads one: a GGUF adapter beside the file of its base model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,18 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 from peft import LoraConfig
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedConfig, modeling_gguf_pytorch_utils
 
 from trimtab.backends.gguf import PlainReader
-from trimtab.carriers.expert import WEIGHTS_NAME, read_lora_config
+from trimtab.backends.llamacpp.library import IN_TORCH
+from trimtab.carriers.expert import FETCH_AGAIN, WEIGHTS_NAME, read_lora_config, weight_names
 from trimtab.errors import AdapterError
 from trimtab.store.storage_errors import storage_errors
 
 _PREFIX = "base_model.model."
 _SIDES = ("lora_A", "lora_B")
 _ENDS = ("output.weight", "token_embd.weight")
-_FETCH = "fetch the expert again from where it came, or tune it anew"
-_IN_TORCH = "run the small model in torch: name its file without llamacpp:"
 
 Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Down to a LoRA's rank, [rank, in], and up again, [out, rank]."""
@@ -46,13 +43,14 @@ def write_expert(folder: Path, base: Path, config: PreTrainedConfig, target: Pat
     architecture = str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
     has = {tensor.name for tensor in reader.tensors}
     settings = config.get_text_config(decoder=True)
+    names = _names(architecture, settings)
     matrices = dict[str, Matrices]()
     for module, down, up in _layers(folder):
-        name = _name(module, architecture, settings)
-        if name is None or name not in has or name in _ENDS:
+        name = f"{names(module)}.weight"
+        if name not in has or name in _ENDS:
             raise AdapterError(
                 f"the LoRA in {folder} changes {module}, which cannot be changed in {base.name}",
-                hint=_IN_TORCH,
+                hint=IN_TORCH,
             )
         matrices[name] = down, up[_order(name, len(up), architecture, settings)]
     write_lora(target, architecture, matrices)
@@ -94,33 +92,23 @@ def write_lora(
         writer.close()
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / WEIGHTS_NAME)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"cannot read the LoRA's weights in {folder}: {error}", hint=_FETCH
-        ) from error
-
-
 def _layers(folder: Path) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
     """Each layer that a LoRA changes: its name, and both matrices, the first with the scale."""
     config = read_lora_config(folder)
     if config.alpha_pattern:
-        raise AdapterError(
-            f"the LoRA in {folder} has another alpha for some layers", hint=_IN_TORCH
-        )
-    weights = _weights(folder)
+        raise AdapterError(f"the LoRA in {folder} has another alpha for some layers", hint=IN_TORCH)
+    found = weight_names(folder / WEIGHTS_NAME)
     ends = tuple(f".{side}.weight" for side in _SIDES)
     modules = sorted(
-        {name.removesuffix(end) for name in weights for end in ends if name.endswith(end)}
+        {name.removesuffix(end) for name in found for end in ends if name.endswith(end)}
     )
-    if weights.keys() != {f"{module}{end}" for module in modules for end in ends}:
+    if found != {f"{module}{end}" for module in modules for end in ends}:
         raise AdapterError(
-            f"the LoRA in {folder} has {len(weights)} weights, expected two for each of"
+            f"the LoRA in {folder} has {len(found)} weights, expected two for each of"
             f" {len(modules)} layers",
-            hint=_FETCH,
+            hint=FETCH_AGAIN,
         )
+    weights = load_file(folder / WEIGHTS_NAME)
     for module in modules:
         down, up = (weights[f"{module}{end}"].float().numpy() for end in ends)
         yield module.removeprefix(_PREFIX), down * np.float32(_scale(config, len(down))), up
@@ -130,14 +118,12 @@ def _scale(config: LoraConfig, rank: int) -> float:
     return config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _name(module: str, architecture: str, config: PreTrainedConfig) -> str | None:
-    """The file's name of a layer's weight."""
+def _names(architecture: str, config: PreTrainedConfig) -> Callable[[str], str | None]:
+    """From a layer's name in transformers to the file's, None where that has none."""
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in known:
-        return None
-    names = gguf.get_tensor_name_map(known[architecture], int(config.num_hidden_layers))
-    found = names.get_name(module)
-    return None if found is None else f"{found}.weight"
+        return lambda _: None
+    return gguf.get_tensor_name_map(known[architecture], int(config.num_hidden_layers)).get_name
 
 
 def _order(name: str, rows: int, architecture: str, config: PreTrainedConfig) -> NDArray[np.int64]:
@@ -169,5 +155,5 @@ def _order(name: str, rows: int, architecture: str, config: PreTrainedConfig) ->
 
 def _unknown(name: str) -> AdapterError:
     return AdapterError(
-        f"the order of {name} in a GGUF file of this family is not known", hint=_IN_TORCH
+        f"the order of {name} in a GGUF file of this family is not known", hint=IN_TORCH
     )
