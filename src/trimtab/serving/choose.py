@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,8 @@ def choose(
     """
     scores = _shifted(logprobs.float(), by, counts)
     if by.temperature == 0:
-        return int(scores.argmax())
+        # numpy reads a vocabulary many times as fast as torch does on a processor.
+        return int(np.argmax(scores.cpu().numpy()))
     # From the likeliest on, and no colder than float32 can tell: a quotient that is no number, or
     # has -inf for every token, would be no distribution.
     below_best = scores - scores.max()

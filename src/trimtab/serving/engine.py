@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -267,25 +267,36 @@ class Engine:
 
     def _steered(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         """The distribution of each row's next token, [rows, vocab]; a row may end here."""
-        logits = self.host.unembedding.logits(hidden.to(self.host.unembedding.weight.device))
-        logprobs = logits.float().log_softmax(-1)
-        groups: dict[int, list[int]] = {}
+        unembedding = self.host.unembedding
+        logits = unembedding.logits(hidden.to(unembedding.weight.device)).float()
+        groups: dict[int | None, list[int]] = {}
         for place, row in enumerate(rows):
             if row.tracer:
-                row.tracer.hear(logprobs[place].clone())
-            if row.job.steered:
-                groups.setdefault(id(row.job.steered.several), []).append(place)
-        for places in groups.values():
-            self._steer(rows, places, (logits, hidden), logprobs)
+                row.tracer.hear(logits[place].log_softmax(-1))
+            steered = row.job.steered
+            groups.setdefault(id(steered.several) if steered else None, []).append(place)
+        parts = [
+            part for group in groups.values() for part in self._said(rows, group, logits, hidden)
+        ]
+        if len(parts) == 1 and len(parts[0][0]) == len(rows):
+            return parts[0][1]
+        # Rows of the vocabulary are large: where all are asked together nothing is copied.
+        logprobs = torch.empty_like(logits)
+        for places, found in parts:
+            logprobs[places] = found
         return logprobs
 
-    def _steer(
-        self, rows: Sequence[Row], places: list[int], read: tuple[Tensor, Tensor], logprobs: Tensor
-    ) -> None:
-        """Put the steered distribution of rows that are asked together into their places."""
-        asked, (logits, hidden) = [rows[place] for place in places], read
+    def _said(
+        self, rows: Sequence[Row], places: Sequence[int], logits: Tensor, hidden: Tensor
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Give the places and distributions of rows that are asked together, unless they end."""
+        asked = [rows[place] for place in places]
+        if len(places) < len(rows):
+            own = logits[places], hidden[places]
+        else:
+            own = logits, hidden
         try:
-            logprobs[places] = steer(asked, logits[places], hidden[places])
+            found = steer(asked, *own) if asked[0].job.steered else own[0].log_softmax(-1)
         except Exception as error:
             # Whatever is wrong with one of them, the others are none the worse for it.
             if len(asked) == 1:
@@ -294,7 +305,9 @@ class Engine:
             for place in places:
                 # A job that fails ends all of its rows.
                 if not rows[place].has_ended:
-                    self._steer(rows, [place], read, logprobs)
+                    yield from self._said(rows, [place], logits, hidden)
+            return
+        yield places, found
 
     def _end_unsteered(self, row: Row, error: Exception) -> None:
         if not row.new_tokens:

@@ -172,7 +172,7 @@ def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:
         readings = live.read_rows([row.small_text(chat) for row, chat in chats]) if live else ()
         questions = tuple((reading, range(1)) for reading in readings)
         contexts = tuple(row.context(chat) for row, chat in chats)
-        asked.append(Rows(logits.float(), hidden, contexts, questions, strangers=True))
+        asked.append(Rows(logits, hidden, contexts, questions, strangers=True))
     weights = [row.weights for row in rows if row.weights is not None]
     trust = torch.stack(weights, 1)
     said = first.several.said(asked)

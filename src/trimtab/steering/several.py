@@ -84,11 +84,13 @@ class Several:
 
     def mixed(self, said: Sequence[Said], weights: Tensor) -> Tensor:
         """The mixture of what all have said, shape [rows, vocab]; weights as for `logprobs`."""
+        if len(said) == 1:
+            return said[0].mixed(weights)
         parts = []
         for one, share in zip(said, self._shares(weights), strict=True):
             mixed = one.mixed(share / share.sum(0))
             parts.append(mixed + share.sum(0).log()[:, None].to(mixed.device))
-        return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
+        return torch.stack(parts).logsumexp(0)
 
     def voices(
         self, said: Sequence[Said], weights: Tensor, row: int, *, tells_text: bool
