@@ -18,8 +18,8 @@ from trimtab import few_rows
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 REPETITIONS = 7
-WEIGHTS = 2**24
-"""Numbers in the weights of a size at least: 64 MB in float32."""
+WEIGHTS = 2**25
+"""Numbers in the weights of a size at least: 64 MB in bfloat16."""
 
 SIZES = {
     "smollm2-135m": ((1_536, 576), (576, 1_536)),
@@ -34,16 +34,17 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
     rows = [
-        {"sizes": name, "rows": count, **_measured(shapes, count)}
+        {"sizes": name, "rows": count, **_measured(shapes, count, getattr(torch, given.dtype))}
         for name, shapes in SIZES.items()
         for count in ROWS
     ]
     write_rows(
         given.out,
         "states times transposed weight, as torch's linear layers ask, and the weight"
-        " times transposed states (trimtab.few_rows), float32",
+        f" times transposed states (trimtab.few_rows), {given.dtype}",
         rows,
     )
     for row in rows:
@@ -51,15 +52,17 @@ def main() -> None:
 
 
 @torch.no_grad()
-def _measured(shapes: Sequence[tuple[int, int]], count: int) -> dict[str, float]:
+def _measured(
+    shapes: Sequence[tuple[int, int]], count: int, dtype: torch.dtype
+) -> dict[str, float]:
     each = max(1, WEIGHTS // sum(outputs * columns for outputs, columns in shapes))
-    weights = [torch.randn(shape) for shape in shapes for _ in range(each)]
-    states = {columns: torch.randn(count, columns) for _, columns in shapes}
+    weights = [torch.randn(shape).to(dtype) for shape in shapes for _ in range(each)]
+    states = {columns: torch.randn(count, columns).to(dtype) for _, columns in shapes}
 
     def over(way: Callable[[Tensor, Tensor], Tensor]) -> float:
         return min(_timed(way, weights, states) for _ in range(REPETITIONS))
 
-    return {"linear_sec": over(functional.linear), "exchanged_sec": over(few_rows.product)}
+    return {"linear_sec": over(functional.linear), "exchanged_sec": over(few_rows.exchanged)}
 
 
 def _timed(

@@ -13,17 +13,16 @@ from trimtab import few_rows
 from trimtab.backends.open import open_model
 from trimtab.few_rows import hasten, product
 
+FEW = {torch.float32: range(2, 65), torch.bfloat16: range(1, 9), torch.float16: range(0)}
+
 
 @pytest.fixture(autouse=True, scope="module")
 def everywhere() -> Iterator[None]:
     """Factors are exchanged on every processor and at every size, so that it is tested on each."""
-    kept = dict(few_rows.FEW_ROWS)
-    few_rows.FEW_ROWS[torch.backends.cpu.get_cpu_capability()] = range(2, 65)
-    least, few_rows.LEAST_WEIGHTS = few_rows.LEAST_WEIGHTS, 1
-    yield
-    few_rows.LEAST_WEIGHTS = least
-    few_rows.FEW_ROWS.clear()
-    few_rows.FEW_ROWS.update(kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "_few", lambda dtype: FEW[dtype])
+        patch.setattr(few_rows, "LEAST_WEIGHTS", 1)
+        yield
 
 
 @given(st.integers(0, 66), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
@@ -64,11 +63,24 @@ def test_a_copy_has_layers_of_its_own() -> None:
 
 
 def test_other_arithmetic_is_left_as_it_is() -> None:
-    plain = nn.Linear(8, 8).bfloat16()
+    plain = nn.Linear(8, 8).half()
     hastened = copy.deepcopy(plain)
     hasten(hastened)
-    states = torch.randn(3, 8).bfloat16()
-    assert torch.equal(hastened(states), plain(states))
+    states = torch.randn(3, 8).half()
+    with torch.no_grad():
+        assert torch.equal(hastened(states), plain(states))
+
+
+@given(st.integers(0, 12), st.integers(1, 300), st.integers(1, 40), st.integers(0, 9))
+def test_bfloat16_is_rounded_once(rows: int, columns: int, outputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(rows, columns, generator=generator).bfloat16()
+    weight = torch.randn(outputs, columns, generator=generator).bfloat16()
+    found = product(states, weight)
+    assert found.shape == (rows, outputs) and found.is_contiguous()
+    expected = states.double() @ weight.double().T
+    # Sums are kept in float32, where the terms may cancel; then comes one rounding.
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=2**-8)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "t5"])

@@ -7,7 +7,7 @@ times a transposed weight take two to three times as long as one; the weight tim
 is then read as it lies, and two to four columns cost what one does.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ With AVX2 (seen on an AMD EPYC) that takes half as long for two to four states, 
 where there are more; with AVX-512 (seen on an Intel Xeon) up to three states cost one anyway, and
 16 to 48 take 0.7 times as long (bench/results/2026-11-26-few-rows.json and -avx512.json). A rule
 and no trial on the spot, after which no two runs would round alike."""
+
+FEW_BFLOAT16_ROWS = range(1, 9)
+"""The same in bfloat16 on a processor with tile registers (AMX).
+
+One state to eight then take 0.5 to 1.0 times as long, the wider the weight the less; from twelve on
+narrow weights lose (bench/results/2026-11-27-few-rows-bfloat16.json)."""
 
 LEAST_WEIGHTS = 2**16
 """Smaller weights lie in a cache, however they are read."""
@@ -40,7 +46,7 @@ def product(states: Tensor, weight: Tensor) -> Tensor:
     """
     if not _is_few(len(states), states, weight):
         return states @ weight.T
-    return _exchanged(states, weight)
+    return exchanged(states, weight)
 
 
 def hasten(model: nn.Module) -> None:
@@ -54,8 +60,11 @@ def hasten(model: nn.Module) -> None:
             vars(module)["forward"] = partial(_linear, module)
 
 
-def _exchanged(states: Tensor, weight: Tensor) -> Tensor:
+def exchanged(states: Tensor, weight: Tensor) -> Tensor:
+    """The same with the factors exchanged, whatever is faster."""
     rows = len(states)
+    if rows == 1:
+        return torch.mv(weight, states[0])[None]
     # Kernels are made for 4 and for 16 columns.
     filled = 4 if rows == 3 else 16 if 8 < rows < 16 else rows
     if filled > rows:
@@ -69,18 +78,24 @@ def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
     bias: Any = layer.bias
     if not _is_few(states.numel() // max(1, states.shape[-1]), states, weight):
         return functional.linear(states, weight, bias)
-    found = _exchanged(states.reshape(-1, states.shape[-1]), weight)
+    found = exchanged(states.reshape(-1, states.shape[-1]), weight)
     if bias is not None:
         found += bias
     return found.reshape(*states.shape[:-1], len(weight))
 
 
 def _is_few(rows: int, states: Tensor, weight: Tensor) -> bool:
-    if rows < 2 or weight.device.type != "cpu" or weight.numel() < LEAST_WEIGHTS:
+    if weight.device.type != "cpu" or weight.numel() < LEAST_WEIGHTS:
         return False
     is_followed = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    return (
-        rows in FEW_ROWS.get(torch.backends.cpu.get_cpu_capability(), _NONE)
-        and weight.dtype is states.dtype is torch.float32
-        and not is_followed
-    )
+    is_one_dtype = weight.dtype is states.dtype
+    return rows in _few(weight.dtype) and is_one_dtype and not is_followed
+
+
+@cache
+def _few(dtype: torch.dtype) -> range:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if dtype is torch.float32:
+        return FEW_ROWS.get(capability, _NONE)
+    has_tiles = capability == "AVX512" and torch.cpu.get_capabilities().get("amx_bf16")
+    return FEW_BFLOAT16_ROWS if dtype is torch.bfloat16 and has_tiles else _NONE
