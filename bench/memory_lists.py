@@ -12,7 +12,7 @@ that lies on entries which the lists find too.
 import argparse
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import faiss
@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.carriers.recall import MountedMemory
-from trimtab.carriers.search import NEIGHBOURS, TEMPERATURE, exact_keys, listed_keys
+from trimtab.carriers.search import NEIGHBOURS, TEMPERATURE, listed_keys, nearest_keys
 from trimtab.cli_errors import run_program
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
@@ -77,18 +77,15 @@ def measure(given: argparse.Namespace) -> None:
         "the small model's own": _questions(memory, _states(small, asked), given.every, own=True),
     }
     started = time.perf_counter()
-    exact = exact_keys(keys)
-    build_sec = {"exact": time.perf_counter() - started}
-    started = time.perf_counter()
     lists = listed_keys(keys)
-    build_sec["lists"] = time.perf_counter() - started
+    build_sec = {"lists": time.perf_counter() - started}
     result = {
         "keys": list(keys.shape),
         "lists": lists.nlist,
         "threads": 1,
         "build_sec": build_sec,
         "ways": {
-            name: _compared(exact, lists, each.numpy()) | {"questions": len(each)}
+            name: _compared(keys.float(), lists, each.numpy()) | {"questions": len(each)}
             for name, each in questions.items()
         },
         "packages": package_versions(),
@@ -115,35 +112,36 @@ def _questions(
     return normalize(torch.cat([read(part) for part in states])[::every], dim=-1).contiguous()
 
 
-def _compared(
-    exact: faiss.IndexFlatIP, lists: faiss.IndexIVF, questions: np.ndarray
-) -> dict[str, object]:
-    cosines, nearest = exact.search(questions, NEIGHBOURS)  # pyright: ignore[reportCallIssue]
-    shares = torch.from_numpy(cosines / TEMPERATURE).softmax(-1)
-    found: dict[str, object] = {"exact_ms": _milliseconds(exact, questions)}
+def _compared(keys: Tensor, lists: faiss.IndexIVF, questions: np.ndarray) -> dict[str, object]:
+    nearest, cosines = nearest_keys(keys, torch.from_numpy(questions), NEIGHBOURS)
+    shares = (cosines / TEMPERATURE).softmax(-1)
+    exact_ms = _milliseconds(
+        lambda one: nearest_keys(keys, torch.from_numpy(one), NEIGHBOURS), questions
+    )
+    found: dict[str, object] = {"exact_ms": exact_ms}
     each = []
     for probes in sorted({lists.nlist // share for share in (32, 16, 8, 4)}):
         lists.nprobe = probes
         entries = lists.search(questions, NEIGHBOURS)[1]  # pyright: ignore[reportCallIssue]
-        again = [np.isin(*pair) for pair in zip(nearest, entries, strict=True)]
+        again = [np.isin(*pair) for pair in zip(nearest.numpy(), entries, strict=True)]
         is_found = torch.from_numpy(np.stack(again))
         each.append(
             {
                 "probes": probes,
                 "mass": float((shares * is_found).sum(1).mean()),
                 "nearest": float(is_found[:, 0].float().mean()),
-                "ms": _milliseconds(lists, questions),
+                "ms": _milliseconds(lambda one: lists.search(one, NEIGHBOURS), questions),
             }
         )
     return found | {"lists": each}
 
 
-def _milliseconds(index: faiss.Index, questions: np.ndarray) -> float:
+def _milliseconds(search: Callable[[np.ndarray], object], questions: np.ndarray) -> float:
     """Of a question that is asked alone, as in a generation."""
     single = [questions[n : n + 1] for n in range(min(SINGLE, len(questions)))]
     started = time.perf_counter()
     for question in single:
-        index.search(question, NEIGHBOURS)  # pyright: ignore[reportCallIssue]
+        search(question)
     return 1e3 * (time.perf_counter() - started) / len(single)
 
 

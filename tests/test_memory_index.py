@@ -143,7 +143,9 @@ def test_an_index_is_made_once(memory: Memory, tmp_path: Path) -> None:
 def test_small_memories_are_searched_exactly_and_not_kept(tmp_path: Path) -> None:
     small = large(entries=1000)
     index = kept_index(small, tmp_path / "kept.safetensors", silent)
-    assert index.keys.ntotal == 1000 and not list(tmp_path.iterdir())
+    assert (
+        isinstance(index.keys, Tensor) and len(index.keys) == 1000 and not list(tmp_path.iterdir())
+    )
 
 
 @pytest.mark.parametrize("damage", ["empty", "foreign", "cut", "lacking", "ends", "shape", "type"])

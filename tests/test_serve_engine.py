@@ -80,10 +80,22 @@ def wait_until(condition: Callable[[], bool]) -> None:
 class Asked:
     """A request and the events that came."""
 
-    def __init__(self, prompts: Sequence[Prompt], options: Options, limit_sec: float = WAIT_SEC):
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        options: Options,
+        limit_sec: float = WAIT_SEC,
+        owner: str = "",
+    ) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
-        tell = self.events.put
-        self.job = Job(prompts, options, steered=None, tell=tell, time_limit_sec=limit_sec)
+        self.job = Job(
+            prompts,
+            options,
+            steered=None,
+            tell=self.events.put,
+            time_limit_sec=limit_sec,
+            owner=owner,
+        )
 
 
 def asking(host: HFModel, text: str, **options: object) -> Asked:
@@ -227,6 +239,19 @@ def test_many_prompts_do_not_hold_up_those_behind(host: HFModel, engine: Engine)
     assert len(set(collected(many.events, 12))) == 1
     collected(one.events)
     assert ended == ["one", "many"]
+
+
+def test_one_owner_of_many_requests_does_not_hold_up_another(host: HFModel, engine: Engine) -> None:
+    prompt, options = Prompt(tuple(prompt_ids(host, "The"))), Options(12, choosing=GREEDY)
+    many = [Asked([prompt], options, owner="many") for _ in range(12)]
+    late = Asked([prompt], options, owner="late")
+    for asked in (*many, late):
+        engine.submit(asked.job)
+    collected(late.events)
+    # It waited for a slot, and not for the twelve before it.
+    assert sum(asked.job.has_ended for asked in many) < 8
+    for asked in many:
+        collected(asked.events)
 
 
 def test_who_does_not_wait_makes_room(host: HFModel, engine: Engine) -> None:

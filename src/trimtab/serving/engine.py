@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -59,8 +59,9 @@ class Engine:
 
     A prompt is read alone, a chunk between two steps. Then its rows take part in every pass of the
     host, whatever the lengths and adapters of the others; those that the same adapters steer are
-    asked together. Requests wait in turn; one of many prompts goes back to the end of the queue
-    after each of them, so that it does not hold up those behind it.
+    asked together. Owners of requests share the slots evenly. Those of one owner wait in turn; a
+    request of many prompts goes back to the end of the queue after each of them, so that it does
+    not hold up those behind it.
     """
 
     def __init__(self, host: HFModel, *, slots: int, queue: int) -> None:
@@ -208,10 +209,12 @@ class Engine:
         with self._wake:
             if not self._waiting:
                 return None
-            job = self._waiting[0]
+            # Next comes the owner with the fewest answers in the making; among equals the first.
+            busy = Counter(row.job.owner for row in self._rows)
+            job = min(self._waiting, key=lambda waiting: busy[waiting.owner])
             if len(self._rows) + job.options.answers > self.slots:
                 return None
-            self._waiting.popleft()
+            self._waiting.remove(job)
             prompt, job.next_prompt = job.next_prompt, job.next_prompt + 1
             if job.next_prompt < len(job.prompts):
                 self._waiting.append(job)

@@ -38,12 +38,13 @@ class Preparer:
         room = self._host.max_tokens
         self.context_tokens = min(config.context_tokens, room or config.context_tokens)
 
-    def job(self, request: Request, tell: Callable[[Event], None]) -> Job:
+    def job(self, request: Request, tell: Callable[[Event], None], owner: str = "") -> Job:
         """Prepare a request.
 
         Args:
             request: Checked by itself.
             tell: As for `Job`.
+            owner: As for `Job`.
 
         Raises:
             ApiError: It cannot be answered as it is.
@@ -58,8 +59,14 @@ class Preparer:
             prompt, steered = self._chat(request, several)
             prompts = [prompt]
         options = self._options(request, prompts)
-        limit_sec = self._config.time_limit_sec
-        return Job(prompts, options, steered=steered, tell=tell, time_limit_sec=limit_sec)
+        return Job(
+            prompts,
+            options,
+            steered=steered,
+            tell=tell,
+            time_limit_sec=self._config.time_limit_sec,
+            owner=owner,
+        )
 
     def _several(self, request: Request) -> Several | None:
         asked = request.trimtab

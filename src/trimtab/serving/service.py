@@ -88,7 +88,7 @@ class Service:
         self._in_preparation += 1
         try:
             job: Job = await loop.run_in_executor(
-                self._preparing, self._preparer.job, request, mailbox.tell
+                self._preparing, self._preparer.job, request, mailbox.tell, record.key or ""
             )
         finally:
             self._in_preparation -= 1

@@ -167,6 +167,7 @@ class Job:
         steered: Steered | None,
         tell: Callable[[Event], None],
         time_limit_sec: float,
+        owner: str = "",
     ) -> None:
         """Prepare a request.
 
@@ -176,10 +177,12 @@ class Job:
             steered: What steers it; None for the host alone.
             tell: Called by the engine with each event; must not wait.
             time_limit_sec: From now on, time in the queue included.
+            owner: Whose it is: slots are shared out evenly among owners.
         """
         self.prompts = tuple(prompts)
         self.options = options
         self.steered = steered
+        self.owner = owner
         self.began_sec = time.monotonic()
         self.deadline_sec = self.began_sec + time_limit_sec
         self.first_text_sec: float | None = None

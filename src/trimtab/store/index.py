@@ -36,6 +36,9 @@ MOST_LISTED = 2
 """A memory that has grown keeps its lists until it asks for more than so many times as many: a
 question then reads as large a share of the keys, in larger pieces."""
 
+_COMPARED_KEYS = 8_192
+"""Keys that are compared with every list's centre at once."""
+
 _ENTRY_BYTES = 8
 
 
@@ -162,13 +165,10 @@ def _places_in(found: dict[str, Tensor], key_size: int) -> Tensor:
 
 def _places(keys: Tensor, centres: Tensor, progress: Progress) -> Tensor:
     """The list of each key, shape [entries]."""
-    nearest_centres = faiss.IndexFlatIP(centres.shape[1])
-    nearest_centres.add(centres.numpy())  # pyright: ignore[reportCallIssue]
     found = []
     with progress("listing the memory's keys (entries)", len(keys)) as advance:
         for part in keys.split(WIDENED_KEYS):
-            nearest = nearest_centres.assign(part.float().numpy(), 1)  # pyright: ignore
-            found.append(torch.from_numpy(nearest[:, 0]))
+            found += [(some.float() @ centres.T).argmax(-1) for some in part.split(_COMPARED_KEYS)]
             advance(len(part))
     return torch.cat(found)
 
