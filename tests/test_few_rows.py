@@ -13,6 +13,7 @@ from trimtab import few_rows
 from trimtab.backends.open import open_model
 from trimtab.few_rows import hasten, product
 
+SHIPPED = few_rows._few
 FEW = {torch.float32: range(2, 65), torch.bfloat16: range(1, 9), torch.float16: range(0)}
 
 
@@ -69,6 +70,49 @@ def test_other_arithmetic_is_left_as_it_is() -> None:
     states = torch.randn(3, 8).half()
     with torch.no_grad():
         assert torch.equal(hastened(states), plain(states))
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_a_bias_is_added_before_bfloat16_is_rounded(rows: int) -> None:
+    layer = nn.Linear(300, 40).bfloat16()
+    hasten(layer)
+    states = torch.randn(rows, 300, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    with torch.no_grad():
+        # It cancels most of the first state's product.
+        layer.bias.copy_(-(layer.weight.double() @ states[0].double()))
+        found = layer(states)
+        expected = states.double() @ layer.weight.double().T + layer.bias.double()
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=2**-8)
+
+
+SELECTED = [
+    ("AVX2", {}, {torch.float32: few_rows.FEW_ROWS["AVX2"]}),
+    ("AVX512", {}, {torch.float32: few_rows.FEW_ROWS["AVX512"]}),
+    (
+        "AVX512",
+        {"amx_bf16": True},
+        {
+            torch.float32: few_rows.FEW_ROWS["AVX512"],
+            torch.bfloat16: few_rows.FEW_BFLOAT16_ROWS,
+        },
+    ),
+    # A processor that is told to do with less.
+    ("AVX2", {"amx_bf16": True}, {torch.float32: few_rows.FEW_ROWS["AVX2"]}),
+    ("DEFAULT", {}, {}),
+]
+
+
+@pytest.mark.parametrize(("capability", "has", "expected"), SELECTED)
+def test_the_processor_decides_what_is_few(
+    capability: str,
+    has: dict[str, bool],
+    expected: dict[torch.dtype, range],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert SHIPPED.__wrapped__(dtype) == expected.get(dtype, range(0))
 
 
 @given(st.integers(0, 12), st.integers(1, 300), st.integers(1, 40), st.integers(0, 9))

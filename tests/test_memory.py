@@ -23,6 +23,7 @@ from trimtab.carriers.memory import (
 from trimtab.carriers.recall import Answer, MountedMemory
 from trimtab.carriers.search import (
     BYTE_NEIGHBOURS,
+    COMPARED_QUESTIONS,
     LISTED_ENTRIES,
     MAPPED_MATCH_WEIGHT,
     NEIGHBOURS,
@@ -33,6 +34,7 @@ from trimtab.carriers.search import (
     build_index,
     listed_keys,
     look_up,
+    nearest_keys,
 )
 
 HIDDEN, KEY = 10, 6
@@ -141,6 +143,17 @@ def test_look_up_against_brute_force(finds: Finds) -> None:
         total = sum(math.exp(score) for score in scores.values())
         for entry, score in scores.items():
             assert shares[entry] == pytest.approx(math.exp(score) / total, rel=1e-3, abs=1e-7)
+
+
+def test_questions_are_compared_in_parts_as_at_once() -> None:
+    keys, questions = (
+        torch.nn.functional.normalize(draw(*shape, seed=seed), dim=-1)
+        for shape, seed in (((500, KEY), 1), ((2 * COMPARED_QUESTIONS + 3, KEY), 2))
+    )
+    entries, cosines = nearest_keys(keys, questions, 5)
+    expected = (questions @ keys.T).topk(5)
+    assert torch.equal(entries, expected.indices)
+    torch.testing.assert_close(cosines, expected.values)
 
 
 def test_a_small_memory_gives_all_its_entries() -> None:

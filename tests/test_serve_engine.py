@@ -26,6 +26,7 @@ from trimtab.serving.choose import Choosing, choose, keep_likely
 from trimtab.serving.engine import PREFILL_TOKENS, Engine
 from trimtab.serving.prepare import Preparer
 from trimtab.serving.protocol import ChatRequest, CompletionRequest
+from trimtab.serving.turns import Turns
 from trimtab.serving.work import (
     Busy,
     Closing,
@@ -241,17 +242,40 @@ def test_many_prompts_do_not_hold_up_those_behind(host: HFModel, engine: Engine)
     assert ended == ["one", "many"]
 
 
-def test_one_owner_of_many_requests_does_not_hold_up_another(host: HFModel, engine: Engine) -> None:
-    prompt, options = Prompt(tuple(prompt_ids(host, "The"))), Options(12, choosing=GREEDY)
-    many = [Asked([prompt], options, owner="many") for _ in range(12)]
-    late = Asked([prompt], options, owner="late")
-    for asked in (*many, late):
-        engine.submit(asked.job)
-    collected(late.events)
-    # It waited for a slot, and not for the twelve before it.
-    assert sum(asked.job.has_ended for asked in many) < 8
-    for asked in many:
-        collected(asked.events)
+@pytest.mark.parametrize("answers", [1, 4])
+def test_one_owner_of_many_requests_does_not_hold_up_another(
+    host: HFModel, engine: Engine, answers: int
+) -> None:
+    prompt = Prompt(tuple(prompt_ids(host, "The m")))
+    options, ended = Options(20, answers, choosing=GREEDY), list[str]()
+    owners = ["many"] * 12 + ["late"]
+    asked = [Asked([prompt], options, owner=owner) for owner in owners]
+    for one in asked:
+        one.job._tell = lambda event, job=one.job, plain=one.job._tell: (
+            ended.append(job.owner) if isinstance(event, Done) else None,
+            plain(event),
+        )
+        engine.submit(one.job)
+    for one in asked:
+        collected(one.events, answers)
+    # It waited for those that had a slot when it came, and for one more at most.
+    assert ended.index("late") <= 4 // answers + 1
+
+
+def test_owners_take_turns_by_what_they_were_given() -> None:
+    turns, order = Turns(), list[str]()
+    waiting = ["a"] * 5 + ["b"] * 3 + ["c"]
+    while waiting:
+        place = turns.place(waiting, ())
+        owner = waiting.pop(place)
+        assert owner not in waiting[:place]
+        # Those of b are twice as large.
+        turns.give(owner, 2 if owner == "b" else 1)
+        order.append(owner)
+        if len(order) == 4:
+            # Who comes late has saved nothing up, and neither has who comes back.
+            waiting += ["d", "d", "c"]
+    assert "".join(order) == "abcaabdcadab"
 
 
 def test_who_does_not_wait_makes_room(host: HFModel, engine: Engine) -> None:

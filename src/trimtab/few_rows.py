@@ -60,16 +60,20 @@ def hasten(model: nn.Module) -> None:
             vars(module)["forward"] = partial(_linear, module)
 
 
-def exchanged(states: Tensor, weight: Tensor) -> Tensor:
-    """The same with the factors exchanged, whatever is faster."""
+def exchanged(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same with the factors exchanged, whatever is faster, and a bias of shape [outputs]."""
     rows = len(states)
     if rows == 1:
-        return torch.mv(weight, states[0])[None]
+        state = states[0]
+        one = torch.mv(weight, state) if bias is None else torch.addmv(bias, weight, state)
+        return one[None]
     # Kernels are made for 4 and for 16 columns.
     filled = 4 if rows == 3 else 16 if 8 < rows < 16 else rows
     if filled > rows:
         states = functional.pad(states, (0, 0, 0, filled - rows))
-    return (weight @ states.T)[:, :rows].T.contiguous()
+    # Added inside, where sums are not rounded yet.
+    columns = weight @ states.T if bias is None else torch.addmm(bias[:, None], weight, states.T)
+    return columns[:, :rows].T.contiguous()
 
 
 def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
@@ -78,9 +82,7 @@ def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
     bias: Any = layer.bias
     if not _is_few(states.numel() // max(1, states.shape[-1]), states, weight):
         return functional.linear(states, weight, bias)
-    found = exchanged(states.reshape(-1, states.shape[-1]), weight)
-    if bias is not None:
-        found += bias
+    found = exchanged(states.reshape(-1, states.shape[-1]), weight, bias)
     return found.reshape(*states.shape[:-1], len(weight))
 
 

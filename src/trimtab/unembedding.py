@@ -10,9 +10,9 @@ from torch import Tensor
 from trimtab.few_rows import product
 
 BLOCK_TOKENS = 2048
-"""Tokens whose logits a CPU computes at once in float32: rows and results of so many stay in its
-caches, and a vocabulary of a quarter million takes little more than half the time of one product.
-In bfloat16 one product is the faster way."""
+"""Tokens whose logits a CPU computes at once: rows and results of so many stay in its caches, and
+a vocabulary of a quarter million takes little more than half the time of one product. Not so in
+bfloat16, where one product is the faster way (bench/results/2026-11-27-few-rows-passes.json)."""
 
 
 class Unembeds(Protocol):
@@ -79,8 +79,8 @@ class Unembedding:
         is_followed = torch.is_grad_enabled() and (
             hidden.requires_grad or self.weight.requires_grad
         )
-        is_float = self.weight.dtype is torch.float32
-        return is_float and self.device.type == "cpu" and not is_followed
+        is_bfloat16 = self.weight.dtype is torch.bfloat16
+        return self.device.type == "cpu" and not is_bfloat16 and not is_followed
 
     def _some(self, hidden: Tensor, chosen: Tensor | slice) -> Tensor:
         weight = self.weight[chosen]

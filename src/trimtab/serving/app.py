@@ -168,7 +168,9 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     @app.post("/admin/adapters", dependencies=keyed)
     async def load(body: LoadRequest) -> Response:
         # Not in the engine's thread: answers in the making go on meanwhile.
-        found = await asyncio.to_thread(adapters.load, body.name, Path(body.path))
+        loop = asyncio.get_running_loop()
+        path = Path(body.path)
+        found = await loop.run_in_executor(service.loading, adapters.load, body.name, path)
         service.watch.say("adapter loaded", name=found.name)
         return json_response(_shown(found))
 

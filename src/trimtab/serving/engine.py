@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -18,6 +18,7 @@ from trimtab.serving.batch import Batch, check_host
 from trimtab.serving.echo import echoed
 from trimtab.serving.rows import Row, steer
 from trimtab.serving.trace import Speller
+from trimtab.serving.turns import Turns
 from trimtab.serving.work import Busy, Closing, Done, Failed, Job, Piece, TimeUp
 from trimtab.steering.evidence import ReadPrompt
 
@@ -59,9 +60,9 @@ class Engine:
 
     A prompt is read alone, a chunk between two steps. Then its rows take part in every pass of the
     host, whatever the lengths and adapters of the others; those that the same adapters steer are
-    asked together. Owners of requests share the slots evenly. Those of one owner wait in turn; a
-    request of many prompts goes back to the end of the queue after each of them, so that it does
-    not hold up those behind it.
+    asked together. Owners of requests take turns. Those of one owner wait in order; a request of
+    many prompts goes back to the end of the queue after each of them, so that it does not hold up
+    those behind it.
     """
 
     def __init__(self, host: HFModel, *, slots: int, queue: int) -> None:
@@ -84,6 +85,7 @@ class Engine:
         self._speller = Speller(host)
         self._rows: list[Row] = []
         self._waiting: deque[Job] = deque()
+        self._turns = Turns()
         self._reading: _Reading | None = None
         self._wake = threading.Condition()
         self._closing = False
@@ -209,12 +211,12 @@ class Engine:
         with self._wake:
             if not self._waiting:
                 return None
-            # Next comes the owner with the fewest answers in the making; among equals the first.
-            busy = Counter(row.job.owner for row in self._rows)
-            job = min(self._waiting, key=lambda waiting: busy[waiting.owner])
+            owners = [job.owner for job in self._waiting]
+            job = self._waiting[self._turns.place(owners, {row.job.owner for row in self._rows})]
             if len(self._rows) + job.options.answers > self.slots:
                 return None
             self._waiting.remove(job)
+            self._turns.give(job.owner, job.options.answers)
             prompt, job.next_prompt = job.next_prompt, job.next_prompt + 1
             if job.next_prompt < len(job.prompts):
                 self._waiting.append(job)

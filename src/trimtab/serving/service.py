@@ -62,6 +62,8 @@ class Service:
         self._preparer = Preparer(config, self.adapters)
         # Tokenizers are not made to be used by several threads.
         self._preparing = ThreadPoolExecutor(1, "trimtab-prepare")
+        # One thread for all: each that multiplies matrices keeps helpers of its own.
+        self.loading = ThreadPoolExecutor(1, "trimtab-load")
         self._in_preparation = 0
 
     def close(self) -> None:
@@ -69,6 +71,7 @@ class Service:
         self.is_closing = True
         self.engine.stop()
         self._preparing.shutdown(cancel_futures=True)
+        self.loading.shutdown(cancel_futures=True)
 
     async def answer(self, http: HttpRequest, request: Request) -> Response:
         """Answer a request, whole or as a stream.

@@ -177,7 +177,7 @@ class Job:
             steered: What steers it; None for the host alone.
             tell: Called by the engine with each event; must not wait.
             time_limit_sec: From now on, time in the queue included.
-            owner: Whose it is: slots are shared out evenly among owners.
+            owner: Whose it is: owners take turns.
         """
         self.prompts = tuple(prompts)
         self.options = options

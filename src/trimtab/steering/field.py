@@ -82,7 +82,7 @@ class Field:
         """Choose the candidates: the likely tokens of any row, and those that are wanted.
 
         Args:
-            logits: Shape [rows, vocab], on any device.
+            logits: In float32, shape [rows, vocab], on any device.
             wanted: Token ids, shape [wanted].
             strangers: The rows are of different texts, and lend each other no words: each has as
                 many candidates of its own as if it were asked alone.

@@ -29,7 +29,7 @@ from trimtab.store.files import writing_atomically
 from trimtab.store.home import trimtab_home
 from trimtab.types import Progress
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the way in which an index is computed, or its layout, does."""
 
 MOST_LISTED = 2
