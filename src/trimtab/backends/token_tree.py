@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from trimtab.backends.cache_layers import layers_of
+from trimtab.backends.cache_layers import JointCache
 from trimtab.backends.hf import HFModel
 from trimtab.backends.llamacpp.model import EngineModel
 from trimtab.backends.llamacpp.trees import Line
@@ -281,11 +281,6 @@ class Part:
     visible: Tensor
     cache: DynamicCache
 
-    @property
-    def past(self) -> int:
-        """Tokens in the cache."""
-        return self.visible.shape[1] - len(self.tokens)
-
 
 def _forward_all(model: HFModel, parts: Sequence[Part], copies: int) -> list[Tensor]:
     """Final hidden states of each part's tokens, whose keys and values its cache gets."""
@@ -306,36 +301,17 @@ def _forward_joint(model: HFModel, parts: Sequence[Part], copies: int) -> list[T
     sizes = [len(part.tokens) for part in parts]
     if len(parts) == 1:
         return [_forward(model, parts[0], copies)]
-    past = sum(part.past for part in parts)
-    visible = torch.zeros(sum(sizes), past + sum(sizes), dtype=torch.bool)
-    before, first = 0, 0
-    for part, size in zip(parts, sizes, strict=True):
-        mine = slice(first, first + size)
-        visible[mine, before : before + part.past] = part.visible[:, : part.past]
-        visible[mine, past + first : past + first + size] = part.visible[:, part.past :]
-        before, first = before + part.past, first + size
-    joint = _joint_cache([part.cache for part in parts if part.past])
+    visible = torch.block_diag(*(part.visible for part in parts)).bool()
+    caches = [part.cache for part in parts]
+    joint = JointCache(caches, sizes)
     tokens = [token for part in parts for token in part.tokens]
     depths = [depth for part in parts for depth in part.depths]
     states = _forward(model, Part(tokens, depths, visible, joint), copies)
-    for number, layer in enumerate(layers_of(joint)):
-        # A layer without keys of its own uses those of another.
-        if layer is not None:
-            keys, values = (side[..., past:, :].split(sizes, -2) for side in layer)
-            for part, new_keys, new_values in zip(parts, keys, values, strict=True):
-                part.cache.update(new_keys, new_values, number)
+    with ExitStack() as whole:
+        for cache in caches:
+            whole.enter_context(_emptied_if_broken_off(cache))
+        joint.deal_out()
     return list(states.split(sizes))
-
-
-def _joint_cache(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """One cache with the keys and values of several, one after the other."""
-    joint = DynamicCache()
-    for number, layers in enumerate(zip(*map(layers_of, caches), strict=True)):
-        held = [layer for layer in layers if layer is not None]
-        if held:
-            keys, values = (torch.cat(side, -2) for side in zip(*held, strict=True))
-            joint.update(keys, values, number)
-    return joint
 
 
 def _forward(model: HFModel, part: Part, copies: int) -> Tensor:
