@@ -266,7 +266,7 @@ def test_owners_take_turns_by_what_they_were_given() -> None:
     turns, order = Turns(), list[str]()
     waiting = ["a"] * 5 + ["b"] * 3 + ["c"]
     while waiting:
-        place = turns.place(waiting, ())
+        place = turns.place(waiting)
         owner = waiting.pop(place)
         assert owner not in waiting[:place]
         # Those of b are twice as large.
@@ -275,7 +275,26 @@ def test_owners_take_turns_by_what_they_were_given() -> None:
         if len(order) == 4:
             # Who comes late has saved nothing up, and neither has who comes back.
             waiting += ["d", "d", "c"]
-    assert "".join(order) == "abcaabdcadab"
+    assert "".join(order) == "abcadcabdaab"
+
+
+def test_those_who_come_and_go_do_not_hold_up_who_waits() -> None:
+    turns = Turns()
+    for owner in ("away", *["steady"] * 5):
+        turns.give([owner][turns.place([owner])], 1)
+    served = list[str]()
+    for number in range(12):
+        # Two owners, each with one request at a time, and never both at once.
+        waiting = ["steady", f"visitor {number % 2}"]
+        served.append(waiting[turns.place(waiting)])
+        turns.give(served[-1], 1)
+    assert served.count("steady") >= 3
+    # Who had an answer in the making all the while has no turns saved up either.
+    waiting, order = ["steady"] * 3 + ["away"] * 3, list[str]()
+    while waiting:
+        order.append(waiting.pop(turns.place(waiting)))
+        turns.give(order[-1], 1)
+    assert order[:4].count("away") == 2
 
 
 def test_who_does_not_wait_makes_room(host: HFModel, engine: Engine) -> None:

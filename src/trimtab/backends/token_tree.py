@@ -301,7 +301,7 @@ def _forward_joint(model: HFModel, parts: Sequence[Part], copies: int) -> list[T
     sizes = [len(part.tokens) for part in parts]
     if len(parts) == 1:
         return [_forward(model, parts[0], copies)]
-    visible = torch.block_diag(*(part.visible for part in parts)).bool()
+    visible = torch.block_diag(*(part.visible for part in parts))
     caches = [part.cache for part in parts]
     joint = JointCache(caches, sizes)
     tokens = [token for part in parts for token in part.tokens]

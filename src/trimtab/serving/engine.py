@@ -211,8 +211,7 @@ class Engine:
         with self._wake:
             if not self._waiting:
                 return None
-            owners = [job.owner for job in self._waiting]
-            job = self._waiting[self._turns.place(owners, {row.job.owner for row in self._rows})]
+            job = self._waiting[self._turns.place([job.owner for job in self._waiting])]
             if len(self._rows) + job.options.answers > self.slots:
                 return None
             self._waiting.remove(job)
