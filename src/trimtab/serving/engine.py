@@ -282,9 +282,9 @@ class Engine:
         parts = [
             part for group in groups.values() for part in self._said(rows, group, logits, hidden)
         ]
+        # Rows of the vocabulary are large: where all are asked together nothing is copied.
         if len(parts) == 1 and len(parts[0][0]) == len(rows):
             return parts[0][1]
-        # Rows of the vocabulary are large: where all are asked together nothing is copied.
         logprobs = torch.empty_like(logits)
         for places, found in parts:
             logprobs[places] = found
