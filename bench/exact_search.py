@@ -5,15 +5,13 @@ turns, and the median of some repetitions counts.
 """
 
 import argparse
-import statistics
-import time
 from pathlib import Path
 
 import faiss
 import torch
 from torch.nn.functional import normalize
 
-from bench.timed_rows import write_rows
+from bench.timed_rows import medians_sec, write_rows
 from trimtab.carriers.search import NEIGHBOURS, nearest_keys
 
 ENTRIES = (18_160, 131_000)
@@ -48,13 +46,7 @@ def _measured(entries: int, count: int) -> dict[str, float]:
         "faiss_sec": lambda: flat.search(questions.numpy(), NEIGHBOURS),  # pyright: ignore
         "torch_sec": lambda: nearest_keys(keys, questions, NEIGHBOURS),
     }
-    found = {name: list[float]() for name in ways}
-    for _ in range(REPETITIONS):
-        for name, way in ways.items():
-            began_sec = time.perf_counter()
-            way()
-            found[name].append(time.perf_counter() - began_sec)
-    return {name: statistics.median(secs) for name, secs in found.items()}
+    return medians_sec(ways, REPETITIONS)
 
 
 if __name__ == "__main__":

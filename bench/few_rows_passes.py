@@ -6,8 +6,6 @@ exchanged. Ways take turns; medians.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
@@ -15,7 +13,7 @@ from unittest import mock
 import torch
 from transformers import DynamicCache
 
-from bench.timed_rows import write_rows
+from bench.timed_rows import medians_sec, write_rows
 from trimtab import few_rows, unembedding
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
@@ -83,13 +81,7 @@ def _logits(model: HFModel, tokens: int) -> dict[str, float]:
 
 
 def _medians_ms(ways: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    found = {name: list[float]() for name in ways}
-    for _ in range(REPETITIONS):
-        for name, way in ways.items():
-            began_sec = time.perf_counter()
-            way()
-            found[name].append(time.perf_counter() - began_sec)
-    return {name: round(1e3 * statistics.median(secs), 2) for name, secs in found.items()}
+    return {name: round(1e3 * sec, 2) for name, sec in medians_sec(ways, REPETITIONS).items()}
 
 
 if __name__ == "__main__":
