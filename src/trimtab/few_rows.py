@@ -82,8 +82,8 @@ def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
     bias: Any = layer.bias
     if not _is_few(states.numel() // max(1, states.shape[-1]), states, weight):
         return functional.linear(states, weight, bias)
-    found = exchanged(states.reshape(-1, states.shape[-1]), weight, bias)
-    return found.reshape(*states.shape[:-1], len(weight))
+    rows = states.reshape(-1, states.shape[-1])
+    return exchanged(rows, weight, bias).reshape(*states.shape[:-1], len(weight))
 
 
 def _is_few(rows: int, states: Tensor, weight: Tensor) -> bool:

@@ -50,7 +50,7 @@ class JointCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Put the new tokens of each behind what it holds, in one layer."""
         pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for side, new_states in zip(range(2), (key_states, value_states), strict=True):
+        for side, new_states in enumerate((key_states, value_states)):
             for layers, new in zip(self._held, new_states.split(self._sizes, -2), strict=True):
                 layer = layers[layer_idx] if layers else None
                 pieces[side].extend((new,) if layer is None else (layer[side], new))

@@ -98,7 +98,7 @@ class Field:
         """Of the host's distribution among the tokens of the tail, shape [rows]."""
         token_ids = self.token_ids.to(self.logits.device)
         entropies = list[Tensor]()
-        for below, shares in _beneath(self.logits, token_ids):
+        for below, shares in _beneath(self.logits, self.logits.amax(-1), token_ids):
             total = shares.sum()
             # Tokens that cannot come at all have a share of nothing.
             surprise = torch.dot(shares, below.clamp_min_(-IMPOSSIBLE_NATS))
@@ -170,19 +170,21 @@ def _likely(logits: Tensor, most: int) -> Tensor:
 def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of all tokens, and log-probabilities of the candidates and the tail."""
     # The tail is summed by itself: one less the candidates' share would be lost in rounding.
-    totals = torch.stack([shares.sum() for _, shares in _beneath(logits, token_ids)])
-    tail = (logits.amax(-1) + totals.log())[:, None]
+    tops = logits.amax(-1)
+    totals = torch.stack([shares.sum() for _, shares in _beneath(logits, tops, token_ids)])
+    tail = (tops + totals.log())[:, None]
     chosen = logits[:, token_ids]
     normaliser = torch.logaddexp(chosen.logsumexp(-1, keepdim=True), tail)
     logprobs = (torch.cat([chosen, tail], 1) - normaliser).clamp_min(LEAST_LOGPROB)
     return normaliser, logprobs.float().cpu()
 
 
-def _beneath(logits: Tensor, token_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _beneath(logits: Tensor, tops: Tensor, token_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Read the tail row by row: one row stays in a processor's caches, and many do not.
 
     Args:
         logits: Shape [rows, vocab].
+        tops: The largest of each row, shape [rows].
         token_ids: What is no part of it, shape [candidates].
 
     Yields:
@@ -190,7 +192,7 @@ def _beneath(logits: Tensor, token_ids: Tensor) -> Iterator[tuple[Tensor, Tensor
         outside the tail: two buffers of shape [vocab], which the next row overwrites.
     """
     below, shares = torch.empty_like(logits[0]), torch.empty_like(logits[0])
-    for row, top in zip(logits, logits.amax(-1), strict=True):
+    for row, top in zip(logits, tops, strict=True):
         torch.sub(row, top, out=below)
         torch.exp(below, out=shares)
         yield below, shares.index_fill_(0, token_ids, 0.0)
