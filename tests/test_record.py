@@ -16,13 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.backends.pair import PairStates, open_pair
+from trimtab.backends.pair import open_pair
 from trimtab.config import RecordConfig, TuneConfig
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
 from trimtab.errors import InputError, NumericalError, RecordingError
 from trimtab.record import record
 from trimtab.soft_targets import Heads, run_passages, state_columns
-from trimtab.store.recording import Recording
+from trimtab.store.recording import COMMON_COLUMNS, Recording, column_names
+from trimtab.store.recording_schema import SPLITS, RecordingManifest
 from trimtab.text.corpus import load_documents
 from trimtab.text.passages import (
     DocumentTokens,
@@ -251,17 +252,49 @@ def _topk(rows: dict[str, torch.Tensor], who: str) -> TopK:
 def test_sparse_columns_are_the_models_own(
     exact: Recording, expert: Path, texts: Path, tmp_path: Path
 ) -> None:
-    rows = opened(expert, texts, tmp_path / "r", encoding="sparse", top_k=8).read("held_out")
+    rows = opened(expert, texts, tmp_path / "r", encoding="sparse", top_k=8).read("train")
     head = open_pair(expert, dtype="float32").expert_unembedding
     for who in ("expert", "reference"):
-        logits = head.logits(exact.read("held_out")[f"{who}_hidden"].float()).detach()
+        logits = head.logits(exact.read("train")[f"{who}_hidden"].float()).detach()
         topk = _topk(rows, who)
         own = logits.gather(-1, topk.token_ids.long())
         found = topk.logprobs + topk.log_normaliser[:, None]
         torch.testing.assert_close(found, own, atol=1e-2, rtol=2e-3)
         tail = 1 - topk.logprobs.exp().sum(-1)
         torch.testing.assert_close(topk.log_tail.exp(), tail, atol=1e-5, rtol=0)
-    assert torch.equal(rows["reference_hidden"], exact.read("held_out")["reference_hidden"])
+    assert torch.equal(rows["reference_hidden"], exact.read("train")["reference_hidden"])
+
+
+@pytest.mark.parametrize("encoding", ["exact", "compact", "sparse", "sampled"])
+def test_the_expert_reads_the_training_text_alone(
+    encoding: str, expert: Path, texts: Path, tmp_path: Path
+) -> None:
+    recording = opened(expert, texts, tmp_path / "r", encoding=encoding, top_k=8)
+    model = open_pair(expert, dtype="float32").reference
+    assert set(recording.read("train")) == set(column_names(encoding)) > set(COMMON_COLUMNS)
+    for split in ("held_out", "general"):
+        rows = recording.read(split)
+        assert set(rows) == set(COMMON_COLUMNS)
+        own = rows["document_index"] == 0
+        ids, found = rows["token_ids"][own].long(), rows["reference_hidden"][own].float()
+        for start, record_from, end in passages(len(ids), 64, 40):
+            context = model.context_ids()
+            states = model.hidden(torch.tensor([[*context, *ids[start:end].tolist()]]))[0]
+            oracle = states[len(context) + record_from - start :]
+            torch.testing.assert_close(found[record_from:end], oracle, atol=4e-3, rtol=2e-3)
+    manifest = recording.manifest
+    assert manifest.read_tokens == manifest.tokens + manifest.splits["train"].tokens
+
+
+def test_a_recording_that_does_not_say_has_the_expert_everywhere(
+    exact: Recording, tmp_path: Path
+) -> None:
+    """As recordings of before do; there the expert's columns lie in all shards."""
+    raw = json.loads((exact.folder / "recording.json").read_text())
+    assert raw.pop("expert_splits") == ["train"]
+    older = RecordingManifest.model_validate(raw)
+    assert all(older.has_expert(split) for split in SPLITS)
+    assert older.read_tokens == 2 * older.tokens
 
 
 def test_sampling_follows_the_seed(expert: Path, texts: Path, tmp_path: Path) -> None:
@@ -280,9 +313,10 @@ def test_an_empty_split_has_the_same_columns(
     recording = opened(lone_expert, texts, tmp_path / "r", encoding=encoding, top_k=5)
     empty, full = recording.read("held_out"), recording.read("train")
     assert recording.manifest.splits["held_out"].tokens == 0
-    for name, column in full.items():
-        assert empty[name].dtype == column.dtype
-        assert empty[name].shape == (0, *column.shape[1:])
+    assert set(empty) == set(COMMON_COLUMNS)
+    for name, column in empty.items():
+        assert column.dtype == full[name].dtype
+        assert column.shape == (0, *full[name].shape[1:])
 
 
 def test_max_tokens_holds_for_all_domain_text(expert: Path, texts: Path, tmp_path: Path) -> None:
@@ -521,7 +555,7 @@ def test_a_broken_list_of_documents_is_refused(copy: Path) -> None:
 
 
 def test_a_column_of_another_encoding_is_refused(exact: Recording) -> None:
-    with pytest.raises(RecordingError, match="encoding 'exact' and no column expert_top_ids"):
+    with pytest.raises(RecordingError, match="'exact' and for train no column expert_top_ids"):
         exact.read("train", ["token_ids", "expert_top_ids"])
 
 
@@ -536,13 +570,12 @@ def test_the_manifest_states_its_origin(exact: Recording, expert: Path) -> None:
 
 
 def test_large_states_are_kept_as_float32() -> None:
-    states = PairStates(torch.tensor([[1.0, 7e4]]), torch.tensor([[2.0, 3.0]]))
-    columns = state_columns(states, exact=True)
+    large, small = torch.tensor([[1.0, 7e4]]), torch.tensor([[2.0, 3.0]])
+    columns = state_columns(large, small)
     assert {column.dtype for column in columns.values()} == {torch.float32}
-    assert torch.equal(columns["reference_hidden"], states.reference)
-    assert state_columns(states, exact=False)["reference_hidden"].dtype == torch.float32
-    small = PairStates(states.expert, states.expert)
-    assert state_columns(small, exact=True)["expert_hidden"].dtype == torch.float16
+    assert torch.equal(columns["reference_hidden"], large)
+    assert state_columns(large)["reference_hidden"].dtype == torch.float32
+    assert state_columns(small, small)["expert_hidden"].dtype == torch.float16
 
 
 def test_a_full_fine_tune_has_its_own_head(full_expert: Path, expert: Path) -> None:

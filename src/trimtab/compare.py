@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trimtab.backends.beginnings import MIN_DOCUMENT_BYTES, beginning
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import one_device, open_model
 from trimtab.comparing.bench import Bench, model_key
@@ -31,7 +32,6 @@ from trimtab.comparing.values import SCHEMA
 from trimtab.comparing.words import verdict
 from trimtab.config import CompareConfig
 from trimtab.errors import InputError, ModelError
-from trimtab.evaluate import MIN_DOCUMENT_BYTES, beginning
 from trimtab.metrics import Estimate
 from trimtab.store.files import (
     lock,

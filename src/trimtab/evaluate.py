@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trimtab.backends.beginnings import cut_texts, read_texts
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_host
 from trimtab.config import CarrierName, EvaluateConfig, MountConfig
@@ -26,15 +27,12 @@ from trimtab.steering.rows import row_of
 from trimtab.steering.scoring import RowScore, ScoredDocument
 from trimtab.store.files import names_in, refuse_others, write_json
 from trimtab.store.manifest import read_manifest
-from trimtab.text.documents import read_by_kind, read_documents
 from trimtab.types import Advance, Document, Progress, silent
 
 if TYPE_CHECKING:
     from trimtab.lmeval.values import TaskReport
 
 TASKS_NAME = "tasks.json"
-MIN_DOCUMENT_BYTES = 64
-"""Shorter documents, and shorter ends of what may be scored, are passed over."""
 
 _SHOWN = ("head+memory", "memory", "head", "all", "live+memory", "live+head", "live")
 
@@ -95,10 +93,10 @@ def evaluate(
     tasks = [read_task(path) for path in config.tasks]
     if tasks:
         _check_harness()
-    texts = _texts(config) if config.data else {}
+    texts = read_texts(config) if config.data else {}
     cache = host is None or is_named
     host = host or open_host(config, progress)
-    texts = _cut_texts(texts, config, host)
+    texts = cut_texts(texts, config, host)
     settings = MountConfig(
         adapter=config.adapter,
         host=config.host,
@@ -116,6 +114,29 @@ def evaluate(
     return replace(found, tasks=_ask(evaluator, tasks, progress))
 
 
+def first_documents(evaluation: Evaluation, documents: int, *, seed: int) -> HostResult:
+    """Figures of the first domain documents alone, as an evaluation of no others gives them.
+
+    Args:
+        evaluation: Of one host.
+        documents: How many of its domain documents.
+        seed: Of the bootstrap.
+    """
+    [whole] = evaluation.report.hosts
+    kept = evaluation.scored[""][:documents]
+    by_row = _by_row(kept, tuple(whole.domain))
+    return replace(
+        whole,
+        domain=_estimates(by_row, seed),
+        domain_change=_changes_from_host(by_row, seed),
+        general={},
+        general_kinds={},
+        general_change={},
+        test_bytes=_scored_bytes(by_row),
+        test_tokens=_scored_tokens(kept),
+    )
+
+
 def _score_texts(
     evaluator: Evaluator,
     texts: Mapping[str, Sequence[Document]],
@@ -126,7 +147,7 @@ def _score_texts(
     scores = {kind: _by_row(kept, evaluator.rows) for kind, kept in scored.items()}
     first = (texts[""][0].name, scored[""][0].on_host)
     report = _report(config, evaluator.mounted, scores, first, evaluator.host)
-    tokens = sum(len(kept.on_host.token_ids) for kept in scored[""])
+    tokens = _scored_tokens(scored[""])
     report = replace(report, hosts=(replace(report.hosts[0], test_tokens=tokens),))
     report = replace(report, wall_sec={"evaluate": time.perf_counter() - started})
     write_report(report, config.out)
@@ -242,61 +263,6 @@ def _check_rows(asked: Sequence[str], kept: Kept) -> None:
         )
 
 
-def _texts(config: EvaluateConfig) -> dict[str, list[Document]]:
-    """Domain text under the empty kind, general text by its kind."""
-    return {"": read_documents(config.data)} | read_by_kind(config.general)
-
-
-def _budget(config: EvaluateConfig, kind: str) -> int:
-    if config.max_tokens is None:
-        return 10**9
-    return config.max_tokens if kind == "" else config.max_tokens // 4
-
-
-def _cut_texts(
-    texts: Mapping[str, Sequence[Document]], config: EvaluateConfig, host: HFModel
-) -> dict[str, list[Document]]:
-    found = {
-        kind: _cut(documents, _budget(config, kind), config, host)
-        for kind, documents in texts.items()
-    }
-    for kind, documents in found.items():
-        if not documents:
-            raise InputError(
-                f"the {kind or 'domain'} text has no document of {MIN_DOCUMENT_BYTES} bytes"
-                " within --max-tokens (general text: a quarter of it, each kind)",
-                hint="give longer text, or raise --max-tokens",
-            )
-    return found
-
-
-def _cut(
-    documents: Sequence[Document], budget: int, config: EvaluateConfig, host: HFModel
-) -> list[Document]:
-    """The beginnings of documents that are scored: the same text for every model."""
-    kept = []
-    for document in documents:
-        if document.source is not None and not host.is_encoder_decoder:
-            raise InputError(
-                f"{document.name} has a source, which {host.ref} cannot read: it is no"
-                " encoder-decoder",
-                hint="evaluate such a host on text, or take a T5, BART or Marian model as host",
-            )
-        tokens, raw = beginning(host, document.text, min(config.document_tokens, budget))
-        if len(raw) < (MIN_DOCUMENT_BYTES if document.source is None else 1):
-            continue
-        budget -= tokens
-        kept.append(replace(document, text=raw.decode("utf-8", "ignore")))
-    return kept
-
-
-def beginning(host: HFModel, text: str, limit: int) -> tuple[int, bytes]:
-    """The first tokens of a text, at most `limit`: how many, and what of the text they are."""
-    ids = host.encode(text)[:limit]
-    raw = b"".join(host.vocabulary.token_bytes[i] or b"" for i in ids)
-    return len(ids), raw[int(host.vocabulary.prefix_space) :]
-
-
 def _by_row(scored: Sequence[Kept], rows: Sequence[str]) -> dict[str, list[DocumentScore]]:
     scores: dict[str, list[DocumentScore]] = {}
     for kept in scored:
@@ -311,6 +277,24 @@ def _by_row(scored: Sequence[Kept], rows: Sequence[str]) -> dict[str, list[Docum
     return scores
 
 
+def _scored_tokens(scored: Sequence[Kept]) -> int:
+    return sum(len(kept.on_host.token_ids) for kept in scored)
+
+
+def _scored_bytes(by_row: Mapping[str, Sequence[DocumentScore]]) -> int:
+    return sum(score.scored_bytes for score in by_row["host"])
+
+
+def _estimates(by_row: Mapping[str, list[DocumentScore]], seed: int) -> dict[str, Estimate]:
+    return {row: bootstrap(found, seed=seed) for row, found in by_row.items()}
+
+
+def _changes_from_host(by_row: Mapping[str, list[DocumentScore]], seed: int) -> dict[str, Estimate]:
+    return {
+        row: paired_difference(found, by_row["host"], seed=seed) for row, found in by_row.items()
+    }
+
+
 def _report(
     config: EvaluateConfig,
     mounted: Mounted,
@@ -318,22 +302,13 @@ def _report(
     first: tuple[str, ScoredDocument],
     host: HFModel,
 ) -> Report:
-    estimates = {
-        kind: {row: bootstrap(found, seed=config.seed) for row, found in by_row.items()}
-        for kind, by_row in scores.items()
-    }
+    estimates = {kind: _estimates(by_row, config.seed) for kind, by_row in scores.items()}
     kinds = {kind: found for kind, found in estimates.items() if kind}
     general: dict[str, Estimate] = {}
     if kinds:
         for row in estimates[""]:
             general[row] = pool_kinds([found[row] for found in kinds.values()])
-    changes = {
-        kind: {
-            row: paired_difference(found, by_row["host"], seed=config.seed)
-            for row, found in by_row.items()
-        }
-        for kind, by_row in scores.items()
-    }
+    changes = {kind: _changes_from_host(by_row, config.seed) for kind, by_row in scores.items()}
     general_change = {
         row: pool_kinds([found[row] for kind, found in changes.items() if kind]) for row in general
     }
@@ -345,7 +320,7 @@ def _report(
         general_kinds=kinds,
         domain_change=changes[""],
         general_change=general_change,
-        test_bytes=sum(s.scored_bytes for s in scores[""]["host"]),
+        test_bytes=_scored_bytes(scores[""]),
     )
     sizes = {c: mounted.manifest.bytes_of(c) for c in mounted.manifest.carriers}
     return Report(

@@ -53,8 +53,8 @@ from trimtab.store.card import write_adapter
 from trimtab.store.expert import EXPERT_NAME, ExpertManifest, read_expert
 from trimtab.store.files import lock, package_versions, replace_directory, sha256_file
 from trimtab.store.manifest import MANIFEST_NAME, read_manifest
-from trimtab.store.recording import Recording, column_names
-from trimtab.store.recording_schema import SPLITS, Split
+from trimtab.store.recording import COMMON_COLUMNS, Recording
+from trimtab.store.recording_schema import SPLITS
 from trimtab.types import Progress, silent
 
 _PLACES = {"model", "data", "against", "out"}
@@ -146,7 +146,11 @@ class _Work:
         config: FitConfig, recording: Recording, provenance: Provenance, progress: Progress
     ) -> "_Work":
         base = _open_base(recording)
-        splits = {name: recording.read(name, _columns(recording, name)) for name in SPLITS}
+        # Recordings of before kept the expert's columns of all text.
+        splits = {
+            name: recording.read(name, None if name == "train" else COMMON_COLUMNS)
+            for name in SPLITS
+        }
         if config.max_tokens is not None:
             splits["train"] = _beginning(splits["train"], config.max_tokens)
         for name in ("train", "general"):
@@ -166,12 +170,6 @@ class _Work:
             hashlib.sha256(made_from.encode()).hexdigest(),
         )
         return _Work(config, recording, base, splits, expert, checkpoint)
-
-
-def _columns(recording: Recording, split: Split) -> tuple[str, ...]:
-    """What is read of a split; the expert is asked about the training text alone."""
-    known = column_names(recording.manifest.encoding.kind)
-    return tuple(name for name in known if split == "train" or not name.startswith("expert_"))
 
 
 def _reads_expert(config: FitConfig) -> bool:

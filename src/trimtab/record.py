@@ -21,7 +21,9 @@ from trimtab.soft_targets import (
     encode_states,
     passage_columns,
     run_passages,
+    run_reference,
     shard_seed,
+    state_columns,
 )
 from trimtab.store.expert import EXPERT_NAME, HELD_OUT_NAME, TRAIN_NAME, read_expert
 from trimtab.store.files import (
@@ -42,6 +44,7 @@ from trimtab.store.recording_run import RecordingRun, begin_run, check_same_run
 from trimtab.store.recording_schema import (
     CODE_NAME,
     DOCUMENTS_NAME,
+    EXPERT_SPLITS,
     MANIFEST_NAME,
     PARTIAL_NAME,
     UNEMBEDDING_NAME,
@@ -70,6 +73,7 @@ class RecordResult:
     Attributes:
         folder: Folder of the recording.
         tokens: Recorded positions.
+        read_tokens: The same, those that the expert read too counted twice.
         split_tokens: Recorded positions of each split.
         bytes_per_token: Size of the shards, and of what all share, over recorded positions.
         encoding: exact, compact, sparse or sampled.
@@ -77,6 +81,7 @@ class RecordResult:
 
     folder: Path
     tokens: int
+    read_tokens: int
     split_tokens: Mapping[Split, int]
     bytes_per_token: float
     encoding: str
@@ -94,9 +99,10 @@ def record(config: RecordConfig, *, progress: Progress = silent) -> RecordResult
     """Run expert and reference over text and store their soft targets.
 
     Three splits are recorded: train (`data`, or what the expert was tuned on), held_out (what
-    tuning held out; under a token limit, at most a fifth of it) and general. An interrupted run
-    continues at its first missing shard and ends with the same bytes on the same machine; a
-    finished folder is returned as it is.
+    tuning held out; under a token limit, at most a fifth of it) and general. The expert reads the
+    first alone, since a head learns what it changes there, and gates learn from the reference
+    where neither model was tuned. An interrupted run continues at its first missing shard and
+    ends with the same bytes on the same machine; a finished folder is returned as it is.
 
     Args:
         config: What to record, how, and where to.
@@ -128,6 +134,7 @@ def record(config: RecordConfig, *, progress: Progress = silent) -> RecordResult
     return RecordResult(
         folder=config.out,
         tokens=manifest.tokens,
+        read_tokens=manifest.read_tokens,
         split_tokens={name: split.tokens for name, split in manifest.splits.items()},
         bytes_per_token=manifest.bytes_per_token,
         encoding=manifest.encoding.kind,
@@ -180,6 +187,7 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
         dtype=str(heads.reference.weight.dtype).removeprefix("torch."),
         expert_head=moved,
         splits={name: split.entry() for name, split in splits.items()},
+        expert_splits=EXPERT_SPLITS,
         shards=tuple(
             shard_entry(config.out / shard_name(name, index), name, rows=rows_of(shard))
             for name, split in splits.items()
@@ -341,7 +349,7 @@ def _write_shards(
     splits: Mapping[Split, _SplitWork],
     progress: Progress,
 ) -> None:
-    def write(path: Path, split: _SplitWork, shard: Sequence[Passage], advance: Advance) -> None:
+    def of_both(path: Path, split: _SplitWork, shard: Sequence[Passage], advance: Advance) -> None:
         def states(advance: Advance) -> PairStates:
             return run_passages(pair, split.documents, shard, advance=advance)
 
@@ -349,9 +357,14 @@ def _write_shards(
         encoded = encoder.columns(states, shard_seed(config.seed, path.name), advance)
         write_shard(path, columns | encoded)
 
+    def of_one(path: Path, split: _SplitWork, shard: Sequence[Passage], advance: Advance) -> None:
+        states = run_reference(pair.reference, split.documents, shard, advance=advance)
+        write_shard(path, passage_columns(split.documents, shard) | state_columns(states))
+
     with progress("recording (tokens)", sum(split.tokens for split in splits.values())) as advance:
         missing = []
         for name, split in splits.items():
+            write = of_both if name in EXPERT_SPLITS else of_one
             for index, shard in enumerate(split.shards):
                 path = config.out / shard_name(name, index)
                 if path.is_file():

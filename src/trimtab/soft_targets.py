@@ -201,16 +201,16 @@ def _equal(ours: Tensor | None, theirs: Tensor | None) -> bool:
     return ours is theirs or torch.equal(ours, theirs)
 
 
-def state_columns(states: PairStates, *, exact: bool) -> dict[str, Tensor]:
+def state_columns(reference: Tensor, expert: Tensor | None = None) -> dict[str, Tensor]:
     """Store hidden states as float16, or all as float32 where one is too large for it.
 
     Args:
-        states: Shapes [rows, hidden].
-        exact: Keep the expert's states too.
+        reference: The reference's, shape [rows, hidden].
+        expert: The expert's, where they are kept too; same shape.
     """
-    kept = {"reference_hidden": states.reference}
-    if exact:
-        kept["expert_hidden"] = states.expert
+    kept = {"reference_hidden": reference}
+    if expert is not None:
+        kept["expert_hidden"] = expert
     largest = max(float(values.abs().max()) for values in kept.values())
     dtype = torch.float16 if largest <= FLOAT16_LIMIT else torch.float32
     return {name: values.to(dtype).cpu() for name, values in kept.items()}
@@ -265,7 +265,7 @@ def compact_columns(
         encoding: Form of the soft targets.
         advance: Told of positions as they are done.
     """
-    columns = state_columns(states, exact=False)
+    columns = state_columns(states.reference)
     stored = code.encode(columns["reference_hidden"], states.expert.cpu(), advance)
     packed = pack_states(stored, encoding.id_bits)
     return columns | {f"expert_{name}": column for name, column in packed.items()}
@@ -296,7 +296,8 @@ def encode_states(
         encoding: Form of the soft targets.
         seed: Of the sampled encoding.
     """
-    columns = state_columns(states, exact=isinstance(encoding, ExactEncoding))
+    kept = states if isinstance(encoding, ExactEncoding) else states[:1]
+    columns = state_columns(*kept)
     if isinstance(encoding, SparseEncoding):
         columns |= sparse_columns(states, heads, top_k=encoding.top_k)
     elif isinstance(encoding, SampledEncoding):

@@ -47,7 +47,10 @@ _SPLITS = {
 
 @final
 class PlainReader(gguf.GGUFReader):
-    """gguf's reader over a plain array: as memmap, a million small slices take minutes."""
+    """gguf's reader over a plain array, which cuts long lists at once.
+
+    As memmap, a million small slices take minutes; one by one, those of a vocabulary seconds.
+    """
 
     @property
     def data(self) -> np.ndarray:
@@ -57,6 +60,40 @@ class PlainReader(gguf.GGUFReader):
     @data.setter
     def data(self, mapped: np.ndarray) -> None:
         self._plain = mapped.view(np.ndarray)
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[Any], list[int], list[gguf.GGUFValueType]]:
+        items = self._items(orig_offs) if raw_type == gguf.GGUFValueType.ARRAY else None
+        if items is None:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count, parts, each = items
+        # Of an item the last part is its value, and two before all items are their kind and number.
+        places = range(1 + each, 2 + each * count, each)
+        size = sum(part.nbytes for part in parts)
+        return size, parts, list(places), [gguf.GGUFValueType.ARRAY, kind]
+
+    def _items(self, start: int) -> tuple[gguf.GGUFValueType, int, list[np.ndarray], int] | None:
+        """An array's kind, length, parts, and how many of these each item has; None if not flat."""
+        data = self._plain
+        head = [
+            data[start : start + 4].view(np.uint32),
+            data[start + 4 : start + 12].view(np.uint64),
+        ]
+        kind, count, place = gguf.GGUFValueType(int(head[0][0])), int(head[1][0]), start + 12
+        number = self.gguf_scalar_to_np.get(kind)
+        if self.byte_order != "I" or not count or (number is None and kind != _STRING):
+            return None
+        if number is not None:
+            values = self._get(place, number, count)
+            return kind, count, [*head, *values.reshape(-1, 1)], 1
+        parts = head
+        for _ in range(count):
+            length = data[place : place + 8].view(np.uint64)
+            text = data[place + 8 : place + 8 + int(length[0])]
+            parts += (length, text)
+            place += 8 + len(text)
+        return kind, count, parts, 2
 
 
 @contextmanager

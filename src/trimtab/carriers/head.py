@@ -1,6 +1,6 @@
 """The head: a light low-rank layer that predicts how the expert shifts its reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,12 +84,16 @@ def seat_rows(
         Rows [vocab, rank] and bias [vocab] of the host's tokens; zero for special tokens.
     """
     known = {string: i for i, string in enumerate(strings)}
-    source = torch.full((len(host),), -1)
-    for token_id, text in enumerate(host.token_bytes):
-        for length in range(len(text or b""), 0, -1):
-            found = known.get((text or b"")[:length])
-            if found is not None:
-                source[token_id] = found
-                break
+    longest = max(map(len, strings), default=0)
+    source = torch.tensor([_beginning(text or b"", known, longest) for text in host.token_bytes])
     seated = string_rows[source.clamp_min(0)] * (source >= 0)[:, None]
     return seated[:, :-1].contiguous(), seated[:, -1].contiguous()
+
+
+def _beginning(text: bytes, known: Mapping[bytes, int], longest: int) -> int:
+    """The number of the longest known string that begins a text; -1 if none does."""
+    for length in range(min(len(text), longest), 0, -1):
+        found = known.get(text[:length])
+        if found is not None:
+            return found
+    return -1

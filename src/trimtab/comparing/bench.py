@@ -106,8 +106,8 @@ class Bench:
 
     @property
     def read_tokens(self) -> float:
-        """Tokens that are recorded, predicted: training text once, and general text."""
-        return self.train_tokens / self.config.epochs + self.general_tokens
+        """Tokens that recording reads, predicted: training text twice, general text once."""
+        return 2 * self.train_tokens / self.config.epochs + self.general_tokens
 
     def guarded(self, work: str) -> Progress:
         """Progress of work that ends where the budget would not suffice for the rest of it."""
@@ -247,7 +247,7 @@ class Bench:
                 seed=self.config.seed,
             )
             done = record(config, progress=progress)
-            return 2 * done.tokens * flops.hidden_flops(self.small_shape, 256)
+            return done.read_tokens * flops.hidden_flops(self.small_shape, 256)
 
         return self.step("record", work, serves_all_hosts=True)
 

@@ -37,7 +37,7 @@ def expert(bench: Bench) -> tuple[Step, ...]:
 
 def recorded(bench: Bench) -> tuple[Step, ...]:
     """Tuning the small model and recording it."""
-    needed = 2 * sizes.reading_flops(bench.small_shape, bench.read_tokens, 512)
+    needed = sizes.reading_flops(bench.small_shape, bench.read_tokens, 512)
     return (*expert(bench), _read(bench, "record", needed, serves_all_hosts=True))
 
 

@@ -165,9 +165,10 @@ def serving_gpus(question: Question, shape: Shape) -> int:
 
 
 def record(question: Question) -> Work:
-    """Two forward passes of the small model over training, held-out and general text."""
-    positions = RECORD_OVERLAP * (question.config.tokens + question.probe_tokens)
-    needed = 2 * positions * flops.hidden_flops(question.small, 256)
+    """Passes of expert and reference over training text, of the reference over all other."""
+    held_out = question.config.tokens * question.sheet.factor("held_out_share").low
+    read = 2 * (question.config.tokens - held_out) + held_out + question.probe_tokens
+    needed = RECORD_OVERLAP * read * flops.hidden_flops(question.small, 256)
     gpus = Range.exactly(serving_gpus(question, question.small))
     return gpu_work(question, "record", needed, gpus, loaded=2.0 * question.small.params)
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -236,18 +236,32 @@ class Engine:
             self._reading = None
 
     def _begin_answers(self, reading: _Reading) -> None:
-        job, hidden = reading.job, torch.cat(reading.hidden)
-        options, vocabulary = job.options, self.host.vocabulary
-        prompt_number, speller = reading.prompt, self._speller
-        rows = [Row(job, prompt_number, n, vocabulary, speller) for n in range(options.answers)]
-        prompt = ReadPrompt(torch.tensor(rows[0].token_ids), tuple(rows[0].pieces), hidden)
+        options, vocabulary = reading.job.options, self.host.vocabulary
+        rows = [
+            Row(reading.job, reading.prompt, answer, vocabulary, self._speller)
+            for answer in range(options.answers)
+        ]
+        try:
+            self._say_first(rows, reading)
+        finally:
+            # Of those that do not go on nothing is kept.
+            if rows[0] not in self._rows:
+                rows[0].forget()
+
+    def _say_first(self, rows: Sequence[Row], reading: _Reading) -> None:
+        """Weigh the adapters by a prompt that has been read, and begin its answers."""
+        job, hidden, options = reading.job, torch.cat(reading.hidden), reading.job.options
+        ids, pieces = torch.tensor(rows[0].token_ids), tuple(rows[0].pieces)
+        prompt = ReadPrompt(ids, pieces, hidden, row=rows[0].number)
         if job.steered:
             several, chats = job.steered.several, job.steered.chats
             weights = several.weigh(self.host.unembedding, prompt, chats)
             for row in rows:
                 row.weights = weights
         if options.echo:
-            shown = echoed(self.host, job, job.prompts[reading.prompt], prompt)
+            # All its tokens are asked about, in a tree that the row could not go on from.
+            alone = replace(prompt, row=None)
+            shown = echoed(self.host, job, job.prompts[reading.prompt], alone)
             for row in rows:
                 job.tell(Piece(row.choice, *shown))
         if not options.max_tokens:

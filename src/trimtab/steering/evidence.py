@@ -30,12 +30,15 @@ class ReadPrompt:
         hidden: The host's states, shape [states, hidden], of the last `states` tokens (fewer
             than seq where the first tokens were read by an earlier call).
         chat: Where it is a chat: what is the message, and how the small models read it.
+        row: The row of a generation that goes on from it, whose small models need not read it
+            again; None where nothing goes on.
     """
 
     token_ids: Tensor
     token_bytes: tuple[bytes | None, ...]
     hidden: Tensor
     chat: ChatPrompt | None = None
+    row: int | None = None
 
     @property
     def text(self) -> range:
@@ -188,6 +191,7 @@ class Mixture:
             host_ids=[text_ids(ids, pieces, start, position + 1) for position in asked],
             host_lasts=[last_text(ids, pieces, position + 1) for position in asked],
             start=prompt.chat.opening_ids if prompt.chat else None,
+            row=prompt.row,
         )
 
 

@@ -88,9 +88,9 @@ class SteeringProcessor(LogitsProcessor):
             self._prompt_tokens = input_ids.shape[1]
             self._chats = _chat_of_each(self._host, self._chats, rows)
             prompts = [
-                ReadPrompt(row, text, state[-len(row) :], chat)
-                for row, text, state, chat in zip(
-                    rows, spelled, states, self._chats or [None] * len(rows), strict=True
+                ReadPrompt(row, text, state[-len(row) :], chat, number)
+                for number, (row, text, state, chat) in enumerate(
+                    zip(rows, spelled, states, self._chats or [None] * len(rows), strict=True)
                 )
             ]
             self._weights = self._weigh(prompts)

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.compact import (
-    MOST_UNEXPECTED,
     STATE_COLUMNS,
     Precision,
     StateCode,
@@ -41,8 +40,9 @@ from trimtab.store.recording_schema import (
 )
 from trimtab.unembedding import Unembedding
 
-_COMMON = ("token_ids", "next_ids", "document_index", "reference_hidden")
-_AS_STORED = (*_COMMON, "expert_hidden")
+COMMON_COLUMNS = ("token_ids", "next_ids", "document_index", "reference_hidden")
+"""Columns of every split in every encoding."""
+_AS_STORED = (*COMMON_COLUMNS, "expert_hidden")
 """Columns that a reader gets as they lie in a shard."""
 _TOPK = ("top_ids", "top_logprobs", "log_tail", "log_normaliser")
 _SAMPLES = ("sample_ids", "sample_counts")
@@ -56,11 +56,11 @@ def column_names(encoding: str) -> tuple[str, ...]:
     """Columns that a reader gets from each encoding, one row a position.
 
     `token_ids` (the token read), `next_ids` (the same document's next, -1 at its end),
-    `document_index` and `reference_hidden` are in all. exact adds `expert_hidden`; sparse adds,
-    each for `expert_` and `reference_`, `top_ids`, `top_logprobs`, `log_tail` and
-    `log_normaliser`; sampled adds `expert_sample_ids` and `expert_sample_counts`; compact adds
-    `expert_numbers`, `expert_unexpected_ids` and `expert_unexpected_levels`, of which
-    `trimtab.compact` makes states.
+    `document_index` and `reference_hidden` are in all, and all that splits without the expert
+    have. exact adds `expert_hidden`; sparse adds, each for `expert_` and `reference_`, `top_ids`,
+    `top_logprobs`, `log_tail` and `log_normaliser`; sampled adds `expert_sample_ids` and
+    `expert_sample_counts`; compact adds `expert_numbers`, `expert_unexpected_ids` and
+    `expert_unexpected_levels`, of which `trimtab.compact` makes states.
     """
     own = {
         "exact": ("expert_hidden",),
@@ -68,7 +68,7 @@ def column_names(encoding: str) -> tuple[str, ...]:
         "sampled": tuple(f"expert_{name}" for name in _SAMPLES),
         "compact": tuple(f"expert_{name}" for name in _COMPACT),
     }
-    return (*_COMMON, *own[encoding])
+    return (*COMMON_COLUMNS, *own[encoding])
 
 
 def write_shard(path: Path, columns: Mapping[str, Tensor]) -> None:
@@ -259,15 +259,15 @@ class Recording:
 
         Args:
             split: train, held_out or general.
-            columns: Which columns (see `column_names`); None reads all.
+            columns: Which columns (see `column_names`); None reads all that it has.
 
         Returns:
             Each column over all positions of the split, in order of documents.
 
         Raises:
-            RecordingError: A column that this encoding does not have, or a broken shard.
+            RecordingError: A column that the split does not have, or a broken shard.
         """
-        names = self._known(columns)
+        names = self._known(split, columns)
         parts = list(self.iter_shards(split, names))
         if not parts:
             return {name: self._empty(name) for name in names}
@@ -277,18 +277,18 @@ class Recording:
         self, split: Split, columns: Sequence[str] | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """Read a split shard by shard, in flat memory; arguments and errors as `read`."""
-        names = self._known(columns)
+        names = self._known(split, columns)
         for shard in self._manifest.shards:
             if shard.split == split:
                 yield self._read_shard(self._folder / shard.file, names)
 
-    def _known(self, columns: Sequence[str] | None) -> tuple[str, ...]:
+    def _known(self, split: Split, columns: Sequence[str] | None) -> tuple[str, ...]:
         kind = self._manifest.encoding.kind
-        known = column_names(kind)
+        known = column_names(kind) if self._manifest.has_expert(split) else COMMON_COLUMNS
         unknown = [name for name in columns or () if name not in known]
         if unknown:
             raise RecordingError(
-                f"the recording {self._folder} has encoding {kind!r} and no column "
+                f"the recording {self._folder} has encoding {kind!r} and for {split} no column "
                 f"{', '.join(unknown)}; it has {', '.join(known)}",
                 hint="record again with the encoding that is needed (--encoding)",
             )
@@ -311,19 +311,9 @@ class Recording:
             raise _unreadable(path, error) from error
 
     def _empty(self, name: str) -> Tensor:
-        encoding, manifest = self._manifest.encoding, self._manifest
         if name.endswith("_hidden"):
-            return torch.empty(0, manifest.hidden, dtype=torch.float16)
-        if name == "expert_numbers":
-            return torch.empty(0, manifest.hidden, dtype=torch.int16)
-        if "_unexpected_" in name:
-            return torch.empty(0, MOST_UNEXPECTED, dtype=torch.int32)
-        if isinstance(encoding, SampledEncoding) and "_sample_" in name:
-            return torch.empty(0, encoding.draws, dtype=torch.int32)
-        if isinstance(encoding, SparseEncoding) and "_top_" in name:
-            dtype = torch.int32 if name.endswith("ids") else torch.float32
-            return torch.empty(0, min(encoding.top_k, manifest.vocab), dtype=dtype)
-        return torch.empty(0, dtype=torch.float32 if "_log_" in name else torch.int32)
+            return torch.empty(0, self._manifest.hidden, dtype=torch.float16)
+        return torch.empty(0, dtype=torch.int32)
 
 
 def _sparse(shard: Any, names: Sequence[str], vocab: int) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ CODE_NAME = "code.safetensors"
 
 Split = Literal["train", "held_out", "general"]
 SPLITS: tuple[Split, ...] = ("train", "held_out", "general")
+EXPERT_SPLITS: tuple[Split, ...] = ("train",)
+"""Text that the expert is recorded on: of all other, `fit` asks what the reference thinks alone."""
 RECORD_AGAIN = "delete the folder and make it again with `trimtab record`"
 
 
@@ -152,6 +154,8 @@ class RecordingManifest(Part):
     """Present where the expert's head is stored beside the shards."""
     splits: dict[Split, SplitEntry]
     """The kinds of recorded text."""
+    expert_splits: tuple[Split, ...] = SPLITS
+    """Those that hold what the expert thinks; all, where a recording does not say."""
     shards: tuple[ShardEntry, ...]
     """All shards, by split and in order."""
     files: dict[str, FileEntry]
@@ -190,6 +194,15 @@ class RecordingManifest(Part):
     def tokens(self) -> int:
         """Recorded positions of all splits."""
         return sum(split.tokens for split in self.splits.values())
+
+    def has_expert(self, split: Split) -> bool:
+        """Whether positions of a split hold what the expert thinks there, if there are any."""
+        return split in self.expert_splits and self.splits[split].tokens > 0
+
+    @property
+    def read_tokens(self) -> int:
+        """Recorded positions, those that the expert read too counted twice."""
+        return self.tokens + sum(self.splits[name].tokens for name in self.expert_splits)
 
     @property
     def bytes_per_token(self) -> float:
