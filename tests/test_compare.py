@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from trimtab.backends.beginnings import MIN_DOCUMENT_BYTES
 from trimtab.backends.open import open_model
 from trimtab.cli import main
 from trimtab.compare import CompareResult, _put_together, compare
@@ -46,7 +47,7 @@ from trimtab.comparing.words import verdict
 from trimtab.config import CompareConfig, EvaluateConfig
 from trimtab.costing.flops import lora_params, lora_training_flops
 from trimtab.errors import InputError
-from trimtab.evaluate import MIN_DOCUMENT_BYTES, evaluate
+from trimtab.evaluate import evaluate
 from trimtab.metrics import Estimate
 from trimtab.report.plots import Point, scatter_svg
 from trimtab.types import Advance, Document

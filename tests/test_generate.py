@@ -4,6 +4,8 @@ import functools
 import itertools
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
+from trimtab.backends.reading import RowText
 from trimtab.blend import BlendWeights
 from trimtab.carriers.memory import CONTEXT_BYTES, last_bytes
 from trimtab.carriers.search import MAPPED_MATCH_WEIGHT, TEMPERATURE, look_up
@@ -34,10 +37,10 @@ from trimtab.fit import fit
 from trimtab.generate import GenerateResult, generate, steered
 from trimtab.mount import mount
 from trimtab.record import record
-from trimtab.steering.evidence import Mixture, readable
+from trimtab.steering.evidence import Mixture, ReadPrompt, readable
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Rows, Steering, blend_at, predicted
-from trimtab.steering.processor import open_live
+from trimtab.steering.processor import mixture_of, open_live
 from trimtab.steering.rows import families, row_of, with_memory
 from trimtab.steering.scoring import score_document
 from trimtab.store.adapter_schema import Blend
@@ -832,6 +835,45 @@ def test_the_experts_caches_change_nothing(host: HFModel, mounted: Mounted, live
         steering = model.generate(ids, **options)
     alone = together.sequences[1, -4:].tolist()
     assert steering.sequences[0, -4:].tolist() == alone
+
+
+def test_the_small_models_read_a_prompt_once(host: HFModel, mounted: Mounted) -> None:
+    live = open_live(mounted, host, dtype="float32")
+    text = domain_text(5)[:400]
+    ids = torch.tensor(host.context_ids() + host.encode(text))
+    pieces = tuple(host.vocabulary.token_bytes[i] for i in ids.tolist())
+    prompt = ReadPrompt(ids, pieces, host.hidden(ids[None])[0])
+    mixture = mixture_of(host, mounted, ("head", "memory", "expert"), 1.0, live)
+    apart = mixture.weigh(host.unembedding, prompt)
+    with tokens_read(live.pair) as read:
+        weights = mixture.weigh(host.unembedding, replace(prompt, row=0))
+        [reading] = live.read_rows([RowText(0, text.encode(), ids.tolist())])
+    torch.testing.assert_close(weights, apart)
+    assert len(text) <= sum(read) < 1.2 * len(text)
+    fresh = live.read([text.encode()])
+    for ours, own in zip(reading.states, fresh.states, strict=True):
+        torch.testing.assert_close(ours[-1], own[-1], atol=1e-5, rtol=1e-4)
+    live.forget(0)
+    with (
+        tokens_read(live.pair) as read,
+        steered(host, mounted, carriers=("head", "memory", "expert"), live=live) as model,
+    ):
+        model.generate(ids[None], max_new_tokens=1, do_sample=False)
+    assert sum(read) < 1.2 * len(text)
+
+
+@contextmanager
+def tokens_read(pair: Pair) -> Iterator[list[int]]:
+    """How many tokens each pass of a pair reads, however many models it serves."""
+    read: list[int] = []
+    trunk: Any = pair.reference.model.base_model
+    handle = trunk.register_forward_pre_hook(
+        lambda _module, _args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        yield read
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from trimtab.backends.gguf import UNEMBEDDING_NAME, converted_folder, described_folder
+from trimtab.backends.gguf import (
+    UNEMBEDDING_NAME,
+    PlainReader,
+    converted_folder,
+    described_folder,
+)
 from trimtab.backends.open import open_model
 from trimtab.backends.tiny import parse_tiny, tiny_tokenizer
 from trimtab.errors import ModelError
@@ -114,6 +119,32 @@ def test_a_gguf_file_is_the_model_that_was_written(tmp_path, home, tied, capfd):
     assert (head is opened.model.get_input_embeddings().weight) is bool(tied)
     assert capfd.readouterr() == ("", "")
     assert len(list((home / "models").iterdir())) == 1
+
+
+def test_a_header_that_is_cut_at_once_is_gguf_s_own(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "lists.gguf", "llama")
+    lists = [["", "ä", "three"], [0.5, -1.0], [True, False], [7], [-(2**30), 5]]
+    for number, items in enumerate(lists):
+        writer.add_array(f"list.{number}", items)
+    writer.add_string("name", "many")
+    writer.add_uint32("count", len(lists))
+    _write_tokenizer(writer)
+    writer.add_tensor("weight", np.arange(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, own = (reader(tmp_path / "lists.gguf") for reader in (PlainReader, gguf.GGUFReader))
+    assert list(ours.fields) == list(own.fields)
+    for name, field in own.fields.items():
+        found = ours.fields[name]
+        assert (found.offset, found.data, found.types) == (field.offset, field.data, field.types)
+        assert [part.dtype for part in found.parts] == [part.dtype for part in field.parts]
+        assert [part.tolist() for part in found.parts] == [part.tolist() for part in field.parts]
+    assert [
+        items for n, items in enumerate(lists) if ours.fields[f"list.{n}"].contents() != items
+    ] == []
+    np.testing.assert_array_equal(ours.tensors[0].data, own.tensors[0].data)
 
 
 def test_a_second_opening_reads_what_the_first_unpacked(tmp_path, home):

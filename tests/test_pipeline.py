@@ -16,11 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trimtab.backends.open import open_model
 from trimtab.cli import main
 from trimtab.config import EvaluateConfig, FitConfig, MountConfig, RecordConfig, TuneConfig
-from trimtab.evaluate import evaluate
+from trimtab.evaluate import evaluate, first_documents
 from trimtab.fit import fit
 from trimtab.metrics import Estimate
 from trimtab.mount import mount
 from trimtab.record import record
+from trimtab.report import perplexity
 from trimtab.store.files import sha256_file
 from trimtab.store.manifest import read_manifest
 from trimtab.tune import tune
@@ -119,6 +120,28 @@ def _adapt(small: str, folder: Path) -> None:
         recording=folder / "recording", out=folder / "adapter", rank=16, key_size=32, seed=SEED
     )
     fit(settings)
+
+
+def test_the_first_documents_have_the_figures_that_they_have_alone(
+    job: Job, tmp_path: Path
+) -> None:
+    asked = {
+        "adapter": job.adapter, "host": job.host, "data": (str(job.report.parent / "test"),),
+        "document_tokens": 150, "dtype": "float32", "seed": SEED,
+    }  # fmt: skip
+    wide = {**asked, "rows": ("head", "memory", "head-shuffled"), "max_tokens": 900}
+    whole = evaluate(EvaluateConfig.model_validate({**wide, "out": tmp_path / "whole"}))
+    less = {**asked, "rows": ("memory",), "max_tokens": 450}
+    few = evaluate(EvaluateConfig.model_validate({**less, "out": tmp_path / "few"}))
+    [alone], documents = few.report.hosts, len(few.scored[""])
+    assert (documents, len(whole.scored[""])) == (3, 6)
+    found = first_documents(whole, documents, seed=SEED)
+    assert (found.test_bytes, found.test_tokens) == (alone.test_bytes, alone.test_tokens)
+    for row, figure in alone.domain.items():
+        assert found.domain[row].mean == pytest.approx(figure.mean, rel=1e-4)
+        assert found.domain[row].stderr == pytest.approx(figure.stderr, rel=1e-3)
+        assert perplexity(found)[row].mean == pytest.approx(perplexity(alone)[row].mean, rel=1e-3)
+    assert not found.general
 
 
 def test_several_processes_score_what_one_does(job: Job, tmp_path: Path) -> None:

@@ -337,6 +337,24 @@ def test_a_full_queue_a_deadline_and_an_end(host: HFModel) -> None:
         engine.submit(asking(host, "The m").job)
 
 
+def test_nothing_is_kept_of_answers_that_do_not_go_on(
+    host: HFModel, adapters: Adapters, engine: Engine
+) -> None:
+    bodies = [
+        {"model": "host+sea", "prompt": "The rudder turns", "max_tokens": tokens, "echo": True}
+        for tokens in (0, 1, 3)
+    ]
+    asked = jobs(adapters, bodies)
+    for job, events in asked:
+        engine.submit(job)
+        assert collected(events)[0].startswith("The rudder turns")
+    wait_until(lambda: not engine.running)
+    assert asked[0][0].steered is not None
+    for mixture in asked[0][0].steered.several.mixtures:
+        assert mixture.steering.live is not None
+        assert not mixture.steering.live._rows  # pyright: ignore[reportPrivateUsage]
+
+
 def test_one_request_that_fails_leaves_the_others_alone(host: HFModel, engine: Engine) -> None:
     good = asking(host, "The rudder", max_tokens=30)
     engine.submit(good.job)

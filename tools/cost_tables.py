@@ -66,7 +66,10 @@ def cpu_flops() -> float:
 
 
 def demo_flops(sheet: Sheet) -> dict[str, float]:
-    """Operations of the demo's steps, from its tokens and the two models' sizes."""
+    """Operations of the demo's steps, from its tokens and the two models' sizes.
+
+    In the run that was measured both models read all text that was recorded.
+    """
     report = json.loads(DEMO.read_text(encoding="utf-8"))
     counted = json.loads(DEMO_TOKENS.read_text(encoding="utf-8"))
     small, host = (sheet.shape(counted[who]["params"]) for who in ("small", "host"))

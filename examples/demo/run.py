@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import trimtab
@@ -38,6 +39,7 @@ from trimtab.report import (
     table,
     write_report,
 )
+from trimtab.steering.kept import Kept
 from trimtab.store.home import HOME_VARIABLE
 from trimtab.store.manifest import read_manifest
 
@@ -339,8 +341,10 @@ def _growth(
         config = _evaluation(job, part, job.hosts[0], job.out / "growth" / part.stem, GROWTH_ROWS)
         config = config.model_copy(update={"max_tokens": GROWTH_SCORED_TOKENS, "general": ()})
         found = trimtab.evaluate(config, host=opened, is_named=True, progress=display.progress)
-    [of_part] = found.report.hosts
-    of_whole = first_documents(whole, len(found.scored[""]), seed=SEED)
+    # The last document of fewer may be cut shorter.
+    both = zip(found.scored[""], whole.scored[""], strict=False)
+    same = sum(1 for _ in takewhile(lambda kept: _tokens(kept[0]) == _tokens(kept[1]), both))
+    of_part, of_whole = (first_documents(one, same, seed=SEED) for one in (found, whole))
     memory = read_manifest(job.adapter, verify=False).memory
     entries = memory.entries if memory else 0
     sizes = (0, min(GROWTH_TOKENS, entries), entries)
@@ -349,6 +353,10 @@ def _growth(
         GrowthPoint(size, {"memory": result.domain[row]}, {"memory": perplexity(result)[row]})
         for size, (result, row) in zip(sizes, shown, strict=True)
     )
+
+
+def _tokens(kept: Kept) -> Sequence[int]:
+    return kept.on_host.token_ids
 
 
 def _settings(job: Job) -> dict[str, str]:
