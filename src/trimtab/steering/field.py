@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,12 +68,14 @@ class Field:
         logits: The host's own, shape [rows, vocab], where it has computed them.
         normaliser: Their log-sum-exp, shape [rows, 1].
         logprobs: The host's, at least `LEAST_LOGPROB`, shape [rows, candidates + 1].
+        tail_entropy_nats: Of the host's distribution among the tokens of the tail, shape [rows].
         token_ids: The candidates, of all rows alike, ascending, shape [candidates].
     """
 
     logits: Tensor
     normaliser: Tensor
     logprobs: Tensor
+    tail_entropy_nats: Tensor
     token_ids: Tensor
 
     @staticmethod
@@ -92,19 +93,6 @@ class Field:
         each = CANDIDATES if strangers else max(CANDIDATES // len(logits), ROW_CANDIDATES)
         token_ids = torch.cat([_likely(logits, each), wanted.to(logits.device)]).unique()
         return Field(logits, *_over(logits, token_ids), token_ids.cpu())
-
-    @cached_property
-    def tail_entropy_nats(self) -> Tensor:
-        """Of the host's distribution among the tokens of the tail, shape [rows]."""
-        token_ids = self.token_ids.to(self.logits.device)
-        entropies = list[Tensor]()
-        for below, shares in _beneath(self.logits, self.logits.amax(-1), token_ids):
-            total = shares.sum()
-            # Tokens that cannot come at all have a share of nothing.
-            surprise = torch.dot(shares, below.clamp_min_(-IMPOSSIBLE_NATS))
-            entropies.append(total.log() - surprise / total)
-        # Where there are none, there is nothing to be unsure of.
-        return torch.stack(entropies).nan_to_num(0.0, 0.0, 0.0).float().cpu()
 
     def tempered(self, temperature: float) -> Tensor:
         """The host's log-probabilities at another temperature, shape [rows, candidates + 1]."""
@@ -167,19 +155,21 @@ def _likely(logits: Tensor, most: int) -> Tensor:
     return token_ids[top.indices[top.values > top.values[:, :1] - CANDIDATE_NATS]]
 
 
-def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of all tokens, and log-probabilities of the candidates and the tail."""
+def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of all tokens; log-probabilities of candidates and tail; the tail's entropy."""
     # The tail is summed by itself: one less the candidates' share would be lost in rounding.
     tops = logits.amax(-1)
-    totals = torch.stack([shares.sum() for _, shares in _beneath(logits, tops, token_ids)])
+    totals, surprises = _beneath(logits, tops, token_ids)
     tail = (tops + totals.log())[:, None]
     chosen = logits[:, token_ids]
     normaliser = torch.logaddexp(chosen.logsumexp(-1, keepdim=True), tail)
     logprobs = (torch.cat([chosen, tail], 1) - normaliser).clamp_min(LEAST_LOGPROB)
-    return normaliser, logprobs.float().cpu()
+    # Where there are no tokens, there is nothing to be unsure of.
+    entropies = (totals.log() - surprises / totals).nan_to_num(0.0, 0.0, 0.0)
+    return normaliser, logprobs.float().cpu(), entropies.float().cpu()
 
 
-def _beneath(logits: Tensor, tops: Tensor, token_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _beneath(logits: Tensor, tops: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Read the tail row by row: one row stays in a processor's caches, and many do not.
 
     Args:
@@ -187,12 +177,16 @@ def _beneath(logits: Tensor, tops: Tensor, token_ids: Tensor) -> Iterator[tuple[
         tops: The largest of each row, shape [rows].
         token_ids: What is no part of it, shape [candidates].
 
-    Yields:
-        How far each token lies below the row's likeliest, and its share over the likeliest's, zero
-        outside the tail: two buffers of shape [vocab], which the next row overwrites.
+    Returns:
+        Of each row the sum of exp(d), and of exp(d) d, over how far each token d lies below the
+        row's likeliest.
     """
     below, shares = torch.empty_like(logits[0]), torch.empty_like(logits[0])
-    for row, top in zip(logits, tops, strict=True):
+    totals, surprises = torch.empty_like(tops), torch.empty_like(tops)
+    for number, (row, top) in enumerate(zip(logits, tops, strict=True)):
         torch.sub(row, top, out=below)
-        torch.exp(below, out=shares)
-        yield below, shares.index_fill_(0, token_ids, 0.0)
+        torch.exp(below, out=shares).index_fill_(0, token_ids, 0.0)
+        torch.sum(shares, 0, out=totals[number])
+        # Tokens that cannot come at all have a share of nothing.
+        torch.dot(shares, below.clamp_min_(-IMPOSSIBLE_NATS), out=surprises[number])
+    return totals, surprises
