@@ -862,6 +862,33 @@ def test_the_small_models_read_a_prompt_once(host: HFModel, mounted: Mounted) ->
     assert sum(read) < 1.2 * len(text)
 
 
+def test_rows_of_one_prompt_go_on_from_one_reading(
+    host: HFModel, mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = domain_text(5)[:400]
+    asked = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 4, "top_k": 0}
+    told = {"output_scores": True, "return_dict_in_generate": True}
+
+    def written() -> tuple[Any, int]:
+        live = open_live(mounted, host, dtype="float32")
+        torch.manual_seed(3)
+        carriers = ("head", "memory", "expert")
+        with (
+            tokens_read(live.pair) as read,
+            steered(host, mounted, carriers=carriers, live=live) as model,
+        ):
+            return model.generate(**inputs(host, text), **asked, **told), sum(read)
+
+    ours, tokens = written()
+    monkeypatch.setattr(Live, "branch", lambda *_: None)
+    apart, tokens_apart = written()
+    assert len({tuple(row.tolist()) for row in ours.sequences}) == 3
+    assert torch.equal(ours.sequences, apart.sequences)
+    for a, b in zip(ours.scores, apart.scores, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert tokens < 1.5 * len(text) and tokens_apart > 2.5 * len(text)
+
+
 @contextmanager
 def tokens_read(pair: Pair) -> Iterator[list[int]]:
     """How many tokens each pass of a pair reads, however many models it serves."""

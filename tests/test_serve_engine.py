@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_generate import HOST, PROMPTS, domain_text, run
+from test_generate import HOST, PROMPTS, domain_text, run, tokens_read
 from test_generate import adapter as adapter  # a fixture
 from test_generate import host as host  # a fixture
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
 from trimtab.backends.chat import prompt_ids
 from trimtab.backends.hf import HFModel
+from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.config import ServeConfig
 from trimtab.errors import AdapterError, InputError, ModelError
@@ -203,6 +204,45 @@ def test_a_chat_equals_generate(adapters: Adapters, adapter: Path, engine: Engin
         assert tuple(collected(events)) == alone.texts
 
 
+def test_the_small_models_read_a_prompt_in_step_with_the_host(
+    adapters: Adapters, adapter: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.serving.engine.PREFILL_TOKENS", 24)
+    # Characters of several bytes, which chunks cut.
+    text = domain_text(5)[:200] + "äöü€" * 12 + domain_text(6)[:200]
+    chat = [{"role": "user", "content": text}]
+    for body, options in (({"prompt": text}, {}), ({"messages": chat}, {"chat": True})):
+        [(job, events)] = jobs(adapters, [{"model": "host+sea", "max_tokens": 6, **body}])
+        assert job.steered is not None
+        [live] = [m.steering.live for m in job.steered.several.mixtures]
+        assert live is not None
+        with tokens_read(live.pair) as read:
+            engine.submit(job)
+            found = collected(events)
+        size = len(text.encode())
+        assert max(read) < size / 2 and size <= sum(read) < 1.6 * size
+        carriers = ("head", "memory", "expert")
+        alone = run(adapter, text, max_new_tokens=6, carriers=carriers, **options)
+        assert found == list(alone.texts)
+        wait_until(lambda: not engine.running)
+        assert not live._rows  # pyright: ignore[reportPrivateUsage]
+
+
+def test_nothing_is_kept_of_a_prompt_that_is_given_up(
+    host: HFModel, adapters: Adapters, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.serving.engine.PREFILL_TOKENS", 8)
+    [(job, events)] = jobs(adapters, [{"model": "host+sea", "prompt": domain_text(5)}])
+    assert job.steered is not None
+    [live] = [m.steering.live for m in job.steered.several.mixtures]
+    assert live is not None
+    engine.submit(job)
+    wait_until(lambda: bool(live._rows))  # pyright: ignore[reportPrivateUsage]
+    job.cancel()
+    wait_until(lambda: not live._rows)  # pyright: ignore[reportPrivateUsage]
+    assert events.empty() and not engine.running
+
+
 def test_a_long_prompt_is_read_in_chunks(host: HFModel, engine: Engine) -> None:
     text = domain_text(4)[:900]
     long, short = asking(host, text), asking(host, "The m", max_tokens=30)
@@ -225,6 +265,26 @@ def test_stop_strings_seeds_and_several_answers(host: HFModel, engine: Engine) -
         engine.submit(one.job)
         texts.append(collected(one.events, 3))
     assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 3
+
+
+def test_answers_to_one_prompt_are_read_once_and_grow_apart(
+    adapters: Adapters, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = domain_text(9)[:300]
+    body = {"model": "host+sea", "prompt": text, "n": 3, "seed": 4, "temperature": 1.2}
+    found, counts = [], []
+    for _ in range(2):
+        [(job, events)] = jobs(adapters, [body])
+        assert job.steered is not None
+        [live] = [m.steering.live for m in job.steered.several.mixtures]
+        assert live is not None
+        with tokens_read(live.pair) as read:
+            engine.submit(job)
+            found.append(collected(events, 3))
+        counts.append(sum(read))
+        monkeypatch.setattr(Live, "branch", lambda *_: None)
+    assert found[0] == found[1] and len(set(found[0])) == 3
+    assert counts[0] + len(text) < counts[1]
 
 
 def test_many_prompts_do_not_hold_up_those_behind(host: HFModel, engine: Engine) -> None:

@@ -1,6 +1,6 @@
 """The expert run beside a host: what expert and reference think of the host's next token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import partial
 from typing import final
@@ -181,6 +181,11 @@ class Live:
     def caches(self, row: int) -> PairCaches:
         """What both models keep of a row of a generation."""
         return self._rows.setdefault(row, PairCaches())
+
+    def branch(self, row: int, others: Iterable[int]) -> None:
+        """Let other rows of a generation go on from what has been read of one."""
+        for other in others:
+            self._rows[other] = self.caches(row).beside()
 
     def forget(self, row: int) -> None:
         """Let go of what both models keep of a row that has ended."""

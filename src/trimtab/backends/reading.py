@@ -50,6 +50,10 @@ class PairCaches:
     reference: ModelCache = field(default_factory=ModelCache)
     expert: ModelCache = field(default_factory=ModelCache)
 
+    def beside(self) -> "PairCaches":
+        """Others that go on from the same contexts by themselves."""
+        return PairCaches(self.both.beside(), self.reference.beside(), self.expert.beside())
+
 
 @dataclass(frozen=True)
 class LiveReading:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -116,6 +117,15 @@ class ModelCache:
         trunk = tree.trunk()
         self.tokens, self.states = tree.tokens[:trunk], list(everything[:trunk])
         return everything
+
+    def beside(self) -> "ModelCache":
+        """Another that goes on from here by itself.
+
+        Keys and values are the same tensors: a cache that grows or is cut takes others.
+        """
+        cache = copy(self.cache)
+        cache.layers = [copy(layer) for layer in self.cache.layers]
+        return ModelCache(list(self.tokens), cache, list(self.states))
 
     def cut(self, length: int) -> None:
         """Forget the keys and values of all but the first nodes."""

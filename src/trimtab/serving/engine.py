@@ -45,10 +45,11 @@ class Counts:
 
 @dataclass
 class _Reading:
-    """A prompt that is being read, chunk by chunk."""
+    """A prompt that is being read, chunk by chunk, and the answers that begin after it."""
 
     job: Job
     prompt: int
+    rows: list[Row] = field(default_factory=list)
     cache: DynamicCache = field(default_factory=DynamicCache)
     hidden: list[Tensor] = field(default_factory=list)
     done: int = 0
@@ -191,6 +192,8 @@ class Engine:
         with self._wake:
             self._waiting = deque(other for other in self._waiting if other is not job)
         if self._reading and self._reading.job is job:
+            for row in self._reading.rows:
+                row.forget()
             self._reading = None
         for row in self._rows:
             row.has_ended = row.has_ended or row.job is job
@@ -225,34 +228,42 @@ class Engine:
         self._reading = reading = self._reading or self._next_prompt()
         if reading is None:
             return
-        ids = reading.job.prompts[reading.prompt].token_ids
+        job, vocabulary = reading.job, self.host.vocabulary
+        reading.rows = reading.rows or [
+            Row(job, reading.prompt, answer, vocabulary, self._speller)
+            for answer in range(job.options.answers)
+        ]
+        ids = job.prompts[reading.prompt].token_ids
         chunk = ids[reading.done : reading.done + PREFILL_TOKENS]
         hidden = self._batch.read(reading.cache, chunk)
         reading.done += len(chunk)
-        keeps_all = reading.job.steered is not None or reading.job.options.echo
+        keeps_all = job.steered is not None or job.options.echo
         reading.hidden.append(hidden if keeps_all else hidden[-1:])
         if reading.done == len(ids):
             self._begin_answers(reading)
             self._reading = None
+        elif job.steered:
+            # In step with the host, so that no answer in the making waits for all of it at once.
+            job.steered.several.read_ahead(self._prompt(reading, hidden), job.steered.chats)
+
+    def _prompt(self, reading: _Reading, hidden: Tensor) -> ReadPrompt:
+        """What is read of a prompt, with the states of its last tokens."""
+        row = reading.rows[0]
+        ids, pieces = row.token_ids[: reading.done], row.pieces[: reading.done]
+        return ReadPrompt(torch.tensor(ids), tuple(pieces), hidden, row=row.number)
 
     def _begin_answers(self, reading: _Reading) -> None:
-        options, vocabulary = reading.job.options, self.host.vocabulary
-        rows = [
-            Row(reading.job, reading.prompt, answer, vocabulary, self._speller)
-            for answer in range(options.answers)
-        ]
         try:
-            self._say_first(rows, reading)
+            self._say_first(reading)
         finally:
             # Of those that do not go on nothing is kept.
-            if rows[0] not in self._rows:
-                rows[0].forget()
+            if reading.rows[0] not in self._rows:
+                reading.rows[0].forget()
 
-    def _say_first(self, rows: Sequence[Row], reading: _Reading) -> None:
+    def _say_first(self, reading: _Reading) -> None:
         """Weigh the adapters by a prompt that has been read, and begin its answers."""
-        job, hidden, options = reading.job, torch.cat(reading.hidden), reading.job.options
-        ids, pieces = torch.tensor(rows[0].token_ids), tuple(rows[0].pieces)
-        prompt = ReadPrompt(ids, pieces, hidden, row=rows[0].number)
+        job, rows, hidden = reading.job, reading.rows, torch.cat(reading.hidden)
+        options, prompt = job.options, self._prompt(reading, hidden)
         if job.steered:
             several, chats = job.steered.several, job.steered.chats
             weights = several.weigh(self.host.unembedding, prompt, chats)
@@ -271,8 +282,7 @@ class Engine:
         logprobs = self._steered(rows[:1], hidden[-1:])
         self._batch.join(reading.cache, len(rows))
         self._rows += rows
-        for row in rows[1:]:
-            row.hear_as(rows[0])
+        rows[0].branch(rows[1:])
         self._write(rows, logprobs.expand(len(rows), -1))
 
     def _step(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.chat import ChatPrompt
+from trimtab.backends.live import Live
 from trimtab.backends.reading import RowText
 from trimtab.serving.choose import choose
 from trimtab.serving.trace import Speller, Tracer
@@ -120,10 +121,13 @@ class Row:
         self._held, self._held_trace = [], []
         return Piece(self.choice, text, told, why, trace)
 
-    def hear_as(self, other: "Row") -> None:
-        """Take over what was said of the next token of a row that has read the same."""
-        if self.tracer and other.tracer:
-            self.tracer.hear_as(other.tracer)
+    def branch(self, others: Sequence["Row"]) -> None:
+        """Let answers to the same prompt go on from what was read and said here."""
+        for other in others:
+            if other.tracer and self.tracer:
+                other.tracer.hear_as(self.tracer)
+        for live in self._lives():
+            live.branch(self.number, [other.number for other in others])
 
     def context(self, chat: ChatPrompt | None) -> bytes:
         """The text before the next token; of a chat the message and the answer.
@@ -149,11 +153,13 @@ class Row:
 
     def forget(self) -> None:
         """Let go of what small models keep of this answer."""
-        if self.job.steered is None:
-            return
-        for mixture in self.job.steered.several.mixtures:
-            if mixture.steering.live:
-                mixture.steering.live.forget(self.number)
+        for live in self._lives():
+            live.forget(self.number)
+
+    def _lives(self) -> list[Live]:
+        """The small models that run beside the host for this answer."""
+        mixtures = self.job.steered.several.mixtures if self.job.steered else ()
+        return [mixture.steering.live for mixture in mixtures if mixture.steering.live]
 
 
 def steer(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> Tensor:

@@ -126,6 +126,19 @@ class Mixture:
         ]
         return self.weights_after(torch.cat(scores, 1))
 
+    def read_ahead(self, prompt: ReadPrompt) -> None:
+        """Let the small models read what is there of a prompt, into the caches of its row.
+
+        Less is then left to read at once when the whole of it is weighed.
+
+        Args:
+            prompt: Its first tokens; their states are not needed.
+        """
+        end = min(len(prompt.token_ids), prompt.text.stop)
+        context = text_before(prompt.token_bytes[prompt.text.start : end])
+        if context:
+            self._read(prompt, [end - 1], [context])
+
     def weights_after(self, logprobs: Tensor) -> Tensor:
         """Trust in each predictor after a text, shape [predictors].
 

@@ -230,11 +230,14 @@ class SteeringProcessor(LogitsProcessor):
 
     def _weigh(self, prompts: Sequence[ReadPrompt]) -> Tensor:
         """Trust in each predictor by each prompt, shape [predictors, prompts]."""
-        known: dict[tuple[int, ...], Tensor] = {}
+        live = self._mixture.steering.live
         keys = [tuple(prompt.token_ids.tolist()) for prompt in prompts]
-        for key, prompt in zip(keys, prompts, strict=True):
+        known: dict[tuple[int, ...], Tensor] = {}
+        for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             if key not in known:
                 known[key] = self._mixture.weigh(self._host.unembedding, prompt)
+            elif live:
+                live.branch(keys.index(key), [row])
         return torch.stack([known[key] for key in keys], 1)
 
 

@@ -68,6 +68,11 @@ class Several:
         joined = self._joined([torch.cat(parts, 1) for parts in scores])
         return evidence_weights(joined, self.prior, share=self.share)[:, -1].float()
 
+    def read_ahead(self, prompt: ReadPrompt, chats: Sequence[ChatPrompt | None]) -> None:
+        """As `Mixture.read_ahead` of each; chats as for `weigh`."""
+        for mixture, chat in zip(self.mixtures, chats, strict=True):
+            mixture.read_ahead(replace(prompt, chat=chat))
+
     def logprobs(self, rows: Sequence[Rows], weights: Tensor) -> Tensor:
         """The steered distribution, shape [rows, vocab].
 
