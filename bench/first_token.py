@@ -23,7 +23,7 @@ from trimtab.backends.open import open_model
 from trimtab.backends.reading import RowText
 from trimtab.mount import mount
 from trimtab.progress import Display
-from trimtab.steering.evidence import Mixture, ReadPrompt, text_before
+from trimtab.steering.evidence import Mixture, ReadPrompt, readable, text_before, text_ids
 from trimtab.steering.predictors import Rows
 from trimtab.steering.processor import mixture_of, open_live
 
@@ -74,7 +74,8 @@ def _steered(host: HFModel, mixture: Mixture, live: Live, ids: Tensor, *, twice:
     if twice:
         live.forget(ROW)
     text = text_before(pieces)
-    [reading] = live.read_rows([RowText(ROW, text, ids.tolist())])
+    host_ids = text_ids(ids, pieces, 0, len(ids))
+    [reading] = live.read_rows([RowText(ROW, readable(text), host_ids)])
     logits = host.unembedding.logits(hidden[-1:]).float()
     return mixture.logprobs(
         Rows(logits, hidden[-1:], (text,), ((reading, range(1)),)), weights[:, None]

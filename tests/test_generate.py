@@ -847,7 +847,7 @@ def test_the_small_models_read_a_prompt_once(host: HFModel, mounted: Mounted) ->
     apart = mixture.weigh(host.unembedding, prompt)
     with tokens_read(live.pair) as read:
         weights = mixture.weigh(host.unembedding, replace(prompt, row=0))
-        [reading] = live.read_rows([RowText(0, text.encode(), ids.tolist())])
+        [reading] = live.read_rows([RowText(0, text.encode(), host.encode(text))])
     torch.testing.assert_close(weights, apart)
     assert len(text) <= sum(read) < 1.2 * len(text)
     fresh = live.read([text.encode()])

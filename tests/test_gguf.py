@@ -121,8 +121,9 @@ def test_a_gguf_file_is_the_model_that_was_written(tmp_path, home, tied, capfd):
     assert len(list((home / "models").iterdir())) == 1
 
 
-def test_a_header_that_is_cut_at_once_is_gguf_s_own(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "lists.gguf", "llama")
+@pytest.mark.parametrize("order", [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG])
+def test_a_header_that_is_cut_at_once_is_gguf_s_own(tmp_path, order):
+    writer = gguf.GGUFWriter(tmp_path / "lists.gguf", "llama", endianess=order)
     lists = [["", "ä", "three"], [0.5, -1.0], [True, False], [7], [-(2**30), 5]]
     for number, items in enumerate(lists):
         writer.add_array(f"list.{number}", items)

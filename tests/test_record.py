@@ -15,15 +15,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from trimtab.backends.pair import open_pair
-from trimtab.config import RecordConfig, TuneConfig
+from trimtab.config import FitConfig, RecordConfig, TuneConfig
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
 from trimtab.errors import InputError, NumericalError, RecordingError
+from trimtab.fit import fit
 from trimtab.record import record
 from trimtab.soft_targets import Heads, run_passages, state_columns
 from trimtab.store.recording import COMMON_COLUMNS, Recording, column_names
-from trimtab.store.recording_schema import SPLITS, RecordingManifest
+from trimtab.store.recording_schema import SPLITS
 from trimtab.text.corpus import load_documents
 from trimtab.text.passages import (
     DocumentTokens,
@@ -286,15 +288,33 @@ def test_the_expert_reads_the_training_text_alone(
     assert manifest.read_tokens == manifest.tokens + manifest.splits["train"].tokens
 
 
-def test_a_recording_that_does_not_say_has_the_expert_everywhere(
-    exact: Recording, tmp_path: Path
+@pytest.mark.parametrize("encoding", ["exact", "compact", "sparse", "sampled"])
+def test_a_recording_of_the_expert_everywhere_is_read_and_fitted_alike(
+    encoding: str, expert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As recordings of before do; there the expert's columns lie in all shards."""
-    raw = json.loads((exact.folder / "recording.json").read_text())
-    assert raw.pop("expert_splits") == ["train"]
-    older = RecordingManifest.model_validate(raw)
-    assert all(older.has_expert(split) for split in SPLITS)
-    assert older.read_tokens == 2 * older.tokens
+    options = {"encoding": encoding, "top_k": 8}
+    ours = opened(expert, texts, tmp_path / "ours", **options)
+    monkeypatch.setattr(sys.modules["trimtab.record"], "EXPERT_SPLITS", SPLITS)
+    everywhere = opened(expert, texts, tmp_path / "everywhere", **options)
+    path = everywhere.folder / "recording.json"
+    raw = json.loads(path.read_text())
+    # A recording that does not say holds it everywhere.
+    assert raw.pop("expert_splits") == list(SPLITS)
+    path.write_text(json.dumps(raw))
+    everywhere = Recording.open(everywhere.folder)
+    assert everywhere.manifest.read_tokens == 2 * everywhere.manifest.tokens
+    for split in SPLITS:
+        rows = everywhere.read(split)
+        assert set(rows) == set(column_names(encoding))
+        for name, column in ours.read(split).items():
+            torch.testing.assert_close(rows[name], column)
+    for recording in (ours, everywhere):
+        config = {"recording": recording.folder, "out": tmp_path / f"{recording.folder.name}.a"}
+        fit(FitConfig.model_validate(config | {"rank": 4, "epochs": 1, "key_size": 16}))
+    for name in ("head.safetensors", "memory/memory.safetensors"):
+        one, other = (load_file(tmp_path / f"{kind}.a" / name) for kind in ("ours", "everywhere"))
+        for part, values in one.items():
+            assert torch.equal(values, other[part]), (name, part)
 
 
 def test_sampling_follows_the_seed(expert: Path, texts: Path, tmp_path: Path) -> None:
@@ -306,11 +326,10 @@ def test_sampling_follows_the_seed(expert: Path, texts: Path, tmp_path: Path) ->
     assert not torch.equal(rows[0]["expert_sample_ids"], rows[2]["expert_sample_ids"])
 
 
-@pytest.mark.parametrize("encoding", ["exact", "compact", "sparse", "sampled"])
-def test_an_empty_split_has_the_same_columns(
-    encoding: str, lone_expert: Path, texts: Path, tmp_path: Path
+def test_an_empty_split_has_the_common_columns(
+    lone_expert: Path, texts: Path, tmp_path: Path
 ) -> None:
-    recording = opened(lone_expert, texts, tmp_path / "r", encoding=encoding, top_k=5)
+    recording = opened(lone_expert, texts, tmp_path / "r")
     empty, full = recording.read("held_out"), recording.read("train")
     assert recording.manifest.splits["held_out"].tokens == 0
     assert set(empty) == set(COMMON_COLUMNS)
@@ -557,6 +576,9 @@ def test_a_broken_list_of_documents_is_refused(copy: Path) -> None:
 def test_a_column_of_another_encoding_is_refused(exact: Recording) -> None:
     with pytest.raises(RecordingError, match="'exact' and for train no column expert_top_ids"):
         exact.read("train", ["token_ids", "expert_top_ids"])
+    with pytest.raises(RecordingError, match="for general no column expert_hidden") as refused:
+        exact.read("general", ["expert_hidden"])
+    assert "--data" in str(refused.value.hint)
 
 
 def test_the_manifest_states_its_origin(exact: Recording, expert: Path) -> None:

@@ -139,8 +139,8 @@ def _staged(stages: Stages, models: Models, asked: Asked) -> Iterator[tuple[str,
 def _record(stages: Stages, models: Models) -> Outcome:
     found = stages.record
     note = (
-        f"exact recording, {found.bytes_per_token:,.0f} bytes a token, against the same windows:"
-        f" {found.tokens:,} tokens, those that both models read counted twice, in"
+        f"exact recording, {found.bytes_per_token:,.0f} bytes a training token, against the same"
+        f" windows: {found.tokens:,} tokens, those that both models read counted twice, in"
         f" {found.positions / found.tokens:.2f} positions each (context and padding)"
     )
     work = record_work(models.pair, found)

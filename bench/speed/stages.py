@@ -49,7 +49,7 @@ class Recorded:
         sec_per_token: Of recording, for each token that a model reads.
         tokens: Recorded in each turn, those that both models read counted twice.
         positions: That the two models have read for them, padding and overlap included.
-        bytes_per_token: On disk.
+        bytes_per_token: Of training text, on disk.
     """
 
     ratio: Figure
@@ -114,7 +114,7 @@ class Stages:
                 done = trimtab.record(self._record_config(folder / "r"), progress=watch.progress)
             # Before or after, in turns.
             bare_sec = before_sec or timed(partial(_bare_passes, pair, *passes))
-            turns.append((bare_sec, watch.sec("recording (tokens)")))
+            turns.append((bare_sec, watch.sec("recording (tokens, each model's)")))
             tokens, size = done.read_tokens, done.bytes_per_token
         if tokens != rows:
             raise InputError(

@@ -146,7 +146,7 @@ class _Work:
         config: FitConfig, recording: Recording, provenance: Provenance, progress: Progress
     ) -> "_Work":
         base = _open_base(recording)
-        # Recordings of before kept the expert's columns of all text.
+        # Of other text a recording may hold what the expert thinks too, which nobody asks.
         splits = {
             name: recording.read(name, None if name == "train" else COMMON_COLUMNS)
             for name in SPLITS

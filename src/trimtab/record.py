@@ -75,7 +75,8 @@ class RecordResult:
         tokens: Recorded positions.
         read_tokens: The same, those that the expert read too counted twice.
         split_tokens: Recorded positions of each split.
-        bytes_per_token: Size of the shards, and of what all share, over recorded positions.
+        bytes_per_token: Size of the training text's shards, and of what they share, over its
+            positions.
         encoding: exact, compact, sparse or sampled.
     """
 
@@ -91,7 +92,7 @@ class RecordResult:
         parts = ", ".join(f"{name} {tokens:,}" for name, tokens in self.split_tokens.items())
         return (
             f"recording in {self.folder}: {self.tokens:,} tokens ({parts}), {self.encoding},"
-            f" {self.bytes_per_token:,.0f} bytes a token"
+            f" {self.bytes_per_token:,.0f} bytes a training token"
         )
 
 
@@ -354,28 +355,32 @@ def _write_shards(
             return run_passages(pair, split.documents, shard, advance=advance)
 
         columns = passage_columns(split.documents, shard)
-        encoded = encoder.columns(states, shard_seed(config.seed, path.name), advance)
+        seed = shard_seed(config.seed, path.name)
+        encoded = encoder.columns(states, seed, lambda rows: advance(2 * rows))
         write_shard(path, columns | encoded)
 
     def of_one(path: Path, split: _SplitWork, shard: Sequence[Passage], advance: Advance) -> None:
         states = run_reference(pair.reference, split.documents, shard, advance=advance)
         write_shard(path, passage_columns(split.documents, shard) | state_columns(states))
 
-    with progress("recording (tokens)", sum(split.tokens for split in splits.values())) as advance:
-        missing = []
+    models = {name: 2 if name in EXPERT_SPLITS else 1 for name in splits}
+    total = sum(models[name] * split.tokens for name, split in splits.items())
+    with progress("recording (tokens, each model's)", total) as advance:
+        missing: list[Piece] = []
+        sizes: list[int] = []
         for name, split in splits.items():
             write = of_both if name in EXPERT_SPLITS else of_one
             for index, shard in enumerate(split.shards):
                 path = config.out / shard_name(name, index)
+                sizes.append(models[name] * rows_of(shard))
                 if path.is_file():
                     # Shards appear whole, so one that is there was finished by this same run.
-                    advance(rows_of(shard))
+                    advance(sizes[-1])
                 else:
-                    missing.append(Piece(partial(write, path, split, shard), rows_of(shard)))
+                    missing.append(Piece(partial(write, path, split, shard), sizes[-1]))
         missing.sort(key=lambda piece: -piece.size)
-        every = (rows_of(shard) for split in splits.values() for shard in split.shards)
-        sizes = sorted(every, reverse=True)
-        do_pieces(missing, advance, process_count(sizes, config.processes))
+        count = process_count(sorted(sizes, reverse=True), config.processes)
+        do_pieces(missing, advance, count)
 
 
 def _write_head(config: RecordConfig, heads: Heads) -> MovedHead | None:

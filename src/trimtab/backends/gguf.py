@@ -75,6 +75,8 @@ class PlainReader(gguf.GGUFReader):
 
     def _items(self, start: int) -> tuple[gguf.GGUFValueType, int, list[np.ndarray], int] | None:
         """An array's kind, length, parts, and how many of these each item has; None if not flat."""
+        if self.byte_order != "I":
+            return None
         data = self._plain
         head = [
             data[start : start + 4].view(np.uint32),
@@ -82,7 +84,7 @@ class PlainReader(gguf.GGUFReader):
         ]
         kind, count, place = gguf.GGUFValueType(int(head[0][0])), int(head[1][0]), start + 12
         number = self.gguf_scalar_to_np.get(kind)
-        if self.byte_order != "I" or not count or (number is None and kind != _STRING):
+        if not count or (number is None and kind != _STRING):
             return None
         if number is not None:
             values = self._get(place, number, count)

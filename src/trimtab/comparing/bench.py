@@ -105,9 +105,14 @@ class Bench:
         return sum(len(self.host.encode(document.text)) for document in self.split.general_train)
 
     @property
+    def recorded_tokens(self) -> float:
+        """Tokens that are recorded, predicted: training text once, and general text."""
+        return self.train_tokens / self.config.epochs + self.general_tokens
+
+    @property
     def read_tokens(self) -> float:
-        """Tokens that recording reads, predicted: training text twice, general text once."""
-        return 2 * self.train_tokens / self.config.epochs + self.general_tokens
+        """Tokens that recording reads, predicted: both models read the training text."""
+        return self.recorded_tokens + self.train_tokens / self.config.epochs
 
     def guarded(self, work: str) -> Progress:
         """Progress of work that ends where the budget would not suffice for the rest of it."""
@@ -276,9 +281,9 @@ class Bench:
         most = flops.ACTIVE if labels else flops.COMPARED
         compared = min(most, shape.vocab)
         head = flops.HeadFit(
-            self.read_tokens, shape.hidden, compared, settings.rank, settings.epochs
+            self.recorded_tokens, shape.hidden, compared, settings.rank, settings.epochs
         )
-        read = self.read_tokens * flops.hidden_flops(shape, 256) if labels else 0.0
+        read = self.recorded_tokens * flops.hidden_flops(shape, 256) if labels else 0.0
         return flops.head_fit_flops(head) + read
 
     def hidden_and_logits(self, token_ids: Sequence[int]) -> None:

@@ -83,8 +83,9 @@ class RecordConfig(Config):
     """Record at most this many tokens of general text, of which a mount reads as many (default:
     all)."""
     encoding: Literal["exact", "compact", "sparse", "sampled"] = "exact"
-    """exact: both final hidden states; compact: the reference's, and a hundred bytes of the
-    expert's; sparse: top-k; sampled: unbiased draws (RS-KD)."""
+    """What is kept of the training text. exact: both final hidden states; compact: the
+    reference's, and a hundred bytes of the expert's; sparse: top-k; sampled: unbiased draws
+    (RS-KD)."""
     top_k: int = Field(default=64, ge=1, le=4096)
     """Tokens kept per position in the sparse encoding, draws in the sampled one."""
     window_tokens: int = Field(default=512, ge=16)

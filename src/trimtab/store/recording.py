@@ -287,10 +287,14 @@ class Recording:
         known = column_names(kind) if self._manifest.has_expert(split) else COMMON_COLUMNS
         unknown = [name for name in columns or () if name not in known]
         if unknown:
+            other = f"have the text among what is trained on (--data) to record its {unknown[0]}"
+            is_elsewhere = set(unknown) <= set(column_names(kind))
             raise RecordingError(
                 f"the recording {self._folder} has encoding {kind!r} and for {split} no column "
                 f"{', '.join(unknown)}; it has {', '.join(known)}",
-                hint="record again with the encoding that is needed (--encoding)",
+                hint=other
+                if is_elsewhere
+                else "record again with the encoding that is needed (--encoding)",
             )
         return known if columns is None else tuple(columns)
 

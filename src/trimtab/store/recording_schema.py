@@ -206,9 +206,10 @@ class RecordingManifest(Part):
 
     @property
     def bytes_per_token(self) -> float:
-        """Size of all shards, and of what all share, over recorded positions."""
+        """Size of the training text's shards, and of what they share, over its positions."""
         shared = self.files[CODE_NAME].bytes if CODE_NAME in self.files else 0
-        return (shared + sum(shard.bytes for shard in self.shards)) / max(1, self.tokens)
+        size = sum(shard.bytes for shard in self.shards if shard.split == "train")
+        return (shared + size) / max(1, self.splits["train"].tokens)
 
 
 def read_recording_manifest(folder: Path) -> RecordingManifest:

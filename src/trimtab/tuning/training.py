@@ -181,8 +181,8 @@ class Learner:
                 continue
             self._optimiser.state[parameter] = {
                 "step": torch.tensor(float(numbers["step"]), device=parameter.device),
-                "exp_avg": file.get_tensor(f"mean/{name}").to(parameter.device),
-                "exp_avg_sq": file.get_tensor(f"square/{name}").to(parameter.device),
+                "exp_avg": _like(parameter, file.get_tensor(f"mean/{name}")),
+                "exp_avg_sq": _like(parameter, file.get_tensor(f"square/{name}")),
             }
         best = (
             [file.get_tensor(f"best/{n}") for n in self._names] if numbers["held_out_nats"] else []
@@ -209,6 +209,11 @@ class Learner:
     def _parts(self, windows: Windows) -> list[Windows]:
         size = max(1, _LOGIT_ELEMENTS // (windows.token_ids.shape[1] * self._vocab))
         return [windows.rows(slice(n, n + size)) for n in _steps(windows, size)]
+
+
+def _like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Values laid out as a parameter is, which an optimiser's one pass takes for granted."""
+    return torch.empty_like(parameter).copy_(values)
 
 
 def _steps(windows: Windows, size: int) -> range:
