@@ -44,14 +44,23 @@ from trimtab.comparing.split import split_data
 from trimtab.comparing.table import markdown, terminal_table
 from trimtab.comparing.values import MethodResult, Step, TextScore
 from trimtab.comparing.words import verdict
-from trimtab.config import CompareConfig, EvaluateConfig
-from trimtab.costing.flops import lora_params, lora_training_flops
+from trimtab.config import CompareConfig, EvaluateConfig, FitConfig
+from trimtab.costing.flops import (
+    COMPARED,
+    HeadFit,
+    head_fit_flops,
+    hidden_flops,
+    lora_params,
+    lora_training_flops,
+)
 from trimtab.errors import InputError
 from trimtab.evaluate import evaluate
 from trimtab.metrics import Estimate
 from trimtab.report.plots import Point, scatter_svg
+from trimtab.store.recording_schema import read_recording_manifest
 from trimtab.types import Advance, Document
 
+RANK, EPOCHS = (FitConfig.model_fields[name].default for name in ("rank", "epochs"))
 SMALL, HOST = "tiny:llama?hidden=32", "tiny:qwen3?vocab=bpe&hidden=32"
 WORDS = "keel rudder tiller anchor hull mast sail rope winch buoy harbour tide".split()
 CLASSES = {"hull": "keel rudder tiller", "rig": "mast sail rope", "port": "buoy harbour tide"}
@@ -102,6 +111,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompareConfig, Compar
         patch.setenv("TRIMTAB_HOME", str(folder / "home"))
         config = write_data(folder)
         return config, compare(config)
+
+
+def test_each_recorded_token_is_read_by_those_who_are_asked_and_fitted_once(
+    run: tuple[CompareConfig, CompareResult],
+) -> None:
+    config, found = run
+    [path] = config.out.rglob("recording.json")
+    recorded = read_recording_manifest(path.parent)
+    [row] = [row for row in found.rows if row.name == "trimtab"]
+    _, record, fit, _ = row.result.steps
+    shape = shape_of(open_model(SMALL, dtype="float32"))
+    train = recorded.splits["train"].tokens
+    assert recorded.splits["general"].tokens
+    assert record.flops == (recorded.tokens + train) * hidden_flops(shape, 256)
+    head = HeadFit(recorded.tokens, shape.hidden, min(COMPARED, shape.vocab), RANK, EPOCHS)
+    # Said before anything is recorded, from windows and tokens of the host.
+    assert fit.flops == pytest.approx(head_fit_flops(head), rel=0.25)
 
 
 def test_every_method_is_measured_or_says_why_not(
