@@ -157,8 +157,8 @@ def test_a_gguf_file_is_a_small_model_like_any_other(
 def check_recording_of_gguf(recording: Recording, expert: Path, ref: str) -> None:
     assert recording.manifest.base.ref == ref
     pair = open_pair(expert, dtype="float32")
-    rows = recording.read("held_out")
-    for index, document in enumerate(load_documents(expert / "held_out.jsonl")):
+    rows = recording.read("train")
+    for index, document in enumerate(load_documents(expert / "train.jsonl")):
         own = rows["document_index"] == index
         ids = pair.reference.encode(document.text)
         assert rows["token_ids"][own].tolist() == list(ids)
