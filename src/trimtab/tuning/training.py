@@ -18,6 +18,7 @@ from trimtab.errors import InputError, NumericalError
 from trimtab.losses import Loss, masked_cross_entropy_nats
 from trimtab.store.files import writing_atomically
 from trimtab.text.packing import Windows
+from trimtab.tuning.lora_path import LoraPaths
 from trimtab.tuning.schedule import Schedule, one_cycle, step_seed
 from trimtab.types import Advance
 
@@ -75,6 +76,7 @@ class Learner:
         self._loss = loss
         self._vocab = vocab
         self._arithmetic = arithmetic
+        self._paths = LoraPaths(model, arithmetic)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -191,7 +193,7 @@ class Learner:
 
     def _nats(self, windows: Windows, loss: Loss) -> Tensor:
         windows = windows.to(self.device)
-        with self._mixed_precision():
+        with self._mixed_precision(), self._paths.used():
             logits = self._model(
                 input_ids=windows.token_ids, position_ids=windows.position_ids, use_cache=False
             ).logits
