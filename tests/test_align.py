@@ -594,3 +594,14 @@ def test_a_tokenizers_own_space_does_not_shift_the_rest() -> None:
     found = covers_of(b"ab ", encode, Vocabulary(tuple(token_bytes)))
     assert Cover((0,), b" ") in found
     assert {b"".join(token_bytes[t] for t in c.tokens) + c.rest for c in found} == {b" ab "}
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 40.0])
+@pytest.mark.parametrize("start", [b"", b"a"])
+def test_the_likeliest_beyond_a_beginning(start: bytes, spread: float) -> None:
+    texts = [None, *(bytes([97 + n % 3, 97 + n % 5, n]) for n in range(200)), b"a", None]
+    strings = Strings(Vocabulary(tuple(texts)))
+    logprobs = (spread * torch.randn(len(texts), generator=torch.manual_seed(1))).log_softmax(0)
+    among = [n for n, text in enumerate(texts) if text and text.startswith(start) and text != start]
+    wanted = sorted(among, key=lambda n: -float(logprobs[n]))[:20]
+    assert strings.likeliest_beyond(start, logprobs, 20).tolist() == wanted

@@ -118,7 +118,7 @@ def test_a_pass_that_is_broken_off_leaves_nothing_behind(ahead_too: bool, folder
     read(pair, text, caches)
     ahead.logits_after([*text, 20], caches)
     model = (ahead.light if ahead_too else pair.reference).model
-    last = model.base_model.layers[-1]
+    last = model.base_model.layers[-1].mlp.down_proj
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

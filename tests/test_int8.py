@@ -13,7 +13,7 @@ from trimtab.backends.int8 import COLUMNS, Int8Linear, quantise
 def test_a_layer_is_its_rounded_weights(states: int, dtype: torch.dtype, bias: bool) -> None:
     torch.manual_seed(states)
     layer = nn.Linear(3 * COLUMNS, 37, bias=bias).to(dtype)
-    ours = Int8Linear(layer)
+    ours = Int8Linear.of(layer)
     assert ours.weight.dtype is torch.int8
     steps = ours.scales.float()[:, None]
     whole = ours.weight.float() * steps
@@ -34,7 +34,7 @@ def test_a_row_of_zeros_stays_one() -> None:
     layer = nn.Linear(COLUMNS, 2, bias=False)
     with torch.no_grad():
         layer.weight[0] = 0.0
-    found = Int8Linear(layer)(torch.ones(1, COLUMNS))
+    found = Int8Linear.of(layer)(torch.ones(1, COLUMNS))
     assert float(found[0, 0]) == 0.0 and found.isfinite().all()
 
 

@@ -126,25 +126,38 @@ class Alignment:
         known, known_as_other = host_probs * (first >= 0), host_probs * (other >= 0)
         foreign = host_probs * self._is_foreign[token_ids]
         first, other = first.clamp_min(0), other.clamp_min(0)
-        text_mass = probs[..., self.is_text].sum(-1, keepdim=True).clamp_min(1e-30)
-        probs = probs * (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
+        text_mass = (probs @ self._text_ones)[:, None].clamp_min(1e-30)
+        scale = (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
+        # A vocabulary's many unlikely tokens lend nothing: all but these are passed over.
+        likely = torch.nonzero((probs * scale).amax(0) >= LEAST_PROB)[:, 0]
+        lenders = torch.cat([first, other, likely]).unique()
+        first, other = torch.searchsorted(lenders, torch.stack([first, other]))
+        probs = probs[:, lenders] * scale
         mass = torch.zeros_like(probs).index_add(-1, first, known)
         mass = mass.index_add(-1, other, known_as_other)
         carried = foreign.clone()
         for position, shares_of in enumerate(told or ()):
             for token_id, shares in shares_of.items():
-                carried[position] += probs[position, token_id] * shares
-                probs[position, token_id] = 0.0
+                place = int(torch.searchsorted(lenders, token_id))
+                if place < len(lenders) and int(lenders[place]) == token_id:
+                    carried[position] += probs[position, place] * shares
+                    probs[position, place] = 0.0
         lent = probs / mass.clamp_min(1e-30)
         carried += known * lent[:, first] + known_as_other * lent[:, other]
-        return self._with_those_alone(carried, probs * (mass <= 0), token_ids)
+        return self._with_those_alone(carried, probs * (mass <= 0), lenders, token_ids)
 
-    def _with_those_alone(self, carried: Tensor, alone: Tensor, token_ids: Tensor) -> Tensor:
-        """Add what small tokens lend that begin no candidate."""
+    @cached_property
+    def _text_ones(self) -> Tensor:
+        return self.is_text.float()
+
+    def _with_those_alone(
+        self, carried: Tensor, alone: Tensor, small_ids: Tensor, token_ids: Tensor
+    ) -> Tensor:
+        """Add what small tokens lend that begin no candidate, shape [positions, small_ids]."""
         place = torch.full((len(self.host.vocabulary),), -1)
         place[token_ids] = torch.arange(len(token_ids))
         lenders = torch.nonzero((alone >= LEAST_PROB).any(0))[:, 0]
-        takers = self.first_host(lenders)
+        takers = self.first_host(small_ids[lenders])
         takers = torch.where(takers >= 0, place[takers.clamp_min(0)], -1)
         return carried.index_add_(
             -1, takers.clamp_min(0), alone[:, lenders] * (takers >= 0).to(alone.dtype)

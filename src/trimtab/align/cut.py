@@ -59,8 +59,7 @@ class HostCut:
             rest: Bytes of the context that it repeats.
             small: The small model's strings.
         """
-        longer = small.longer_than(rest)
-        asked = longer[logprobs[longer].topk(min(len(longer), ASKED_TOKENS)).indices]
+        asked = small.likeliest_beyond(rest, logprobs, ASKED_TOKENS)
         suffixes = [small.bytes_of(i)[len(rest) :] for i in asked.tolist()]
         shares = torch.tensor([self.share_of(suffix) for suffix in suffixes])
         probs = logprobs[asked].exp()

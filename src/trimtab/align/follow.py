@@ -142,9 +142,10 @@ def _going_on(
 
 def _likeliest(probs: Tensor) -> list[tuple[float, int]]:
     """Probabilities and places of those that are followed."""
-    top = probs.topk(min(len(probs), FOLLOWED_TOKENS))
-    found = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    return [(prob, place) for prob, place in found if prob >= FOLLOWED_SHARE]
+    # Few are left to be sorted, of a vocabulary that takes long.
+    near = torch.nonzero(probs >= FOLLOWED_SHARE)[:, 0]
+    top = probs[near].topk(min(len(near), FOLLOWED_TOKENS))
+    return list(zip(top.values.tolist(), near[top.indices].tolist(), strict=True))
 
 
 def _dealt_out(places: Sequence[int], host_probs: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ KEPT_ANSWERS = 1 << 18
 KEPT_BEGINNINGS = 1 << 12
 """Beginnings whose tokens are kept."""
 
+NEAR_NATS = 14.0
+"""Tokens this far below the likeliest are looked at only where too few others are found."""
+
 MOST_WITHOUT_TEXT = 0.9
 """Where all tokens without text are likelier than this, those of text are summed instead: less
 would be left of one than single precision can tell."""
@@ -87,11 +90,31 @@ class Strings:
                 return math.log1p(-others)
         return float(logprobs[longer].logsumexp(0))
 
+    def likeliest_beyond(self, start: bytes, logprobs: Tensor, count: int) -> Tensor:
+        """Ids of the likeliest tokens that begin with `start` and go beyond it, in their order.
+
+        Args:
+            start: The beginning.
+            logprobs: Of each token, shape [vocab].
+            count: Most tokens.
+        """
+        longer = self.longer_than(start)
+        if not start:
+            # Nearly all tokens are text; those near the likeliest are soon found, and few to sort.
+            near = torch.nonzero(logprobs >= logprobs.max() - NEAR_NATS)[:, 0]
+            near = near[self._is_text[near]]
+            longer = near if len(near) >= count else longer
+        return longer[logprobs[longer].topk(min(len(longer), count)).indices]
+
     @cached_property
-    def _without_text(self) -> Tensor:
+    def _is_text(self) -> Tensor:
         is_text = torch.zeros(len(self.vocabulary), dtype=torch.bool)
         is_text[self.longer_than(b"")] = True
-        return torch.nonzero(~is_text)[:, 0]
+        return is_text
+
+    @cached_property
+    def _without_text(self) -> Tensor:
+        return torch.nonzero(~self._is_text)[:, 0]
 
     def longest_token(self, text: bytes) -> int:
         """The longest token that begins a text; -1 if none does."""

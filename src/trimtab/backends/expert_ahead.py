@@ -10,6 +10,7 @@ from torch import Tensor
 from trimtab.backends.cache_layers import layers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.int8 import quantise
+from trimtab.backends.lean import make_lean
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_expert_line, serves_both
 from trimtab.backends.prefix import common_length
@@ -71,6 +72,7 @@ class ExpertAhead:
             return None
         light = self._pair.expert_copy(torch.bfloat16)
         quantise(light.model.base_model)
+        make_lean(light.model)
         return light if _follows(light, self._pair) else None
 
     def _take(self, tokens: Sequence[int], exact: ModelCache) -> None:

@@ -6,6 +6,7 @@ torchao's weight-only quantisation compiles to; without a compiler torchao multi
 that it first writes out in full.
 """
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -27,20 +28,49 @@ class Int8Linear(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        """Take what has been rounded.
+
+        Args:
+            weight: Whole numbers, shape [outputs, features].
+            scales: What each row is multiplied by, shape [outputs].
+            bias: Shape [outputs], if there is one.
+        """
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+
+    @staticmethod
+    def of(layer: nn.Linear) -> "Int8Linear":
         """Round each row of a layer's weight to 255 steps between its largest values.
 
         Args:
             layer: With `COLUMNS` features, or a multiple; it is left as it is.
         """
-        super().__init__()
         rows = layer.weight.detach().float()
         scales = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
-        self.register_buffer("weight", (rows / scales[:, None]).round().to(torch.int8))
-        self.register_buffer("scales", scales.to(layer.weight.dtype))
         # torch says of a layer without a bias that it has one.
         bias: Any = layer.bias
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        return Int8Linear(
+            (rows / scales[:, None]).round().to(torch.int8),
+            scales.to(layer.weight.dtype),
+            None if bias is None else bias.detach(),
+        )
+
+    @staticmethod
+    def joined(layers: Sequence["Int8Linear"]) -> "Int8Linear":
+        """One in the place of several that read the same states: their outputs in a row.
+
+        Args:
+            layers: All with a bias, or none.
+        """
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return Int8Linear(
+            torch.cat([layer.weight for layer in layers]),
+            torch.cat([layer.scales for layer in layers]),
+            torch.cat(biases) if biases else None,
+        )
 
     def forward(self, states: Tensor) -> Tensor:
         """Apply it, shape [..., features] to [..., outputs]."""
@@ -62,4 +92,4 @@ def quantise(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and child.in_features % COLUMNS == 0:
-                setattr(parent, name, Int8Linear(child))
+                setattr(parent, name, Int8Linear.of(child))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimtab.backends.heads import read_unembedding
 from trimtab.backends.hf import HFModel, ModelFingerprint
+from trimtab.backends.lean import make_lean
 from trimtab.backends.open import is_in_llamacpp, one_device, open_model
 from trimtab.carriers.expert import LoraSwitch, attach_lora
 from trimtab.config import Dtype
@@ -228,7 +229,9 @@ def open_pair_from(
         device_map=device_map or one_device(),
         progress=progress,
     )
-    return Pair(reference, attach_lora(reference.model, lora_folder))
+    switch = attach_lora(reference.model, lora_folder)
+    make_lean(reference.model)
+    return Pair(reference, switch)
 
 
 def open_checked(

@@ -73,12 +73,12 @@ def _forward(layer: Any, arithmetic: torch.dtype) -> Any:
 def _applied(
     states: Tensor, *, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
 ) -> Tensor:
-    result: Any = _Path.apply(states, weight, bias, down, up, scale)
-    return result
+    result: Any = _Path.apply(states, weight, down, up, scale)
+    return result if bias is None else result + bias
 
 
 class _Path(torch.autograd.Function):
-    """states @ weight.T + bias + scale * (states @ down.T) @ up.T, gradients of all but the base.
+    """states @ weight.T + scale * (states @ down.T) @ up.T, gradients of all but the base.
 
     Shapes: states [..., in], weight [out, in], down [rank, in], up [out, rank].
     """
@@ -88,7 +88,6 @@ class _Path(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
         down: Tensor,
         up: Tensor,
         scale: float,
@@ -96,8 +95,7 @@ class _Path(torch.autograd.Function):
         flat = states.reshape(-1, states.shape[-1]).to(weight.dtype)
         own_down, own_up = down.to(weight.dtype), up.to(weight.dtype)
         low = flat @ own_down.T
-        out = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
-        out.addmm_(low, own_up.T, alpha=scale)
+        out = (flat @ weight.T).addmm_(low, own_up.T, alpha=scale)
         ctx.save_for_backward(flat, low, weight, own_down, own_up)
         ctx.scale, ctx.shape = scale, states.shape
         ctx.dtypes = states.dtype, down.dtype, up.dtype
@@ -114,4 +112,4 @@ class _Path(torch.autograd.Function):
         to_states = None
         if ctx.needs_input_grad[0]:
             to_states = (gradient @ weight).addmm_(to_low, down).view(ctx.shape).to(of_states)
-        return to_states, None, None, to_down, to_up, None
+        return to_states, None, to_down, to_up, None
