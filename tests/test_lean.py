@@ -1,10 +1,13 @@
 """Short passes in fewer operations give transformers' own states, whatever the mask and cache."""
 
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -22,6 +25,8 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.int8 import quantise
 from trimtab.backends.lean import make_lean
 from trimtab.backends.open import open_model
+from trimtab.backends.pair import open_pair_from
+from trimtab.backends.pair_passes import prepare
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_line, run_trees
 
 SIZES: dict[str, Any] = {
@@ -103,6 +108,23 @@ def test_other_calls_go_on_as_before() -> None:
     assert torch.equal(found.logits, expected.logits)
     assert len(found.hidden_states) == len(expected.hidden_states)
     assert torch.equal(model(ids, use_cache=True).logits, expected.logits)
+
+
+def test_a_pair_in_bfloat16_is_prepared_once(tmp_path: Path) -> None:
+    ref = "tiny:llama?seed=3"
+    base = open_model(ref, dtype="float32")
+    with warnings.catch_warnings(action="ignore"):
+        get_peft_model(
+            base.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        ).save_pretrained(tmp_path)
+    fingerprint = open_model(ref, dtype="float32").fingerprint
+    pair = open_pair_from(ref, tmp_path, fingerprint=fingerprint, dtype="bfloat16")
+    trunk = pair.reference.model.base_model
+    assert "forward" not in vars(trunk)
+    prepare(pair)
+    lean = vars(trunk)["forward"]
+    prepare(pair)
+    assert vars(trunk)["forward"] is lean
 
 
 def test_other_families_are_left_alone() -> None:

@@ -49,7 +49,7 @@ OUT = Path("build/demo")
 CACHE = Path("build/cache")
 TEXTS = Path("build/texts")
 
-CHOICE = corpus.Choice(seed=0, test_files=16, train_bytes=55_000)
+CHOICE = corpus.Choice(seed=0, test_files=16, train_bytes=40_000)
 EVALUATED_TOKENS = 4_096
 """Host tokens of held-out text, so that the demo ends within minutes on two slow cores."""
 DOCUMENT_TOKENS = 256

@@ -24,7 +24,7 @@ from trimtab.backends.base import GivesStrings
 from trimtab.backends.expert_ahead import ExpertAhead
 from trimtab.backends.one_vocabulary import is_one_vocabulary, reads_host_tokens, score_same
 from trimtab.backends.pair import Pair, PairStates
-from trimtab.backends.pair_passes import run_pair, states_after
+from trimtab.backends.pair_passes import prepare, run_pair, states_after
 from trimtab.backends.reading import (
     WHO,
     LiveReading,
@@ -39,7 +39,6 @@ from trimtab.backends.reading import (
     logits_of_both,
 )
 from trimtab.backends.token_tree import TokenTree
-from trimtab.backends.tree_check import check_tree
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
 from trimtab.errors import ModelError
@@ -73,7 +72,7 @@ class Live:
         Raises:
             ModelError: The small model is of a family that cannot read texts as a tree.
         """
-        check_tree(pair.reference)
+        prepare(pair)
         self._pair = pair
         self.draft_tokens = draft_tokens
         self._rows: dict[int, PairCaches] = {}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from trimtab.backends.heads import read_unembedding
 from trimtab.backends.hf import HFModel, ModelFingerprint
-from trimtab.backends.lean import make_lean
 from trimtab.backends.open import is_in_llamacpp, one_device, open_model
 from trimtab.carriers.expert import LoraSwitch, attach_lora
 from trimtab.config import Dtype
@@ -39,6 +38,7 @@ class Pair:
 
     Attributes:
         serves_both: Whether one pass can serve both models; None until `pair_passes` has tried.
+        reads_trees: Whether `pair_passes` has seen that the reference reads texts as trees.
     """
 
     def __init__(self, reference: HFModel, expert: HFModel | LoraSwitch) -> None:
@@ -51,6 +51,7 @@ class Pair:
         self._switch = expert if isinstance(expert, LoraSwitch) else None
         self._expert = reference if isinstance(expert, LoraSwitch) else expert
         self.serves_both: bool | None = None
+        self.reads_trees = False
         if self._expert.vocabulary.sha256 != reference.vocabulary.sha256:
             raise ModelError(
                 f"{self._expert.ref} and {reference.ref} have different vocabularies",
@@ -229,9 +230,7 @@ def open_pair_from(
         device_map=device_map or one_device(),
         progress=progress,
     )
-    switch = attach_lora(reference.model, lora_folder)
-    make_lean(reference.model)
-    return Pair(reference, switch)
+    return Pair(reference, attach_lora(reference.model, lora_folder))
 
 
 def open_checked(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trimtab.backends.lean import make_lean
 from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.reading import LiveReading, PairCaches
 from trimtab.backends.token_tree import (
@@ -21,7 +22,7 @@ from trimtab.backends.token_tree import (
     run_tree,
     run_trees,
 )
-from trimtab.backends.tree_check import PROBE, is_near
+from trimtab.backends.tree_check import PROBE, check_tree, is_near
 from trimtab.errors import TrimtabError
 
 Trees = Sequence[tuple[TokenTree, PairCaches]]
@@ -135,6 +136,22 @@ def serves_both(pair: Pair) -> bool:
     if pair.serves_both is None:
         pair.serves_both = pair.shares_weights and _agrees(pair)
     return pair.serves_both
+
+
+def prepare(pair: Pair) -> None:
+    """Make sure, once for a pair, that it reads texts as trees, and let it do so quickly.
+
+    Raises:
+        ModelError: It cannot: see `check_tree`.
+    """
+    if pair.reads_trees:
+        return
+    check_tree(pair.reference)
+    # In this order: both checks compare a model with itself up to rounding, and in bfloat16 other
+    # operations round otherwise by more than they allow.
+    if serves_both(pair):
+        make_lean(pair.reference.model)
+    pair.reads_trees = True
 
 
 def _agrees(pair: Pair) -> bool:
