@@ -24,7 +24,7 @@ from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import serves_both
 from trimtab.carriers.expert import attach_lora
-from trimtab.steering.drafting import Drafter
+from trimtab.steering.drafting import Drafter, Written
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Rows, Steering
 from trimtab.steering.processor import steered_by
@@ -127,6 +127,20 @@ def test_greedy_is_plain_greedy(family: str, small: str) -> None:
         ours = written(host, pair, 5)
     assert assert_same(plain, ours, ids_of(host).shape[1]) >= 12
     assert max(read[1:]) > 1
+
+
+@pytest.mark.parametrize("small", [SMALL, BYTES, HOST])
+def test_what_a_text_repeats_is_drafted_without_the_expert(small: str, host: HFModel) -> None:
+    live = Live(sure_pair(small), host, draft_tokens=6)
+    line = "Haul in the sheet, ease the helm."
+    context = line + line[:20]
+    draft = Drafter(live, host).draft(
+        Written(context.encode(), host.encode(context), None), 4, lambda _ids, _logits: (0, None)
+    )
+    said = b"".join(host.vocabulary.token_bytes[i] or b"" for i in draft.token_ids)
+    assert len(draft) == 4 and line[20:].encode().startswith(said) and len(said) > 0
+    assert draft.proposals == [None] * 4
+    assert not live.caches(0).both.tokens and not live.caches(0).expert.tokens
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")

@@ -11,12 +11,16 @@ from trimtab.align.covers import covers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.steering.evidence import readable
+from trimtab.steering.repeats import Repeats
 
 UNLIKELY = 0.3
 """The expert stops where it finds all that it has drafted less likely than this."""
 
 _SLACK = 8
 """Tokens by which some way to read a drafted text may exceed the draft."""
+
+REPEATED_BYTES = 8
+"""Bytes that are looked up for each token of a draft: more than most tokens have."""
 
 Propose = Callable[[Sequence[int], Tensor], tuple[int, Tensor | None]]
 """From the tokens drafted so far and the expert's logits over the host's tokens, shape [vocab], to
@@ -63,6 +67,7 @@ class Drafter:
         """Begin with drafts of full length."""
         self._live = live
         self._host = host
+        self._repeats = Repeats()
         small, ends = live.pair.vocabulary.token_bytes, host.end_ids
         self._may_follow = torch.tensor(
             [
@@ -80,6 +85,8 @@ class Drafter:
             propose: Chooses tokens, where host and expert have one vocabulary. Elsewhere the
                 expert's likeliest bytes are drafted, and stand as the host's tokenizer cuts them.
         """
+        if repeated := self._repeated(written, room):
+            return repeated
         start = self._live.pair.reference.context_ids() if written.start is None else written.start
         if self._live.is_one_vocabulary:
             line = [*start, *written.host_ids]
@@ -87,6 +94,16 @@ class Drafter:
         text = text_ahead(self._live, written, room)
         ids = self._host.encode_following(text)[:room]
         return Draft(list(ids), [None] * len(ids))
+
+    def _repeated(self, written: Written, room: int) -> Draft | None:
+        """A draft of what the text has gone on with before, which no model is asked for."""
+        most = min(room, self._live.draft_tokens)
+        longest = self._live.pair.reference.max_tokens
+        # No text has more tokens than bytes.
+        left = longest is None or len(written.context) + REPEATED_BYTES * most < longest
+        text = self._repeats.after(written.context, REPEATED_BYTES * most) if left else ""
+        ids = self._host.encode_following(text)[: max(most, 0)]
+        return Draft(list(ids), [None] * len(ids)) if ids else None
 
     def _of_tokens(self, line: Sequence[int], most: int, propose: Propose) -> Draft:
         draft, sure = Draft(), 1.0
