@@ -44,3 +44,18 @@ def test_layers_that_do_not_fit_stay_as_they_are() -> None:
     quantise(model)
     assert isinstance(model[0][0], Int8Linear) and model[1] is odd
     assert model(torch.randn(2, COLUMNS)).shape == (2, 4)
+
+
+def test_layers_joined_are_those_in_a_row_and_share_their_weights() -> None:
+    torch.manual_seed(0)
+    layers = [Int8Linear.of(nn.Linear(COLUMNS, size).bfloat16()) for size in (5, 3)]
+    states = torch.randn(2, COLUMNS).bfloat16()
+    expected = [layer(states) for layer in layers]
+    joined = Int8Linear.joined(layers)
+    for found in (joined(states).split([5, 3], -1), [layer(states) for layer in layers]):
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    storages = {layer.weight.untyped_storage().data_ptr() for layer in (*layers, joined)}
+    assert len(storages) == 1
+    plain = Int8Linear.of(nn.Linear(COLUMNS, 4, bias=False).bfloat16())
+    with pytest.raises(ValueError, match="1 of 2 layers"):
+        Int8Linear.joined([layers[0], plain])

@@ -82,11 +82,12 @@ def states(model: HFModel, copies: int) -> list[Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_states_are_transformers_own(name: str, copies: int) -> None:
     wrapped, model = opened(MODELS[name])
+    model.double()
     expected = states(wrapped, copies)
     assert make_lean(model)
     assert "forward" in vars(model.base_model)
     for found, known in zip(states(wrapped, copies), expected, strict=True):
-        torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, known, rtol=1e-6, atol=1e-6)
 
 
 def test_weights_of_one_byte_are_multiplied_together() -> None:

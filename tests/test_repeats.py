@@ -36,24 +36,40 @@ def test_a_character_is_not_drafted_without_its_beginning() -> None:
     assert Repeats().after(word + b"!" + word[:-2], 2) == "ü"
 
 
+def drafted(repeats: Repeats, context: bytes, most_bytes: int) -> str:
+    """A draft of two pieces, the first of them a space and what is after it."""
+    text = repeats.after(context, most_bytes)
+    raw = text.encode()
+    repeats.expect(len(context), [piece for piece in (raw[:2], raw[2:]) if piece])
+    return text
+
+
 def test_a_wrong_draft_asks_for_twice_the_agreement() -> None:
-    repeats, context = Repeats(), LINE[:20] + b"A" + LINE[:20]
-    assert repeats.after(context, 1) == "A"
-    assert repeats.after(context + b"B" + LINE[:20], 4) == ""
-    longer = LINE[:20] + b"B" + LINE[:20] + b"B" + LINE[:20]
-    assert repeats.after(context + b"B" + longer, 1) == "B"
+    repeats, context = Repeats(), LINE[:20] + b" A" + LINE[:20]
+    assert drafted(repeats, context, 2) == " A"
+    longer = context + b" B" + LINE[:20]
+    assert drafted(repeats, longer, 4) == "", "its first byte alone was right"
+    assert drafted(repeats, longer + b" B" + LINE[:20] + b" B" + LINE[:20], 2) == " B"
 
 
 def test_agreement_has_bounds() -> None:
     repeats, context, new = Repeats(), LINE * 6, b"x" + LINE[-LEAST_BYTES - 2 :]
     for _ in range(6):
-        assert repeats.after(context, 4), "six lines agree in more than the most"
+        assert drafted(repeats, context, 4), "six lines agree in more than the most"
         context += b"~" + LINE * 6
     assert len(LINE * 6) > MOST_BYTES
     assert Repeats().after(context + new, 4)
-    assert not repeats.after(context + new, 4), "it was wrong six times"
+    assert not drafted(repeats, context + new, 4), "it was wrong six times"
     context += new
     for _ in range(6):
         context += LINE * 6
-        assert repeats.after(context, 4)
+        assert drafted(repeats, context, 4)
     assert repeats.after(context + new, 4), "and right five times"
+
+
+def test_what_came_in_part_changes_nothing() -> None:
+    repeats, context = Repeats(), LINE * 6
+    assert drafted(repeats, context, 4) == "    "
+    context += b"  ~" + LINE
+    assert drafted(repeats, context, 4)
+    assert repeats.after(LINE[:20] + b"A" + LINE[:20], 1) == "A"

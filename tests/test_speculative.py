@@ -143,6 +143,37 @@ def test_what_a_text_repeats_is_drafted_without_the_expert(small: str, host: HFM
     assert not live.caches(0).both.tokens and not live.caches(0).expert.tokens
 
 
+@pytest.mark.parametrize("small", [SMALL, BYTES, HOST])
+def test_no_draft_is_longer_than_the_small_models_read(small: str, host: HFModel) -> None:
+    live = Live(sure_pair(small), host, draft_tokens=6)
+    longest = live.pair.reference.max_tokens
+    assert longest is not None
+    line = "Haul in the sheet, ease the helm."
+    context = line + line[:20]
+    chat = [5] * (longest - len(context) - 2)
+    answer = Written(context.encode(), host.encode(context), chat)
+    draft = Drafter(live, host).draft(answer, 4, lambda _ids, _logits: (9, None))
+    texts = [host.vocabulary.token_bytes[i] or b"" for i in draft.token_ids]
+    read = context.encode() + b"".join(texts)
+    live.read([read], start=chat, host_ids=[host.encode(read.decode())])
+
+
+def test_a_chat_repeats_what_it_answers(host: HFModel) -> None:
+    live = Live(sure_pair(SMALL), host, draft_tokens=6)
+    said = b"Ease the helm, and haul in the sheet."
+    answer = "Ease the helm, and"
+    ids = host.encode(answer)
+    with_message, without = (
+        Drafter(live, host).draft(
+            Written(answer.encode(), ids, [5, 6], text), 4, lambda _ids, _logits: (9, None)
+        )
+        for text in (said, b"")
+    )
+    spelled = b"".join(host.vocabulary.token_bytes[i] or b"" for i in with_message.token_ids)
+    assert spelled and said[len(answer) :].startswith(spelled)
+    assert with_message.token_ids != without.token_ids
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 @pytest.mark.parametrize("small", [SMALL, BYTES])
 def test_a_copy_of_the_expert_drafts_what_the_expert_then_decides(

@@ -126,10 +126,10 @@ class Alignment:
         known, known_as_other = host_probs * (first >= 0), host_probs * (other >= 0)
         foreign = host_probs * self._is_foreign[token_ids]
         first, other = first.clamp_min(0), other.clamp_min(0)
-        text_mass = (probs @ self._text_ones)[:, None].clamp_min(1e-30)
+        text_mass = (probs @ self._text_ones.to(probs.dtype))[:, None].clamp_min(1e-30)
         scale = (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
         # A vocabulary's many unlikely tokens lend nothing: all but these are passed over.
-        likely = torch.nonzero((probs * scale).amax(0) >= LEAST_PROB)[:, 0]
+        likely = torch.nonzero((probs * scale >= LEAST_PROB).any(0))[:, 0]
         lenders = torch.cat([first, other, likely]).unique()
         first, other = torch.searchsorted(lenders, torch.stack([first, other]))
         probs = probs[:, lenders] * scale

@@ -16,10 +16,7 @@ from trimtab.backends.pair_passes import run_expert_line, serves_both
 from trimtab.backends.prefix import common_length
 from trimtab.backends.reading import PairCaches
 from trimtab.backends.token_tree import ModelCache, run_line
-from trimtab.backends.tree_check import PROBE
-
-FAR = 0.25
-"""Share of the largest state by which a copy's may differ: rounding stays far below."""
+from trimtab.backends.tree_check import PROBE, is_about
 
 FEW_UNREAD = 8
 """Tokens that a copy reads at most: a processor multiplies many states with its small numbers more
@@ -104,4 +101,4 @@ def _follows(light: HFModel, pair: Pair) -> bool:
         # Families that mix their weights with numbers of another size.
         return False
     exact = run_expert_line(pair, PROBE, PairCaches())
-    return float((ours - exact).abs().max()) <= FAR * float(exact.abs().max())
+    return is_about(ours, exact)

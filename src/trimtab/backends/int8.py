@@ -63,14 +63,18 @@ class Int8Linear(nn.Module):
         """One in the place of several that read the same states: their outputs in a row.
 
         Args:
-            layers: All with a bias, or none.
+            layers: All with a bias, or none; their weights become parts of the one's.
         """
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        return Int8Linear(
-            torch.cat([layer.weight for layer in layers]),
-            torch.cat([layer.scales for layer in layers]),
-            torch.cat(biases) if biases else None,
-        )
+        if len(biases) not in (0, len(layers)):
+            raise ValueError(f"{len(biases)} of {len(layers)} layers have a bias")
+        weight = torch.cat([layer.weight for layer in layers])
+        scales = torch.cat([layer.scales for layer in layers])
+        sizes = [len(layer.weight) for layer in layers]
+        parts = zip(layers, weight.split(sizes), scales.split(sizes), strict=True)
+        for layer, own_weight, own_scales in parts:
+            layer.weight, layer.scales = own_weight, own_scales
+        return Int8Linear(weight, scales, torch.cat(biases) if biases else None)
 
     def forward(self, states: Tensor) -> Tensor:
         """Apply it, shape [..., features] to [..., outputs]."""

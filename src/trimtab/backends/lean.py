@@ -29,26 +29,31 @@ def make_lean(model: PreTrainedModel) -> bool:
     up to rounding. Layers with weights of one byte that read the same states become one.
 
     Args:
-        model: A copy of this program's own; its trunk is changed in place.
+        model: One of this program's own, on a processor: elsewhere a mask and shared keys lead
+            PyTorch's attention to a slower way. Its trunk is changed in place.
 
     Returns:
         Whether it is of a kind that this can do; others are left as they are.
     """
     trunk: Any = model.base_model
+    if type(trunk) not in LEAN or trunk.device.type != "cpu":
+        return False
     # Layers on several devices have hooks that move what they are given.
-    if type(trunk) not in LEAN or any(hasattr(module, "_hf_hook") for module in trunk.modules()):
+    if any(hasattr(module, "_hf_hook") for module in trunk.modules()):
         return False
     layers = [_LeanLayer(layer) for layer in trunk.layers]
     vars(trunk)["forward"] = partial(_forward, trunk, type(trunk).forward, layers)
     return True
 
 
-def _forward(trunk: Any, usual: Any, layers: Sequence["_LeanLayer"], **given: Any) -> Any:
+def _forward(
+    trunk: Any, usual: Any, layers: Sequence["_LeanLayer"], *args: Any, **given: Any
+) -> Any:
     mask: Any = given.get("attention_mask")
     cache: Any = given.get("past_key_values")
-    is_short = given.keys() == _TAKEN and isinstance(cache, Cache) and mask is not None
-    if not is_short or torch.is_grad_enabled():
-        return usual(trunk, **given)
+    is_taken = not args and given.keys() == _TAKEN and isinstance(cache, Cache)
+    if not is_taken or mask is None or torch.is_grad_enabled():
+        return usual(trunk, *args, **given)
     states = trunk.embed_tokens(given["input_ids"])
     cos, sin = trunk.rotary_emb(states, given["position_ids"])
     # rotate_half(x) is x rolled by half its size, the first half of it with the sign changed.
@@ -120,8 +125,8 @@ class _Together:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         small = [layer for layer in layers if isinstance(layer, Int8Linear)]
         self._layers = layers
-        self._one = Int8Linear.joined(small) if len(small) == len(layers) else None
         self._sizes = [len(layer.weight) for layer in small]
+        self._one = Int8Linear.joined(small) if len(small) == len(layers) else None
 
     def __call__(self, states: Tensor) -> Sequence[Tensor]:
         if self._one is None:

@@ -33,8 +33,9 @@ class Pair:
     """A reference and its expert over one vocabulary.
 
     A LoRA expert lives inside the reference's own model, switched off, so that `reference` is
-    the base bit for bit except inside `as_expert` and `as_both`. Calls from several threads are
-    not covered.
+    the base bit for bit except inside `as_expert` and `as_both`; its passes with a cache are the
+    base's up to rounding, once `pair_passes.prepare` has made them lean. Calls from several
+    threads are not covered.
 
     Attributes:
         serves_both: Whether one pass can serve both models; None until `pair_passes` has tried.

@@ -22,7 +22,7 @@ from trimtab.backends.token_tree import (
     run_tree,
     run_trees,
 )
-from trimtab.backends.tree_check import PROBE, check_tree, is_near
+from trimtab.backends.tree_check import PROBE, check_tree, is_about, is_near
 from trimtab.errors import TrimtabError
 
 Trees = Sequence[tuple[TokenTree, PairCaches]]
@@ -149,9 +149,22 @@ def prepare(pair: Pair) -> None:
     check_tree(pair.reference)
     # In this order: both checks compare a model with itself up to rounding, and in bfloat16 other
     # operations round otherwise by more than they allow.
-    if serves_both(pair):
-        make_lean(pair.reference.model)
+    both = serves_both(pair)
     pair.reads_trees = True
+    if both:
+        _make_lean(pair)
+
+
+def _make_lean(pair: Pair) -> None:
+    """Let passes of the reference and of both take fewer operations, if these do the same."""
+    tree = TokenTree()
+    tree.add(PROBE)
+    usual = run_tree(pair.reference, tree, ModelCache())
+    if not make_lean(pair.reference.model):
+        return
+    lean = run_tree(pair.reference, tree, ModelCache())
+    if not is_about(lean, usual):
+        vars(pair.reference.model.base_model).pop("forward")
 
 
 def _agrees(pair: Pair) -> bool:

@@ -367,5 +367,6 @@ def _masks(model: HFModel, visible: Tensor, copies: int) -> Tensor | dict[str, T
 
 def _added(model: HFModel, visible: Tensor, copies: int) -> Tensor:
     dtype = model.model.dtype
-    mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+    mask = torch.zeros(visible.shape, dtype=dtype)
+    mask.masked_fill_(~visible, torch.finfo(dtype).min)
     return mask.to(model.device).expand(copies, 1, -1, -1)

@@ -50,6 +50,15 @@ def is_near(ours: Tensor, plain: Tensor) -> bool:
     return float((ours - plain).abs().max()) <= tolerance
 
 
+FAR = 0.25
+"""Share of the largest state by which other arithmetic may differ: rounding stays far below."""
+
+
+def is_about(ours: Tensor, exact: Tensor) -> bool:
+    """Whether states of other arithmetic, such as smaller numbers, are what they should be."""
+    return float((ours - exact).abs().max()) <= FAR * float(exact.abs().max())
+
+
 def _reads_no_tree(model: HFModel) -> ModelError:
     return ModelError(
         f"{model.ref} ({type(model.model).__name__}) cannot read several texts as one tree, so it"

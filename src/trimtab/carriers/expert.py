@@ -211,7 +211,8 @@ def _path(layer: LoraLinear) -> tuple[LoraLinear, Tensor, Tensor]:
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(down, Tensor) and isinstance(up, Tensor)
     # A processor starts a small product of float32 in a sixth of the time of one of bfloat16.
-    dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+    on_cpu = weight.device.type == "cpu"
+    dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else weight.dtype
     with torch.no_grad():
         down = down.T.to(weight.device, dtype)
         up = (layer.scaling[name] * up).T.to(weight.device, dtype)

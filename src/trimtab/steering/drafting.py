@@ -1,4 +1,4 @@
-"""What an expert drafts for its host to verify, and how far ahead it does."""
+"""Drafts for a host to verify: what the text repeats, or what the expert expects of it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trimtab.align.covers import covers_of
+from trimtab.align.covers import Cover, covers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.steering.evidence import readable
@@ -52,16 +52,18 @@ class Written:
         context: All bytes before the next token; in a chat, of the answer.
         host_ids: The host's tokens of that text.
         start: What the small models read before it (default: what they expect before any text).
+        said: What the text answers, as bytes, in a chat.
     """
 
     context: bytes
     host_ids: Sequence[int]
     start: Sequence[int] | None
+    said: bytes = b""
 
 
 @final
 class Drafter:
-    """Lets the expert write ahead of its host."""
+    """Writes ahead of a host: as the text went on before, or else as the expert would."""
 
     def __init__(self, live: Live, host: HFModel) -> None:
         """Begin with drafts of full length."""
@@ -85,25 +87,29 @@ class Drafter:
             propose: Chooses tokens, where host and expert have one vocabulary. Elsewhere the
                 expert's likeliest bytes are drafted, and stand as the host's tokenizer cuts them.
         """
-        if repeated := self._repeated(written, room):
+        own = _own_cover(self._live, written)
+        line = [*_start(self._live, written), *own.tokens]
+        if repeated := self._repeated(written, line, room):
             return repeated
-        start = self._live.pair.reference.context_ids() if written.start is None else written.start
         if self._live.is_one_vocabulary:
-            line = [*start, *written.host_ids]
             return self._of_tokens(line, _most(self._live, line, room), propose)
-        text = text_ahead(self._live, written, room)
-        ids = self._host.encode_following(text)[:room]
+        return self._of_text(_text_after(self._live, line, room) if not own.rest else "", room)
+
+    def _of_text(self, text: str, most: int) -> Draft:
+        ids = self._host.encode_following(text)[:most] if most > 0 else []
         return Draft(list(ids), [None] * len(ids))
 
-    def _repeated(self, written: Written, room: int) -> Draft | None:
+    def _repeated(self, written: Written, line: Sequence[int], room: int) -> Draft:
         """A draft of what the text has gone on with before, which no model is asked for."""
-        most = min(room, self._live.draft_tokens)
-        longest = self._live.pair.reference.max_tokens
+        most, whole = min(room, self._live.draft_tokens), written.said + written.context
+        most_bytes = REPEATED_BYTES * most
         # No text has more tokens than bytes.
-        left = longest is None or len(written.context) + REPEATED_BYTES * most < longest
-        text = self._repeats.after(written.context, REPEATED_BYTES * most) if left else ""
-        ids = self._host.encode_following(text)[: max(most, 0)]
-        return Draft(list(ids), [None] * len(ids)) if ids else None
+        if most <= 0 or not _has_room(self._live, line, most_bytes):
+            return Draft()
+        draft = self._of_text(self._repeats.after(whole, most_bytes), most)
+        spelled = self._host.vocabulary.token_bytes
+        self._repeats.expect(len(whole), [spelled[i] or b"" for i in draft.token_ids])
+        return draft
 
     def _of_tokens(self, line: Sequence[int], most: int, propose: Propose) -> Draft:
         draft, sure = Draft(), 1.0
@@ -132,14 +138,24 @@ def text_ahead(live: Live, written: Written, room: int) -> str:
     Returns:
         Whole characters; nothing where the text so far ends inside one.
     """
-    start = live.pair.reference.context_ids() if written.start is None else written.start
-    encode = live.pair.reference.encode
-    if written.start is not None:
-        encode = live.pair.reference.encode_following
-    own = covers_of(readable(written.context), encode, live.pair.vocabulary)[0]
-    line = [*start, *own.tokens]
-    if own.rest:
-        return ""
+    own = _own_cover(live, written)
+    return "" if own.rest else _text_after(live, [*_start(live, written), *own.tokens], room)
+
+
+def _start(live: Live, written: Written) -> Sequence[int]:
+    return live.pair.reference.context_ids() if written.start is None else written.start
+
+
+def _own_cover(live: Live, written: Written) -> Cover:
+    """A text as the small models' tokenizer cuts it."""
+    if live.is_one_vocabulary:
+        return Cover(tuple(written.host_ids), b"")
+    reference = live.pair.reference
+    encode = reference.encode if written.start is None else reference.encode_following
+    return covers_of(readable(written.context), encode, live.pair.vocabulary)[0]
+
+
+def _text_after(live: Live, line: Sequence[int], room: int) -> str:
     token_bytes, tokens, sure = live.pair.vocabulary.token_bytes, [], 1.0
     for logits in _ahead(live, line, tokens, _most(live, line, room)):
         token_id = int(logits.argmax())
@@ -154,10 +170,20 @@ def text_ahead(live: Live, written: Written, room: int) -> str:
 
 
 def _most(live: Live, line: Sequence[int], room: int) -> int:
+    left = _left(live, line)
+    return min(live.draft_tokens, room, room if left is None else left) if line else 0
+
+
+def _has_room(live: Live, line: Sequence[int], tokens: int) -> bool:
+    left = _left(live, line)
+    return left is None or tokens <= left
+
+
+def _left(live: Live, line: Sequence[int]) -> int | None:
+    """Tokens that the small models can read after a line, where there is a bound."""
     longest = live.pair.reference.max_tokens
     slack = 0 if live.is_one_vocabulary else _SLACK
-    left = room if longest is None else longest - len(line) - slack
-    return min(live.draft_tokens, room, left) if line else 0
+    return None if longest is None else longest - len(line) - slack
 
 
 def _ahead(live: Live, line: Sequence[int], drafted: list[int], most: int) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 Prompt lookup decoding (Saxena 2023; transformers' `prompt_lookup_num_tokens`), on bytes.
 """
 
+from collections.abc import Sequence
 from typing import final
 
 LEAST_BYTES, MOST_BYTES = 16, 128
@@ -16,7 +17,7 @@ class Repeats:
     def __init__(self) -> None:
         """Begin with the least agreement."""
         self._least = LEAST_BYTES
-        self._drafted = (0, b"")
+        self._expected: tuple[int, Sequence[bytes]] = (0, ())
 
     def after(self, context: bytes, most_bytes: int) -> str:
         """What may follow: what did at the last place that ends alike, if there is one.
@@ -31,18 +32,26 @@ class Repeats:
         text = (found * (most_bytes // max(len(found), 1) + 1))[:most_bytes]
         # A character's later bytes are not drafted without its first.
         text = b"" if text[:1] and 0x80 <= text[0] < 0xC0 else text
-        self._drafted = (len(context), text)
         return text.decode("utf-8", "ignore")
 
+    def expect(self, place: int, pieces: Sequence[bytes]) -> None:
+        """Say what was drafted, to learn from what comes.
+
+        Args:
+            place: Bytes of the text before it.
+            pieces: The bytes of each token of the draft; none where nothing was drafted.
+        """
+        self._expected = (place, pieces)
+
     def _learn(self, context: bytes) -> None:
-        """Ask for twice the agreement where nothing came as drafted, for half where all did."""
-        start, drafted = self._drafted
-        came = context[start:]
-        if not drafted or not came:
+        """Ask for twice the agreement where no token came as drafted, for half where all did."""
+        place, pieces = self._expected
+        came = context[place:]
+        if not pieces or not came:
             return
-        if came[0] != drafted[0]:
+        if not came.startswith(pieces[0]):
             self._least = min(2 * self._least, MOST_BYTES)
-        elif came.startswith(drafted) or drafted.startswith(came):
+        elif came.startswith(b"".join(pieces)):
             self._least = max(self._least // 2, LEAST_BYTES)
 
 

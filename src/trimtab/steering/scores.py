@@ -119,15 +119,13 @@ class SteeringProcessor(LogitsProcessor):
         ends = range(len(row) - len(scores) + 1, len(row) + 1)
         each = [self._written(row, text, end) for end in ends]
         questions = self._ask_block(each, [last_text(row, text, end) for end in ends])
-        message = self._chats[0].message if self._chats else range(0)
-        said = text_before(text[message.start : message.stop])
         places = zip(scores.split(1), states.split(1), each, questions, strict=True)
         # One by one: rows that are asked together share their candidates.
         return (
             one
             if self._is_forced(one)
             else self._mixture.logprobs(
-                Rows(one.float(), state, (said + place.context,), question), weights
+                Rows(one.float(), state, (place.said + place.context,), question), weights
             )
             for one, state, place, question in places
         )
@@ -141,7 +139,9 @@ class SteeringProcessor(LogitsProcessor):
         start = self._prompt_tokens if self._chats else 0
         ids = text_ids(row, text, start, end)
         small = self._chats[0].small_ids if self._chats else None
-        return Written(text_before(text[start:end]), ids, small)
+        message = self._chats[0].message if self._chats else range(0)
+        said = text_before(text[message.start : message.stop])
+        return Written(text_before(text[start:end]), ids, small, said)
 
     def _is_forced(self, scores: Tensor) -> bool:
         """Whether there is nothing to steer: a token that is no text is forced, in all rows.

@@ -34,18 +34,23 @@ class LoraPaths:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Let the layers be computed so inside the context; gradients also flow after it."""
-        for layer, forward in self._forwards:
-            vars(layer)["forward"] = forward
+        """Let the layers be computed so inside the context; gradients also flow after it.
+
+        Not with gradient checkpointing, which would compute them again outside it.
+        """
         try:
+            for layer, forward in self._forwards:
+                vars(layer)["forward"] = forward
             yield
         finally:
             for layer, _ in self._forwards:
-                del vars(layer)["forward"]
+                vars(layer).pop("forward", None)
 
 
 def _is_plain(layer: nn.Module) -> bool:
     if not isinstance(layer, LoraLinear) or type(layer.get_base_layer()) is not nn.Linear:
+        return False
+    if "forward" in vars(layer):
         return False
     base, dropouts = layer.get_base_layer(), layer.lora_dropout.values()
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
