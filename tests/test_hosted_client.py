@@ -115,6 +115,18 @@ def test_failures_that_pass_are_waited_for(called: Called, served: tuple[str, Sc
     assert called.ledger.usage == Usage(7, 2)
 
 
+def test_an_answer_that_makes_no_sense_is_asked_for_again(
+    called: Called, served: tuple[str, Script]
+) -> None:
+    odd = {"prompt_tokens": "many", "completion_tokens": 2}
+    served[1].extend(
+        [good({**TEXT, "usage": odd}), good({"usage": 3}), good({"choices": 4}), good()]
+    )
+    assert called.ask().choices[0].text == " turns"
+    assert (called.ledger.calls, called.ledger.failures) == (1, 3)
+    assert called.ledger.usage == Usage(7, 2)
+
+
 def test_what_does_not_pass_is_an_error_at_once(called: Called, served: tuple[str, Script]) -> None:
     for status in (400, 401, 404, 422):
         served[1].append(bad(status))

@@ -122,7 +122,7 @@ def read_answers(raw: Mapping[str, Any], *, logprobs: bool, top: int | None = No
     try:
         choices = tuple(_choice(one, top, logprobs=logprobs) for one in raw["choices"])
         usage = _usage(raw.get("usage"), "prompt_tokens", "completion_tokens")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BrokenAnswer(f"the answer lacks {error}") from error
     if not choices:
         raise BrokenAnswer("the answer holds no continuation")
@@ -140,7 +140,7 @@ def read_messages(raw: Mapping[str, Any]) -> Answers:
         usage = _usage(raw.get("usage"), "input_tokens", "output_tokens")
         ended = raw.get("stop_reason") not in ("max_tokens", None)
         return Answers((Answer("".join(parts), (), ended),), usage)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrokenAnswer(f"the answer lacks {error}") from error
 
 
