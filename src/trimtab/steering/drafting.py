@@ -87,11 +87,12 @@ class Drafter:
             propose: Chooses tokens, where host and expert have one vocabulary. Elsewhere the
                 expert's likeliest bytes are drafted, and stand as the host's tokenizer cuts them.
         """
-        own = _own_cover(self._live, written)
-        line = [*_start(self._live, written), *own.tokens]
+        is_one, start = self._live.is_one_vocabulary, _start(self._live, written)
+        own = Cover(tuple(written.host_ids), b"") if is_one else _own_cover(self._live, written)
+        line = [*start, *own.tokens]
         if repeated := self._repeated(written, line, room):
             return repeated
-        if self._live.is_one_vocabulary:
+        if is_one:
             return self._of_tokens(line, _most(self._live, line, room), propose)
         return self._of_text(_text_after(self._live, line, room) if not own.rest else "", room)
 
@@ -148,8 +149,6 @@ def _start(live: Live, written: Written) -> Sequence[int]:
 
 def _own_cover(live: Live, written: Written) -> Cover:
     """A text as the small models' tokenizer cuts it."""
-    if live.is_one_vocabulary:
-        return Cover(tuple(written.host_ids), b"")
     reference = live.pair.reference
     encode = reference.encode if written.start is None else reference.encode_following
     return covers_of(readable(written.context), encode, live.pair.vocabulary)[0]
