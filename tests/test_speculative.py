@@ -24,7 +24,7 @@ from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import serves_both
 from trimtab.carriers.expert import attach_lora
-from trimtab.steering.drafting import Drafter, Written
+from trimtab.steering.drafting import Drafter, Written, text_ahead
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Rows, Steering
 from trimtab.steering.processor import steered_by
@@ -156,6 +156,14 @@ def test_no_draft_is_longer_than_the_small_models_read(small: str, host: HFModel
     texts = [host.vocabulary.token_bytes[i] or b"" for i in draft.token_ids]
     read = context.encode() + b"".join(texts)
     live.read([read], start=chat, host_ids=[host.encode(read.decode())])
+
+
+def test_text_ahead_needs_no_tokens_of_the_host(host: HFModel) -> None:
+    live = Live(sure_pair(HOST), host, draft_tokens=6)
+    assert live.is_one_vocabulary
+    known = Written(PROMPT.encode(), host.encode(PROMPT), None)
+    unknown = Written(PROMPT.encode(), (), None)
+    assert text_ahead(live, unknown, 4) == text_ahead(live, known, 4) != ""
 
 
 def test_a_chat_repeats_what_it_answers(host: HFModel) -> None:
