@@ -1,13 +1,12 @@
 """Short passes in fewer operations give transformers' own states, whatever the mask and cache."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from test_pair_passes import pair_of
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -25,7 +24,6 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.int8 import quantise
 from trimtab.backends.lean import make_lean
 from trimtab.backends.open import open_model
-from trimtab.backends.pair import open_pair_from
 from trimtab.backends.pair_passes import prepare
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_line, run_trees
 
@@ -111,15 +109,9 @@ def test_other_calls_go_on_as_before() -> None:
     assert torch.equal(model(ids, use_cache=True).logits, expected.logits)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 def test_a_pair_in_bfloat16_is_prepared_once(tmp_path: Path) -> None:
-    ref = "tiny:llama?seed=3"
-    base = open_model(ref, dtype="float32")
-    with warnings.catch_warnings(action="ignore"):
-        get_peft_model(
-            base.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-        ).save_pretrained(tmp_path)
-    fingerprint = open_model(ref, dtype="float32").fingerprint
-    pair = open_pair_from(ref, tmp_path, fingerprint=fingerprint, dtype="bfloat16")
+    pair = pair_of("llama", tmp_path, torch.bfloat16)
     trunk = pair.reference.model.base_model
     assert "forward" not in vars(trunk)
     prepare(pair)

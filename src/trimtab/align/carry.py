@@ -126,11 +126,12 @@ class Alignment:
         known, known_as_other = host_probs * (first >= 0), host_probs * (other >= 0)
         foreign = host_probs * self._is_foreign[token_ids]
         first, other = first.clamp_min(0), other.clamp_min(0)
-        text_mass = (probs @ self._text_ones.to(probs.dtype))[:, None].clamp_min(1e-30)
+        text_mass = (probs @ self.is_text.to(probs.dtype))[:, None].clamp_min(1e-30)
         scale = (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
         # A vocabulary's many unlikely tokens lend nothing: all but these are passed over.
         likely = torch.nonzero((probs * scale >= LEAST_PROB).any(0))[:, 0]
-        lenders = torch.cat([first, other, likely]).unique()
+        asked = torch.tensor([t for shares_of in told or () for t in shares_of], dtype=torch.long)
+        lenders = torch.cat([first, other, likely, asked]).unique()
         first, other = torch.searchsorted(lenders, torch.stack([first, other]))
         probs = probs[:, lenders] * scale
         mass = torch.zeros_like(probs).index_add(-1, first, known)
@@ -139,16 +140,11 @@ class Alignment:
         for position, shares_of in enumerate(told or ()):
             for token_id, shares in shares_of.items():
                 place = int(torch.searchsorted(lenders, token_id))
-                if place < len(lenders) and int(lenders[place]) == token_id:
-                    carried[position] += probs[position, place] * shares
-                    probs[position, place] = 0.0
+                carried[position] += probs[position, place] * shares
+                probs[position, place] = 0.0
         lent = probs / mass.clamp_min(1e-30)
         carried += known * lent[:, first] + known_as_other * lent[:, other]
         return self._with_those_alone(carried, probs * (mass <= 0), lenders, token_ids)
-
-    @cached_property
-    def _text_ones(self) -> Tensor:
-        return self.is_text.float()
 
     def _with_those_alone(
         self, carried: Tensor, alone: Tensor, small_ids: Tensor, token_ids: Tensor

@@ -46,6 +46,11 @@ def make_lean(model: PreTrainedModel) -> bool:
     return True
 
 
+def make_usual(model: PreTrainedModel) -> None:
+    """Let a model's trunk compute as before `make_lean`."""
+    vars(model.base_model).pop("forward", None)
+
+
 def _forward(
     trunk: Any, usual: Any, layers: Sequence["_LeanLayer"], *args: Any, **given: Any
 ) -> Any:
@@ -62,9 +67,7 @@ def _forward(
     for layer in layers:
         own: Any = mask[layer.kind] if isinstance(mask, Mapping) else mask
         states = layer.after(states, rotation, own, cache)
-    last = functional.rms_norm(
-        states, (states.shape[-1],), trunk.norm.weight, trunk.norm.variance_epsilon
-    )
+    last = _normed(states, _norm(trunk.norm))
     return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 
 
@@ -81,7 +84,7 @@ class _LeanLayer:
         self._scale: float = attention.scaling
         self._into = _Together([attention.q_proj, attention.k_proj, attention.v_proj])
         self._norms = [
-            None if norm is None else (norm.weight, norm.variance_epsilon)
+            None if norm is None else _norm(norm)
             for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
         ]
         self._out: nn.Module = attention.o_proj
@@ -90,9 +93,8 @@ class _LeanLayer:
             mlp.down_proj,
             mlp.act_fn,
         )
-        first, second = layer.input_layernorm, layer.post_attention_layernorm
-        self._first = (first.weight, first.variance_epsilon)
-        self._second = (second.weight, second.variance_epsilon)
+        self._first = _norm(layer.input_layernorm)
+        self._second = _norm(layer.post_attention_layernorm)
 
     def after(
         self, states: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, cache: Cache
@@ -132,6 +134,10 @@ class _Together:
         if self._one is None:
             return [layer(states) for layer in self._layers]
         return self._one(states).split(self._sizes, -1)
+
+
+def _norm(module: Any) -> tuple[Tensor, float]:
+    return module.weight, module.variance_epsilon
 
 
 def _normed(states: Tensor, norm: tuple[Tensor, float]) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimtab.backends.lean import make_lean
+from trimtab.backends.lean import make_lean, make_usual
 from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.reading import LiveReading, PairCaches
 from trimtab.backends.token_tree import (
@@ -164,7 +164,7 @@ def _make_lean(pair: Pair) -> None:
         return
     lean = run_tree(pair.reference, tree, ModelCache())
     if not is_about(lean, usual):
-        vars(pair.reference.model.base_model).pop("forward")
+        make_usual(pair.reference.model)
 
 
 def _agrees(pair: Pair) -> bool:

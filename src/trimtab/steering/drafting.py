@@ -1,5 +1,6 @@
 """Drafts for a host to verify: what the text repeats, or what the expert expects of it."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -105,7 +106,7 @@ class Drafter:
         most, whole = min(room, self._live.draft_tokens), written.said + written.context
         most_bytes = REPEATED_BYTES * most
         # No text has more tokens than bytes.
-        if most <= 0 or not _has_room(self._live, line, most_bytes):
+        if most <= 0 or most_bytes > _left(self._live, line):
             return Draft()
         draft = self._of_text(self._repeats.after(whole, most_bytes), most)
         spelled = self._host.vocabulary.token_bytes
@@ -169,20 +170,14 @@ def _text_after(live: Live, line: Sequence[int], room: int) -> str:
 
 
 def _most(live: Live, line: Sequence[int], room: int) -> int:
-    left = _left(live, line)
-    return min(live.draft_tokens, room, room if left is None else left) if line else 0
+    return int(min(live.draft_tokens, room, _left(live, line))) if line else 0
 
 
-def _has_room(live: Live, line: Sequence[int], tokens: int) -> bool:
-    left = _left(live, line)
-    return left is None or tokens <= left
-
-
-def _left(live: Live, line: Sequence[int]) -> int | None:
-    """Tokens that the small models can read after a line, where there is a bound."""
+def _left(live: Live, line: Sequence[int]) -> float:
+    """Tokens that the small models can read after a line; infinite where there is no bound."""
     longest = live.pair.reference.max_tokens
     slack = 0 if live.is_one_vocabulary else _SLACK
-    return None if longest is None else longest - len(line) - slack
+    return math.inf if longest is None else longest - len(line) - slack
 
 
 def _ahead(live: Live, line: Sequence[int], drafted: list[int], most: int) -> Iterator[Tensor]:

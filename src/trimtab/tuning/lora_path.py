@@ -16,8 +16,7 @@ class LoraPaths:
 
     PEFT's layers scale, add and (in mixed precision) convert activations in steps of their own,
     each of which is kept for the way back. Here a product adds to what another has left. The
-    results are the same up to rounding; a step of a model with 135 million weights takes four
-    fifths of the time on a processor with bfloat16.
+    results are the same up to rounding.
     """
 
     def __init__(self, model: nn.Module, arithmetic: torch.dtype) -> None:
