@@ -38,38 +38,38 @@ help:  ## Say what can be made
 	@echo "options      PYTHON=python3.11  TORCH_INDEX=URL (which build of PyTorch; see README.md)"
 
 test: $(VENV)/ready-test models
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
 
 test-llamacpp: $(VENV)/ready-llamacpp models
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_llamacpp.py \
 		tests/test_llamacpp_host.py tests/test_llamacpp_expert.py
 
 # Logs are not collected: vLLM sets torch's to say everything.
 test-vllm: $(VLLM_VENV)/ready-vllm
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -p no:logging \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -p no:logging \
 		tests/test_vllm.py tests/test_vllm_parts.py
 
 # Where there is a GPU and torch was built for it: the main job there, against the processor's.
 test-cuda: $(VENV)/ready-test
-	TRIMTAB_TEST_CUDA=1 $(BIN)/python -m pytest tests/test_cuda.py
+	@TRIMTAB_TEST_CUDA=1 $(BIN)/python -m pytest tests/test_cuda.py
 
 test-browser: $(VENV)/ready-browser
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_playground.py
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_playground.py
 
 test-clients: $(VENV)/ready-clients
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_serve_clients.py
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_serve_clients.py
 
 # Threads that wait for each other give their core up soon: where anything else runs beside them,
 # waiting in a loop as GNU's OpenMP does by default makes small steps five to nine times as long.
 demo: $(VENV)/ready-demo
-	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-2000} \
+	@TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-2000} \
 		$(BIN)/python -m examples.demo $(DEMO_OPTIONS)
 
 bench: $(VENV)/ready-demo
-	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.transfer $(BENCH)
+	@TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.transfer $(BENCH)
 
 bench-speed: $(VENV)/ready-demo
-	TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.speed $(BENCH)
+	@TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.speed $(BENCH)
 
 load: $(VENV)/ready-load
 	$(BIN)/python -m bench.load $(LOAD)

@@ -235,6 +235,20 @@ def test_bars_nest_and_leave() -> None:
     assert len(stream.getvalue()) == written
 
 
+def test_what_has_no_units_is_shown_by_its_time() -> None:
+    stream, now = io.StringIO(), [0.0]
+    display = Display(Console(file=stream, width=40), clock=lambda: now[0])
+    with display.waiting("loading"), display.progress("opening a model", 0):
+        now[0] = 7.0
+    assert stream.getvalue() == "opening a model: 7 s\n"
+    terminal = Display(Console(file=stream, force_terminal=True, width=100))
+    with terminal.waiting("loading [x]"):
+        pass
+    with terminal.progress("opening", 0):
+        pass
+    assert "loading [x]" in stream.getvalue() and "0/?" not in stream.getvalue()
+
+
 def test_a_log_gets_few_lines() -> None:
     stream, now = io.StringIO(), [0.0]
     display = Display(Console(file=stream, width=40), clock=lambda: now[0])

@@ -296,11 +296,22 @@ def test_the_card_says_what_can_be_read_back(adapter: Path) -> None:
     card = (adapter / "README.md").read_text()
     front = card.split("---\n")[1]
     assert "library_name: trimtab\n" in front
-    assert 'base_model: "tiny:llama"\nbase_model_relation: adapter\n' in front
+    assert "base_model" not in front, "no hub has a model of this name"
     assert 'license: "Apache-2.0"\n' in front
     assert "- contains-training-text\n" in front
     assert "**Contains training text.**" in card
     assert "| memory | entries 3, key_size 8, values hard | 10 B | **yes** |" in card
+    assert "does not lie as `tiny:llama`, name its place with `--small`" in card
+
+
+def test_the_card_names_a_model_of_the_hub_as_hubs_read_it(adapter: Path) -> None:
+    base = BASE.model_copy(update={"ref": "small/model@main", "revision": "0a1b"})
+    metrics = {"held out": {"bits": 1.25, "bytes": [1, 2]}}
+    update = {"base_model": base, "metrics": metrics}
+    write_adapter(adapter, full_manifest().model_copy(update=update))
+    card = (adapter / "README.md").read_text()
+    assert 'base_model: "small/model"\nbase_model_relation: adapter\n' in card.split("---\n")[1]
+    assert "| held out bits | 1.25 |\n| held out bytes | 1, 2 |\n" in card
 
 
 def test_the_card_of_a_head_claims_no_text(tmp_path: Path) -> None:
@@ -309,6 +320,7 @@ def test_the_card_of_a_head_claims_no_text(tmp_path: Path) -> None:
     manifest = AdapterManifest(name="zig", base_model=BASE, carriers=carriers)
     card = render_card(write_adapter(tmp_path, manifest))
     assert "contains-training-text" not in card and "memory" not in card
+    assert "--small" not in card
 
 
 def test_values_of_strangers_stay_in_their_line(adapter: Path) -> None:

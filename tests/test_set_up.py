@@ -87,8 +87,10 @@ def test_cuda_packages_are_told_from_others() -> None:
 
 
 def test_the_index_is_given_to_torch_alone() -> None:
-    assert set_up.torch_source("URL") == ["--index-url", "URL"]
-    assert set_up.torch_source("") == set_up.torch_source("any") == []
+    pins = set_up.constraints_of("demo")
+    assert set_up.torch_source("URL", pins) == ["--index-url", "URL"]
+    held = ["-c", str(set_up.CONSTRAINTS)]
+    assert set_up.torch_source("", pins) == set_up.torch_source("any", pins) == held
 
 
 def make(*words: str) -> str:
@@ -119,3 +121,46 @@ def test_ci_runs_tests_format_lint_and_types() -> None:
     assert all(word in checks for word in ("ruff format --check", "ruff check", "pyright"))
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert settings["tool"]["pyright"]["typeCheckingMode"] == "strict"
+
+
+PIP_SAYS = """Looking in indexes: https://example.org/simple
+Collecting torch
+  Downloading torch-2.13.0-cp311.whl (190.1 MB)
+Progress 0 of 190100000
+Progress 95050000 of 190100000
+Collecting idna
+  Downloading idna-3.20-py3-none-any.whl (69 kB)
+Requirement already satisfied: numpy
+Building wheels for collected packages: llama-cpp-python
+  Building wheel for llama-cpp-python (pyproject.toml): still running...
+Installing collected packages: idna, torch
+Successfully installed idna-3.20 torch-2.13.0
+"""
+"""What pip prints with set_up.PIP_TELLS, shortened."""
+
+
+def test_a_log_of_the_set_up_has_large_downloads_and_builds() -> None:
+    found = "".join(set_up.told(PIP_SAYS.splitlines(), in_place=False))
+    assert found == (
+        "  torch-2.13.0-cp311.whl (190.1 MB)\n"
+        "  Building wheel for llama-cpp-python (pyproject.toml): still running...\n"
+        "  2 packages installed\n"
+    )
+
+
+def test_a_terminal_sees_how_far_a_download_is() -> None:
+    found = "".join(set_up.told(PIP_SAYS.splitlines(), in_place=True))
+    lines = [line.rpartition(set_up.ERASED)[2] for line in found.split("\n")]
+    assert lines[-2:] == ["  2 packages installed", ""]
+    assert "  torch-2.13.0-cp311.whl: 95 of 190 MB" in found.split(set_up.ERASED)
+
+
+def test_pip_tells_its_progress_as_the_set_up_reads_it(tmp_path: Path) -> None:
+    """The real pip: what it prints of a package that it builds and installs here."""
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'nothing'\nversion = '1'\n")
+    words = ("-m", "pip", "install", "--no-index", "--no-build-isolation", "--target")
+    command = [sys.executable, *words, str(tmp_path / "there"), str(tmp_path)]
+    environment = {**os.environ, **set_up.PIP_TELLS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = list(set_up.told(done.stdout.splitlines(), in_place=False))
+    assert lines == ["  1 packages installed\n"]

@@ -6,6 +6,7 @@ Needs nothing but Python: it runs before any package is there.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,11 @@ CONSTRAINTS_OF = {"vllm": ROOT / "constraints-vllm.txt"}
 CLASHING = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 """Packages that come along and are taken away again: the package registry's builds of them are for
 another PyTorch, and what finds them fails."""
+PIP_TELLS = {"PIP_PROGRESS_BAR": "raw"}
+"""Settings with which pip prints how far a download is as lines of numbers."""
+LARGE_MB = re.compile(r"\(\d{2,}\.\d MB\)")
+ERASED = "\r\x1b[K"
+"""Erases a line that was written in place."""
 TORCH_MB = 190
 TORCH_CUDA_MB = 2500
 ANY_BUILD = "any"
@@ -46,8 +52,9 @@ def main() -> None:
     folder = given.venv.resolve()
     say(f"making {folder}; downloads come from pip's package registry")
     create(folder)
-    pip(folder, "install", "--upgrade", f"pip=={pinned('pip')}")
-    install_torch(folder, given.torch_index)
+    # An environment's first pip may be too old to tell its progress.
+    pip(folder, "install", "--quiet", "--upgrade", f"pip=={pinned('pip')}")
+    install_torch(folder, given.torch_index, constraints_of(given.purpose))
     install_rest(folder, given.purpose)
     (folder / f"ready-{given.purpose}").touch()
 
@@ -84,11 +91,16 @@ def made_by_another_python(folder):
     return found != [str(number) for number in sys.version_info[:2]]
 
 
-def install_torch(folder, index):
+def constraints_of(purpose):
+    """The file of versions that a purpose is held to."""
+    return CONSTRAINTS_OF.get(purpose, CONSTRAINTS)
+
+
+def install_torch(folder, index, constraints):
     """Install PyTorch, but no CUDA on a machine without an NVIDIA GPU."""
     if is_installed(folder, "torch", pinned("torch")):
         return
-    command = [f"torch=={pinned('torch')}", *torch_source(index)]
+    command = [f"torch=={pinned('torch')}", *torch_source(index, constraints)]
     cuda = cuda_packages(planned(folder, command))
     check_build(len(cuda), index, gpu=has_nvidia_gpu())
     size = f"more than {TORCH_CUDA_MB:,}" if cuda else f"about {TORCH_MB}"
@@ -96,9 +108,14 @@ def install_torch(folder, index):
     pip(folder, "install", *command)
 
 
-def torch_source(index):
-    """Options of pip that say where PyTorch alone comes from."""
-    return [] if index in ("", ANY_BUILD) else ["--index-url", index]
+def torch_source(index, constraints):
+    """Options of pip that say where PyTorch comes from, and which versions of what it needs.
+
+    An index of PyTorch's own need not have the versions that the constraints want; what comes from
+    there is exchanged afterwards.
+    """
+    own = index not in ("", ANY_BUILD)
+    return ["--index-url", index] if own else ["-c", str(constraints)]
 
 
 def cuda_packages(names):
@@ -123,8 +140,7 @@ def install_rest(folder, purpose):
     extra, size_mb, what = EXTRAS[purpose]
     say(f"downloading what is missing of about {size_mb} MB of packages: {what}")
     project = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    constraints = CONSTRAINTS_OF.get(purpose, CONSTRAINTS)
-    pip(folder, "install", "-c", str(constraints), "-e", project)
+    pip(folder, "install", "-c", str(constraints_of(purpose)), "-e", project)
     if purpose in CLASHING:
         pip(folder, "uninstall", "--yes", *CLASHING[purpose])
 
@@ -164,13 +180,43 @@ def pinned(package):
 def pip(folder, *words):
     """Run the environment's own pip, or stop with what to do."""
     command = [str(python_of(folder)), "-m", "pip", *words]
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    if subprocess.run(command, env=environment).returncode != 0:
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **PIP_TELLS}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        for line in told(running.stdout, in_place=sys.stdout.isatty()):
+            print(line, end="", flush=True)
+    if running.returncode != 0:
         stop(
             f"pip {words[0]} failed; its message stands above",
             "check the network, the package registry that pip is configured for, and the space"
             " on this disk, then run the same command again: it continues",
         )
+
+
+def told(lines, *, in_place):
+    """What a user is told of pip's many lines.
+
+    Args:
+        lines: What pip prints with PIP_TELLS.
+        in_place: Tell how far each download is, on one line that is written again and again.
+
+    Yields:
+        Text to print: downloads, large ones alone where nothing is written again; builds, which
+        can take long; what was installed.
+    """
+    name, size = "", ""
+    for line in lines:
+        words = line.split()
+        if words[:1] == ["Downloading"]:
+            name, size = words[1].rpartition("/")[2], " ".join(words[2:])
+            if not in_place and LARGE_MB.search(size):
+                yield f"  {name} {size}\n"
+        elif in_place and words[:1] == ["Progress"] and len(words) == 4:
+            done, whole = (int(word) / 1e6 for word in words[1::2])
+            yield f"\r\x1b[K  {name}: {done:,.0f} of {whole:,.0f} MB"
+        elif line.rstrip().endswith("still running..."):
+            yield f"{ERASED if in_place else ''}  {line.strip()}\n"
+        elif words[:2] == ["Successfully", "installed"]:
+            yield f"{ERASED if in_place else ''}  {len(words) - 2} packages installed\n"
 
 
 def python_of(folder):

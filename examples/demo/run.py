@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -64,6 +65,8 @@ measurement."""
 GROWTH_ROWS = ("host", "memory")
 GROWTH_SCORED_TOKENS = 1_024
 SEED = 0
+READING_SEC = 5
+"""Time in which a person can read whose terms apply, before anything is downloaded."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,8 @@ def _say_downloads(refs: Sequence[str]) -> None:
     if lines:
         print("This will be downloaded, and none of it is run as code:", *lines, sep="\n")
         print("Who goes on accepts these terms; Ctrl-C stops.", flush=True)
+        if sys.stdout.isatty():
+            time.sleep(READING_SEC)
 
 
 def _fetched(ref: str) -> Model:

@@ -16,7 +16,7 @@ import typer
 
 from trimtab.cli_errors import reported, write
 from trimtab.cli_summaries import OF_HOSTS, VERBS
-from trimtab.machine import use_large_pages
+from trimtab.machine import share_cores, use_large_pages
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -30,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
             # A terminal that cannot show a character must not cost the user a finished run.
             stream.reconfigure(errors="backslashreplace")
     use_large_pages()
+    share_cores()
     command_line(sys.argv[1:] if args is None else args)(args=args, prog_name="trimtab")
 
 

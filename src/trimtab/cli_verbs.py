@@ -69,7 +69,8 @@ def _run(verb: str, given: dict[str, Any]) -> None:
         settings = configured(verb, given)
         display = Display()
         # Imported here, not above: verbs load torch, which --help must not wait for.
-        function = getattr(import_module(f"trimtab.{verb}"), verb)
+        with display.waiting("loading PyTorch and what reads models"):
+            function = getattr(import_module(f"trimtab.{verb}"), verb)
         if isinstance(settings, config.GenerateConfig):
             stream(function, settings, display)
             return

@@ -160,22 +160,35 @@ def _scored(
     """Score all documents; several processes, where scores are kept for all of them to see."""
     listed = [(kind, document) for kind, found in texts.items() for document in found]
     pieces = [Piece(partial(_score, evaluator, d), len(d.text.encode())) for _, d in listed]
-    with progress("scoring (bytes)", sum(piece.size for piece in pieces)) as advance:
-        # What is made once for the first document, copies of this process have as well.
-        found = [evaluator.score(listed[0][1])]
-        _check_rows(evaluator.config.rows, found[0])
-        advance(pieces[0].size)
-        if evaluator.is_shared:
-            sizes = [piece.size for piece in pieces[1:]]
-            do_pieces(pieces[1:], advance, process_count(sizes, evaluator.config.processes))
-        for (_, document), piece in zip(listed[1:], pieces[1:], strict=True):
-            found.append(evaluator.score(document))
-            if not evaluator.is_shared:
-                advance(piece.size)
+    found = _first_scored(evaluator, listed[0][1], progress)
+    if len(pieces) > 1:
+        label = f"scoring {evaluator.config.adapter.name} (bytes)"
+        sizes = [piece.size for piece in pieces[1:]]
+        with progress(label, sum(sizes)) as advance:
+            if evaluator.is_shared:
+                do_pieces(pieces[1:], advance, process_count(sizes, evaluator.config.processes))
+            for (_, document), size in zip(listed[1:], sizes, strict=True):
+                found.append(evaluator.score(document))
+                if not evaluator.is_shared:
+                    advance(size)
     scored = {kind: list[Kept]() for kind in texts}
     for (kind, _), kept in zip(listed, found, strict=True):
         scored[kind].append(kept)
     return scored
+
+
+def _first_scored(evaluator: Evaluator, document: Document, progress: Progress) -> list[Kept]:
+    """Score the first document, and with it make what is made once.
+
+    Copies of this process then have that as well. It is shown as work of its own, since the time
+    that it takes says nothing of what is left.
+    """
+    size = len(document.text.encode())
+    with progress(f"scoring {evaluator.config.adapter.name}, first text (bytes)", size) as advance:
+        found = evaluator.score(document)
+        _check_rows(evaluator.config.rows, found)
+        advance(size)
+    return [found]
 
 
 def _score(evaluator: Evaluator, document: Document, advance: Advance) -> None:

@@ -16,6 +16,18 @@ def use_large_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def share_cores() -> None:
+    """Have torch's threads wait for each other asleep, unless the user's environment decides.
+
+    GNU's OpenMP waits in a loop for a long while. Where anything else runs on these cores, small
+    steps then take up to nine times as long (docs/log.md, 2026-11-26 and 2026-11-28); a short
+    loop costs little where nothing does. The library reads the variable when it is loaded, thus
+    this works before torch is imported alone.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
 def free_memory_bytes() -> int:
     """Memory that is free for one more process; half of all where the system does not say."""
     available = told_bytes(_MEMORY, "MemAvailable:")

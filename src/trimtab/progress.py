@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import final
 
 from rich.console import Console
@@ -11,11 +11,13 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from trimtab.types import Advance
 
@@ -59,6 +61,17 @@ class Display:
             with self._lines(label, total) as advance:
                 yield advance
 
+    @contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        """Show on a terminal, and nowhere else, what is waited for; nothing of it stays.
+
+        Args:
+            label: What happens meanwhile.
+        """
+        # A label can hold brackets, which are no markup.
+        with self._console.status(Text(label)) if self._console.is_terminal else nullcontext():
+            yield
+
     def hush(self) -> None:
         """Take the bars away for good, because text is about to be printed."""
         self._hushed = True
@@ -101,7 +114,8 @@ class Display:
         yield advance
         took_sec = self._clock() - start
         if took_sec >= 1 and not self._hushed:
-            self._say(f"{label}: {done:,} done in {took_sec:.0f} s")
+            units = f"{done:,} done in " if done else ""
+            self._say(f"{label}: {units}{took_sec:.0f} s")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -112,11 +126,20 @@ def _columns() -> tuple[ProgressColumn, ...]:
     return (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Units(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+
+
+@final
+class _Units(MofNCompleteColumn):
+    """Units done and in all; nothing of work that has no units."""
+
+    def render(self, task: Task) -> Text:
+        """Of one piece of work."""
+        return super().render(task) if task.total or task.completed else Text()
 
 
 def _state(done: int, total: int, elapsed_sec: float) -> str:

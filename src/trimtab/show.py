@@ -1,14 +1,10 @@
 """Say readably what an adapter is, after checking every file of it."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from trimtab.store.adapter_schema import AdapterManifest
-from trimtab.store.card import READ_BACK, readable_bytes
+from trimtab.store.card import READ_BACK, flat, readable_bytes, readable_value
 from trimtab.store.local import LocalAdapter
 from trimtab.store.manifest import read_manifest
 
@@ -47,7 +43,7 @@ class ShowResult:
             ("metrics", manifest.metrics),
         ):
             if values:
-                lines += ["", title, *_aligned(_flat(values))]
+                lines += ["", title, *_aligned(flat(values))]
         return _printable(lines)
 
 
@@ -102,7 +98,7 @@ def _carriers(manifest: AdapterManifest) -> list[str]:
     for name, carrier in manifest.carriers.items():
         hidden = {"kind", "files", "contains_text", "gate", "own_gate", "bytes_gate"}
         kept = carrier.model_dump(mode="json", exclude=hidden, exclude_none=True)
-        settings = ", ".join(f"{key} {_value(value)}" for key, value in kept.items())
+        settings = ", ".join(f"{key} {readable_value(value)}" for key, value in kept.items())
         lines.append(f"  {name}: {readable_bytes(manifest.bytes_of(name))}, {settings}")
         lines.append(f"    {READ_BACK[name].replace('**', '')}")
     return lines
@@ -117,22 +113,3 @@ def _printable(lines: list[str]) -> str:
 def _aligned(facts: dict[str, str]) -> list[str]:
     width = max(map(len, facts))
     return [f"  {key.ljust(width)}  {value}" for key, value in facts.items()]
-
-
-def _flat(values: Mapping[str, JsonValue]) -> dict[str, str]:
-    """Nested values as lines: the names on the way to each, and the value."""
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= {f"{key} {inner}": shown for inner, shown in _flat(value).items()}
-        else:
-            found[key] = _value(value)
-    return found
-
-
-def _value(value: JsonValue) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(map(_value, value))
-    return value if isinstance(value, str) else json.dumps(value)

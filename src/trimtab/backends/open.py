@@ -85,9 +85,10 @@ def open_model(
             return replace(adopt_model(ref, model, tiny_tokenizer(spec)), source=ref)
         folder = _folder(ref, progress)
         source = _source(folder)
-        model = _load_model(ref, folder, arithmetic, place)
-        hasten(model)
-        opened = adopt_model(ref, model, load_tokenizer(ref, folder))
+        with progress(f"opening {ref}", 0):
+            model = _load_model(ref, folder, arithmetic, place)
+            hasten(model)
+            opened = adopt_model(ref, model, load_tokenizer(ref, folder))
         return replace(opened, source=source, revision=revision_of(folder))
 
 

@@ -175,7 +175,7 @@ class BaseModelReference(Part):
     """The small model that the carriers were made from."""
 
     ref: str
-    """Hub name, folder name, GGUF file name, or tiny:NAME."""
+    """What its maker called it: hub name, folder, GGUF file, or tiny:NAME."""
     revision: str | None = None
     """Hub revision, where it has one."""
     vocabulary_sha256: Sha256

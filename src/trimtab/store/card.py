@@ -1,12 +1,13 @@
 """The model card: an adapter's README.md, rendered from its manifest and from nothing else."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from trimtab.config import CarrierName
-from trimtab.store.adapter_schema import AdapterManifest
+from trimtab.store.adapter_schema import AdapterManifest, BaseModelReference
 from trimtab.store.files import write_atomic
 from trimtab.store.manifest import with_files, write_manifest
 
@@ -65,7 +66,7 @@ def render_card(manifest: AdapterManifest) -> str:
         "## What it carries\n\n" + _carrier_table(manifest),
         "## What can be read back from it\n\n" + _read_back(manifest),
         "## Use\n\n" + _usage(manifest),
-        _measured("Measured while it was made", manifest.metrics),
+        _measured("Measured while it was made", flat(manifest.metrics)),
         "## Made from\n\n" + _made_from(manifest),
         "## Terms\n\n" + _terms(manifest),
     ]
@@ -82,14 +83,21 @@ def _front_matter(manifest: AdapterManifest) -> str:
     lines = [
         "---",
         "library_name: trimtab",
-        f"base_model: {json.dumps(manifest.base_model.ref, ensure_ascii=False)}",
-        "base_model_relation: adapter",
+        *_base_lines(manifest.base_model),
         f"license: {json.dumps(known, ensure_ascii=False)}",
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---",
     ]
     return "\n".join(lines)
+
+
+def _base_lines(base: BaseModelReference) -> list[str]:
+    """What a hub reads of the small model; it knows none that lies in a folder or a file."""
+    if base.revision is None:
+        return []
+    name = base.ref.partition("@")[0]
+    return [f"base_model: {json.dumps(name, ensure_ascii=False)}", "base_model_relation: adapter"]
 
 
 def _introduction(manifest: AdapterManifest) -> str:
@@ -125,16 +133,22 @@ def _read_back(manifest: AdapterManifest) -> str:
 
 def _usage(manifest: AdapterManifest) -> str:
     carriers = ",".join(manifest.carriers)
-    return (
+    lines = (
         "```sh\ntrimtab show FOLDER\ntrimtab mount FOLDER HOST\n"
         f'trimtab generate "PROMPT" --host HOST --adapter FOLDER --carriers {carriers}\n```'
     )
+    if "expert" not in manifest.carriers:
+        return lines
+    return (
+        f"{lines}\n\nThe expert runs in the small model. Where that does not lie as"
+        f" `{_plain(manifest.base_model.ref)}`, name its place with `--small`."
+    )
 
 
-def _measured(title: str, values: dict[str, JsonValue]) -> str:
+def _measured(title: str, values: Mapping[str, str]) -> str:
     if not values:
         return ""
-    rows = [f"| {_plain(key)} | {_cell(value)} |" for key, value in values.items()]
+    rows = [f"| {_plain(key)} | {_plain(value)} |" for key, value in values.items()]
     return f"## {title}\n\n" + "\n".join(["| measure | value |", "|---|---|", *rows])
 
 
@@ -165,10 +179,24 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).replace("`", "'").replace("|", "/").replace("<", "&lt;")
 
 
-def _cell(value: JsonValue) -> str:
+def flat(values: Mapping[str, JsonValue]) -> dict[str, str]:
+    """Write nested values for people: the names on the way to each, and the value."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{key} {inner}": shown for inner, shown in flat(value).items()}
+        else:
+            found[key] = readable_value(value)
+    return found
+
+
+def readable_value(value: JsonValue) -> str:
+    """Write one value for people: four digits of a number, a list with commas."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return _plain(value if isinstance(value, str) else json.dumps(value))
+    if isinstance(value, list):
+        return ", ".join(map(readable_value, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def readable_bytes(count: int) -> str:
