@@ -22,7 +22,7 @@ from transformers import (
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.int8 import quantise
-from trimtab.backends.lean import make_lean
+from trimtab.backends.lean import FEW_TOKENS, make_lean
 from trimtab.backends.open import open_model
 from trimtab.backends.pair_passes import prepare
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_line, run_trees
@@ -86,6 +86,19 @@ def test_states_are_transformers_own(name: str, copies: int) -> None:
     assert "forward" in vars(model.base_model)
     for found, known in zip(states(wrapped, copies), expected, strict=True):
         torch.testing.assert_close(found, known, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
+def test_few_tokens_are_those_among_many(tokens: int, copies: int) -> None:
+    wrapped, model = opened(MODELS["llama"])
+    model.double()
+    assert make_lean(model)
+    line, cached = list(range(20)), ModelCache()
+    expected = run_line(wrapped, line, ModelCache(), copies=copies)
+    run_line(wrapped, line[: 20 - tokens], cached, copies=copies)
+    found = run_line(wrapped, line, cached, copies=copies)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_weights_of_one_byte_are_multiplied_together() -> None:

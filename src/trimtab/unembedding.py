@@ -85,7 +85,18 @@ class Unembedding:
     def _some(self, hidden: Tensor, chosen: Tensor | slice) -> Tensor:
         weight = self.weight[chosen]
         logits = product(hidden.reshape(-1, hidden.shape[-1]), weight)
-        logits = logits.reshape(*hidden.shape[:-1], len(weight))
+        return self.of_linear(logits.reshape(*hidden.shape[:-1], len(weight)), chosen)
+
+    def of_linear(self, logits: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """Add scale, bias and cap to values of W h, which `linear` undoes.
+
+        Args:
+            logits: W h, shape [..., chosen].
+            chosen: Token rows that these are, all by default.
+
+        Returns:
+            The model's logits, shape [..., chosen].
+        """
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.bias is not None:

@@ -1,6 +1,6 @@
 """What the expert expects of tokens to come, for drafts, which are verified whatever it says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import final
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.backends.cache_layers import layers_of
 from trimtab.backends.hf import HFModel
-from trimtab.backends.int8 import quantise
+from trimtab.backends.int8 import Int8Linear, is_possible, quantise
 from trimtab.backends.lean import make_lean
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_expert_line, serves_both
@@ -33,7 +33,7 @@ class ExpertAhead:
 
     A token takes as long as reading the weights, and a draft decides nothing but the speed. What
     came before a draft the copy takes from what expert and reference have read as they are. The
-    copy's states, embeddings and head are bfloat16.
+    copy's states and embeddings are bfloat16.
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -54,7 +54,7 @@ class ExpertAhead:
             if light is not None:
                 self._take(tokens, caches.both)
                 if len(tokens) - len(self._cached.tokens) <= FEW_UNREAD:
-                    return light.unembedding.logits(run_line(light, tokens, self._cached)).float()
+                    return self._light_logits(run_line(light, tokens, self._cached)).float()
             state = run_expert_line(self._pair, tokens, caches)
             return self._pair.expert_unembedding.logits(state).float().cpu()
 
@@ -71,6 +71,16 @@ class ExpertAhead:
         quantise(light.model.base_model)
         make_lean(light.model)
         return light if _follows(light, self._pair) else None
+
+    @cached_property
+    def _light_logits(self) -> Callable[[Tensor], Tensor]:
+        """From a state of the copy to its logits, by a head of one byte a weight where it can."""
+        assert self.light is not None
+        whole = self.light.unembedding
+        if not is_possible(whole.weight):
+            return whole.logits
+        head = Int8Linear.of(whole.weight)
+        return lambda state: whole.of_linear(head(state))
 
     def _take(self, tokens: Sequence[int], exact: ModelCache) -> None:
         """Keep what the copy has read of these tokens, and have what is exact in its place."""

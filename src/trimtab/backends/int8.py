@@ -42,19 +42,18 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     @staticmethod
-    def of(layer: nn.Linear) -> "Int8Linear":
-        """Round each row of a layer's weight to 255 steps between its largest values.
+    def of(weight: Tensor, bias: Tensor | None = None) -> "Int8Linear":
+        """Round each row of a weight to 255 steps between its largest values.
 
         Args:
-            layer: With `COLUMNS` features, or a multiple; it is left as it is.
+            weight: Shape [outputs, features], with `COLUMNS` features or a multiple.
+            bias: Shape [outputs], if there is one.
         """
-        rows = layer.weight.detach().float()
+        rows = weight.detach().float()
         scales = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
-        # torch says of a layer without a bias that it has one.
-        bias: Any = layer.bias
         return Int8Linear(
             (rows / scales[:, None]).round().to(torch.int8),
-            scales.to(layer.weight.dtype),
+            scales.to(weight.dtype),
             None if bias is None else bias.detach(),
         )
 
@@ -91,9 +90,14 @@ def quantise(model: nn.Module) -> None:
     Args:
         model: A copy of this program's own, on a processor; changed in place.
     """
-    if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
-        return
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.in_features % COLUMNS == 0:
-                setattr(parent, name, Int8Linear.of(child))
+            if type(child) is nn.Linear and is_possible(child.weight):
+                # torch says of a layer without a bias that it has one.
+                bias: Any = child.bias
+                setattr(parent, name, Int8Linear.of(child.weight, bias))
+
+
+def is_possible(weight: Tensor) -> bool:
+    """Whether there is a product with this weight in numbers of one byte."""
+    return hasattr(torch.ops.aten, "_weight_int8pack_mm") and weight.shape[1] % COLUMNS == 0

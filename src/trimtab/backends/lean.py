@@ -15,9 +15,15 @@ from transformers import Cache, LlamaModel, MistralModel, PreTrainedModel, Qwen2
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trimtab.backends.int8 import Int8Linear
+from trimtab.carriers.second_row import SecondRow, SecondRows
 
 LEAN = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 """Decoders of one kind: two norms and two additions a layer, gated linear units, rotated keys."""
+
+FEW_TOKENS = 4
+"""New tokens of which queries that share keys are asked as if they were tokens: PyTorch's attention
+in bfloat16 then takes a third of the time for one, less of a gain for more, and none for eight
+(docs/log.md, 2026-11-28)."""
 
 _TAKEN = {"input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache"}
 
@@ -64,9 +70,13 @@ def _forward(
     # rotate_half(x) is x rolled by half its size, the first half of it with the sign changed.
     half = sin.shape[-1] // 2
     rotation = cos[:, :, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, :, None]
+    kinds = {layer.kind for layer in layers}
+    masks: Any = mask if isinstance(mask, Mapping) else dict.fromkeys(kinds, mask)
+    if states.shape[1] <= FEW_TOKENS:
+        groups = layers[0].groups
+        masks = {kind: masks[kind].repeat(1, 1, groups, 1) for kind in kinds}
     for layer in layers:
-        own: Any = mask[layer.kind] if isinstance(mask, Mapping) else mask
-        states = layer.after(states, rotation, own, cache)
+        states = layer.after(states, rotation, masks[layer.kind], cache)
     last = _normed(states, _norm(trunk.norm))
     return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 
@@ -80,7 +90,7 @@ class _LeanLayer:
         self.kind: str = getattr(attention, "layer_type", None) or "full_attention"
         self._number: int = attention.layer_idx
         self._size: int = attention.head_dim
-        self._groups: int = attention.num_key_value_groups
+        self.groups: int = attention.num_key_value_groups
         self._scale: float = attention.scaling
         self._into = _Together([attention.q_proj, attention.k_proj, attention.v_proj])
         self._norms = [
@@ -99,7 +109,10 @@ class _LeanLayer:
     def after(
         self, states: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, cache: Cache
     ) -> Tensor:
-        """States after the layer, shape [rows, tokens, hidden]; the cache gets the new keys."""
+        """States after the layer, shape [rows, tokens, hidden]; the cache gets the new keys.
+
+        A mask of `groups` times as many rows as tokens asks queries that share keys as one.
+        """
         states = states + self._attention(_normed(states, self._first), rotation, mask, cache)
         gate, up = self._gate_up(_normed(states, self._second))
         return states + self._down(self._act(gate).mul_(up))
@@ -114,10 +127,14 @@ class _LeanLayer:
             for part, norm in zip((queries, keys), self._norms, strict=True)
         )
         keys, values = cache.update(keys, values.transpose(1, 2), self._number)
+        rows, heads, tokens, size = queries.shape
+        if mask.shape[2] > tokens:
+            queries = queries.reshape(rows, -1, self.groups * tokens, size)
+        is_shared = queries.shape[1] > keys.shape[1]
         found = functional.scaled_dot_product_attention(
-            queries, keys, values, mask, scale=self._scale, enable_gqa=self._groups > 1
+            queries, keys, values, mask, scale=self._scale, enable_gqa=is_shared
         )
-        return self._out(found.transpose(1, 2).flatten(2))
+        return self._out(found.view(rows, heads, tokens, size).transpose(1, 2).flatten(2))
 
 
 @final
@@ -129,11 +146,18 @@ class _Together:
         self._layers = layers
         self._sizes = [len(layer.weight) for layer in small]
         self._one = Int8Linear.joined(small) if len(small) == len(layers) else None
+        self._rows: tuple[Sequence[SecondRow], SecondRows] | None = None
 
     def __call__(self, states: Tensor) -> Sequence[Tensor]:
-        if self._one is None:
+        if self._one is not None:
+            return self._one(states).split(self._sizes, -1)
+        now = [vars(layer).get("forward") for layer in self._layers]
+        rows = [forward for forward in now if isinstance(forward, SecondRow)]
+        if len(rows) < len(now):
             return [layer(states) for layer in self._layers]
-        return self._one(states).split(self._sizes, -1)
+        if self._rows is None or rows != self._rows[0]:
+            self._rows = rows, SecondRows(rows)
+        return self._rows[1](states)
 
 
 def _norm(module: Any) -> tuple[Tensor, float]:

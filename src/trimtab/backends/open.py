@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trimtab.backends.attention import share_keys
 from trimtab.backends.gguf import converted_folder
 from trimtab.backends.heads import load_head, read_unembedding
 from trimtab.backends.hf import HFModel, adopt_model, quiet_transformers
@@ -81,15 +82,20 @@ def open_model(
             # A toy fits on one device, however large models would be spread.
             one = one_device() if place in _SPREAD else place
             model.to(one)  # pyright: ignore[reportArgumentType]
-            hasten(model)
+            _hasten(model)
             return replace(adopt_model(ref, model, tiny_tokenizer(spec)), source=ref)
         folder = _folder(ref, progress)
         source = _source(folder)
         with progress(f"opening {ref}", 0):
             model = _load_model(ref, folder, arithmetic, place)
-            hasten(model)
+            _hasten(model)
             opened = adopt_model(ref, model, load_tokenizer(ref, folder))
         return replace(opened, source=source, revision=revision_of(folder))
+
+
+def _hasten(model: PreTrainedModel) -> None:
+    hasten(model)
+    share_keys(model)
 
 
 def is_in_llamacpp(ref: str) -> bool:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trimtab.carriers.second_row import SecondRow
 from trimtab.errors import AdapterError
 from trimtab.store.files import read_json
 
@@ -148,9 +149,10 @@ class LoraSwitch:
         return len(layers) == len(self._layers) and whole
 
     @cached_property
-    def _paths(self) -> list[tuple[LoraLinear, Tensor, Tensor]]:
-        """Each layer with its path: down to the rank, and up again with the scale."""
-        return [_path(layer) for layer in self._layers if isinstance(layer, LoraLinear)]
+    def _second_rows(self) -> list[tuple[LoraLinear, SecondRow]]:
+        """Each layer with what stands in its place while the LoRA is the second row's."""
+        layers = [layer for layer in self._layers if isinstance(layer, LoraLinear)]
+        return [(layer, _second_row(layer)) for layer in layers]
 
     def merged_copy(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         """A copy of the model with the LoRA added to its weights.
@@ -181,8 +183,8 @@ class LoraSwitch:
     def on_second(self) -> Iterator[None]:
         """Add the LoRA to the second of a batch's two rows, so that it serves base and expert."""
         try:
-            for layer, down, up in self._paths:
-                vars(layer)["forward"] = partial(_beside, layer.get_base_layer(), down, up)
+            for layer, second in self._second_rows:
+                vars(layer)["forward"] = second
             yield
         finally:
             self._step_aside()
@@ -206,7 +208,7 @@ def _frozen(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
 
 
-def _path(layer: LoraLinear) -> tuple[LoraLinear, Tensor, Tensor]:
+def _second_row(layer: LoraLinear) -> SecondRow:
     weight, (name,) = _weight(layer), layer.lora_A
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(down, Tensor) and isinstance(up, Tensor)
@@ -216,20 +218,7 @@ def _path(layer: LoraLinear) -> tuple[LoraLinear, Tensor, Tensor]:
     with torch.no_grad():
         down = down.T.to(weight.device, dtype)
         up = (layer.scaling[name] * up).T.to(weight.device, dtype)
-    return layer, down.contiguous(), up.contiguous()
-
-
-def _beside(base: nn.Module, down: Tensor, up: Tensor, states: Tensor) -> Tensor:
-    """A linear layer with the LoRA added to the second row, shapes [2, tokens, features]."""
-    if states.dim() != 3 or len(states) != 2:
-        raise ValueError(f"a layer was given states of shape {tuple(states.shape)}")
-    out: Tensor = base(states)
-    added = states[1].to(down.dtype) @ down
-    if out.dtype is up.dtype:
-        out[1].addmm_(added, up)
-    else:
-        out[1].add_(added @ up)
-    return out
+    return SecondRow(layer.get_base_layer(), down.contiguous(), up.contiguous())
 
 
 def _weight(layer: LoraLinear) -> nn.Parameter:
