@@ -34,8 +34,9 @@ class Candidates:
         """Sort the candidates of a host."""
         ranks = torch.frombuffer(host.byte_ranks, dtype=torch.int64)[token_ids]
         order = ranks.argsort(stable=True)[int((ranks < 0).sum()) :]
-        texts = tuple(host.token_bytes[token_id] or b"" for token_id in token_ids[order].tolist())
-        return Candidates(token_ids, texts, order)
+        # No loop of Python's own: there are thousands, at every step. All of them are text.
+        texts = filter(None, map(host.token_bytes.__getitem__, token_ids[order].tolist()))
+        return Candidates(token_ids, tuple(texts), order)
 
     def beginning_with(self, start: bytes) -> range:
         """Which of `texts` begin with `start`, it included."""

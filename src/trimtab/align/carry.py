@@ -129,9 +129,10 @@ class Alignment:
         text_mass = (probs @ self.is_text.to(probs.dtype))[:, None].clamp_min(1e-30)
         scale = (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
         # A vocabulary's many unlikely tokens lend nothing: all but these are passed over.
-        likely = torch.nonzero((probs * scale >= LEAST_PROB).any(0))[:, 0]
-        asked = torch.tensor([t for shares_of in told or () for t in shares_of], dtype=torch.long)
-        lenders = torch.cat([first, other, likely, asked]).unique()
+        lends = (probs * scale >= LEAST_PROB).any(0)
+        lends[first] = lends[other] = True
+        lends[[t for shares_of in told or () for t in shares_of]] = True
+        lenders = torch.nonzero(lends)[:, 0]
         first, other = torch.searchsorted(lenders, torch.stack([first, other]))
         probs = probs[:, lenders] * scale
         mass = torch.zeros_like(probs).index_add(-1, first, known)
