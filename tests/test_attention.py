@@ -12,6 +12,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -69,6 +71,21 @@ def test_logits_are_those_of_transformers(
         torch.testing.assert_close(found, known, rtol=1e-9, atol=1e-9)
     # Two queries share each key: as tokens of their own, beside four heads' of the other passes.
     assert {shape[1] for shape in asked if shape[2] == 2} == {2}
+
+
+def test_other_families_keep_their_own_way() -> None:
+    """A family may ask by name how it attends: DeepSeek's sparse one does."""
+    model = made(
+        lambda: GPTBigCodeForCausalLM(
+            GPTBigCodeConfig(vocab_size=99, n_embd=64, n_layer=2, n_head=4)
+        )
+    )
+    share_keys(model)
+    assert model.config._attn_implementation == "sdpa"  # pyright: ignore[reportPrivateUsage]
+    eager = made(SHARING["llama"])
+    eager.set_attn_implementation("eager")
+    share_keys(eager)
+    assert eager.config._attn_implementation == "eager"  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])

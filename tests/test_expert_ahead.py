@@ -117,7 +117,7 @@ def test_a_pass_that_is_broken_off_leaves_nothing_behind(ahead_too: bool, folder
     ahead, caches, text = ExpertAhead(pair), PairCaches(), list(range(3, 12))
     read(pair, text, caches)
     ahead.logits_after([*text, 20], caches)
-    model = (ahead.light if ahead_too else pair.reference).model
+    model = (ahead.light.model if ahead_too else pair.reference).model
     last = model.base_model.layers[-1].mlp.down_proj
 
     def stop(*_: object) -> None:

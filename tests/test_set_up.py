@@ -140,7 +140,7 @@ Successfully installed idna-3.20 torch-2.13.0
 
 
 def test_a_log_of_the_set_up_has_large_downloads_and_builds() -> None:
-    found = "".join(set_up.told(PIP_SAYS.splitlines(), in_place=False))
+    found = "".join(set_up.told(PIP_SAYS.splitlines(), 0))
     assert found == (
         "  torch-2.13.0-cp311.whl (190.1 MB)\n"
         "  Building wheel for llama-cpp-python (pyproject.toml): still running...\n"
@@ -149,10 +149,47 @@ def test_a_log_of_the_set_up_has_large_downloads_and_builds() -> None:
 
 
 def test_a_terminal_sees_how_far_a_download_is() -> None:
-    found = "".join(set_up.told(PIP_SAYS.splitlines(), in_place=True))
+    found = "".join(set_up.told(PIP_SAYS.splitlines(), 80))
     lines = [line.rpartition(set_up.ERASED)[2] for line in found.split("\n")]
     assert lines[-2:] == ["  2 packages installed", ""]
-    assert "  torch-2.13.0-cp311.whl: 95 of 190 MB" in found.split(set_up.ERASED)
+    assert "  95 of 190 MB  torch-2.13.0-cp311.whl" in found.split(set_up.ERASED)
+    narrow = "".join(set_up.told(PIP_SAYS.splitlines(), 20)).split(set_up.ERASED)
+    assert "  95 of 190 MB  tor" in narrow
+    unknown = list(set_up.told(["Progress 3000000 of 0\n"], 80))
+    assert unknown == [f"{set_up.ERASED}  3 MB  ", set_up.ERASED]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_set_up_that_fails_shows_what_pip_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(
+        "#!/bin/sh\necho The conflict is caused by: this\necho Progress 1 of 2\n"
+        "echo $PIP_PROGRESS_BAR\nexit 3\n"
+    )
+    (tmp_path / "bin" / "python").chmod(0o755)
+    for tells, shown in ((set_up.PIP_TELLS, "raw"), ({}, "")):
+        with pytest.raises(SystemExit, match="pip install failed; its message stands above"):
+            set_up.pip(tmp_path, "install", "anything", tells=tells)
+        lines = capfd.readouterr().out.splitlines()
+        assert lines == ["The conflict is caused by: this", shown]
+
+
+def test_a_python_s_first_pip_is_not_asked_for_its_progress(tmp_path: Path) -> None:
+    """An old pip ends with an error where it is asked to print numbers."""
+    asked = list[dict[str, str]]()
+
+    def pip(_: Path, *words: str, tells: dict[str, str] = set_up.PIP_TELLS) -> None:
+        asked.append(tells)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(set_up, "pip", pip)
+        patch.setattr(set_up, "create", lambda _: tmp_path.mkdir(exist_ok=True))
+        patch.setattr(set_up, "install_torch", lambda *_: None)
+        patch.setattr(sys, "argv", ["set_up", "demo", "--venv", str(tmp_path)])
+        set_up.main()
+    assert asked == [{}, set_up.PIP_TELLS]
 
 
 def test_pip_tells_its_progress_as_the_set_up_reads_it(tmp_path: Path) -> None:
@@ -162,5 +199,4 @@ def test_pip_tells_its_progress_as_the_set_up_reads_it(tmp_path: Path) -> None:
     command = [sys.executable, *words, str(tmp_path / "there"), str(tmp_path)]
     environment = {**os.environ, **set_up.PIP_TELLS}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    lines = list(set_up.told(done.stdout.splitlines(), in_place=False))
-    assert lines == ["  1 packages installed\n"]
+    assert "".join(set_up.told(done.stdout.splitlines(), 0)) == "  1 packages installed\n"

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,8 @@ PIP_TELLS = {"PIP_PROGRESS_BAR": "raw"}
 LARGE_MB = re.compile(r"\(\d{2,}\.\d MB\)")
 ERASED = "\r\x1b[K"
 """Erases a line that was written in place."""
+KEPT_LINES = 30
+"""Lines of pip's that are shown where it fails."""
 TORCH_MB = 190
 TORCH_CUDA_MB = 2500
 ANY_BUILD = "any"
@@ -52,8 +55,8 @@ def main() -> None:
     folder = given.venv.resolve()
     say(f"making {folder}; downloads come from pip's package registry")
     create(folder)
-    # An environment's first pip may be too old to tell its progress.
-    pip(folder, "install", "--quiet", "--upgrade", f"pip=={pinned('pip')}")
+    # An environment's first pip may be too old to tell its progress, and refuses to be asked to.
+    pip(folder, "install", "--quiet", "--upgrade", f"pip=={pinned('pip')}", tells={})
     install_torch(folder, given.torch_index, constraints_of(given.purpose))
     install_rest(folder, given.purpose)
     (folder / f"ready-{given.purpose}").touch()
@@ -177,14 +180,19 @@ def pinned(package):
     raise KeyError(package)
 
 
-def pip(folder, *words):
+def pip(folder, *words, tells=PIP_TELLS):
     """Run the environment's own pip, or stop with what to do."""
     command = [str(python_of(folder)), "-m", "pip", *words]
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **PIP_TELLS}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
-        for line in told(running.stdout, in_place=sys.stdout.isatty()):
-            print(line, end="", flush=True)
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **tells}
+    options = {"stdout": subprocess.PIPE, "text": True, "errors": "replace"}
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    last = deque(maxlen=KEPT_LINES)
+    with subprocess.Popen(command, env=environment, **options) as running:
+        for text in told(kept(running.stdout, last), columns):
+            print(text, end="", flush=True)
     if running.returncode != 0:
+        # What pip says of a conflict stands among its other lines.
+        sys.stdout.writelines(last)
         stop(
             f"pip {words[0]} failed; its message stands above",
             "check the network, the package registry that pip is configured for, and the space"
@@ -192,31 +200,49 @@ def pip(folder, *words):
         )
 
 
-def told(lines, *, in_place):
+def kept(lines, last):
+    """The same lines; the last of them, but those of numbers, stay in `last`."""
+    for line in lines:
+        if not line.startswith("Progress "):
+            last.append(line)
+        yield line
+
+
+def told(lines, columns):
     """What a user is told of pip's many lines.
 
     Args:
         lines: What pip prints with PIP_TELLS.
-        in_place: Tell how far each download is, on one line that is written again and again.
+        columns: Of a terminal, on which one line is written again and again to tell how far each
+            download is; 0 where this is none.
 
     Yields:
         Text to print: downloads, large ones alone where nothing is written again; builds, which
         can take long; what was installed.
     """
-    name, size = "", ""
+    name, erased = "", ERASED if columns else ""
     for line in lines:
         words = line.split()
         if words[:1] == ["Downloading"]:
             name, size = words[1].rpartition("/")[2], " ".join(words[2:])
-            if not in_place and LARGE_MB.search(size):
+            if not columns and LARGE_MB.search(size):
                 yield f"  {name} {size}\n"
-        elif in_place and words[:1] == ["Progress"] and len(words) == 4:
-            done, whole = (int(word) / 1e6 for word in words[1::2])
-            yield f"\r\x1b[K  {name}: {done:,.0f} of {whole:,.0f} MB"
+        elif columns and words[:1] == ["Progress"]:
+            yield f"{erased}{progress(name, words)}"[: columns + len(erased) - 1]
+        elif columns and words[:1] == ["Installing"]:
+            yield f"{erased}  installing"
         elif line.rstrip().endswith("still running..."):
-            yield f"{ERASED if in_place else ''}  {line.strip()}\n"
+            yield f"{erased}  {line.strip()}\n"
         elif words[:2] == ["Successfully", "installed"]:
-            yield f"{ERASED if in_place else ''}  {len(words) - 2} packages installed\n"
+            yield f"{erased}  {len(words) - 2} packages installed\n"
+    # What comes next, an error above all, is not written behind a download.
+    yield erased
+
+
+def progress(name, words):
+    """How far a download is, of pip's line `Progress DONE of WHOLE`, which is 0 if not known."""
+    done, whole = (int(word) / 1e6 for word in words[1::2])
+    return f"  {done:,.0f}{f' of {whole:,.0f}' if whole else ''} MB  {name}"
 
 
 def python_of(folder):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import final
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     Task,
     TaskID,
     TextColumn,
@@ -68,8 +69,19 @@ class Display:
         Args:
             label: What happens meanwhile.
         """
-        # A label can hold brackets, which are no markup.
-        with self._console.status(Text(label)) if self._console.is_terminal else nullcontext():
+        if not self._console.is_terminal:
+            yield
+            return
+        # Programs that are loaded meanwhile keep the streams that they find.
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as shown:
+            shown.add_task(label, total=None)
             yield
 
     def hush(self) -> None:

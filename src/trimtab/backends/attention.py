@@ -10,9 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Gemma3TextModel,
+    LlamaModel,
+    MistralModel,
+    PreTrainedModel,
+    Qwen2Model,
+    Qwen3Model,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+SHARING = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model, Gemma3TextModel)
+"""Families that do not ask what their attention is called: others, such as those that attend to a
+few keys only, do otherwise under a name that they do not know."""
 
 _NAME = "trimtab"
 _USUAL = "sdpa"
@@ -23,11 +36,11 @@ def share_keys(model: PreTrainedModel) -> None:
     """Let a model's attention ask the queries of one token that share keys together.
 
     Args:
-        model: One of this program's own, on a processor, that attends by PyTorch's own function;
-            others are left as they are.
+        model: One of this program's own, on a processor, of a family in `SHARING`, that attends by
+            PyTorch's own function; others are left as they are.
     """
     usual = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
-    if model.device.type != "cpu" or usual != _USUAL:
+    if type(model.base_model) not in SHARING or model.device.type != "cpu" or usual != _USUAL:
         return
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
@@ -43,13 +56,13 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa`, which it is in all cases but the one that this is for."""
-    rows, heads, tokens, size = query.shape
+    rows, heads, tokens, _ = query.shape
     is_one = tokens == 1 and attention_mask is None and not torch.is_grad_enabled()
     if not is_one or heads == key.shape[1] or not _is_plain(others):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-    asked = query.reshape(rows, key.shape[1], -1, size)
+    asked = query.reshape(rows, key.shape[1], -1, query.shape[-1])
     found = functional.scaled_dot_product_attention(asked, key, value, scale=others.get("scaling"))
-    return found.reshape(rows, 1, heads, size), None
+    return found.reshape(rows, 1, heads, value.shape[-1]), None
 
 
 def _is_plain(others: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """What the expert expects of tokens to come, for drafts, which are verified whatever it says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
@@ -23,8 +24,30 @@ FEW_UNREAD = 8
 slowly than in float32, unless it has instructions for that."""
 
 MOST_COPIED_BYTES = 2**30
-"""Largest copy. No question of what memory is free: drafts decide which random numbers are drawn,
+"""Largest copy of the expert's weights, to which up to half as much comes for the head's small
+numbers. No question of what memory is free: drafts decide which random numbers are drawn,
 and a seed's text must not depend on what else runs."""
+
+
+@final
+@dataclass(frozen=True)
+class Light:
+    """A copy of the expert in small numbers.
+
+    Attributes:
+        model: With layers of one byte a weight.
+        head: What its final states are multiplied by, likewise; None where its own head is used.
+    """
+
+    model: HFModel
+    head: Int8Linear | None
+
+    def logits(self, state: Tensor) -> Tensor:
+        """About the expert's logits, shape [vocab], of a final state, shape [hidden]."""
+        whole = self.model.unembedding
+        if self.head is None:
+            return whole.logits(state)
+        return whole.of_linear(self.head(state.to(whole.weight.dtype)))
 
 
 @final
@@ -54,12 +77,13 @@ class ExpertAhead:
             if light is not None:
                 self._take(tokens, caches.both)
                 if len(tokens) - len(self._cached.tokens) <= FEW_UNREAD:
-                    return self._light_logits(run_line(light, tokens, self._cached)).float()
+                    state = run_line(light.model, tokens, self._cached)
+                    return light.logits(state).float()
             state = run_expert_line(self._pair, tokens, caches)
             return self._pair.expert_unembedding.logits(state).float().cpu()
 
     @cached_property
-    def light(self) -> HFModel | None:
+    def light(self) -> "Light | None":
         """The copy, where one pays and is right: of a small LoRA on a processor."""
         model = self._pair.reference
         if model.device.type != "cpu":
@@ -67,20 +91,12 @@ class ExpertAhead:
         copy_bytes = sum(2 * weight.numel() for weight in model.model.parameters())
         if not serves_both(self._pair) or copy_bytes > MOST_COPIED_BYTES:
             return None
-        light = self._pair.expert_copy(torch.bfloat16)
-        quantise(light.model.base_model)
-        make_lean(light.model)
+        copied = self._pair.expert_copy(torch.bfloat16)
+        quantise(copied.model.base_model)
+        make_lean(copied.model)
+        weight = copied.unembedding.weight
+        light = Light(copied, Int8Linear.of(weight) if is_possible(weight) else None)
         return light if _follows(light, self._pair) else None
-
-    @cached_property
-    def _light_logits(self) -> Callable[[Tensor], Tensor]:
-        """From a state of the copy to its logits, by a head of one byte a weight where it can."""
-        assert self.light is not None
-        whole = self.light.unembedding
-        if not is_possible(whole.weight):
-            return whole.logits
-        head = Int8Linear.of(whole.weight)
-        return lambda state: whole.of_linear(head(state))
 
     def _take(self, tokens: Sequence[int], exact: ModelCache) -> None:
         """Keep what the copy has read of these tokens, and have what is exact in its place."""
@@ -103,10 +119,11 @@ class ExpertAhead:
         self._exact_tokens = read
 
 
-def _follows(light: HFModel, pair: Pair) -> bool:
+def _follows(light: Light, pair: Pair) -> bool:
     """Whether a copy computes at all, and about what the expert does, which is tried once."""
     try:
-        ours = run_line(light, PROBE, ModelCache())
+        ours = run_line(light.model, PROBE, ModelCache())
+        light.logits(ours)
     except (RuntimeError, ValueError, TypeError):
         # Families that mix their weights with numbers of another size.
         return False

@@ -16,6 +16,9 @@ COLUMNS = 32
 """The product reads weights in steps of as many columns, and beyond a row's end if they do not fit.
 """
 
+ROUNDED_ROWS = 16_384
+"""Rows of a weight that are rounded at once: in float32 they take several times their room."""
+
 LARGEST = 127
 """Integers lie within this of zero."""
 
@@ -49,13 +52,9 @@ class Int8Linear(nn.Module):
             weight: Shape [outputs, features], with `COLUMNS` features or a multiple.
             bias: Shape [outputs], if there is one.
         """
-        rows = weight.detach().float()
-        scales = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
-        return Int8Linear(
-            (rows / scales[:, None]).round().to(torch.int8),
-            scales.to(weight.dtype),
-            None if bias is None else bias.detach(),
-        )
+        parts = [_rounded(rows) for rows in weight.detach().split(ROUNDED_ROWS)]
+        whole, scales = map(torch.cat, zip(*parts, strict=True))
+        return Int8Linear(whole, scales.to(weight.dtype), None if bias is None else bias.detach())
 
     @staticmethod
     def joined(layers: Sequence["Int8Linear"]) -> "Int8Linear":
@@ -82,6 +81,13 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             out += self.bias
         return out.reshape(*states.shape[:-1], -1)
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers, and what each row of them is multiplied by."""
+    rows = rows.float()
+    scales = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+    return (rows / scales[:, None]).round().to(torch.int8), scales
 
 
 def quantise(model: nn.Module) -> None:

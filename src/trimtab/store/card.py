@@ -1,6 +1,7 @@
 """The model card: an adapter's README.md, rendered from its manifest and from nothing else."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,10 +94,10 @@ def _front_matter(manifest: AdapterManifest) -> str:
 
 
 def _base_lines(base: BaseModelReference) -> list[str]:
-    """What a hub reads of the small model; it knows none that lies in a folder or a file."""
-    if base.revision is None:
-        return []
+    """What a hub reads of the small model; it knows none that was named by a path."""
     name = base.ref.partition("@")[0]
+    if base.revision is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return []
     return [f"base_model: {json.dumps(name, ensure_ascii=False)}", "base_model_relation: adapter"]
 
 
