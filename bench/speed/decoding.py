@@ -93,8 +93,8 @@ def ways_of(models: Models, names: Sequence[str]) -> list[Way]:
             running["pair"] = models.pair.reference.model
             sizes["pair"] = Size.of(running["pair"])
         if drafts and (light := models.live.ahead.light) is not None:
-            running["draft"] = light.model
-            sizes["draft"] = Size.of(light.model)
+            running["draft"] = light.model.model
+            sizes["draft"] = Size.of(running["draft"])
         return Way(name, decode, steers, sizes, running, beside)
 
     plain = _plain(models, host)
