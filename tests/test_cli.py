@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -209,9 +210,19 @@ def test_one_continuation_is_streamed_and_several_are_kept_apart(
                     on_text(index, text)
                 advance(1)
 
+    def noted(_: config.GenerateConfig, **given: Any) -> None:
+        given["on_text"](0, "no line")
+        written.append(capsys.readouterr().out)
+        given["on_note"]("used 1 call")
+        written.append(capsys.readouterr().out)
+
+    written = list[str]()
     one = config.GenerateConfig(host="h", prompt=("p",))
     stream(continuing, one, Display())
     assert capsys.readouterr() == ("ab\n", "beside the text\n")
+    # What is said after the text does not stand behind its last line.
+    stream(noted, one, Display())
+    assert (written, capsys.readouterr().out) == (["no line", "\n"], "")
     stream(continuing, one.model_copy(update={"prompt": ("p", "q")}), Display())
     assert capsys.readouterr().out == "== 1 of 2\nab\n== 2 of 2\nxy\n"
 

@@ -375,8 +375,25 @@ def test_wrong_names_keys_and_addresses_are_errors_with_a_remedy(
     with pytest.raises(AdapterError, match="read a host's hidden states"):
         asked(endpoint, adapter, carriers=("head", "memory"))
     monkeypatch.setattr("trimtab.hosted.client.FIRST_WAIT_SEC", 0.0)
-    with pytest.raises(ModelError, match="has failed 2 times: the connection failed"):
+    with pytest.raises(ModelError, match="has failed 2 times: the connection failed") as failure:
         asked(endpoint, adapter, api_url="http://127.0.0.1:9/v1", api_attempts=2)
+    assert failure.value.hint == "check the address and its port, and that the server runs"
+
+
+def test_a_user_is_told_why_and_how_long_is_waited(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.hosted.client.FIRST_WAIT_SEC", 0.01)
+    config = GenerateConfig(
+        host="openai:any", prompt=("p",), api_url="http://127.0.0.1:9/v1", api_attempts=3
+    )
+    notes = list[str]()
+    with pytest.raises(ModelError, match="has failed 3 times"):
+        generate(config, on_note=notes.append)
+    assert len(notes) == 2
+    assert all(
+        n.startswith("the connection failed: ") and "trying again in 0 s" in n for n in notes
+    )
 
 
 CANARY = "sk-canary-6d1f0b7e"

@@ -14,8 +14,9 @@ from endpoint_server import listening
 
 from trimtab.config import GenerateConfig, ProbeConfig
 from trimtab.errors import InputError, ModelError
+from trimtab.hosted.address import Address
 from trimtab.hosted.answers import Answers, BrokenAnswer, bytes_of, read_answers, read_messages
-from trimtab.hosted.client import Address, Client, Manners
+from trimtab.hosted.client import Client, Manners
 from trimtab.hosted.ledger import Ledger, Price, Usage
 
 TEXT = {
@@ -167,8 +168,8 @@ def test_an_answer_is_paid_once(called: Called, served: tuple[str, Script], home
     called.ask()
     assert called.ledger.calls == 3
     assert called.ledger.summary(Price(1.0, 10.0)) == (
-        "3 calls, 14 prompt and 4 completion tokens; $0.0001; 1 answers from the cache;"
-        " 1 calls whose tokens the API did not count"
+        "3 calls, 14 prompt and 4 completion tokens; $0.0001; 1 answer from the cache;"
+        " 1 call whose tokens the API did not count"
     )
 
 

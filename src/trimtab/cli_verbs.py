@@ -84,20 +84,29 @@ def stream(
     function: Callable[..., object], settings: config.GenerateConfig, display: Display
 ) -> None:
     """Print one continuation as it comes; several of them one after another at the end."""
-    texts = ["" for _ in settings.prompt]
+    texts, is_line_open = ["" for _ in settings.prompt], False
 
     def on_text(index: int, text: str) -> None:
+        nonlocal is_line_open
         display.hush()
         texts[index] += text
         if len(texts) == 1:
             write(text)
+            is_line_open = not text.endswith("\n")
+
+    def end_line() -> None:
+        nonlocal is_line_open
+        write("\n" if is_line_open else "")
+        is_line_open = False
 
     def on_note(note: str) -> None:
+        end_line()
         typer.echo(note, err=True)
 
     function(settings, progress=display.progress, on_text=on_text, on_note=on_note)
     if len(texts) == 1:
-        write("" if texts[0].endswith("\n") else "\n")
+        is_line_open |= not texts[0]
+        end_line()
         return
     for number, text in enumerate(texts, start=1):
         write(f"== {number} of {len(texts)}\n{text}\n")

@@ -48,9 +48,8 @@ def probe(config: ProbeConfig, *, progress: Progress = silent) -> ProbeResult:
         config = ProbeConfig.model_validate(values | {"host": name})
     with opened(config.host, config, probe_again=True, progress=progress) as host:
         used = host.client.ledger.summary(price_of(config))
-        return ProbeResult(
-            f"{config.host} at {host.client.address.url}", f"{host.by.table()}\nused {used}"
-        )
+        table = host.by.table(knows_tokens=host.tokens is not None)
+        return ProbeResult(f"{config.host} at {host.client.address.url}", f"{table}\nused {used}")
 
 
 def _local(ref: str, progress: Progress) -> str:

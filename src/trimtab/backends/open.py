@@ -24,7 +24,7 @@ from trimtab.backends.hf import HFModel, adopt_model, quiet_transformers
 from trimtab.backends.hub import download_model, revision_of
 from trimtab.backends.tiny import TINY_SCHEME, parse_tiny, tiny_model, tiny_tokenizer
 from trimtab.backends.tokenizers import read_vocabulary
-from trimtab.config import Dtype, EvaluateConfig, GenerateConfig, MountConfig
+from trimtab.config import Dtype, EvaluateConfig, GenerateConfig, MountConfig, is_hosted
 from trimtab.errors import ModelError
 from trimtab.few_rows import hasten
 from trimtab.types import Progress, silent
@@ -244,6 +244,11 @@ def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _folder(ref: str, progress: Progress) -> Path:
+    if is_hosted(ref):
+        raise ModelError(
+            f"{ref} runs behind an API, which shows no weights, and they are needed here",
+            hint="hosts behind an API are for `trimtab generate` and `trimtab hosts probe`",
+        )
     path = Path(ref).expanduser()
     if path.is_dir():
         return path

@@ -36,7 +36,7 @@ def check_padding(host: HFModel, prompts: Sequence[Sequence[int]]) -> None:
         return
     probe = list(prompts[lengths.index(max(lengths))][: 2 * PROBE_TOKENS])
     few = probe[: len(probe) // 2]
-    # What no model expects, such as text after its end, half precision rounds several times as much.
+    # Of what no model expects, such as text after its end, half precision rounds much more.
     rest = probe[len(few) :]
     with quiet_transformers():
         alone, beside = (_written(host, rows, rest) for rows in ([few], [few, probe]))

@@ -22,6 +22,11 @@ _GEMMA = (
 )
 
 
+def is_gemma(host: HFModel) -> bool:
+    """Whether a host is of the family whose head neither vLLM nor llama.cpp's converter changes."""
+    return host.model.config.get_text_config(decoder=True).model_type.startswith("gemma")
+
+
 def check_host(host: HFModel, kind: ExportKind) -> None:
     """Refuse a host that the export cannot be exact or useful for.
 
@@ -61,7 +66,7 @@ def vllm_notes(host: HFModel, rank: int) -> Sequence[str]:
     """
     rows = len(host.unembedding.weight)
     instead = "serve a --to merged export there"
-    if host.model.config.get_text_config(decoder=True).model_type.startswith("gemma"):
+    if is_gemma(host):
         return [_GEMMA.format(rows=rows, ref=host.ref)]
     found = []
     if rows > VLLM_MAX_VOCABULARY:
@@ -94,8 +99,7 @@ def merged_notes(host: HFModel, *, was_tied: bool) -> Sequence[str]:
         f"{host.ref} shares its head with its embedding; this checkpoint has both"
         f" (tie_word_embeddings is false) and is larger by {readable_bytes(size)}"
     ]
-    family = host.model.config.get_text_config(decoder=True).model_type
-    if family.startswith("gemma"):
+    if is_gemma(host):
         found.append(
             "transformers reads it; vLLM's Gemma classes insist on a shared head and refuse it, and"
             " llama.cpp's converter drops the head: for llama.cpp use --to gguf of a GGUF host"

@@ -66,9 +66,10 @@ def render_readme(record: ExportRecord, usage: str) -> str:
         f"# {plain(record.adapter)} on {plain(record.host)}, for {_ENGINES[record.to]}",
         "The head of a Trimtab adapter, seated on one host, as files that need no Trimtab. It fits"
         " this host and no other.",
+        # First, for they may say that an engine refuses this host.
+        "## What to know\n\n" + _listed(record.notes) if record.notes else "",
         f"## Load it\n\n{usage}",
         f"## How exact it is\n\n{_exactness(record)}",
-        "## What to know\n\n" + _listed(record.notes) if record.notes else "",
         f"## What is left out\n\n{_listed(record.left_out)}",
         f"## Made from\n\n{_made_from(record)}",
         f"## Terms\n\n{_terms(record)}",

@@ -12,17 +12,17 @@ def host_name(ref: str) -> str:
     return "HOST" if ref.endswith(".gguf") or ref.startswith("tiny:") else ref
 
 
-def peft_usage(ref: str, rank: int, *, lora_bias: bool) -> str:
+def peft_usage(ref: str, rank: int, *, peft_alone: bool) -> str:
     """Commands for peft, vLLM and SGLang.
 
     Args:
         ref: The host.
         rank: Rank with its padding.
-        lora_bias: The export has a bias, which only peft loads.
+        peft_alone: No other engine loads it.
     """
     host = host_name(ref)
     parts = [_placeholders(host), "With peft:", _peft(host)]
-    if not lora_bias:
+    if not peft_alone:
         parts += [
             "With vLLM, beside other LoRAs, chosen for each request by its name:",
             f"```sh\nvllm serve {host} --enable-lora --max-lora-rank {rank} \\\n"
@@ -50,15 +50,22 @@ def _peft(host: str) -> str:
     )
 
 
-def merged_usage() -> str:
-    """Commands for a checkpoint with the head folded in."""
+def merged_usage(*, transformers_alone: bool) -> str:
+    """Commands for a checkpoint with the head folded in.
+
+    Args:
+        transformers_alone: Other engines are known to refuse it.
+    """
+    others = (
+        "\n\nEvery engine that serves the host serves it: `vllm serve FOLDER`. For llama.cpp,"
+        " convert\nit with its own `convert_hf_to_gguf.py FOLDER`."
+    )
     return (
         "FOLDER is this folder: an ordinary checkpoint.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
-        "Every engine that serves the host serves it: `vllm serve FOLDER`. For llama.cpp, convert\n"
-        "it with its own `convert_hf_to_gguf.py FOLDER`."
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+        f"{'' if transformers_alone else others}"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from trimtab.backends.hf import HFModel
 from trimtab.carriers.head import MountedHead
 from trimtab.config import ExportConfig, ExportKind
-from trimtab.exporting.engines import merged_notes, vllm_notes
+from trimtab.exporting.engines import is_gemma, merged_notes, vllm_notes
 from trimtab.exporting.linear import ConstantReading, Lora, Shift, as_lora, shift_of
 from trimtab.exporting.llamacpp import (
     ADAPTER_NAME,
@@ -116,7 +116,8 @@ def _write_peft(job: Job, folder: Path) -> Written:
         "rank with its padding": padded.rank,
         "lora_bias": job.config.lora_bias,
     }
-    usage = peft_usage(host.ref, padded.rank, lora_bias=job.config.lora_bias)
+    alone = job.config.lora_bias or is_gemma(host)
+    usage = peft_usage(host.ref, padded.rank, peft_alone=alone)
     return Written(measured, settings, tuple(notes), usage)
 
 
@@ -182,7 +183,13 @@ def _write_merged(job: Job, folder: Path) -> Written:
         "weights": str(found.weight.dtype).removeprefix("torch."),
         "head and embedding": "untied here" if was_tied else "were untied already",
     }
-    return Written(measured, settings, tuple(notes), merged_usage())
+    if found.weight.dtype is not torch.float32:
+        notes.append(
+            f"the weights are {settings['weights']}, to which the whole head is rounded; --dtype"
+            " float32 writes them twice as large and without that loss"
+        )
+    usage = merged_usage(transformers_alone=was_tied and is_gemma(host))
+    return Written(measured, settings, tuple(notes), usage)
 
 
 def _is_tied(host: HFModel) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trimtab.hosted.client import Address
+from trimtab.hosted.address import Address
 from trimtab.store.files import sha256_bytes, write_json
 from trimtab.store.home import read_kept, trimtab_home
 
@@ -51,15 +51,20 @@ class Capabilities(BaseModel):
             return self.top_completions if self.completions else 0
         return self.top_chat if self.chat and self.prefill != "none" else 0
 
-    def table(self) -> str:
-        """What there is, and which carriers can use it, in words."""
+    def table(self, *, knows_tokens: bool) -> str:
+        """What there is, and which carriers can use it, in words.
+
+        Args:
+            knows_tokens: The API's tokenizer was given; without it some things are not tried.
+        """
+        tokens = _yes(self.token_prompts) if knows_tokens else "not tried without --api-tokenizer"
         rows = [
             ("plain text (/completions)", _yes(self.completions)),
             ("chat", _yes(self.chat)),
             ("top logprobs, plain text", _count(self.top_completions)),
             ("top logprobs, chat", _count(self.top_chat)),
             ("logprobs of the prompt (echo)", _yes(self.echo)),
-            ("prompt as token ids", _yes(self.token_prompts)),
+            ("prompt as token ids", tokens),
             ("answer goes on from a beginning", _PREFILL[self.prefill]),
             ("several candidates a request", _yes(self.several)),
             ("logit_bias", _BIAS[self.logit_bias]),

@@ -1,7 +1,6 @@
 """Calls of an API: patient, counted, kept on disk, and silent about the key."""
 
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -11,11 +10,13 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar, final
 
-from trimtab.errors import InputError, MissingDependencyError, ModelError
+from trimtab.errors import MissingDependencyError, ModelError
+from trimtab.hosted.address import Address, after_failures, key_of, remedy
 from trimtab.hosted.answers import Answers, BrokenAnswer
 from trimtab.hosted.ledger import Ledger
 from trimtab.store.files import sha256_bytes, write_json
 from trimtab.store.home import read_kept, trimtab_home
+from trimtab.types import OnNote
 
 try:
     import httpx2
@@ -25,13 +26,6 @@ except ImportError as _missing:
         f"hosts behind an API need the package {_missing.name}",
         hint="pip install 'trimtab[hosted]'",
     ) from _missing
-
-KEY_VARIABLE = "TRIMTAB_API_KEY"
-SERVICES: Mapping[str, tuple[str, str]] = {
-    "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
-    "anthropic": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
-}
-"""By dialect: the service's own address, and the variable with its key, sent nowhere else."""
 
 FIRST_WAIT_SEC, LONGEST_WAIT_SEC = 0.5, 60.0
 """Between attempts, where the API does not say how long."""
@@ -59,35 +53,6 @@ class _PassingError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.wait_sec = wait_sec
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a model is served.
-
-    Attributes:
-        dialect: openai or anthropic.
-        url: Up to the version.
-        model: As the service calls it.
-    """
-
-    dialect: str
-    url: str
-    model: str
-
-    @staticmethod
-    def of(host: str, url: str | None) -> "Address":
-        """Read openai:MODEL or anthropic:MODEL, at an address or at the service's own.
-
-        Raises:
-            InputError: There is no name of a model.
-        """
-        dialect, _, model = host.partition(":")
-        if not model:
-            raise InputError(
-                f"{host} names no model", hint=f"write it after the colon: {dialect}:MODEL"
-            )
-        return Address(dialect, url or SERVICES[dialect][0], model)
 
 
 @dataclass(frozen=True)
@@ -119,6 +84,7 @@ class Client:
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] | None = None,
+        on_note: OnNote | None = None,
     ) -> None:
         """Take the key from the environment; nothing is sent yet.
 
@@ -128,6 +94,7 @@ class Client:
             ledger: Counts what is used.
             clock: Seconds; for tests.
             sleep: Waits; for tests.
+            on_note: Gets why and how long is waited before a request is sent again.
 
         Raises:
             InputError: The key holds characters that no key has.
@@ -136,7 +103,8 @@ class Client:
         self.ledger = ledger
         self._manners = manners
         self._clock, self._sleep = clock, sleep or SLEEP
-        self._key = _key(address)
+        self._on_note = on_note
+        self._key = key_of(address)
         self._next_sec = -float("inf")
         self._http = httpx2.Client(timeout=manners.timeout_sec, headers=self._headers())
 
@@ -211,9 +179,10 @@ class Client:
         try:
             return attempts(self._once, call, broken)
         except _PassingError as error:
+            times = f" {n} times" if (n := self._manners.attempts) > 1 else ""
             raise ModelError(
-                f"{self.address.url} has failed {self._manners.attempts} times: {error.reason}",
-                hint="try again later: the same command goes on with the answers that have come",
+                f"{self.address.url} has failed{times}: {error.reason}",
+                hint=after_failures(self.address, self.ledger.calls, cache=self._manners.cache),
             ) from None
 
     def _once(self, call: Callable[[], Parsed], broken: bool) -> Parsed:
@@ -243,8 +212,11 @@ class Client:
         return longest * random.uniform(0.5, 1.0)
 
     def _count_failure(self, state: tenacity.RetryCallState) -> None:
-        del state
         self.ledger.failures += 1
+        error = state.outcome.exception() if state.outcome else None
+        wait_sec = state.next_action.sleep if state.next_action else 0.0
+        if self._on_note is not None and isinstance(error, _PassingError):
+            self._on_note(f"{error.reason}; trying again in {wait_sec:.0f} s")
 
     def _parsed(
         self,
@@ -300,7 +272,7 @@ class Client:
             said = f"it asks to wait {wait_sec:.0f} s; {said}"
         return _RefusedError(
             f"{self.address.url} refuses with status {status}: {said}",
-            hint=_remedy(status, self.address),
+            hint=remedy(status, self.address),
             status=status,
         )
 
@@ -331,19 +303,6 @@ class _RefusedError(ModelError):
         self.status = status
 
 
-def _key(address: Address) -> str:
-    own_url, variable = SERVICES[address.dialect]
-    # A service's own key goes to that service alone.
-    names = [KEY_VARIABLE, variable] if address.url == own_url else [KEY_VARIABLE]
-    key = next((os.environ[name] for name in names if os.environ.get(name)), "").strip()
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(
-            f"the key in {' or '.join(names)} holds characters that no key has",
-            hint="set it again, without line breaks and quotation marks",
-        )
-    return key
-
-
 def _message(content: bytes) -> str:
     text = content.decode("utf-8", "replace")
     try:
@@ -353,18 +312,6 @@ def _message(content: bytes) -> str:
     except ValueError:
         pass
     return " ".join(text.split()) or "without a reason"
-
-
-def _remedy(status: int, address: Address) -> str:
-    if status in (401, 403):
-        own_url, variable = SERVICES[address.dialect]
-        named = f" or {variable}" if address.url == own_url else ""
-        return f"put a key that this API accepts into the variable {KEY_VARIABLE}{named}"
-    if status == 404:
-        return f"check the address, and that it serves a model {address.model}"
-    if status in (402, 429):
-        return "add credit, or wait; the same command goes on with the answers that have come"
-    return "see `trimtab hosts probe` for what this API understands"
 
 
 def _finite(name: str) -> float | None:

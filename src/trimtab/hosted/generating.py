@@ -14,8 +14,9 @@ from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair
 from trimtab.config import GenerateConfig, HostedOptions, ProbeConfig
 from trimtab.errors import AdapterError, InputError
+from trimtab.hosted.address import Address
 from trimtab.hosted.blending import Blender
-from trimtab.hosted.client import Address, Client, Manners
+from trimtab.hosted.client import Client, Manners
 from trimtab.hosted.context import expert_draft
 from trimtab.hosted.estimating import Plan, planned_alone, planned_candidates, planned_steps
 from trimtab.hosted.host import HostedModel
@@ -60,7 +61,12 @@ class HostedResult:
 
 @contextmanager
 def opened(
-    host: str, options: HostedOptions, *, probe_again: bool = False, progress: Progress = silent
+    host: str,
+    options: HostedOptions,
+    *,
+    probe_again: bool = False,
+    progress: Progress = silent,
+    on_note: OnNote | None = None,
 ) -> Iterator[HostedModel]:
     """Open a host behind an API, and find out what it can do.
 
@@ -69,13 +75,15 @@ def opened(
         options: How it is reached and called.
         probe_again: Ask what it can do, whatever was found before.
         progress: Shows the opening of a tokenizer.
+        on_note: Gets why a request is sent again.
 
     Raises:
         ModelError: It cannot be reached, or refuses key or model.
     """
     address = Address.of(host, options.api_url)
     tokens = open_known(options.api_tokenizer, progress) if options.api_tokenizer else None
-    client = Client(address, manners_of(options), Ledger(options.api_budget_tokens))
+    ledger = Ledger(options.api_budget_tokens)
+    client = Client(address, manners_of(options), ledger, on_note=on_note)
     try:
         by = capabilities_of(
             client,
@@ -150,7 +158,7 @@ def generate_hosted(
         ModelError: The API cannot do what is asked, refuses, or has failed at every attempt.
     """
     manifest = _check(config)
-    with opened(config.host, config, progress=progress) as host:
+    with opened(config.host, config, progress=progress, on_note=on_note) as host:
         host.check_way(chat=config.chat)
         level = level_of(config, host.by, steered=manifest is not None)
         pair = _open_pair(config, manifest, progress)
@@ -159,6 +167,9 @@ def generate_hosted(
             tasks = _with_drafts(config, tasks, pair, level)
         words = in_words(config, host.by, level)
         notes = [f"{config.host}: {words}"]
+        if host.client.ledger.calls:
+            asked = host.client.ledger.summary(price_of(config))
+            notes.append(f"asked once what {host.client.address.url} shows: {asked}")
         notes.append(f"at most {_plan(config, host, tasks, level).in_words(price_of(config))}")
         for note in notes:
             _tell(on_note, note)
@@ -171,9 +182,8 @@ def generate_hosted(
             done = [run.one(level, number, task, advance) for number, task in enumerate(tasks)]
         after = [f"used {host.client.ledger.summary(price_of(config))}"]
         if any(one.is_cut_short for one in done):
-            after.append(
-                "stopped by the budget of tokens: the same command with a larger one goes on"
-            )
+            goes_on = "the same command with a larger one goes on" if config.api_cache else ""
+            after.append(f"stopped by the budget of tokens{goes_on and f': {goes_on}'}")
         for note in after:
             _tell(on_note, note)
     return HostedResult(
@@ -295,7 +305,8 @@ def _check(config: GenerateConfig) -> AdapterManifest | None:
     others = [name for name in config.carriers or () if name != "expert"]
     if others:
         raise AdapterError(
-            f"{' and '.join(others)} read a host's hidden states, and {config.host} shows none",
+            f"{' and '.join(others)} read{'s' if len(others) == 1 else ''} a host's hidden states,"
+            f" and {config.host} shows none",
             hint="use --carriers expert",
         )
     if "expert" not in manifest.carriers:

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 from typing import final
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words, one or several."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Usage:
     """Tokens of a call, as the API counts them.
@@ -24,7 +29,7 @@ class Usage:
     def in_words(self, calls: int) -> str:
         """Calls and their tokens."""
         return (
-            f"{calls} calls, {self.prompt_tokens:,} prompt and"
+            f"{counted(calls, 'call')}, {self.prompt_tokens:,} prompt and"
             f" {self.completion_tokens:,} completion tokens"
         )
 
@@ -99,9 +104,11 @@ class Ledger:
         if price is not None:
             parts.append(price.in_words(self.usage))
         if self.kept_calls:
-            parts.append(f"{self.kept_calls} answers from the cache")
+            parts.append(f"{counted(self.kept_calls, 'answer')} from the cache")
         if self.failures:
-            parts.append(f"{self.failures} calls repeated, which the API may charge as well")
+            repeated = counted(self.failures, "call")
+            parts.append(f"{repeated} repeated, which the API may charge as well")
         if self.uncounted_calls:
-            parts.append(f"{self.uncounted_calls} calls whose tokens the API did not count")
+            uncounted = counted(self.uncounted_calls, "call")
+            parts.append(f"{uncounted} whose tokens the API did not count")
         return "; ".join(parts)

@@ -190,7 +190,11 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             # Its own words would count lines in that line.
             is_json = isinstance(error, json.JSONDecodeError)
-            fault = f"{error.msg} at column {error.colno}" if is_json else str(error)
+            fault = (
+                f"{error.msg.removesuffix(' at')} at column {error.colno}"
+                if is_json
+                else str(error)
+            )
             raise InputError(
                 f"{where} is not valid JSON: {fault}",
                 hint="mend or remove that line; each line is one JSON object",
