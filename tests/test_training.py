@@ -11,7 +11,7 @@ from trimtab.errors import InputError
 from trimtab.losses import Loss, entropy_adaptive_nats, masked_cross_entropy_nats
 from trimtab.text.packing import TokenisedDocument, Windows, pack
 from trimtab.tuning.schedule import Schedule, one_cycle
-from trimtab.tuning.training import Learner, TrainingState
+from trimtab.tuning.training import Checkpoints, Learner, TrainingState, train
 
 
 @pytest.mark.parametrize("steps", [4, 5, 26, 300])
@@ -113,6 +113,52 @@ def test_a_step_that_is_not_finite_leaves_the_weights() -> None:
     assert math.isnan(learner.step(windows.rows(slice(0, 2)), 1e-3, seed=0))
     for old, new in zip(before, learner.weights(), strict=True):
         assert torch.equal(old, new)
+
+
+def trained(path: Path, stop: str = "") -> list[torch.Tensor]:
+    """The weights after six steps; one that is stopped begins its fifth and goes no further."""
+    learner, windows = learner_and_windows()
+    plan = schedule(windows=len(windows), windows_per_epoch=len(windows), batch_windows=1, epochs=1)
+    assert plan.steps >= 6
+    changing, steps = learner._optimiser.step, 0  # pyright: ignore[reportPrivateUsage]
+
+    def counted(parts: Windows) -> list[Windows]:
+        nonlocal steps
+        # Steps ask, and validations.
+        steps += learner._model.training  # pyright: ignore[reportPrivateUsage]
+        if stop == "early" and steps == 5:
+            raise KeyboardInterrupt
+        return [parts]
+
+    def changed() -> None:
+        changing()
+        if stop == "late" and steps == 5:
+            raise KeyboardInterrupt
+
+    learner._parts = counted  # type: ignore[method-assign]
+    learner._optimiser.step = changed  # type: ignore[method-assign]
+    train(
+        learner,
+        windows,
+        windows.rows(slice(0, 1)),
+        plan,
+        checkpoints=Checkpoints(path, 1e9),
+        advance=lambda _: None,
+    )
+    return learner.weights()
+
+
+@pytest.mark.parametrize("stop", ["early", "late"])
+def test_ctrl_c_saves_what_is_whole(stop: str, tmp_path: Path) -> None:
+    whole, path = trained(tmp_path / "never.safetensors"), tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        trained(path, stop)
+    # Weights of which a step has changed some are no state to continue from.
+    assert path.exists() == (stop == "early")
+    if path.exists():
+        assert learner_and_windows()[0].load(path).step == 4
+    for ours, theirs in zip(trained(path), whole, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_broken_or_foreign_checkpoint_is_an_input_error(tmp_path: Path) -> None:

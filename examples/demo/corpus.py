@@ -83,6 +83,7 @@ def fetch_zig(folder: Path) -> Path:
     if is_fetched(folder):
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {ZIG_PACKAGE}", file=sys.stderr)
     with opened_wheel(ZIG_PACKAGE, folder, instead=INSTEAD) as wheel:
         with replace_directory(target, marker=MARKER) as fresh:
             _unpack(wheel, fresh)

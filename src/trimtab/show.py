@@ -98,7 +98,8 @@ def _carriers(manifest: AdapterManifest) -> list[str]:
     for name, carrier in manifest.carriers.items():
         hidden = {"kind", "files", "contains_text", "gate", "own_gate", "bytes_gate"}
         kept = carrier.model_dump(mode="json", exclude=hidden, exclude_none=True)
-        settings = ", ".join(f"{key} {readable_value(value)}" for key, value in kept.items())
+        told = {key: value for key, value in kept.items() if value != []}
+        settings = ", ".join(f"{key} {readable_value(value)}" for key, value in told.items())
         lines.append(f"  {name}: {readable_bytes(manifest.bytes_of(name))}, {settings}")
         lines.append(f"    {READ_BACK[name].replace('**', '')}")
     return lines

@@ -78,9 +78,9 @@ class Mounted:
     def summary(self) -> str:
         """How well it fits."""
         lines = [
-            f"{self.manifest.name} on {self.host_ref}: {self.state_map.shared_tokens} shared"
+            f"{self.manifest.name} on {self.host_ref}: {self.state_map.shared_tokens:,} shared"
             f" token strings, anchor R^2 {self.state_map.r_squared:.3f},"
-            f" calibrated on {self.paired_positions} positions",
+            f" calibrated on {self.paired_positions:,} positions",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)

@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -82,6 +82,8 @@ class Learner:
         self.parameters = [parameter for _, parameter in named]
         # Over weights and moments in one pass, which takes a third of the time.
         self._optimiser = torch.optim.AdamW(self.parameters, weight_decay=0.01, fused=True)
+        self.begun_steps = 0
+        """Steps that have changed the weights, or have begun to."""
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +113,7 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
         if math.isfinite(loss) and math.isfinite(norm.item()):
             self._optimiser.param_groups[0]["lr"] = learning_rate
+            self.begun_steps += 1
             self._optimiser.step()
         else:
             loss = math.nan
@@ -186,6 +189,7 @@ class Learner:
                 "exp_avg": _like(parameter, file.get_tensor(f"mean/{name}")),
                 "exp_avg_sq": _like(parameter, file.get_tensor(f"square/{name}")),
             }
+        self.begun_steps = int(numbers["step"])
         best = (
             [file.get_tensor(f"best/{n}") for n in self._names] if numbers["held_out_nats"] else []
         )
@@ -272,7 +276,9 @@ def train(
             _validate(learner, held_out, schedule, state)
         saved = time.monotonic()
         while state.step < schedule.steps and state.stale() < schedule.patience:
-            advance(_one_step(learner, windows, schedule, state))
+            with _saved_if_stopped(learner, checkpoints, state):
+                done = _one_step(learner, windows, schedule, state)
+            advance(done)
             if schedule.validates_after(state.step):
                 _validate(learner, held_out, schedule, state)
             if time.monotonic() - saved >= checkpoints.every_sec:
@@ -281,6 +287,20 @@ def train(
     if state.best:
         learner.set_weights(state.best)
     return state
+
+
+@contextmanager
+def _saved_if_stopped(
+    learner: Learner, checkpoints: Checkpoints, state: TrainingState
+) -> Iterator[None]:
+    """Save a run that Ctrl-C ends within a step, as it was before that step."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Most of a step changes nothing. Once weights are changed, what was saved before counts.
+        if learner.begun_steps == state.step:
+            learner.save(checkpoints.path, state)
+        raise
 
 
 def _one_step(learner: Learner, windows: Windows, schedule: Schedule, state: TrainingState) -> int:
