@@ -116,6 +116,15 @@ def test_the_progress_of_copies_is_shown_while_they_work(tmp_path: Path) -> None
     assert sum(advanced) == 4
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_piece_that_tells_nothing_counts_when_it_is_done(count: int) -> None:
+    advanced: list[int] = []
+    do_pieces(
+        [Piece(lambda _: None, 2), Piece(lambda advance: advance(3), 3)], advanced.append, count
+    )
+    assert sum(advanced) == 5
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_error_ends_the_copies(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:

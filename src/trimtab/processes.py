@@ -96,13 +96,18 @@ def do_pieces(pieces: Sequence[Piece], advance: Advance, count: int) -> None:
         count: How many processes, of `process_count` for all pieces of a job, those that were
             done before too, so that the rest is computed in the same way; 1 uses all threads.
     """
-    if count == 1:
-        for piece in pieces:
-            piece.do(advance)
-        return
     for start in range(0, len(pieces), _MOST_AT_ONCE):
         some = pieces[start : start + _MOST_AT_ONCE]
-        _share(some, advance, min(count, len(some)))
+        if count == 1:
+            _do_alone(some, advance)
+        else:
+            _share(some, advance, min(count, len(some)))
+
+
+def _do_alone(pieces: Sequence[Piece], advance: Advance) -> None:
+    board = _Board(pieces, advance)
+    for number in range(len(pieces)):
+        board.do(number)
 
 
 def _share(pieces: Sequence[Piece], advance: Advance, count: int) -> None:
