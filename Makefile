@@ -59,11 +59,8 @@ test-browser: $(VENV)/ready-browser
 test-clients: $(VENV)/ready-clients
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/test_serve_clients.py
 
-# Threads that wait for each other give their core up soon: where anything else runs beside them,
-# waiting in a loop as GNU's OpenMP does by default makes small steps five to nine times as long.
 demo: $(VENV)/ready-demo
-	@TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-2000} \
-		$(BIN)/python -m examples.demo $(DEMO_OPTIONS)
+	@TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m examples.demo $(DEMO_OPTIONS)
 
 bench: $(VENV)/ready-demo
 	@TRIMTAB_HOME=$${TRIMTAB_HOME:-build/cache} $(BIN)/python -m bench.transfer $(BENCH)

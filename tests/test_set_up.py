@@ -159,7 +159,6 @@ def test_a_terminal_sees_how_far_a_download_is() -> None:
     assert unknown == [f"{set_up.ERASED}  3 MB  ", set_up.ERASED]
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_set_up_that_fails_shows_what_pip_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,25 +159,17 @@ def _scored(
 ) -> dict[str, list[Kept]]:
     """Score all documents; several processes, where scores are kept for all of them to see."""
     listed = [(kind, document) for kind, found in texts.items() for document in found]
-    pieces = [Piece(partial(_score, evaluator, d), len(d.text.encode())) for _, d in listed]
-    found = _first_scored(evaluator, listed[0][1], progress)
-    if len(pieces) > 1:
-        label = f"scoring {evaluator.config.adapter.name} (bytes)"
-        sizes = [piece.size for piece in pieces[1:]]
-        with progress(label, sum(sizes)) as advance:
-            if evaluator.is_shared:
-                do_pieces(pieces[1:], advance, process_count(sizes, evaluator.config.processes))
-            for (_, document), size in zip(listed[1:], sizes, strict=True):
-                found.append(evaluator.score(document))
-                if not evaluator.is_shared:
-                    advance(size)
+    first, *others = [document for _, document in listed]
+    found = [_first_scored(evaluator, first, progress)]
+    if others:
+        found += _others_scored(evaluator, others, progress)
     scored = {kind: list[Kept]() for kind in texts}
     for (kind, _), kept in zip(listed, found, strict=True):
         scored[kind].append(kept)
     return scored
 
 
-def _first_scored(evaluator: Evaluator, document: Document, progress: Progress) -> list[Kept]:
+def _first_scored(evaluator: Evaluator, document: Document, progress: Progress) -> Kept:
     """Score the first document, and with it make what is made once.
 
     Copies of this process then have that as well. It is shown as work of its own, since the time
@@ -188,7 +180,22 @@ def _first_scored(evaluator: Evaluator, document: Document, progress: Progress) 
         found = evaluator.score(document)
         _check_rows(evaluator.config.rows, found)
         advance(size)
-    return [found]
+    return found
+
+
+def _others_scored(
+    evaluator: Evaluator, documents: Sequence[Document], progress: Progress
+) -> list[Kept]:
+    pieces = [Piece(partial(_score, evaluator, d), len(d.text.encode())) for d in documents]
+    sizes, found = [piece.size for piece in pieces], list[Kept]()
+    with progress(f"scoring {evaluator.config.adapter.name} (bytes)", sum(sizes)) as advance:
+        if evaluator.is_shared:
+            do_pieces(pieces, advance, process_count(sizes, evaluator.config.processes))
+        for document, size in zip(documents, sizes, strict=True):
+            found.append(evaluator.score(document))
+            if not evaluator.is_shared:
+                advance(size)
+    return found
 
 
 def _score(evaluator: Evaluator, document: Document, advance: Advance) -> None:

@@ -20,7 +20,7 @@ def share_cores() -> None:
     """Have torch's threads wait for each other asleep, unless the user's environment decides.
 
     GNU's OpenMP waits in a loop for a long while. Where anything else runs on these cores, small
-    steps then take up to nine times as long (docs/log.md, 2026-11-26 and 2026-11-28); a short
+    steps then take up to nine times as long (docs/log.md, 2026-11-27 and 2026-11-28); a short
     loop costs little where nothing does. The library reads the variable when it is loaded, thus
     this works before torch is imported alone.
     """

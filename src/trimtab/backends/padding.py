@@ -40,12 +40,9 @@ def check_padding(host: HFModel, prompts: Sequence[Sequence[int]]) -> None:
     rest = probe[len(few) :]
     with quiet_transformers():
         alone, beside = (_written(host, rows, rest) for rows in ([few], [few, probe]))
-        steps = zip(alone, beside, strict=True)
-        pairs = [(alone[0], beside[0]) for alone, beside in steps]
-    worst_nats = max(float(_apart_nats(alone, beside)) for alone, beside in pairs)
-    if worst_nats > max(
-        _tolerance_nats(alone, host.unembedding.weight.dtype) for alone, _ in pairs
-    ):
+    pairs = [(one[0], other[0]) for one, other in zip(alone, beside, strict=True)]
+    worst_nats = max(float(_apart_nats(*pair)) for pair in pairs)
+    if worst_nats > max(_tolerance_nats(one, host.unembedding.weight.dtype) for one, _ in pairs):
         raise ModelError(
             f"{host.ref} answers a prompt otherwise when it shares a batch with a longer one (by"
             f" {worst_nats:.2g} nats): its layers read the padding",

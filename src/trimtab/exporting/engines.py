@@ -24,7 +24,11 @@ _GEMMA = (
 
 def is_gemma(host: HFModel) -> bool:
     """Whether a host is of the family whose head neither vLLM nor llama.cpp's converter changes."""
-    return host.model.config.get_text_config(decoder=True).model_type.startswith("gemma")
+    return _family(host).startswith("gemma")
+
+
+def _family(host: HFModel) -> str:
+    return host.model.config.get_text_config(decoder=True).model_type
 
 
 def check_host(host: HFModel, kind: ExportKind) -> None:
@@ -74,7 +78,7 @@ def vllm_notes(host: HFModel, rank: int) -> Sequence[str]:
             f"vLLM takes a LoRA on a head of at most {VLLM_MAX_VOCABULARY:,} rows, and {host.ref}"
             f" has {rows:,}: {instead}"
         )
-    family = host.model.config.get_text_config(decoder=True).model_type
+    family = _family(host)
     if family not in _VLLM_WITH_HEAD:
         found.append(
             "vLLM takes a LoRA on the head of Llama and Qwen3 models; of the family"

@@ -18,7 +18,7 @@ def peft_usage(ref: str, rank: int, *, peft_alone: bool) -> str:
     Args:
         ref: The host.
         rank: Rank with its padding.
-        peft_alone: No other engine loads it.
+        peft_alone: Of no other engine it is known that it loads it.
     """
     host = host_name(ref)
     parts = [_placeholders(host), "With peft:", _peft(host)]

@@ -182,8 +182,8 @@ def generate_hosted(
             done = [run.one(level, number, task, advance) for number, task in enumerate(tasks)]
         after = [f"used {host.client.ledger.summary(price_of(config))}"]
         if any(one.is_cut_short for one in done):
-            goes_on = "the same command with a larger one goes on" if config.api_cache else ""
-            after.append(f"stopped by the budget of tokens{goes_on and f': {goes_on}'}")
+            goes_on = ": the same command with a larger one goes on" if config.api_cache else ""
+            after.append(f"stopped by the budget of tokens{goes_on}")
         for note in after:
             _tell(on_note, note)
     return HostedResult(
