@@ -10,6 +10,7 @@ command line says wins.
 """
 
 import inspect
+import logging
 import reprlib
 import types
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def _run(verb: str, given: dict[str, Any]) -> None:
         # Imported here, not above: verbs load torch, which --help must not wait for.
         with display.waiting("loading PyTorch and what reads models"):
             function = getattr(import_module(f"trimtab.{verb}"), verb)
+        _hush_libraries()
         if isinstance(settings, config.GenerateConfig):
             stream(function, settings, display)
             return
@@ -78,6 +80,11 @@ def _run(verb: str, given: dict[str, Any]) -> None:
         summary = getattr(result, "as_json" if as_json else "summary", None)
         if callable(summary):
             write(f"{summary()}\n")
+
+
+def _hush_libraries() -> None:
+    # Told at bitsandbytes' first import, which PEFT's layers ask for: a kernel that is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stream(

@@ -47,6 +47,7 @@ from trimtab.store.files import (
     replace_directory,
 )
 from trimtab.text.packing import Windows
+from trimtab.tuning.four_bit import check_four_bit, hold_in_four_bits
 from trimtab.tuning.schedule import Schedule
 from trimtab.tuning.training import Checkpoints, Learner, TrainingState, train
 from trimtab.tuning.training_text import (
@@ -64,7 +65,7 @@ class TuneResult:
 
     Attributes:
         folder: Folder of the expert.
-        method: lora or full.
+        method: lora, qlora or full.
         steps: Optimiser steps taken.
         train_tokens: Tokens that the loss counted, over all steps.
         held_out: What the held-out text costs before and after; None if none was held out.
@@ -206,10 +207,15 @@ def _gathered(run: UnfinishedRun, model: HFModel) -> Documents:
 
 
 def _open(config: TuneConfig, progress: Progress) -> HFModel:
-    # Float32 whatever the arithmetic: mixed precision over float32 weights is both the fastest
-    # on a processor with bfloat16 and exact in the residual stream.
     place = one_device()
-    model = open_model(config.model, dtype="float32", device_map=place, progress=progress)
+    if config.method == "qlora":
+        check_four_bit(place)
+        # Rounded on its way to where it is trained, from half as many bytes.
+        model = open_model(config.model, dtype="bfloat16", device_map="cpu", progress=progress)
+    else:
+        # Float32 whatever the arithmetic: mixed precision over float32 weights is both the fastest
+        # on a processor with bfloat16 and exact in the residual stream.
+        model = open_model(config.model, dtype="float32", device_map=place, progress=progress)
     if model.is_encoder_decoder:
         raise ModelError(
             f"{config.model} reads a source and writes a target; only causal models are tuned",
@@ -221,6 +227,9 @@ def _open(config: TuneConfig, progress: Progress) -> HFModel:
             f" {model.max_tokens}",
             hint=f"set --window-tokens to at most {model.max_tokens}",
         )
+    if config.method == "qlora":
+        arithmetic = resolve_dtype(config.dtype, place)
+        hold_in_four_bits(model.model, arithmetic, place)
     return model
 
 

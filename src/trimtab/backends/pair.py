@@ -185,7 +185,7 @@ def open_pair(
         "device_map": device_map or one_device(),
         "progress": progress,
     }
-    if manifest.method == "lora":
+    if manifest.method != "full":
         folder = expert_folder / "lora"
         return open_pair_from(manifest.base.ref, folder, fingerprint=fingerprint, **options)
     reference = open_checked(manifest.base.ref, fingerprint=fingerprint, **options)

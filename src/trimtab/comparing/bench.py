@@ -18,7 +18,14 @@ from trimtab.comparing.kept import STEPS
 from trimtab.comparing.measure import watched
 from trimtab.comparing.split import TEST_NAME, TRAIN_NAME, Split, key_of
 from trimtab.comparing.values import Step
-from trimtab.config import CompareConfig, FitConfig, MountConfig, RecordConfig, TuneConfig
+from trimtab.config import (
+    CompareConfig,
+    FitConfig,
+    MountConfig,
+    RecordConfig,
+    TuneConfig,
+    TuneMethod,
+)
 from trimtab.costing import flops
 from trimtab.costing.sheet import Shape
 from trimtab.errors import InputError
@@ -205,7 +212,7 @@ class Bench:
 
     # Every step below is one of Trimtab's verbs in a folder of its own, which goes on where it was.
 
-    def _tuned(self, model: str, name: str, method: str, progress: Progress) -> Path:
+    def _tuned(self, model: str, name: str, method: TuneMethod, progress: Progress) -> Path:
         config = TuneConfig.model_validate(
             {
                 "model": model,
@@ -224,7 +231,7 @@ class Bench:
         tune(config, progress=progress)
         return config.out
 
-    def tune_step(self, model: str, name: str, shape: Shape, method: str = "lora") -> Step:
+    def tune_step(self, model: str, name: str, shape: Shape, method: TuneMethod = "lora") -> Step:
         """Tune a model on the training text; the operations follow from the tokens of it."""
 
         def work(progress: Progress) -> float:

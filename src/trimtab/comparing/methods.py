@@ -3,23 +3,22 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
-
-import torch
 
 from trimtab.backends.live import Live
+from trimtab.backends.open import one_device
 from trimtab.comparing import estimates, sizes
 from trimtab.comparing.bench import ADAPTER, LABEL_ADAPTER, Bench
 from trimtab.comparing.budget import NotRun
 from trimtab.comparing.scoring import Subject, with_preamble
 from trimtab.comparing.split import excerpts
 from trimtab.comparing.values import Step
-from trimtab.config import CarrierName
+from trimtab.config import CarrierName, TuneMethod
+from trimtab.errors import ModelError
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.processor import DEFAULT_CARRIERS, mixture_of
 from trimtab.store.adapter import MOUNT_FILE
+from trimtab.tuning.four_bit import check_four_bit
 
 NOTHING, AGAIN, MOUNT = "nothing", "train again", "mount"
 
@@ -183,37 +182,38 @@ def _label_head(bench: Bench) -> Iterator[Made]:
     yield Made(Subject(bench.host, mixture.steering), steps, size, note)
 
 
-def _tuned_host(method: str) -> Callable[[Bench], Iterator[Made]]:
+def _tuned_host(method: TuneMethod) -> Callable[[Bench], Iterator[Made]]:
     def make(bench: Bench) -> Iterator[Made]:
-        shape, window = bench.host_shape, bench.config.train_window_tokens
-        if method == "lora":
-            estimate = estimates.lora(bench, shape, "lora")
-            held = sizes.lora_bytes(shape, bench.config.rank, window)
-        else:
-            estimate = estimates.full(bench)
-            held = sizes.full_bytes(shape, window)
+        estimate, held = _trained_host(bench, method)
         if bench.done(estimate.name) is None:
             bench.budget.ask_for_memory("training the host", held)
 
         def run() -> Step:
-            return bench.tune_step(bench.config.host, method, shape, method)
+            return bench.tune_step(bench.config.host, method, bench.host_shape, method)
 
         step = _asked(bench, "training the host", estimate, run)
-        part = "lora" if method == "lora" else "model"
+        part = "model" if method == "full" else "lora"
         note = "the small model's settings, one learning rate: tune's default"
+        if method == "qlora":
+            note += "; trained over weights of four bits, and then beside the host's own"
         with bench.tuned_model(method) as model:
             yield Made(Subject(model), (step,), _size(bench.folder / method / part), note)
 
     return make
 
 
-def _qlora(bench: Bench) -> NoReturn:
-    del bench
-    if not torch.cuda.is_available():
-        raise NotRun("4-bit training needs an NVIDIA GPU, and this machine has none")
-    if find_spec("bitsandbytes") is None:
-        raise NotRun("4-bit training needs the package bitsandbytes, which is not installed")
-    raise NotRun("`trimtab tune` trains over weights of 16 or 32 bits, not of 4")
+def _trained_host(bench: Bench, method: TuneMethod) -> tuple[Step, float]:
+    """What training the host is predicted to take, and the bytes of memory that it holds."""
+    shape, window, rank = bench.host_shape, bench.config.train_window_tokens, bench.config.rank
+    if method == "full":
+        return estimates.full(bench), sizes.full_bytes(shape, window)
+    if method == "lora":
+        return estimates.lora(bench, shape, "lora"), sizes.lora_bytes(shape, rank, window)
+    try:
+        check_four_bit(one_device())
+    except ModelError as error:
+        raise NotRun(error.message) from error
+    return estimates.qlora(bench), sizes.qlora_bytes(shape, rank, window)
 
 
 def _none(bench: Bench) -> tuple[Step, ...]:
@@ -239,7 +239,7 @@ METHODS: Mapping[str, Method] = {
     "live": Method(_steered(("expert",)), estimates.recorded, NOTHING),
     "all": Method(_steered((*DEFAULT_CARRIERS, "expert")), estimates.adapter, MOUNT),
     "label-head": Method(_label_head, estimates.label_head, "fit again"),
-    "qlora": Method(_qlora, lambda bench: (estimates.qlora(bench),), AGAIN),
+    "qlora": Method(_tuned_host("qlora"), lambda bench: (estimates.qlora(bench),), AGAIN),
     "full": Method(_tuned_host("full"), lambda bench: (estimates.full(bench),), AGAIN),
 }
 """By name, in the order in which they are run: the bare host, what needs no training, the small

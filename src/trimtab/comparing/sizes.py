@@ -4,7 +4,7 @@ from typing import Any
 
 from trimtab.backends.hf import HFModel
 from trimtab.costing import flops
-from trimtab.costing.memory import activation_bytes, qlora_state_bytes
+from trimtab.costing.memory import BF16_BYTES, NF4_BYTES, activation_bytes
 from trimtab.costing.sheet import Shape
 
 _FLOAT32 = 4
@@ -57,8 +57,11 @@ def lora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
 
 
 def qlora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
-    """Memory of the same over linear layers in 4 bits."""
-    return qlora_state_bytes(shape, rank) + _activations(shape, window_tokens)
+    """Memory of `tune` with QLoRA: layers in 4 bits, tables in float32; it is opened in 16 bits."""
+    tables = min((1 if shape.tied else 2) * shape.vocab * shape.hidden, shape.params)
+    trained = _FLOAT32 * (_ADAM + 1) * flops.lora_params(shape, rank)
+    held = NF4_BYTES * (shape.params - tables) + _FLOAT32 * tables + trained
+    return max(BF16_BYTES * shape.params, held + _activations(shape, window_tokens))
 
 
 def full_bytes(shape: Shape, window_tokens: int) -> float:

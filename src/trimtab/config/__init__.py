@@ -1,6 +1,6 @@
 """One frozen configuration per verb; the command line and its help are generated from these."""
 
-from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype
+from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype, TuneMethod
 from trimtab.config.hosted import HostedOptions, ProbeConfig, is_hosted
 from trimtab.config.making import AppendConfig, FitConfig, RecordConfig, TuneConfig
 from trimtab.config.measuring import CompareConfig, CostConfig, EvaluateConfig, MethodName, RowName
@@ -38,5 +38,6 @@ __all__ = [
     "RowName",
     "ServeConfig",
     "TuneConfig",
+    "TuneMethod",
     "is_hosted",
 ]

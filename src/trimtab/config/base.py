@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 CarrierName = Literal["head", "memory", "expert"]
+TuneMethod = Literal["lora", "qlora", "full"]
 
 MIN_WINDOW_TOKENS = 8
 """Of a training window."""

@@ -5,7 +5,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trimtab.config.base import MIN_WINDOW_TOKENS, CarrierName, Config, Dtype, check_stride
+from trimtab.config.base import (
+    MIN_WINDOW_TOKENS,
+    CarrierName,
+    Config,
+    Dtype,
+    TuneMethod,
+    check_stride,
+)
 
 
 class TuneConfig(Config):
@@ -17,8 +24,9 @@ class TuneConfig(Config):
     """Text or source files, folders, globs, .jsonl or .parquet files."""
     out: Path
     """Folder of the expert; an interrupted run continues there."""
-    method: Literal["lora", "full"] = "lora"
-    """LoRA leaves the base unchanged and its head untouched; full trains all weights."""
+    method: TuneMethod = "lora"
+    """LoRA leaves the base unchanged and its head untouched; qlora is a LoRA trained over a base in
+    four bits; full trains all weights."""
     rank: int = Field(default=16, ge=1, le=512)
     """LoRA rank."""
     loss: Literal["cross-entropy", "eaft"] = "cross-entropy"
@@ -26,7 +34,7 @@ class TuneConfig(Config):
     eaft_alpha: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How much less eaft counts them: power of the entropy's share; 0 is cross-entropy."""
     learning_rate: float | None = Field(default=None, gt=0, lt=1)
-    """Peak of the one-cycle schedule (default: 0.001 with lora, 0.0003 with full)."""
+    """Peak of the one-cycle schedule (default: 0.001, with full 0.0003)."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the training text."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -63,7 +71,7 @@ class TuneConfig(Config):
         """The learning rate, or what suits the method where none is given."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 1e-3 if self.method == "lora" else 3e-4
+        return 3e-4 if self.method == "full" else 1e-3
 
 
 class RecordConfig(Config):

@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, FiniteFloat, ValidationError
 
-from trimtab.config import TuneConfig
+from trimtab.config import TuneConfig, TuneMethod
 from trimtab.errors import InputError
 from trimtab.store.adapter_schema import BaseModelReference, FileEntry, Part, Sha256
 from trimtab.store.files import read_json, sha256_file, write_json
@@ -82,8 +82,8 @@ class ExpertManifest(Part):
     """The folder holds the training and held-out text itself (train.jsonl, held_out.jsonl)."""
     base: BaseModelReference
     """The small model before tuning: the reference."""
-    method: Literal["lora", "full"]
-    """lora: PEFT files in lora/; full: a transformers folder model/."""
+    method: TuneMethod
+    """lora, qlora: PEFT files in lora/; full: a transformers folder model/."""
     config: TuneConfig
     """Resolved configuration."""
     seed: int

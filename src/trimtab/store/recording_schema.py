@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, JsonValue, ValidationError, model_validator
 
+from trimtab.config import TuneMethod
 from trimtab.errors import RecordingError
 from trimtab.store.adapter_schema import BaseModelReference, FileEntry, Part, Sha256
 from trimtab.store.files import read_json
@@ -142,7 +143,7 @@ class RecordingManifest(Part):
     """Token ids are the text."""
     base: BaseModelReference
     """The reference."""
-    method: Literal["lora", "full"]
+    method: TuneMethod
     """How the expert was tuned."""
     encoding: Encoding
     """Form of the soft targets, with its own parameters."""
