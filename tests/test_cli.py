@@ -273,6 +273,25 @@ def test_a_log_gets_few_lines() -> None:
     assert len(lines) == 7
 
 
+def test_what_an_earlier_run_has_done_says_nothing_of_the_pace() -> None:
+    stream, now = io.StringIO(), [0.0]
+    display = Display(Console(file=stream, width=60), clock=lambda: now[0])
+    with display.progress("tuning", 1000) as advance:
+        for _ in range(5):
+            advance(100)
+        for _ in range(50):
+            now[0] += 1
+            advance(10)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "tuning: 650 of 1,000 (65%), about 35 s left"
+    stream.truncate(0)
+    with display.progress("tuning", 1000) as advance:
+        advance(500)
+        now[0] += 20
+        advance(0)
+    assert "tuning: 500 of 1,000 (50%)\n" in stream.getvalue()
+
+
 def test_ctrl_c_ends_with_130() -> None:
     program = (
         "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -199,6 +199,26 @@ def test_a_method_that_cannot_be_run_says_why(
     assert "qlora" in found.verdict
 
 
+def test_training_that_did_not_help_is_told(
+    run: tuple[CompareConfig, CompareResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, before = run
+    monkeypatch.setenv("TRIMTAB_HOME", str(config.out.parent / "home"))
+    out = tmp_path / "out"
+    shutil.copytree(config.out, out)
+    path = out / "lora" / "expert.json"
+    manifest = json.loads(path.read_text())
+    manifest["held_out"]["nats_per_token_after"] = manifest["held_out"]["nats_per_token_before"]
+    path.write_text(json.dumps(manifest))
+    (out / "methods" / "lora.json").unlink()
+    found = compare(config.model_copy(update={"out": out}))
+    notes = {row.name: row.result.note for row in found.rows}
+    assert "training did not help" in notes["lora"]
+    assert not any("did not help" in note for name, note in notes.items() if name != "lora")
+    assert not any("did not help" in row.result.note for row in before.rows)
+    assert "training did not help" in (out / "comparison.md").read_text()
+
+
 def test_text_is_scored_as_evaluate_scores_it(
     run: tuple[CompareConfig, CompareResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,9 @@ from trimtab.types import Advance
 LINE_EVERY_SEC = 15.0
 """A log that is no terminal gets a line this often."""
 
+RESTORED_SEC = 1.0
+"""Units that are told so soon were done by an earlier run: they say nothing of the pace."""
+
 
 @final
 class Display:
@@ -112,16 +115,18 @@ class Display:
 
     @contextmanager
     def _lines(self, label: str, total: int) -> Iterator[Advance]:
-        start = last = self._clock()
-        done = 0
+        start = last = before = self._clock()
+        done = restored = 0
 
         def advance(units: int) -> None:
-            nonlocal done, last
+            nonlocal done, last, before, restored
             done += units
             now = self._clock()
+            if now - start < RESTORED_SEC:
+                before, restored = now, done
             if now - last >= LINE_EVERY_SEC and not self._hushed:
                 last = now
-                self._say(f"{label}: {_state(done, total, now - start)}")
+                self._say(f"{label}: {_state(done, total, done - restored, now - before)}")
 
         yield advance
         took_sec = self._clock() - start
@@ -154,8 +159,10 @@ class _Units(MofNCompleteColumn):
         return super().render(task) if task.total or task.completed else Text()
 
 
-def _state(done: int, total: int, elapsed_sec: float) -> str:
+def _state(done: int, total: int, since: int, since_sec: float) -> str:
     if not total or not done:
         return f"{done:,} so far"
-    left_sec = elapsed_sec * max(total - done, 0) / done
-    return f"{done:,} of {total:,} ({done / total:.0%}), about {left_sec:.0f} s left"
+    state = f"{done:,} of {total:,} ({done / total:.0%})"
+    if not since:
+        return state
+    return f"{state}, about {since_sec * max(total - done, 0) / since:.0f} s left"

@@ -92,7 +92,7 @@ def _comparison(held_out: HeldOut) -> str:
         f" {held_out.nats_per_token_before:.3f} -> {held_out.nats_per_token_after:.3f} nats per"
         " token"
     )
-    if after < before:
+    if held_out.has_gained:
         return line
     return (
         f"{line}\ntraining did not help: the expert is the base itself; try a lower learning rate"

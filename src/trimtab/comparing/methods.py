@@ -18,6 +18,7 @@ from trimtab.errors import ModelError
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.processor import DEFAULT_CARRIERS, mixture_of
 from trimtab.store.adapter import MOUNT_FILE
+from trimtab.store.expert import read_expert
 from trimtab.tuning.four_bit import check_four_bit
 
 NOTHING, AGAIN, MOUNT = "nothing", "train again", "mount"
@@ -135,7 +136,8 @@ def _expert(bench: Bench) -> Iterator[Made]:
     steps = _small_steps(bench)
     with bench.tuned_model("expert") as model:
         size = _size(bench.folder / "expert" / "lora")
-        yield Made(Subject(model), steps, size, "the tuned small model in the host's place")
+        note = "the tuned small model in the host's place" + _without_help(bench, "expert")
+        yield Made(Subject(model), steps, size, note)
 
 
 def _steered(carriers: Sequence[CarrierName]) -> Callable[[Bench], Iterator[Made]]:
@@ -196,10 +198,19 @@ def _tuned_host(method: TuneMethod) -> Callable[[Bench], Iterator[Made]]:
         note = "the small model's settings, one learning rate: tune's default"
         if method == "qlora":
             note += "; trained over weights of four bits, and then beside the host's own"
+        note += _without_help(bench, method)
         with bench.tuned_model(method) as model:
             yield Made(Subject(model), (step,), _size(bench.folder / method / part), note)
 
     return make
+
+
+def _without_help(bench: Bench, name: str) -> str:
+    """What is to be said of a training that the held-out documents did not gain by."""
+    held_out = read_expert(bench.folder / name).held_out
+    if held_out is None or held_out.has_gained:
+        return ""
+    return "; training did not help on held-out documents, so that it is the model as it was"
 
 
 def _trained_host(bench: Bench, method: TuneMethod) -> tuple[Step, float]:

@@ -55,6 +55,11 @@ class HeldOut(Part):
     bits_per_byte_after: FiniteFloat
     """The expert's."""
 
+    @property
+    def has_gained(self) -> bool:
+        """Whether training helped; where it did not, the expert is the base itself."""
+        return self.nats_per_token_after < self.nats_per_token_before
+
 
 class UnfinishedRun(Part):
     """What a run of tune must find again to continue: checkpoint/run.json."""
