@@ -39,6 +39,7 @@ from trimtab.comparing.figures import (
 from trimtab.comparing.page import page
 from trimtab.comparing.questions import Question, Task, metric, read_questions
 from trimtab.comparing.run import ORDER
+from trimtab.comparing.scoring import TIMED_TOKENS, Subject, timed_use
 from trimtab.comparing.sizes import shape_of
 from trimtab.comparing.split import split_data
 from trimtab.comparing.table import markdown, terminal_table
@@ -59,7 +60,7 @@ from trimtab.metrics import Estimate
 from trimtab.report.plots import Point, scatter_svg
 from trimtab.store.recording_schema import read_recording_manifest
 from trimtab.text.corpus import load_documents
-from trimtab.types import Advance, Document
+from trimtab.types import Advance, Document, silent
 
 RANK, EPOCHS = (FitConfig.model_fields[name].default for name in ("rank", "epochs"))
 SMALL, HOST = "tiny:llama?hidden=32", "tiny:qwen3?vocab=bpe&hidden=32"
@@ -256,6 +257,38 @@ def test_a_comparison_goes_on_where_it_was(
     assert [row.domain for row in again.rows] == [row.domain for row in found.rows]
     for path, content in kept.items():
         assert path.read_bytes() == content
+    # Asked for a few, the others stand beside them as they were measured.
+    few = compare(config.model_copy(update={"methods": ("lora",)}))
+    assert [row.domain for row in few.rows] == [row.domain for row in found.rows]
+
+
+def test_a_generation_is_timed_to_its_last_token() -> None:
+    model = open_model(SMALL, dtype="float32")
+    assert model.model.generation_config
+    model.model.generation_config.eos_token_id = list(range(len(model.vocabulary.token_bytes)))
+    assert model.end_ids
+    use = timed_use(Subject(model), domain_text(0), silent)
+    assert use.answer_tokens == TIMED_TOKENS and use.sec and use.cpu_sec
+    assert use.sec_per_token < use.sec
+
+
+def test_even_methods_are_told_and_the_cheaper_one_comes_first() -> None:
+    task = Task("classes", tuple(Question("p", answer, ("a", "b")) for answer in "aaab" * 3))
+    right = [0, 0, 0, 1] * 3
+    rows = figures_of(
+        [
+            result("zero-shot", [80.0], answers=[1] * 12),
+            result("lora", [80.0], 9.0, answers=right),
+            result("embeddings", [80.0], 1.0, answers=right),
+            result("trimtab", [80.0], answers=[0] * 12),
+        ],
+        task,
+        seed=0,
+    )
+    assert [row.name for row in ranked(rows, "accuracy")][:2] == ["embeddings", "lora"]
+    said = verdict(rows, task)
+    assert "Exactly as good: lora." in said
+    assert "The commonest class, given each time, would be right in 75.0 %." in said
 
 
 @pytest.mark.parametrize(
@@ -571,7 +604,7 @@ def test_durations_and_budgets() -> None:
     budget.ask_for("little", 60)
     with pytest.raises(NotRun, match="much would take about 90 s, and 60 s"):
         budget.ask_for("much", 90)
-    with pytest.raises(NotRun, match=r"6\.0 GB of memory, and 5\.0 GB"):
+    with pytest.raises(NotRun, match=r"6\.0 GB of memory, and it may have 5\.0 GB"):
         budget.ask_for_memory("it", 6e9)
 
 

@@ -71,8 +71,8 @@ def _run(verb: str, given: dict[str, Any]) -> None:
         display = Display()
         # Imported here, not above: verbs load torch, which --help must not wait for.
         with display.waiting("loading PyTorch and what reads models"):
+            _hush_libraries()
             function = getattr(import_module(f"trimtab.{verb}"), verb)
-        _hush_libraries()
         if isinstance(settings, config.GenerateConfig):
             stream(function, settings, display)
             return

@@ -15,6 +15,7 @@ from trimtab.comparing.bench import Bench, model_key
 from trimtab.comparing.budget import Budget, seconds_of
 from trimtab.comparing.figures import (
     MethodFigures,
+    drawn_from,
     figures_of,
     pareto,
     quality,
@@ -24,11 +25,11 @@ from trimtab.comparing.figures import (
 from trimtab.comparing.kept import FOLDER, STEPS
 from trimtab.comparing.measure import memory_bytes
 from trimtab.comparing.page import page
-from trimtab.comparing.run import ORDER, in_order, run_method
+from trimtab.comparing.run import ORDER, in_order, measured_before, run_method
 from trimtab.comparing.sizes import shape_of
 from trimtab.comparing.split import ASKED_NAME, Split, split_data, write_split
 from trimtab.comparing.table import markdown, terminal_table, usd_per_million
-from trimtab.comparing.values import SCHEMA
+from trimtab.comparing.values import SCHEMA, MethodResult
 from trimtab.comparing.words import verdict
 from trimtab.config import CompareConfig
 from trimtab.errors import InputError, ModelError
@@ -109,22 +110,29 @@ def compare(config: CompareConfig, *, progress: Progress = silent) -> CompareRes
         asked = in_order(config.methods or ORDER)
         if not config.methods and (split.task is None or split.task.kind != "classes"):
             asked.remove("embeddings")
-        with progress("comparing (methods)", len(asked)) as advance:
-            results = []
-            for name in asked:
-                results.append(run_method(bench, name))
-                advance(1)
+        results = _results(bench, asked, progress)
         rows = tuple(figures_of(results, split.task, seed=config.seed))
         by = quality(rows)
         order = ranked(rows, by)
         better = tuple(
             (a.name, b.name, share_ahead(a, b, by, split.task, seed=config.seed))
             for a, b in pairwise(order)
+            if drawn_from(a, by) > 1
         )
         said = verdict(rows, split.task, seed=config.seed)
         found = CompareResult(config.out, rows, said, better, config.price)
         _write(found, bench)
     return found
+
+
+def _results(bench: Bench, asked: Sequence[str], progress: Progress) -> list[MethodResult]:
+    """Of the methods that are asked for, and of others what earlier runs have measured."""
+    found = {name: kept for name in ORDER if (kept := measured_before(bench, name))}
+    with progress("comparing (methods)", len(asked)) as advance:
+        for name in asked:
+            found[name] = run_method(bench, name)
+            advance(1)
+    return [found[name] for name in ORDER if name in found]
 
 
 def _budget(config: CompareConfig) -> Budget:

@@ -69,6 +69,7 @@ class HFModel:
         source: Names the weights on disk that the live model holds, for what is kept of it; None
             for a model that was made or changed in memory, of which nothing is kept.
         revision: The hub's commit whose files it was opened from, if it came from there.
+        never_ends: Nothing ends a continuation but its length, whatever the model says.
     """
 
     ref: str
@@ -79,6 +80,7 @@ class HFModel:
     preamble: tuple[int, ...] = field(default=(), repr=False)
     source: str | None = field(default=None, repr=False)
     revision: str | None = field(default=None, repr=False)
+    never_ends: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a preamble after which no text fits.
@@ -118,6 +120,9 @@ class HFModel:
     @property
     def end_ids(self) -> frozenset[int]:
         """Ids that end a continuation: of the tokenizer and of the generation settings."""
+        if self.never_ends:
+            # An id that no token has: of none at all transformers would take the model's own.
+            return frozenset([-1])
         generation = getattr(self.model, "generation_config", None)
         configured = getattr(generation, "eos_token_id", None)
         several = configured if isinstance(configured, list) else [configured]
@@ -127,7 +132,7 @@ class HFModel:
     def pad_id(self) -> int:
         """What fills a batch's shorter rows up; where a tokenizer has nothing for it, an end."""
         pad = self.tokenizer.pad_token_id
-        return pad if isinstance(pad, int) else min(self.end_ids, default=0)
+        return pad if isinstance(pad, int) else max(min(self.end_ids, default=0), 0)
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Prompts as one batch, as transformers' `generate` takes it by name.

@@ -44,7 +44,7 @@ class Budget:
 
     Attributes:
         total_sec: Time for the whole comparison.
-        memory_bytes: Memory that a method may take.
+        memory_bytes: Memory that the process may have in all.
         reading: Operations a second of forward passes, as measured.
         training: Operations a second of training, as measured.
     """
@@ -131,15 +131,15 @@ class Budget:
             raise NotRun(f"no time of the budget is left for the rest of {work}")
 
     def ask_for_memory(self, work: str, needed: float) -> None:
-        """Go on only if there is so much memory.
+        """Go on only if the process may have so much memory in all.
 
         Raises:
             NotRun: There is not.
         """
         if needed > self.memory_bytes:
             raise NotRun(
-                f"{work} would take about {needed / 1e9:.1f} GB of memory, and"
-                f" {self.memory_bytes / 1e9:.1f} GB are free"
+                f"{work} would take the process to about {needed / 1e9:.1f} GB of memory, and it"
+                f" may have {self.memory_bytes / 1e9:.1f} GB"
             )
 
 

@@ -2,6 +2,7 @@
 
 from trimtab.comparing import sizes
 from trimtab.comparing.bench import ADAPTER, LABEL_ADAPTER, Bench
+from trimtab.comparing.measure import held_bytes
 from trimtab.comparing.values import Step
 from trimtab.costing.sheet import Shape, read_sheet
 
@@ -26,7 +27,9 @@ def qlora(bench: Bench) -> Step:
     step = lora(bench, bench.host_shape, "qlora")
     window, rank = bench.config.train_window_tokens, bench.config.rank
     held = sizes.qlora_bytes(bench.host_shape, rank, window)
-    return step.model_copy(update={"sec": step.sec * slower, "peak_bytes": int(held)})
+    return step.model_copy(
+        update={"sec": step.sec * slower, "peak_bytes": held_bytes() + int(held)}
+    )
 
 
 def expert(bench: Bench) -> tuple[Step, ...]:
@@ -56,7 +59,7 @@ def label_head(bench: Bench) -> tuple[Step, ...]:
 def _trained(bench: Bench, name: str, needed: float, held: float) -> Step:
     sec = bench.budget.training_sec(needed)
     return bench.done(name) or Step(
-        name=name, flops=needed, sec=sec, peak_bytes=int(held), is_estimated=True
+        name=name, flops=needed, sec=sec, peak_bytes=held_bytes() + int(held), is_estimated=True
     )
 
 

@@ -135,10 +135,18 @@ def advantage(by: str) -> float:
 
 
 def ranked(rows: Sequence[MethodFigures], by: str) -> list[MethodFigures]:
-    """Measured methods, the best first."""
+    """Measured methods, the best first.
+
+    Even ones follow each other by a task's further figures, and then by their time before use.
+    """
     found = [(row, value) for row in rows if (value := quality_of(row, by)) is not None]
-    found.sort(key=lambda pair: -advantage(by) * pair[1].mean)
-    return [row for row, _ in found]
+
+    def place(pair: tuple[MethodFigures, Estimate]) -> tuple[float, tuple[float, ...], float]:
+        row, value = pair
+        further = tuple(-one.mean for name, one in row.task.items() if name != by)
+        return -advantage(by) * value.mean, further, row.result.sec
+
+    return [row for row, _ in sorted(found, key=place)]
 
 
 def drawn_from(row: MethodFigures, by: str) -> int:

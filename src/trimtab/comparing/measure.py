@@ -80,10 +80,18 @@ def _peak_bytes() -> int:
 
 
 def memory_bytes() -> int:
-    """Memory that is free on this machine for one more process; of its accelerator if it has one.
+    """Memory that this process may have in all; of its accelerator if there is one.
 
-    Where the system does not say what is available, a half of all memory.
+    That is what it has and what is free; where the system does not say what is available, a half
+    of all memory.
     """
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return free_memory_bytes()
+        return held_bytes() + torch.cuda.mem_get_info()[0]
+    return held_bytes() + free_memory_bytes()
+
+
+def held_bytes() -> int:
+    """Memory that this process has now, or of its accelerator if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return told_bytes(_STATUS, "VmRSS:") or 0

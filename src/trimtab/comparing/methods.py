@@ -10,6 +10,7 @@ from trimtab.backends.open import one_device
 from trimtab.comparing import estimates, sizes
 from trimtab.comparing.bench import ADAPTER, LABEL_ADAPTER, Bench
 from trimtab.comparing.budget import NotRun
+from trimtab.comparing.measure import held_bytes
 from trimtab.comparing.scoring import Subject, with_preamble
 from trimtab.comparing.split import excerpts
 from trimtab.comparing.values import Step
@@ -118,7 +119,7 @@ def _small_steps(bench: Bench) -> tuple[Step, ...]:
     if bench.done(estimate.name) is None:
         window, rank = bench.config.train_window_tokens, bench.config.rank
         held = sizes.lora_bytes(bench.small_shape, rank, window)
-        bench.budget.ask_for_memory("tuning the small model", held)
+        bench.budget.ask_for_memory("tuning the small model", held_bytes() + held)
 
     def run() -> Step:
         return bench.tune_step(bench.config.small, "expert", bench.small_shape)
@@ -188,7 +189,7 @@ def _tuned_host(method: TuneMethod) -> Callable[[Bench], Iterator[Made]]:
     def make(bench: Bench) -> Iterator[Made]:
         estimate, held = _trained_host(bench, method)
         if bench.done(estimate.name) is None:
-            bench.budget.ask_for_memory("training the host", held)
+            bench.budget.ask_for_memory("training the host", held_bytes() + held)
 
         def run() -> Step:
             return bench.tune_step(bench.config.host, method, bench.host_shape, method)

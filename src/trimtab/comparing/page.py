@@ -77,8 +77,9 @@ def _cost_section(rows: Sequence[MethodFigures]) -> str:
     return (
         "<section><h2>Quality against cost</h2><figure class='plot'>"
         f'<div role="img" aria-label="{text_html(alt)}">{drawn}</div>'
-        f"<figcaption>{words} Filled points are the Pareto front: no other method is better at no"
-        " greater cost. Bars: one standard error of the difference from the bare host.</figcaption>"
+        f"<figcaption>{words} Filled points are the Pareto front: no other method is better in no"
+        " more time before use; what a token costs afterwards is in the table alone. Bars: one"
+        " standard error of the difference from the bare host.</figcaption>"
         "</figure></section>"
     )
 
@@ -97,13 +98,14 @@ def _loss_section(rows: Sequence[MethodFigures]) -> str:
     ]
     if not points:
         return ""
-    names = ("general text, change in bits per byte", "domain text, change")
+    names = ("general text, change in bits per byte", "domain text, change in bits per byte")
     alt = "Change on domain text against change on general text, both from the bare host."
     return (
         "<section><h2>Gain against general loss</h2><figure class='plot'>"
         f'<div role="img" aria-label="{alt}">{scatter_svg(points, names, "loss", log_x=False)}'
         "</div><figcaption>Both from the bare host, which is at 0, 0. Further down is better on"
-        " the domain; further right is worse on general text.</figcaption></figure></section>"
+        " the domain; further right is worse on general text. Bars: one standard error on the"
+        " domain.</figcaption></figure></section>"
     )
 
 

@@ -43,6 +43,13 @@ def run_method(bench: Bench, name: str) -> MethodResult:
     return result
 
 
+def measured_before(bench: Bench, name: str) -> MethodResult | None:
+    """What an earlier run has measured of a method, on the same text with the same settings."""
+    path, key = result_path(bench.folder, name), key_of(bench.key, SCHEMA, name)
+    found = read_result(path, key)
+    return found if found is not None and found.status == "measured" else None
+
+
 def _measured(bench: Bench, name: str, key: str) -> MethodResult:
     method, is_baseline = METHODS[name], name == BASELINE
     kept = Kept(result_path(bench.folder, name), key)

@@ -188,9 +188,11 @@ def timed_use(subject: Subject, text: str, progress: Progress) -> Use:
     """Time one short generation that goes on from the beginning of a text.
 
     The first token takes what the prompt takes; each further one the median of them, which a
-    moment of other work on the machine does not move.
+    moment of other work on the machine does not move. Nothing ends it before it has all its tokens:
+    the price of a token is not that of a short answer.
     """
     prompt, ends = text[:TIMED_PROMPT_BYTES], list[float]()
+    lasting = replace(subject, model=replace(subject.model, never_ends=True))
 
     @contextmanager
     def timed(label: str, total: int) -> Iterator[Advance]:
@@ -204,7 +206,7 @@ def timed_use(subject: Subject, text: str, progress: Progress) -> Use:
 
     with watched() as watch:
         started = time.perf_counter()
-        _generated(subject, subject.before + prompt, TIMED_TOKENS, progress=timed)
+        _generated(lasting, subject.before + prompt, TIMED_TOKENS, progress=timed)
     model = subject.model
     read = len(model.context_ids()) + len(model.encode(subject.before + prompt))
     written = max(len(ends), 1)
@@ -215,6 +217,8 @@ def timed_use(subject: Subject, text: str, progress: Progress) -> Use:
         prompt_tokens=read,
         answer_tokens=written,
         peak_bytes=watch.peak_bytes,
+        sec=watch.sec,
+        cpu_sec=watch.cpu_sec,
     )
 
 

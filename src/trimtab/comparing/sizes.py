@@ -1,15 +1,21 @@
-"""What training and reading take of a model that is at hand: operations and memory."""
+"""What training and reading take of a model that is at hand: operations and memory.
+
+Memory is what a training adds to the process that does it.
+"""
 
 from typing import Any
 
 from trimtab.backends.hf import HFModel
 from trimtab.costing import flops
-from trimtab.costing.memory import BF16_BYTES, NF4_BYTES, activation_bytes
+from trimtab.costing.memory import BF16_BYTES, NF4_BYTES
 from trimtab.costing.sheet import Shape
 
 _FLOAT32 = 4
 _ADAM = 4
 """Copies of a trained weight in float32: itself, its gradient, two moments."""
+_LOGIT_BYTES = 20
+"""Of a logit in training: as it is computed and in float32, its log-probability, and the gradients
+of all three."""
 
 
 def shape_of(model: HFModel) -> Shape:
@@ -51,25 +57,27 @@ def full_flops(shape: Shape, tokens: float, window_tokens: int) -> float:
 
 
 def lora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
-    """Memory of `tune` with LoRA: float32 weights, the LoRA's training, a window's activations."""
-    trained = flops.lora_params(shape, rank)
-    return _FLOAT32 * (shape.params + (_ADAM + 1) * trained) + _activations(shape, window_tokens)
+    """Memory of `tune` with LoRA: weights in float32, and in 16 bits for the products; training."""
+    trained = _FLOAT32 * (_ADAM + 1) * flops.lora_params(shape, rank)
+    held = (_FLOAT32 + BF16_BYTES) * shape.params + trained
+    return held + _activations(shape, window_tokens)
 
 
 def qlora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
     """Memory of `tune` with QLoRA: layers in 4 bits, tables in float32; it is opened in 16 bits."""
     tables = min((1 if shape.tied else 2) * shape.vocab * shape.hidden, shape.params)
     trained = _FLOAT32 * (_ADAM + 1) * flops.lora_params(shape, rank)
-    held = NF4_BYTES * (shape.params - tables) + _FLOAT32 * tables + trained
+    held = NF4_BYTES * (shape.params - tables) + (_FLOAT32 + BF16_BYTES) * tables + trained
     return max(BF16_BYTES * shape.params, held + _activations(shape, window_tokens))
 
 
 def full_bytes(shape: Shape, window_tokens: int) -> float:
     """Memory of `tune` with all weights: five copies in float32, with the best so far."""
-    return _FLOAT32 * (_ADAM + 1) * shape.params + _activations(shape, window_tokens)
+    held = (_FLOAT32 * (_ADAM + 1) + BF16_BYTES) * shape.params
+    return held + _activations(shape, window_tokens)
 
 
 def _activations(shape: Shape, window_tokens: int) -> float:
     # No checkpoints between layers, and float32: each layer is whole, at twice 16 bits.
     one_layer = 2.0 * 34.0 * window_tokens * shape.hidden
-    return activation_bytes(shape, window_tokens) + shape.layers * one_layer
+    return shape.layers * one_layer + _LOGIT_BYTES * float(window_tokens) * shape.vocab

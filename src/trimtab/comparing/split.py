@@ -121,7 +121,7 @@ def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None
     named = [Document(str(number), "-") for number in range(len(task.questions))]
     if len(named) < 4:
         raise InputError(
-            f"{config.task} has {len(named)} questions, expected at least 4",
+            f"{config.task} has too few questions: {len(named)}, expected at least 4",
             hint="give more questions: some are learnt from, the others are asked",
         )
     learnt, asked = split_held_out(named, 0.5, config.seed)

@@ -130,7 +130,10 @@ def _columns(rows: Sequence[MethodFigures]) -> list[str]:
             "peak memory: of the process, the open host included, while a method is made and used"
         )
     if any(row.result.use for row in rows):
-        found.append("1M tokens: to generate so many on this machine, one request at a time")
+        found.append(
+            "1M tokens: to generate so many on this machine, one request at a time, by one"
+            " generation of 16"
+        )
     return found
 
 
@@ -156,12 +159,21 @@ def _waited(rows: Sequence[MethodFigures]) -> list[str]:
         sec, cpu_sec = sum(step.sec for step in taken), sum(step.cpu_sec or 0.0 for step in taken)
         if cpu_sec <= _BUSY * sec and sec >= 1:
             found.append(f"{row.name} {duration(cpu_sec)} of {duration(sec)}")
-    if not found:
-        return []
-    return [
+    said = (
         "processors worked for a part of the clock's time, since the machine did other work"
-        f" meanwhile or waited for its accelerator: {'; '.join(found)}"
+        " meanwhile or waited for its accelerator"
+    )
+    timed = [
+        row.name
+        for row in rows
+        if (use := row.result.use)
+        and use.cpu_sec is not None
+        and use.cpu_sec <= _BUSY * (use.sec or 0)
     ]
+    notes = [f"{said}: {'; '.join(found)}"] if found else []
+    if timed:
+        notes.append(f"1M tokens, while {said}: {', '.join(timed)}")
+    return notes
 
 
 def terminal_table(rows: Sequence[MethodFigures], price: float | None) -> str:

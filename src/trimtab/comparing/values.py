@@ -60,12 +60,16 @@ class Use(Part):
         prompt_tokens: Tokens of the prompt that was timed, with what the method adds to it.
         answer_tokens: Tokens that were generated.
         peak_bytes: Greatest memory of the process meanwhile.
+        sec: Seconds of the whole timed generation by the clock.
+        cpu_sec: Processor-seconds of it.
     """
 
     sec_per_token: float
     prompt_tokens: int
     answer_tokens: int
     peak_bytes: int
+    sec: float | None = None
+    cpu_sec: float | None = None
 
 
 class Unfinished(Part):

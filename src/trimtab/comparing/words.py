@@ -1,5 +1,6 @@
 """A comparison in plain words, every word of them from its figures. Pure."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from trimtab.comparing.figures import (
@@ -36,6 +37,10 @@ METHOD_WORDS = {
     "full": "all weights of the host trained",
 }
 TRIMTAB = ("trimtab", "live", "all")
+_MORE = {
+    "documents": "give more of them, with --test, --test-share or --test-tokens",
+    "questions": "give more of them, with --task-questions",
+}
 _REACH = ("mount", "nothing")
 
 
@@ -79,7 +84,7 @@ def verdict(rows: Sequence[MethodFigures], task: Task | None, *, seed: int = 0) 
     even = [row for row in order if not surely_ahead(best, row, by, task, seed=seed)]
     # The bare host takes nothing, of which prompts that take no time before use add something.
     cheap = min(even, key=lambda row: (row.result.sec, row is not bare))
-    parts = [_best(best, bare, by, task, seed)]
+    parts = [_best(best, bare, by, task, seed), _even_with(order, by), _commonest(best, task)]
     if drawn_from(best, by) < ENOUGH:
         # What cannot be told apart is no reason to choose.
         cheap = best
@@ -114,15 +119,35 @@ def _best(best: MethodFigures, bare: MethodFigures, by: str, task: Task | None, 
     is_sure = surely_ahead(best, bare, by, task, seed=seed)
     sure = "surely" if is_sure else "but not surely"
     known = f"ahead in {100 * share:.0f} % of resamples"
+    unit = "documents" if by == "bits per byte" else "questions"
     if not is_sure and (share >= SURE or drawn < ENOUGH):
-        unit = "documents" if by == "bits per byte" else "questions"
-        known += f", but fewer than {ENOUGH} {unit} tell the two apart: give more"
+        known += f", but fewer than {ENOUGH} {unit} tell the two apart: {_MORE[unit]}"
     if drawn < 2:
-        known = "on one document or question, whose errors nobody can tell: give more"
+        known = f"on one {unit[:-1]}, whose errors nobody can tell: {_MORE[unit]}"
     return (
         f"Best on this data is {named}, {sure} better than the host as it is ({spoken(by, bare)};"
         f" {known})."
     )
+
+
+def _even_with(order: Sequence[MethodFigures], by: str) -> str:
+    """Methods that the best one is exactly as good as."""
+    first, *others = [quality_of(row, by) for row in order]
+    names = [
+        row.name
+        for row, value in zip(order[1:], others, strict=True)
+        if first and value and value.mean == first.mean
+    ]
+    return f"Exactly as good: {', '.join(names)}." if names else ""
+
+
+def _commonest(best: MethodFigures, task: Task | None) -> str:
+    """What a classification's commonest class would get, which takes no model."""
+    if task is None or task.kind != "classes" or not best.result.answers:
+        return ""
+    counts = Counter(question.answer for question in task.questions)
+    share = max(counts.values()) / len(task.questions)
+    return f"The commonest class, given each time, would be right in {100 * share:.1f} %."
 
 
 def _choice(best: MethodFigures, cheap: MethodFigures, bare: MethodFigures, by: str) -> str:

@@ -153,6 +153,10 @@ def shown_name(path: Path) -> str:
 def _bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"there is no file {shown_name(path)}", hint="check the path, or name another file"
+        ) from error
     except OSError as error:
         _refuse_unreadable(error)
         raise
