@@ -128,6 +128,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--host", required=True)
     parser.add_argument("--adapter", type=Path)
+    names = ["+".join(carriers) for carriers in CARRIERS]
+    parser.add_argument("--carriers", nargs="*", choices=names, default=names)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--requests", type=int, default=8)
@@ -143,7 +145,8 @@ def ways_of(given: argparse.Namespace) -> list[Way]:
     ways = [Way("one by one", 1), Way(f"{many} at once", many)]
     if given.adapter is not None:
         carried = read_manifest(given.adapter).carriers
-        steered = [carriers for carriers in CARRIERS if {*carriers} <= {*carried}]
+        asked = [carriers for carriers in CARRIERS if "+".join(carriers) in given.carriers]
+        steered = [carriers for carriers in asked if {*carriers} <= {*carried}]
         ways += [Way("+".join(carriers), many, carriers) for carriers in steered]
     return ways
 
