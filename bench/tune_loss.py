@@ -10,11 +10,12 @@ it was.
 """
 
 import argparse
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from bench.held_out import zig_documents
 from bench.timed_rows import write_rows
@@ -35,7 +36,6 @@ from trimtab.tune import tune
 LOSSES = ("cross-entropy", "eaft")
 RATES = (3e-4, 1e-3, 3e-3)
 ROWS: tuple[RowName, ...] = ("host", "reference", "expert", "head+memory", "live", "all")
-assert set(ROWS) <= set(get_args(RowName))
 
 
 def arguments() -> argparse.Namespace:
@@ -57,13 +57,16 @@ def arguments() -> argparse.Namespace:
 def lay_texts(given: argparse.Namespace) -> Path:
     """The text that is scored, a file a document."""
     folder = given.folder / "scored"
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     for one in zig_documents(given.zig, given.leave_out)[: given.documents]:
         (folder / one.name.replace("/", "-")).write_text(one.text, encoding="utf-8")
     return folder
 
 
-def row(given: argparse.Namespace, loss: str, rate: float, seed: int) -> Mapping[str, Any]:
+def row(
+    given: argparse.Namespace, scored: Path, loss: str, rate: float, seed: int
+) -> Mapping[str, Any]:
     """One expert and its adapter: what all rows are, and how they differ from the host."""
     display = Display().progress
     folder = given.folder / f"{loss}-{rate:g}-{seed}"
@@ -76,7 +79,7 @@ def row(given: argparse.Namespace, loss: str, rate: float, seed: int) -> Mapping
     asked = EvaluateConfig(
         adapter=adapter,
         host=given.host,
-        data=(str(lay_texts(given)),),
+        data=(str(scored),),
         document_tokens=given.document_tokens,
         max_tokens=given.documents * given.document_tokens,
         rows=ROWS,
@@ -94,7 +97,7 @@ def row(given: argparse.Namespace, loss: str, rate: float, seed: int) -> Mapping
         "loss": loss,
         "learning_rate": rate,
         "seed": seed,
-        "held_out_nats_per_token": None if held_out is None else held_out.nats_per_token,
+        "validations_nats_per_token": None if held_out is None else held_out.nats_per_token,
         **{name: {n: asdict(one) for n, one in by.items()} for name, by in figures.items()},
     }
 
@@ -102,8 +105,9 @@ def row(given: argparse.Namespace, loss: str, rate: float, seed: int) -> Mapping
 def main() -> None:
     """Measure and write, after each expert what is known by then."""
     given, rows = arguments(), []
+    scored = lay_texts(given)
     for seed, rate, loss in product(given.seed, RATES, LOSSES):
-        rows.append(row(given, loss, rate, seed))
+        rows.append(row(given, scored, loss, rate, seed))
         write_rows(given.out, "bits per byte by loss of tune, with standard errors", rows)
 
 

@@ -195,9 +195,31 @@ def test_a_method_that_cannot_be_run_says_why(
     found = compare(write_data(tmp_path).model_copy(update={"methods": ("zero-shot", "qlora")}))
     [_, row] = found.rows
     assert row.name == "qlora" and row.result.status == "estimated" and row.domain is None
-    assert "bitsandbytes" in row.result.reason
+    assert "bitsandbytes" in row.result.reason and "trimtab[qlora]" in row.result.reason
     assert row.result.is_sec_estimated and row.result.flops > 0
     assert "qlora" in found.verdict
+
+
+def test_a_training_that_is_done_is_told_as_it_was(
+    run: tuple[CompareConfig, CompareResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, before = run
+    monkeypatch.setenv("TRIMTAB_HOME", str(config.out.parent / "home"))
+    out = tmp_path / "out"
+    shutil.copytree(config.out, out)
+    (out / "methods" / "qlora.json").unlink()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    again = config.model_copy(update={"out": out, "budget": "0.01s", "methods": ("qlora",)})
+    [late] = [row.result for row in compare(again).rows if row.name == "qlora"]
+    [whole] = [row.result for row in before.rows if row.name == "qlora"]
+    assert late.status == "estimated" and late.steps == whole.steps
+    # What it was trained over is not needed any more.
+    [found] = [
+        row
+        for row in compare(again.model_copy(update={"budget": "1h"})).rows
+        if row.name == "qlora"
+    ]
+    assert found.result.status == "measured" and found.result.domain == whole.domain
 
 
 def test_training_that_did_not_help_is_told(
@@ -214,10 +236,10 @@ def test_training_that_did_not_help_is_told(
     (out / "methods" / "lora.json").unlink()
     found = compare(config.model_copy(update={"out": out}))
     notes = {row.name: row.result.note for row in found.rows}
-    assert "training did not help" in notes["lora"]
+    assert "training (lora) did not help" in notes["lora"]
     assert not any("did not help" in note for name, note in notes.items() if name != "lora")
     assert not any("did not help" in row.result.note for row in before.rows)
-    assert "training did not help" in (out / "comparison.md").read_text()
+    assert "training (lora) did not help" in (out / "comparison.md").read_text()
 
 
 def test_text_is_scored_as_evaluate_scores_it(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import open_pair
@@ -94,10 +95,31 @@ def test_layers_are_rounded_and_nothing_else(ref: str) -> None:
         layer, seen = after.get_submodule(name), seen + 1
         assert layer.weight.numel() * layer.weight.element_size() == expected.numel() // 2
         # Scales are rounded to 8 bits, 256 together: a hundredth of the largest is far more.
+        assert layer.weight.module is None
+        assert layer.bias is None
         by_hand = rounded_by_hand(expected)
         assert (weights_of(layer) - by_hand).abs().max() < 0.01 * expected.abs().max()
         assert 0.01 < (by_hand - expected).norm() / expected.norm() < 0.2
     assert seen == 14
+
+
+def test_biases_stay_as_they_are() -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+    bias = nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias).detach().float()
+    head = model.lm_head.weight.detach().float()
+    hold_in_four_bits(model, torch.float32, "cpu")
+    layer = model.model.layers[0].self_attn.q_proj
+    assert torch.equal(layer(torch.zeros(1, 64))[0], bias)
+    assert torch.equal(model.lm_head.weight, head)
 
 
 def test_it_is_lora_over_the_rounded_weights(corpus: Path, tmp_path: Path) -> None:
@@ -122,6 +144,12 @@ def test_it_is_lora_over_the_rounded_weights(corpus: Path, tmp_path: Path) -> No
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert (found[name] - weight).norm() < 0.02 * weight.norm(), name
+
+
+def test_it_learns_in_mixed_precision(corpus: Path, tmp_path: Path) -> None:
+    done = tune(configuration(corpus, tmp_path / "expert", dtype="bfloat16"))
+    assert done.held_out
+    assert done.held_out.nats_per_token_after < done.held_out.nats_per_token_before - 0.1
 
 
 def test_an_interrupted_run_ends_the_same(corpus: Path, tmp_path: Path) -> None:

@@ -359,8 +359,8 @@ def _copy_expert(recording: Recording, folder: Path) -> ExpertCarrier:
     if not source.is_dir():
         raise InputError(
             f"{source} is not there, and the expert carrier is a copy of it",
-            hint="restore the expert's folder, tune with --method lora, or leave expert out of"
-            " --carriers",
+            hint="restore the expert's folder, tune with --method lora or qlora, or leave expert"
+            " out of --carriers",
         )
     target = folder / EXPERT_FOLDER
     target.mkdir()

@@ -26,7 +26,8 @@ LINE_EVERY_SEC = 15.0
 """A log that is no terminal gets a line this often."""
 
 RESTORED_SEC = 1.0
-"""Units that are told so soon were done by an earlier run: they say nothing of the pace."""
+"""Units that are told together with the first ones may be of an earlier run, which says nothing of
+the pace."""
 
 
 @final
@@ -116,13 +117,15 @@ class Display:
     @contextmanager
     def _lines(self, label: str, total: int) -> Iterator[Advance]:
         start = last = before = self._clock()
+        first: float | None = None
         done = restored = 0
 
         def advance(units: int) -> None:
-            nonlocal done, last, before, restored
+            nonlocal done, last, before, restored, first
             done += units
             now = self._clock()
-            if now - start < RESTORED_SEC:
+            first = now if first is None else first
+            if now - first < RESTORED_SEC:
                 before, restored = now, done
             if now - last >= LINE_EVERY_SEC and not self._hushed:
                 last = now

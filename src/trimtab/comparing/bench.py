@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from trimtab.backends.hf import HFModel
+from trimtab.backends.open import one_device, resolve_dtype
 from trimtab.backends.pair import Pair, open_pair
 from trimtab.comparing import sizes
 from trimtab.comparing.budget import Budget
 from trimtab.comparing.kept import STEPS
 from trimtab.comparing.measure import watched
 from trimtab.comparing.split import TEST_NAME, TRAIN_NAME, Split, key_of
-from trimtab.comparing.values import Step
+from trimtab.comparing.values import SCHEMA, Step
 from trimtab.config import (
     CompareConfig,
     FitConfig,
@@ -121,6 +122,12 @@ class Bench:
         """Tokens that recording reads, predicted: both models read the training text."""
         return self.recorded_tokens + self.train_tokens / self.config.epochs
 
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the copy of each weight that mixed precision keeps in training; 0 without it."""
+        arithmetic = resolve_dtype(self.config.dtype, one_device())
+        return 0 if arithmetic is torch.float32 else arithmetic.itemsize
+
     def guarded(self, work: str) -> Progress:
         """Progress of work that ends where the budget would not suffice for the rest of it."""
         return self.budget.guarded(self.progress, work)
@@ -194,7 +201,7 @@ class Bench:
         settings = self.config.model_dump(mode="json", exclude=_FREE | _MEASURED)
         texts = (self.split.train, self.split.test, self.split.general_train)
         named = [sha256_of_documents(documents) for documents in texts]
-        return key_of(settings, named, self.models)
+        return key_of(SCHEMA, settings, named, self.models)
 
     def check_steps(self) -> None:
         """Refuse a folder whose steps are others': done again, they would seem to take no time.

@@ -11,22 +11,26 @@ def lora(bench: Bench, shape: Shape, name: str) -> Step:
     """LoRA on the training text; what is done already is what it took."""
     window, rank = bench.config.train_window_tokens, bench.config.rank
     needed = sizes.lora_flops(shape, bench.train_tokens, window, rank)
-    return _trained(bench, f"tune {name}", needed, sizes.lora_bytes(shape, rank, window))
+    return _trained(
+        bench, f"tune {name}", needed, sizes.lora_bytes(shape, rank, window, bench.copy_bytes)
+    )
 
 
 def full(bench: Bench) -> Step:
     """All weights of the host."""
     shape, window = bench.host_shape, bench.config.train_window_tokens
     needed = sizes.full_flops(shape, bench.train_tokens, window)
-    return _trained(bench, "tune full", needed, sizes.full_bytes(shape, window))
+    return _trained(bench, "tune full", needed, sizes.full_bytes(shape, window, bench.copy_bytes))
 
 
 def qlora(bench: Bench) -> Step:
     """LoRA over 4-bit weights, as much slower as the price sheet says."""
-    slower = read_sheet().factor("qlora_slowdown").middle
     step = lora(bench, bench.host_shape, "qlora")
+    if not step.is_estimated:
+        return step
+    slower = read_sheet().factor("qlora_slowdown").middle
     window, rank = bench.config.train_window_tokens, bench.config.rank
-    held = sizes.qlora_bytes(bench.host_shape, rank, window)
+    held = sizes.qlora_bytes(bench.host_shape, rank, window, bench.copy_bytes)
     return step.model_copy(
         update={"sec": step.sec * slower, "peak_bytes": held_bytes() + int(held)}
     )

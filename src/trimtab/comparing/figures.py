@@ -143,7 +143,7 @@ def ranked(rows: Sequence[MethodFigures], by: str) -> list[MethodFigures]:
 
     def place(pair: tuple[MethodFigures, Estimate]) -> tuple[float, tuple[float, ...], float]:
         row, value = pair
-        further = tuple(-one.mean for name, one in row.task.items() if name != by)
+        further = tuple(-advantage(name) * one.mean for name, one in row.task.items() if name != by)
         return -advantage(by) * value.mean, further, row.result.sec
 
     return [row for row, _ in sorted(found, key=place)]

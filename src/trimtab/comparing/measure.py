@@ -86,7 +86,8 @@ def memory_bytes() -> int:
     of all memory.
     """
     if torch.cuda.is_available():
-        return held_bytes() + torch.cuda.mem_get_info()[0]
+        # What torch has reserved and not given out is its own to use.
+        return torch.cuda.memory_reserved() + torch.cuda.mem_get_info()[0]
     return held_bytes() + free_memory_bytes()
 
 

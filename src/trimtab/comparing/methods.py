@@ -118,7 +118,7 @@ def _small_steps(bench: Bench) -> tuple[Step, ...]:
 
     if bench.done(estimate.name) is None:
         window, rank = bench.config.train_window_tokens, bench.config.rank
-        held = sizes.lora_bytes(bench.small_shape, rank, window)
+        held = sizes.lora_bytes(bench.small_shape, rank, window, bench.copy_bytes)
         bench.budget.ask_for_memory("tuning the small model", held_bytes() + held)
 
     def run() -> Step:
@@ -137,7 +137,9 @@ def _expert(bench: Bench) -> Iterator[Made]:
     steps = _small_steps(bench)
     with bench.tuned_model("expert") as model:
         size = _size(bench.folder / "expert" / "lora")
-        note = "the tuned small model in the host's place" + _without_help(bench, "expert")
+        note = "; ".join(
+            ("the tuned small model in the host's place", *_without_help(bench, "expert"))
+        )
         yield Made(Subject(model), steps, size, note)
 
 
@@ -156,7 +158,8 @@ def _steered(carriers: Sequence[CarrierName]) -> Callable[[Bench], Iterator[Made
         )
         mixture = mixture_of(bench.host, mounted, carriers, 1.0, live)
         size = _carried(bench, ADAPTER, mounted, carriers)
-        note = "; ".join(mounted.warnings) if is_seated else ""
+        notes = mounted.warnings if is_seated else ()
+        note = "; ".join((*notes, *_without_help(bench, "expert")))
         yield Made(Subject(bench.host, mixture.steering), steps, size, note)
 
     return make
@@ -196,36 +199,39 @@ def _tuned_host(method: TuneMethod) -> Callable[[Bench], Iterator[Made]]:
 
         step = _asked(bench, "training the host", estimate, run)
         part = "model" if method == "full" else "lora"
-        note = "the small model's settings, one learning rate: tune's default"
+        note = "the small model's settings, one learning rate: tune's default for it"
         if method == "qlora":
             note += "; trained over weights of four bits, and then beside the host's own"
-        note += _without_help(bench, method)
+        note = "; ".join((note, *_without_help(bench, method)))
         with bench.tuned_model(method) as model:
             yield Made(Subject(model), (step,), _size(bench.folder / method / part), note)
 
     return make
 
 
-def _without_help(bench: Bench, name: str) -> str:
+def _without_help(bench: Bench, name: str) -> tuple[str, ...]:
     """What is to be said of a training that the held-out documents did not gain by."""
-    held_out = read_expert(bench.folder / name).held_out
+    held_out = read_expert(bench.folder / name, verify=False).held_out
     if held_out is None or held_out.has_gained:
-        return ""
-    return "; training did not help on held-out documents, so that it is the model as it was"
+        return ()
+    return (f"training ({name}) did not help on held-out documents: it is the model as it was",)
 
 
 def _trained_host(bench: Bench, method: TuneMethod) -> tuple[Step, float]:
     """What training the host is predicted to take, and the bytes of memory that it holds."""
     shape, window, rank = bench.host_shape, bench.config.train_window_tokens, bench.config.rank
     if method == "full":
-        return estimates.full(bench), sizes.full_bytes(shape, window)
+        return estimates.full(bench), sizes.full_bytes(shape, window, bench.copy_bytes)
     if method == "lora":
-        return estimates.lora(bench, shape, "lora"), sizes.lora_bytes(shape, rank, window)
-    try:
-        check_four_bit(one_device())
-    except ModelError as error:
-        raise NotRun(error.message) from error
-    return estimates.qlora(bench), sizes.qlora_bytes(shape, rank, window)
+        held = sizes.lora_bytes(shape, rank, window, bench.copy_bytes)
+        return estimates.lora(bench, shape, "lora"), held
+    estimate = estimates.qlora(bench)
+    if estimate.is_estimated:
+        try:
+            check_four_bit(one_device())
+        except ModelError as error:
+            raise NotRun(f"{error.message} ({error.hint})") from error
+    return estimate, sizes.qlora_bytes(shape, rank, window, bench.copy_bytes)
 
 
 def _none(bench: Bench) -> tuple[Step, ...]:

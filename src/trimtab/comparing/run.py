@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from trimtab.comparing import sizes
 from trimtab.comparing.bench import Bench
@@ -27,8 +28,7 @@ def run_method(bench: Bench, name: str) -> MethodResult:
     Raises:
         TrimtabError: The method failed for another reason than time, memory or hardware.
     """
-    path, key = result_path(bench.folder, name), key_of(bench.key, SCHEMA, name)
-    before = read_result(path, key)
+    path, key, before = _kept(bench, name)
     if before is not None and before.is_whole:
         if name == BASELINE:
             _learn_speed(bench)
@@ -45,9 +45,14 @@ def run_method(bench: Bench, name: str) -> MethodResult:
 
 def measured_before(bench: Bench, name: str) -> MethodResult | None:
     """What an earlier run has measured of a method, on the same text with the same settings."""
-    path, key = result_path(bench.folder, name), key_of(bench.key, SCHEMA, name)
-    found = read_result(path, key)
+    *_, found = _kept(bench, name)
     return found if found is not None and found.status == "measured" else None
+
+
+def _kept(bench: Bench, name: str) -> tuple[Path, str, MethodResult | None]:
+    """Where a method's result lies, what it must be of, and what is there of that."""
+    path, key = result_path(bench.folder, name), key_of(bench.key, SCHEMA, name)
+    return path, key, read_result(path, key)
 
 
 def _measured(bench: Bench, name: str, key: str) -> MethodResult:

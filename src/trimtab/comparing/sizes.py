@@ -6,6 +6,7 @@ Memory is what a training adds to the process that does it.
 from typing import Any
 
 from trimtab.backends.hf import HFModel
+from trimtab.backends.open import one_device
 from trimtab.costing import flops
 from trimtab.costing.memory import BF16_BYTES, NF4_BYTES
 from trimtab.costing.sheet import Shape
@@ -56,24 +57,32 @@ def full_flops(shape: Shape, tokens: float, window_tokens: int) -> float:
     return tokens * flops.full_training_flops(shape, window_tokens / 2)
 
 
-def lora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
-    """Memory of `tune` with LoRA: weights in float32, and in 16 bits for the products; training."""
+def lora_bytes(shape: Shape, rank: int, window_tokens: int, copy_bytes: int) -> float:
+    """Memory of `tune` with LoRA: weights in float32, their copies for products, and training.
+
+    Args:
+        shape: Sizes of the model.
+        rank: Of the LoRA.
+        window_tokens: Length of a training window.
+        copy_bytes: Of the copy of a weight that mixed precision keeps; 0 without it.
+    """
     trained = _FLOAT32 * (_ADAM + 1) * flops.lora_params(shape, rank)
-    held = (_FLOAT32 + BF16_BYTES) * shape.params + trained
+    held = (_FLOAT32 + copy_bytes) * shape.params + trained
     return held + _activations(shape, window_tokens)
 
 
-def qlora_bytes(shape: Shape, rank: int, window_tokens: int) -> float:
-    """Memory of `tune` with QLoRA: layers in 4 bits, tables in float32; it is opened in 16 bits."""
+def qlora_bytes(shape: Shape, rank: int, window_tokens: int, copy_bytes: int) -> float:
+    """The same with QLoRA: layers in 4 bits; what a processor trains is opened there in 16 bits."""
     tables = min((1 if shape.tied else 2) * shape.vocab * shape.hidden, shape.params)
     trained = _FLOAT32 * (_ADAM + 1) * flops.lora_params(shape, rank)
-    held = NF4_BYTES * (shape.params - tables) + (_FLOAT32 + BF16_BYTES) * tables + trained
-    return max(BF16_BYTES * shape.params, held + _activations(shape, window_tokens))
+    held = NF4_BYTES * (shape.params - tables) + (_FLOAT32 + copy_bytes) * tables + trained
+    opened = BF16_BYTES * shape.params if one_device() == "cpu" else 0.0
+    return max(opened, held + _activations(shape, window_tokens))
 
 
-def full_bytes(shape: Shape, window_tokens: int) -> float:
-    """Memory of `tune` with all weights: five copies in float32, with the best so far."""
-    held = (_FLOAT32 * (_ADAM + 1) + BF16_BYTES) * shape.params
+def full_bytes(shape: Shape, window_tokens: int, copy_bytes: int) -> float:
+    """The same with all weights: five times in float32, the best so far among them."""
+    held = (_FLOAT32 * (_ADAM + 1) + copy_bytes) * shape.params
     return held + _activations(shape, window_tokens)
 
 

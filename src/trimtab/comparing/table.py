@@ -172,7 +172,7 @@ def _waited(rows: Sequence[MethodFigures]) -> list[str]:
     ]
     notes = [f"{said}: {'; '.join(found)}"] if found else []
     if timed:
-        notes.append(f"1M tokens, while {said}: {', '.join(timed)}")
+        notes.append(f"1M tokens is too long, by the clock, for {', '.join(timed)}: {said}")
     return notes
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of comparison.json and of the files in `methods`."""
 
 Status = Literal["measured", "estimated"]
@@ -36,8 +36,8 @@ class Step(Part):
         flops: Floating-point operations, as `trimtab.costing` counts them.
         sec: Seconds of this machine by the clock.
         cpu_sec: Processor-seconds of all threads; far below `sec` the machine did other work.
-        peak_bytes: Greatest memory of the process during it; where it was not run what training
-            holds at least, by sizes, and else None.
+        peak_bytes: Greatest memory of the process during it; where it was not run what it had
+            when asked and what training would add, by sizes, and else None.
         is_estimated: Whether the seconds follow from measured throughput and were not taken.
         serves_all_hosts: Whether it is done once, whatever the number of hosts.
     """

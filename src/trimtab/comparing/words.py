@@ -38,8 +38,8 @@ METHOD_WORDS = {
 }
 TRIMTAB = ("trimtab", "live", "all")
 _MORE = {
-    "documents": "give more of them, with --test, --test-share or --test-tokens",
-    "questions": "give more of them, with --task-questions",
+    "documents": "give more of them, with --test, or with a larger --test-share or --test-tokens",
+    "questions": "give more of them, with a longer --task, or a larger --task-questions",
 }
 _REACH = ("mount", "nothing")
 

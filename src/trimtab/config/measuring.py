@@ -120,7 +120,7 @@ class CompareConfig(Config):
     budget: str = "20min"
     """Time for the whole comparison; what does not fit is estimated and marked so."""
     memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Memory that a method may take (default: what is free)."""
+    """Memory that the process, the open host included, may have (default: all that is free)."""
     task: Path | None = None
     """Your own questions, a JSONL file of `prompt`, `answer` and perhaps `choices`: one half is
     learnt from, of the other --task-questions are asked."""

@@ -42,10 +42,10 @@ def check_four_bit(device: str) -> None:
 def hold_in_four_bits(model: PreTrainedModel, arithmetic: torch.dtype, device: str) -> None:
     """Round a model's linear layers to 4-bit NormalFloat, and move it to where it is trained.
 
-    The head, which is never tuned, the embedding and the norms are kept in float32, as mixed
-    precision keeps them. A block of 64 weights shares a scale, and 256 scales one more: 4.127 bits
-    a weight (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3). A layer is rounded as it
-    arrives on the device, so that no more than its four bits ever lie there.
+    The head, which is never tuned, the embedding and the norms go on in float32, as they were read,
+    which is how mixed precision holds them. A block of 64 weights shares a scale, and 256 scales
+    one more: 4.127 bits a weight (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3). A
+    layer is rounded as it arrives on the device, so that no more than one ever lies there whole.
 
     Args:
         model: On the processor; changed in place.
@@ -102,4 +102,7 @@ def _rounded(layer: nn.Linear, arithmetic: torch.dtype, device: str) -> nn.Modul
     )
     if bias is not None:
         rounded.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
-    return rounded.to(device)
+    rounded.to(device)
+    # Of the way there alone; else layer and weight would hold each other, and their memory.
+    rounded.weight.module = None
+    return rounded
