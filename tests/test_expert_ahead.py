@@ -74,10 +74,13 @@ def test_drafts_of_a_growing_text(
         for count in range(len(drafted) + 1):
             tokens = [*text, *drafted[:count]]
             exact = pair.expert_logits(torch.tensor([tokens]))[0, -1]
-            # A byte's steps are as fine for a row's largest weight as for its smallest: of random
-            # rows they round 3 to 4 times as much away as bfloat16, which `is_near` is made for.
             found = ahead.logits_after(tokens, caches)
-            assert float((found - exact).abs().max()) <= 0.15 * float(exact.abs().max())
+            fresh = PairCaches()
+            read(pair, text, fresh)
+            anew = ExpertAhead(pair).logits_after(tokens, fresh)
+            assert float((found - anew).abs().max()) <= 0.03 * float(exact.abs().max())
+            # A byte's steps are as fine for a row's largest weight as for its smallest: how much of
+            # a random row they round away has no bound that is worth much, but little of its shape.
             assert float(torch.corrcoef(torch.stack([found, exact]))[0, 1]) >= 0.98
 
 
