@@ -200,16 +200,23 @@ def test_a_method_that_cannot_be_run_says_why(
     assert "qlora" in found.verdict
 
 
+def copied(
+    run: tuple[CompareConfig, CompareResult], folder: Path, patch: pytest.MonkeyPatch
+) -> tuple[CompareConfig, CompareResult]:
+    """The comparison in a folder of the test's own, which goes on from what was found."""
+    config, found = run
+    patch.setenv("TRIMTAB_HOME", str(config.out.parent / "home"))
+    shutil.copytree(config.out, folder / "out")
+    return config.model_copy(update={"out": folder / "out"}), found
+
+
 def test_a_training_that_is_done_is_told_as_it_was(
     run: tuple[CompareConfig, CompareResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, before = run
-    monkeypatch.setenv("TRIMTAB_HOME", str(config.out.parent / "home"))
-    out = tmp_path / "out"
-    shutil.copytree(config.out, out)
-    (out / "methods" / "qlora.json").unlink()
+    config, before = copied(run, tmp_path, monkeypatch)
+    (config.out / "methods" / "qlora.json").unlink()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    again = config.model_copy(update={"out": out, "budget": "0.01s", "methods": ("qlora",)})
+    again = config.model_copy(update={"budget": "0.01s", "methods": ("qlora",)})
     [late] = [row.result for row in compare(again).rows if row.name == "qlora"]
     [whole] = [row.result for row in before.rows if row.name == "qlora"]
     assert late.status == "estimated" and late.steps == whole.steps
@@ -225,21 +232,18 @@ def test_a_training_that_is_done_is_told_as_it_was(
 def test_training_that_did_not_help_is_told(
     run: tuple[CompareConfig, CompareResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, before = run
-    monkeypatch.setenv("TRIMTAB_HOME", str(config.out.parent / "home"))
-    out = tmp_path / "out"
-    shutil.copytree(config.out, out)
-    path = out / "lora" / "expert.json"
+    config, before = copied(run, tmp_path, monkeypatch)
+    path = config.out / "lora" / "expert.json"
     manifest = json.loads(path.read_text())
     manifest["held_out"]["nats_per_token_after"] = manifest["held_out"]["nats_per_token_before"]
     path.write_text(json.dumps(manifest))
-    (out / "methods" / "lora.json").unlink()
-    found = compare(config.model_copy(update={"out": out}))
+    (config.out / "methods" / "lora.json").unlink()
+    found = compare(config)
     notes = {row.name: row.result.note for row in found.rows}
     assert "training (lora) did not help" in notes["lora"]
     assert not any("did not help" in note for name, note in notes.items() if name != "lora")
     assert not any("did not help" in row.result.note for row in before.rows)
-    assert "training (lora) did not help" in (out / "comparison.md").read_text()
+    assert "training (lora) did not help" in (config.out / "comparison.md").read_text()
 
 
 def test_text_is_scored_as_evaluate_scores_it(

@@ -82,6 +82,7 @@ def test_drafts_of_a_growing_text(
             # A byte's steps are as fine for a row's largest weight as for its smallest: how much of
             # a random row they round away has no bound that is worth much, but little of its shape.
             assert float(torch.corrcoef(torch.stack([found, exact]))[0, 1]) >= 0.98
+            assert float((found - exact).norm()) <= 0.2 * float(exact.norm())
 
 
 def test_a_text_that_was_not_read_is_read_by_the_pair(folder: Path) -> None:

@@ -94,10 +94,10 @@ def test_layers_are_rounded_and_nothing_else(ref: str) -> None:
             continue
         layer, seen = after.get_submodule(name), seen + 1
         assert layer.weight.numel() * layer.weight.element_size() == expected.numel() // 2
-        # Scales are rounded to 8 bits, 256 together: a hundredth of the largest is far more.
         assert layer.weight.module is None
         assert layer.bias is None
         by_hand = rounded_by_hand(expected)
+        # Scales are rounded to 8 bits, 256 together: a hundredth of the largest is far more.
         assert (weights_of(layer) - by_hand).abs().max() < 0.01 * expected.abs().max()
         assert 0.01 < (by_hand - expected).norm() / expected.norm() < 0.2
     assert seen == 14

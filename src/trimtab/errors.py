@@ -42,3 +42,8 @@ class MissingDependencyError(TrimtabError):
 
 class StorageError(TrimtabError):
     """A disk that is full or a folder that cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from trimtab.errors import ModelError, TrimtabError
+from trimtab.errors import ModelError, TrimtabError, first_line
 from trimtab.store.storage_errors import storage_errors
 from trimtab.types import Progress
 
@@ -106,7 +106,7 @@ def _unknown(ref: str, error: Exception) -> ModelError:
 
 
 def _unreachable(ref: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return ModelError(
         f"{ref} is not a folder here, and the hub cannot be reached: {reason}",
         hint=f"check the network, or {_ELSEWHERE}",

@@ -25,7 +25,7 @@ from trimtab.backends.hub import download_model, revision_of
 from trimtab.backends.tiny import TINY_SCHEME, parse_tiny, tiny_model, tiny_tokenizer
 from trimtab.backends.tokenizers import read_vocabulary
 from trimtab.config import Dtype, EvaluateConfig, GenerateConfig, MountConfig, is_hosted
-from trimtab.errors import ModelError
+from trimtab.errors import ModelError, first_line
 from trimtab.few_rows import hasten
 from trimtab.types import Progress, silent
 
@@ -172,7 +172,7 @@ def open_head(ref: str, *, dtype: Dtype = "auto", progress: Progress = silent) -
             load_head(model, folder, arithmetic)
         except Exception as error:
             # Files of the wild fail in many ways.
-            raise ModelError(f"{ref} cannot be opened: {_first_line(error)}", hint=_HINT) from error
+            raise ModelError(f"{ref} cannot be opened: {first_line(error)}", hint=_HINT) from error
         tokenizer = load_tokenizer(ref, folder)
         unembedding = read_unembedding(model)
         vocabulary = read_vocabulary(tokenizer, len(unembedding.weight))
@@ -236,7 +236,7 @@ def load_tokenizer(ref: str, folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         # Tokenizer files of the wild fail in many ways, of many exception types.
         some = any(folder.glob("*token*")) or any(folder.glob("*.model"))
-        reason = _first_line(error) if some else "there is no tokenizer.json"
+        reason = first_line(error) if some else "there is no tokenizer.json"
         hint = f"put the model's tokenizer.json into {folder}, or {_HINT}"
         if "sentencepiece" in str(error).lower() and find_spec("sentencepiece") is None:
             hint = "pip install 'trimtab[seq2seq]'"
@@ -278,7 +278,7 @@ def _load_model(ref: str, folder: Path, dtype: torch.dtype, place: str) -> PreTr
         )
     except Exception as error:
         # Files of the wild fail in many ways; safetensors' own error has no narrower base.
-        raise ModelError(f"{ref} cannot be opened: {_first_line(error)}", hint=_HINT) from error
+        raise ModelError(f"{ref} cannot be opened: {first_line(error)}", hint=_HINT) from error
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -332,7 +332,3 @@ def _check_files(ref: str, folder: Path) -> None:
             f"the folder {ref} has no weights (*.safetensors; other formats are not read)",
             hint=f"save the model with save_pretrained, or {_HINT}",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,15 +25,14 @@ def full(bench: Bench) -> Step:
 
 def qlora(bench: Bench) -> Step:
     """LoRA over 4-bit weights, as much slower as the price sheet says."""
-    step = lora(bench, bench.host_shape, "qlora")
+    shape, window, rank = bench.host_shape, bench.config.train_window_tokens, bench.config.rank
+    needed = sizes.lora_flops(shape, bench.train_tokens, window, rank)
+    held = sizes.qlora_bytes(shape, rank, window, bench.copy_bytes)
+    step = _trained(bench, "tune qlora", needed, held)
     if not step.is_estimated:
         return step
     slower = read_sheet().factor("qlora_slowdown").middle
-    window, rank = bench.config.train_window_tokens, bench.config.rank
-    held = sizes.qlora_bytes(bench.host_shape, rank, window, bench.copy_bytes)
-    return step.model_copy(
-        update={"sec": step.sec * slower, "peak_bytes": held_bytes() + int(held)}
-    )
+    return step.model_copy(update={"sec": step.sec * slower})
 
 
 def expert(bench: Bench) -> tuple[Step, ...]:

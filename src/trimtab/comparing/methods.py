@@ -10,7 +10,6 @@ from trimtab.backends.open import one_device
 from trimtab.comparing import estimates, sizes
 from trimtab.comparing.bench import ADAPTER, LABEL_ADAPTER, Bench
 from trimtab.comparing.budget import NotRun
-from trimtab.comparing.measure import held_bytes
 from trimtab.comparing.scoring import Subject, with_preamble
 from trimtab.comparing.split import excerpts
 from trimtab.comparing.values import Step
@@ -116,10 +115,8 @@ def _small_steps(bench: Bench) -> tuple[Step, ...]:
     """Tuning the small model: what expert, head, memory and live have in common."""
     (estimate,) = estimates.expert(bench)
 
-    if bench.done(estimate.name) is None:
-        window, rank = bench.config.train_window_tokens, bench.config.rank
-        held = sizes.lora_bytes(bench.small_shape, rank, window, bench.copy_bytes)
-        bench.budget.ask_for_memory("tuning the small model", held_bytes() + held)
+    if estimate.is_estimated:
+        bench.budget.ask_for_memory("tuning the small model", estimate.peak_bytes or 0)
 
     def run() -> Step:
         return bench.tune_step(bench.config.small, "expert", bench.small_shape)
@@ -190,9 +187,11 @@ def _label_head(bench: Bench) -> Iterator[Made]:
 
 def _tuned_host(method: TuneMethod) -> Callable[[Bench], Iterator[Made]]:
     def make(bench: Bench) -> Iterator[Made]:
-        estimate, held = _trained_host(bench, method)
-        if bench.done(estimate.name) is None:
-            bench.budget.ask_for_memory("training the host", held_bytes() + held)
+        (estimate,) = METHODS[method].estimate(bench)
+        if estimate.is_estimated:
+            if method == "qlora":
+                _check_four_bit()
+            bench.budget.ask_for_memory("training the host", estimate.peak_bytes or 0)
 
         def run() -> Step:
             return bench.tune_step(bench.config.host, method, bench.host_shape, method)
@@ -217,21 +216,11 @@ def _without_help(bench: Bench, name: str) -> tuple[str, ...]:
     return (f"training ({name}) did not help on held-out documents: it is the model as it was",)
 
 
-def _trained_host(bench: Bench, method: TuneMethod) -> tuple[Step, float]:
-    """What training the host is predicted to take, and the bytes of memory that it holds."""
-    shape, window, rank = bench.host_shape, bench.config.train_window_tokens, bench.config.rank
-    if method == "full":
-        return estimates.full(bench), sizes.full_bytes(shape, window, bench.copy_bytes)
-    if method == "lora":
-        held = sizes.lora_bytes(shape, rank, window, bench.copy_bytes)
-        return estimates.lora(bench, shape, "lora"), held
-    estimate = estimates.qlora(bench)
-    if estimate.is_estimated:
-        try:
-            check_four_bit(one_device())
-        except ModelError as error:
-            raise NotRun(f"{error.message} ({error.hint})") from error
-    return estimate, sizes.qlora_bytes(shape, rank, window, bench.copy_bytes)
+def _check_four_bit() -> None:
+    try:
+        check_four_bit(one_device())
+    except ModelError as error:
+        raise NotRun(f"{error.message} ({error.hint})") from error
 
 
 def _none(bench: Bench) -> tuple[Step, ...]:

@@ -16,7 +16,7 @@ from trimtab.backends.open import open_tokenizer
 from trimtab.backends.reading import LiveReading
 from trimtab.backends.tiny import TINY_SCHEME
 from trimtab.backends.tokenizers import encode_following, encode_plain, read_vocabulary, special_ids
-from trimtab.errors import MissingDependencyError, ModelError
+from trimtab.errors import MissingDependencyError, ModelError, first_line
 from trimtab.hosted.answers import Token, is_end
 from trimtab.types import Progress, silent
 from trimtab.vocab import Vocabulary
@@ -184,7 +184,7 @@ def _tiktoken(name: str) -> Any:
         ) from error
     except Exception as error:
         # tiktoken fetches its tables, and lets its transport's errors through.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"the table of the tokenizer {TIKTOKEN_SCHEME}{name} cannot be fetched: {reason}",
             hint="check the network, or set TIKTOKEN_CACHE_DIR to a folder that has it; without"

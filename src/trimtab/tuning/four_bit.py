@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab.errors import ModelError
+from trimtab.errors import ModelError, first_line
 
 PACKAGE = "bitsandbytes"
 
@@ -32,10 +32,10 @@ def check_four_bit(device: str) -> None:
     try:
         layer = _rounded(nn.Linear(64, 2, bias=False), torch.float32, device)
         layer(torch.ones(1, 64, device=device))
-    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ModelError(
-            f"{PACKAGE} cannot hold weights in four bits on {device}: {reason}", hint=_HINT
+            f"{PACKAGE} cannot hold weights in four bits on {device}: {first_line(error)}",
+            hint=_HINT,
         ) from error
 
 
