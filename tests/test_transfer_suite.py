@@ -10,9 +10,10 @@ import torch
 
 from bench.transfer.metrics import calibration_error, row_tasks
 from bench.transfer.pairs import Pair
-from bench.transfer.results import add, table
+from bench.transfer.results import add
 from bench.transfer.steps import QUESTION_ROWS, STEPS
 from bench.transfer.suite import Run, make_adapter
+from bench.transfer.table import table
 from trimtab.metrics import DocumentScore
 from trimtab.progress import Display
 from trimtab.steering.kept import Kept, read_scores, write_scores
@@ -44,8 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(pair, "toy", 0, folder, 10_000)
 
 
-OFFLINE = [step for name, step in STEPS.items() if name != "knowledge"]
-"""All but the one that fetches its questions."""
+OFFLINE = [step for name, step in STEPS.items() if not name.endswith("knowledge")]
+"""All but those that fetch their questions."""
 
 
 def test_every_step_fills_the_results(run: Run, tmp_path: Path) -> None:
@@ -65,12 +66,20 @@ def test_every_step_fills_the_results(run: Run, tmp_path: Path) -> None:
     assert adapted < host
     assert rows["host"]["perplexity_change_percent"] == 0
     assert rows["lora-host"]["perplexity_change_percent"] < 0
-    assert set(QUESTION_ROWS) == set(stored["runs"][0]["tasks"]["right-word"])
+    assert {*QUESTION_ROWS, "lora-host"} == set(stored["runs"][0]["tasks"]["right-word"])
+    cells = stored["runs"][0]["cells"]
+    assert set(cells["lora-host"]) == {"next-line", "next-token", "right-word"}
+    assert set(cells["expert"]) == {"right-word"}
+    shares = {row: f["mean"] for row, f in stored["runs"][0]["tasks"]["right-word"].items()}
+    for rival, by_task in cells.items():
+        found = by_task["right-word"]["difference_points"]
+        assert found == pytest.approx(100 * (shares["all"] - shares[rival]))
     # Scores are kept: a second run reads them and finds the same.
     for step in OFFLINE:
         add(key, step(run, Display()), path)
     assert path.read_bytes() == first
     assert "| lora-host |" in table(path)
+    assert "all against lora-host, task by task" in table(path)
 
 
 def kept(right: list[bool], sure: list[float]) -> Kept:

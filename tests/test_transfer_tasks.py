@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench.transfer import questions
-from bench.transfer.choices import Choice, accuracy, right_labels, right_words
+from bench.transfer.choices import Choice, answered, right_labels, right_words
 from bench.transfer.compiler import Function, functions_in
+from bench.transfer.metrics import share_right
 from trimtab.errors import InputError
 
 NOUNS = [f"{a}{b}{c}ung" for a in ("Ver", "Be", "Ent") for b in "aeiou" for c in ("st", "nd", "lt")]
@@ -50,9 +51,10 @@ def test_a_class_is_asked_for_beside_three_others() -> None:
 
 def test_the_cheapest_text_is_the_answer() -> None:
     choices = [Choice("", ("a", "b"), "", right) for right in (0, 1, 1)]
-    found = accuracy(choices, {"host": [1, 2, 2, 1, 1, 2], "all": [1, 2, 2, 1, 2, 1]})
-    assert found["host"].mean == pytest.approx(2 / 3) and found["host"].stderr > 0
-    assert (found["all"].mean, found["all"].stderr) == (1.0, 0.0)
+    found = answered(choices, {"host": [1, 2, 2, 1, 1, 2], "all": [1, 2, 2, 1, 2, 1]})
+    assert found == {"host": [True, True, False], "all": [True, True, True]}
+    share = share_right(found["host"])
+    assert share.mean == pytest.approx(2 / 3) and share.stderr > 0
 
 
 def test_classes_are_named_after_folders() -> None:

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from bench.compatibility import table as compatibility
 from bench.speed import table as speed
-from bench.transfer import results as transfer
+from bench.transfer import table as transfer
 from tools import cost_tables
 from trimtab import cli, config
 from trimtab.cli_summaries import VERBS

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from bench.transfer.domains import DOMAINS
 from bench.transfer.pairs import PAIRS, pair_of
-from bench.transfer.results import RESULTS, add, table
+from bench.transfer.results import RESULTS, add
 from bench.transfer.steps import STEPS
 from bench.transfer.suite import Run, prepare
+from bench.transfer.table import table
 from trimtab.cli_errors import run_program
 from trimtab.progress import Display
 from trimtab.store.home import HOME_VARIABLE

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.transfer.metrics import share_right
 from bench.transfer.splits import in_turn
-from trimtab.metrics import Estimate
 
 OPTIONS = 4
 CONTEXT_CHARS = 240
@@ -114,23 +112,19 @@ def right_labels(
     return in_turn(found)[:count]
 
 
-def accuracy(
-    choices: Sequence[Choice],
-    nats: Mapping[str, Sequence[float]],
-    *,
-    seed: int = 0,
-) -> Mapping[str, Estimate]:
-    """Share of questions whose right text is the likeliest, by row, with bootstrapped errors.
+def answered(
+    choices: Sequence[Choice], nats: Mapping[str, Sequence[float]]
+) -> Mapping[str, list[bool]]:
+    """Whether each question's right text is the likeliest, by row.
 
     Args:
         choices: The questions.
         nats: What each of all their texts costs, in order, by row.
-        seed: Of the bootstrap over questions.
     """
     found = {}
     for row, costs in nats.items():
         texts = iter(costs)
         answers = [np.argmin([next(texts) for _ in choice.options]) for choice in choices]
-        right = [answer == choice.right for answer, choice in zip(answers, choices, strict=True)]
-        found[row] = share_right(right, seed=seed)
+        pairs = zip(answers, choices, strict=True)
+        found[row] = [bool(answer == choice.right) for answer, choice in pairs]
     return found

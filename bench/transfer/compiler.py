@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.transfer.metrics import share_right
 from bench.transfer.splits import in_turn
 from examples.demo import corpus
 from examples.demo.packages import copy_members, opened_wheel
-from trimtab.metrics import Estimate
 from trimtab.store.files import replace_directory
 
 PROMPT_CHARS = 1_200
@@ -85,12 +83,9 @@ def accepts(zig: Path, text: str) -> bool:
     return done.returncode == 0
 
 
-def share_accepted(
-    zig: Path, asked: Sequence[Function], bodies: Sequence[str], *, seed: int = 0
-) -> Estimate:
-    """Share of completed files that the compiler's parser accepts, bootstrapped over functions."""
-    checked = zip(asked, bodies, strict=True)
-    return share_right([accepts(zig, f.filled(body)) for f, body in checked], seed=seed)
+def accepted(zig: Path, asked: Sequence[Function], bodies: Sequence[str]) -> list[bool]:
+    """Whether the compiler's parser accepts each completed file."""
+    return [accepts(zig, f.filled(body)) for f, body in zip(asked, bodies, strict=True)]
 
 
 def fetch_compiler(cache: Path) -> Path:

@@ -17,9 +17,8 @@ def row_tasks(
 ) -> Mapping[str, Mapping[str, Estimate]]:
     """Task figures by task and row.
 
-    `next-line`: share of lines of which every token is the likeliest one, given the true text
-    before it (exact match, teacher-forced). `ece`: expected calibration error of the likeliest
-    token (Guo et al. 2017), over BINS bins of equal width.
+    Those of `row_outcomes`, and `ece`: expected calibration error of the likeliest token (Guo et
+    al. 2017), over BINS bins of equal width.
 
     Args:
         scored: Scores of the test documents.
@@ -27,11 +26,31 @@ def row_tasks(
         seed: Seed of the bootstrap over documents.
     """
     rows = scored[0].on_host.rows if scored else {}
-    lines = {row: [_lines(kept, row, token_bytes) for kept in scored] for row in rows}
     sure = {row: [_sureness(kept, row) for kept in scored] for row in rows}
+    shares = {
+        task: {row: _resampled(found, _mean, seed) for row, found in by_row.items()}
+        for task, by_row in row_outcomes(scored, token_bytes).items()
+    }
+    calibration = {row: _resampled(found, calibration_error, seed) for row, found in sure.items()}
+    return shares | {"ece": calibration}
+
+
+def row_outcomes(
+    scored: Sequence[Kept], token_bytes: Sequence[bytes | None]
+) -> Mapping[str, Mapping[str, list[np.ndarray]]]:
+    """What is right in each document, by task and row; arrays of shape [items, 1] of 0 and 1.
+
+    `next-line`: lines of which every token is the likeliest one, given the true text before it
+    (exact match, teacher-forced). `next-token`: tokens that are the likeliest one.
+
+    Args:
+        scored: Scores of the test documents.
+        token_bytes: Of the host.
+    """
+    rows = scored[0].on_host.rows if scored else {}
     return {
-        "next-line": {row: _resampled(found, _mean, seed) for row, found in lines.items()},
-        "ece": {row: _resampled(found, calibration_error, seed) for row, found in sure.items()},
+        "next-line": {row: [_lines(kept, row, token_bytes) for kept in scored] for row in rows},
+        "next-token": {row: [_sureness(kept, row)[:, 1:] for kept in scored] for row in rows},
     }
 
 

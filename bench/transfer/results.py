@@ -1,16 +1,19 @@
-"""Results of the transfer suite: one file for all runs, and its table."""
+"""Results of the transfer suite: a file for all runs, and one for the outcomes of single items."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.transfer.cells import ADAPTED, RIVALS, Outcomes, cells, packed, unpacked
 from trimtab.evaluate import Evaluation
 from trimtab.metrics import Estimate
 from trimtab.store.files import read_json, write_json
 
 RESULTS = Path("bench/results/transfer.json")
 Figures = Mapping[str, Estimate]
+PAIRED = (ADAPTED, *RIVALS, "live", "head+memory")
+"""Rows whose single outcomes are kept."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Found:
         general_change: Against the bare host on general text.
         tasks: Figures by task and row.
         bytes_per_token: Of the test text in the host's tokens; 0 where none was scored.
+        outcomes: What each item of a task was, by task and row; of the rows in PAIRED.
     """
 
     domain: Figures = field(default_factory=dict)
@@ -32,9 +36,14 @@ class Found:
     general_change: Figures = field(default_factory=dict)
     tasks: Mapping[str, Figures] = field(default_factory=dict)
     bytes_per_token: float = 0.0
+    outcomes: Mapping[str, Mapping[str, Outcomes]] = field(default_factory=dict)
 
     @staticmethod
-    def of(evaluation: Evaluation, tasks: Mapping[str, Figures]) -> "Found":
+    def of(
+        evaluation: Evaluation,
+        tasks: Mapping[str, Figures],
+        outcomes: Mapping[str, Mapping[str, Outcomes]] | None = None,
+    ) -> "Found":
         """Take the figures of an evaluation."""
         result = evaluation.report.hosts[0]
         sizes = [size for kept in evaluation.scored[""] for size in kept.on_host.sizes]
@@ -45,6 +54,7 @@ class Found:
             result.general_change,
             tasks,
             sum(sizes) / len(sizes),
+            outcomes or {},
         )
 
     def without(self, row: str) -> "Found":
@@ -60,7 +70,7 @@ class Found:
         return replace(self, change={}, general_change={})
 
     def _mapped(self, name_of: Any) -> "Found":
-        def mapped(figures: Figures) -> Figures:
+        def mapped(figures: Mapping[str, Any]) -> dict[str, Any]:
             return {name_of(row): figure for row, figure in figures.items() if name_of(row)}
 
         return Found(
@@ -70,6 +80,7 @@ class Found:
             mapped(self.general_change),
             {task: mapped(figures) for task, figures in self.tasks.items()},
             self.bytes_per_token,
+            {task: mapped(by_row) for task, by_row in self.outcomes.items()},
         )
 
 
@@ -98,7 +109,33 @@ def add(key: Mapping[str, Any], found: Found, path: Path = RESULTS) -> None:
         known = run["tasks"].setdefault(task, {})
         known |= {row: asdict(figure) for row, figure in figures.items()}
     _add_changes(run, found.bytes_per_token)
+    _add_cells(run, key, found, path)
     write_json(path, stored)
+
+
+def outcomes_path(path: Path = RESULTS) -> Path:
+    """Where the outcomes of single items lie that a run's cells follow from."""
+    return path.with_name(f"{path.stem}-outcomes.json")
+
+
+def _add_cells(run: dict[str, Any], key: Mapping[str, Any], found: Found, path: Path) -> None:
+    """Keep the items' outcomes, and compare the rows of which there are some."""
+    place = outcomes_path(path)
+    stored = read_json(place, "outcomes") if place.exists() else {"schema": 1, "runs": {}}
+    name = "/".join(str(key[part]) for part in ("pair", "domain", "seed", "train_tokens"))
+    tasks = stored["runs"].setdefault(name, {})
+    for task, by_row in found.outcomes.items():
+        answered = {row: packed(by_row[row]) for row in PAIRED if row in by_row}
+        tasks[task] = _of_the_same_items(tasks.get(task, {}), answered) | answered
+    if not any(tasks.values()):
+        return
+    write_json(place, stored)
+    run["cells"] = {
+        rival: {task: asdict(cell) for task, cell in by_task.items()}
+        for rival, by_task in cells(
+            {t: {row: unpacked(text) for row, text in rows.items()} for t, rows in tasks.items()}
+        ).items()
+    }
 
 
 def _add_changes(run: dict[str, Any], bytes_per_token: float) -> None:
@@ -111,63 +148,11 @@ def _add_changes(run: dict[str, Any], bytes_per_token: float) -> None:
         row["perplexity_change_percent"] = 100 * (2**bits - 1)
 
 
-ORDER = (
-    *("host", "temperature", "prompt", "bias", "reference", "expert", "mixture"),
-    *("proxy", "proxy-0.5", "lora-host", "lora-host+memory", "label-head", "hostfit-head"),
-    *("bytes", "state", "head", "memory", "head+memory", "head-shuffled", "memory-shuffled"),
-    *("memory, host keys", "head+memory, host keys", "memory-shuffled, host keys"),
-    *("live", "all", "all, host keys"),
-)
-"""Rows in a table: what there was before, what needs the host's training, then the adapter's."""
-
-
-def table(path: Path = RESULTS) -> str:
-    """All runs as Markdown: bits per byte and perplexity against the host, and tasks."""
-    runs = read_json(path, "results")["runs"]
-    return "\n\n".join(part for run in runs for part in (_rows(run), _tasks(run)) if part)
-
-
-def _rows(run: Mapping[str, Any]) -> str:
-    host = run["rows"].get("host")
-    lines = [
-        f"### {run['pair']}, {run['domain']}, seed {run['seed']}",
-        "",
-        "| row | bits per byte | against host | perplexity | general text |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in sorted(run["rows"].items(), key=lambda item: ORDER.index(item[0])):
-        figure = row["domain_bits_per_byte"]
-        cells = [f"{figure['mean']:.3f} ± {figure['stderr']:.3f}"]
-        for base, kind in (("domain", "domain_change"), ("general", "general_change")):
-            reference = host and host.get(f"{base}_bits_per_byte")
-            own = row.get(f"{base}_bits_per_byte")
-            cells.append(_percent(own, reference, row.get(kind)))
-        change = row.get("perplexity_change_percent")
-        shown = "" if change is None or name == "host" else f"{change:+.1f} %"
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {shown} | {cells[2]} |")
-    return "\n".join(lines)
-
-
-def _tasks(run: Mapping[str, Any]) -> str:
-    """Figures by row, a column a task, in percent."""
-    tasks = run["tasks"]
-    if not tasks:
-        return ""
-    rows = {row for figures in tasks.values() for row in figures}
-    lines = [
-        f"| row | {' | '.join(f'{task}, %' for task in tasks)} |",
-        f"|---|{'---|' * len(tasks)}",
-    ]
-    for row in sorted(rows, key=ORDER.index):
-        found = (figures.get(row) for figures in tasks.values())
-        cells = [f"{100 * f['mean']:.1f} ± {100 * f['stderr']:.1f}" if f else "" for f in found]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _percent(own: Any, host: Any, change: Any) -> str:
-    if not own or not host or own is host:
-        return ""
-    scale = 100 / host["mean"]
-    error = f" ± {change['stderr'] * scale:.1f}" if change and change["stderr"] else ""
-    return f"{(own['mean'] - host['mean']) * scale:+.1f}{error} %"
+def _of_the_same_items(older: Mapping[str, str], newer: Mapping[str, str]) -> dict[str, str]:
+    """The older rows whose items are those of the newer ones, as far as their number tells."""
+    shapes = {tuple(len(word) for word in text.split(" ")) for text in newer.values()}
+    return {
+        row: text
+        for row, text in older.items()
+        if not shapes or tuple(len(word) for word in text.split(" ")) in shapes
+    }

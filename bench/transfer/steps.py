@@ -5,19 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import trimtab
-from bench.transfer.choices import Choice, accuracy
-from bench.transfer.compiler import Function, fetch_compiler, functions, share_accepted
+from bench.transfer.cells import Outcomes
+from bench.transfer.choices import Choice, answered
+from bench.transfer.compiler import Function, accepted, fetch_compiler, functions
 from bench.transfer.domains import TEXTS
-from bench.transfer.metrics import row_tasks
+from bench.transfer.metrics import row_outcomes, row_tasks, share_right
 from bench.transfer.pairs import model_ref
 from bench.transfer.questions import domain_questions, general_questions, write_texts
 from bench.transfer.results import Found
 from bench.transfer.suite import Run
 from examples.demo import corpus
 from trimtab import FitConfig, GenerateConfig
+from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import open_pair
 from trimtab.config import CarrierName
+from trimtab.evaluate import Evaluation
 from trimtab.metrics import Estimate
 from trimtab.progress import Display
 from trimtab.steering.kept import Kept
@@ -33,11 +36,14 @@ LIVE_ROWS = ("reference", "expert", "proxy", "proxy-0.5", "mixture", "live", "al
 LORA_LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 """Of LoRA on the host; the best on the text that tuning held out is shown."""
 
+LORA_NAMES = {"host": "lora-host", "memory": "lora-host+memory"}
+"""What rows are called whose host is LoRA's."""
+
 QUESTION_ROWS = (
     *("host", "reference", "expert", "proxy"),
     *("head", "memory", "head+memory", "live", "all"),
 )
-QUESTIONS = 100
+QUESTIONS = 300
 """Of each kind."""
 
 COMPLETED_ROWS: Mapping[str, tuple[CarrierName, ...]] = {
@@ -56,17 +62,24 @@ PROMPT_TOKENS = 1024
 
 def light(run: Run, display: Display) -> Found:
     """The host, controls, and carriers that need no small model beside it."""
-    evaluation = run.evaluated("light", LIGHT_ROWS, display)
-    host = open_model(model_ref(run.pair.host))
-    return Found.of(evaluation, row_tasks(evaluation.scored[""], host.vocabulary.token_bytes))
+    return _with_tasks(run.evaluated("light", LIGHT_ROWS, display), run)
 
 
 def live(run: Run, display: Display) -> Found:
     """Rows that run the small models."""
     evaluation = run.evaluated("live", ("host", *LIVE_ROWS), display)
-    host = open_model(model_ref(run.pair.host))
-    tasks = row_tasks(evaluation.scored[""], host.vocabulary.token_bytes)
-    return Found.of(evaluation, tasks).without("host")
+    return _with_tasks(evaluation, run).without("host")
+
+
+def _with_tasks(evaluation: Evaluation, run: Run) -> Found:
+    """Figures of an evaluation, and what its scores say of lines, tokens and calibration."""
+    token_bytes = open_model(model_ref(run.pair.host)).vocabulary.token_bytes
+    scored = evaluation.scored[""]
+    outcomes = {
+        task: {row: [document[:, 0].tolist() for document in found] for row, found in rows.items()}
+        for task, rows in row_outcomes(scored, token_bytes).items()
+    }
+    return Found.of(evaluation, row_tasks(scored, token_bytes), outcomes)
 
 
 def host_keys(run: Run, display: Display) -> Found:
@@ -79,22 +92,32 @@ def host_keys(run: Run, display: Display) -> Found:
 def questions(run: Run, display: Display) -> Found:
     """Share of questions about the domain that are answered rightly."""
     asked = domain_questions(run.domain, run.texts, QUESTIONS, seed=run.seed)
-    return _answered(run, asked, display)
+    return _answered(run, asked, QUESTION_ROWS, display)
 
 
 def knowledge(run: Run, display: Display) -> Found:
     """Share of questions of two sets of general knowledge that are answered rightly."""
-    return _answered(run, general_questions(QUESTIONS, TEXTS), display)
+    return _answered(run, general_questions(QUESTIONS, TEXTS), QUESTION_ROWS, display)
 
 
-def _answered(run: Run, asked: Mapping[str, Sequence[Choice]], display: Display) -> Found:
+def _answered(
+    run: Run,
+    asked: Mapping[str, Sequence[Choice]],
+    rows: Sequence[str],
+    display: Display,
+    host: HFModel | None = None,
+) -> Found:
     tasks: dict[str, Mapping[str, Estimate]] = {}
+    outcomes: dict[str, Mapping[str, Outcomes]] = {}
     for task, choices in asked.items():
         path = run.folder / "questions" / f"{task}.jsonl"
         write_texts(choices, path)
-        evaluation = run.evaluated(task, QUESTION_ROWS, display, questions=path)
-        tasks[task] = accuracy(choices, _nats(evaluation.scored[""]), seed=run.seed)
-    return Found(tasks=tasks)
+        name = task if host is None else f"{task}-lora-host"
+        evaluation = run.evaluated(name, rows, display, questions=path, host=host)
+        right = answered(choices, _nats(evaluation.scored[""]))
+        tasks[task] = {row: share_right(found, seed=run.seed) for row, found in right.items()}
+        outcomes[task] = {row: [[one] for one in found] for row, found in right.items()}
+    return Found(tasks=tasks, outcomes=outcomes)
 
 
 def _nats(scored: Sequence[Kept]) -> dict[str, list[float]]:
@@ -119,8 +142,10 @@ def completions(run: Run, display: Display) -> Found:
     found = {}
     for row, carriers in COMPLETED_ROWS.items():
         bodies = _completed(run, row, carriers, asked, display)
-        found[row] = share_accepted(zig, asked, bodies, seed=run.seed)
-    return Found(tasks={"ast-check": found})
+        found[row] = accepted(zig, asked, bodies)
+    shares = {row: share_right(right, seed=run.seed) for row, right in found.items()}
+    single = {row: [[one] for one in right] for row, right in found.items()}
+    return Found(tasks={"ast-check": shares}, outcomes={"ast-check": single})
 
 
 def _completed(
@@ -182,17 +207,38 @@ def prompt(run: Run, display: Display) -> Found:
 
 def lora(run: Run, display: Display) -> Found:
     """LoRA on the host itself, at the learning rate that is best on held-out text."""
-    host = model_ref(run.pair.host)
-    experts = {
-        rate: run.tuned(host, f"lora-host/{rate:g}", display, learning_rate=rate)
-        for rate in LORA_LEARNING_RATES
-    }
-    rate = min(experts, key=lambda rate: _held_out_nats(experts[rate]))
-    with open_pair(experts[rate], progress=display.progress).as_expert() as tuned:
+    best = _best_lora(run, display)
+    with open_pair(best, progress=display.progress).as_expert() as tuned:
         rows = ("host", "memory")
-        evaluation = run.evaluated(f"lora-host-{rate:g}", rows, display, host=tuned)
-    names = {"host": "lora-host", "memory": "lora-host+memory"}
-    return Found.of(evaluation, {}).renamed(names).without_changes()
+        evaluation = run.evaluated(f"lora-host-{best.name}", rows, display, host=tuned)
+    return _with_tasks(evaluation, run).renamed(LORA_NAMES).without_changes()
+
+
+def lora_questions(run: Run, display: Display) -> Found:
+    """What LoRA on the host answers to the questions about the domain."""
+    asked = domain_questions(run.domain, run.texts, QUESTIONS, seed=run.seed)
+    return _lora_answered(run, asked, display)
+
+
+def lora_knowledge(run: Run, display: Display) -> Found:
+    """What LoRA on the host answers to the questions of general knowledge."""
+    return _lora_answered(run, general_questions(QUESTIONS, TEXTS), display)
+
+
+def _lora_answered(run: Run, asked: Mapping[str, Sequence[Choice]], display: Display) -> Found:
+    with open_pair(_best_lora(run, display), progress=display.progress).as_expert() as tuned:
+        found = _answered(run, asked, ("host",), display, host=tuned)
+    return found.renamed(LORA_NAMES)
+
+
+def _best_lora(run: Run, display: Display) -> Path:
+    """LoRA at each learning rate, unless it is trained; the one that is best on held-out text."""
+    host = model_ref(run.pair.host)
+    experts = [
+        run.tuned(host, f"lora-host/{rate:g}", display, learning_rate=rate)
+        for rate in LORA_LEARNING_RATES
+    ]
+    return min(experts, key=_held_out_nats)
 
 
 def _held_out_nats(expert: Path) -> float:
@@ -211,5 +257,7 @@ STEPS: Mapping[str, Callable[[Run, Display], Found]] = {
     "label-head": _host_head("labels", "label-head"),
     "prompt": prompt,
     "lora-host": lora,
+    "lora-questions": lora_questions,
+    "lora-knowledge": lora_knowledge,
 }
 """What is measured, in the order of cost."""
