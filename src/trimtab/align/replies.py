@@ -6,6 +6,7 @@ says only one token later, and where that matters it is asked once more.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,21 @@ def asked_to_tell(
         for question, (first, of_question) in enumerate(zip(firsts, replies, strict=True))
         for reply in of_question
         if first >= 0 and not reply.cover.rest and reply.share >= LEAST_ASKED_SHARE
+    ]
+
+
+def numbered_through(asked: Sequence[Sequence[Asked]], sizes: Sequence[int]) -> list[Asked]:
+    """What parts have asked as one part's, whose contexts are all of theirs, one after another.
+
+    Args:
+        asked: By part.
+        sizes: Contexts of each part.
+    """
+    starts = accumulate(sizes[:-1], initial=0)
+    return [
+        one._replace(question=start + one.question)
+        for start, of_part in zip(starts, asked, strict=True)
+        for one in of_part
     ]
 
 

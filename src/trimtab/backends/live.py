@@ -18,6 +18,7 @@ from trimtab.align.replies import (
     asked_to_tell,
     carry_replies,
     deal_out,
+    numbered_through,
     still_undecided,
 )
 from trimtab.backends.base import GivesStrings
@@ -242,13 +243,14 @@ class Live:
             for part, by in zip(parts, replies, strict=True)
         ]
         after = self._ask_on(parts, asked)
+        # Carrying looks at all candidates whatever is carried: once for all parts.
+        doubts = numbered_through(asked, [len(part.questions) for part in parts])
+        host_probs = torch.cat([part.host_probs for part in parts])
         found: dict[Who, Tensor] = {}
         for who in WHO:
-            carried = [
-                self._carried(part, by[who], doubts, told, candidates)
-                for part, by, doubts, told in zip(parts, replies, asked, after[who], strict=True)
-            ]
-            found[who] = torch.cat(carried)
+            of_all = [of_question for by in replies for of_question in by[who]]
+            told = [probs for of_part in after[who] for probs in of_part]
+            found[who] = self._carried(of_all, doubts, told, host_probs, candidates)
         return PairProbs(**found)
 
     def _same(self, who: Who, parts: Sequence[Part], token_ids: Tensor) -> Tensor:
@@ -261,17 +263,16 @@ class Live:
 
     def _carried(
         self,
-        part: Part,
         replies: Sequence[Sequence[Reply]],
         asked: Sequence[Asked],
         after: Sequence[Tensor],
+        host_probs: Tensor,
         candidates: Candidates,
     ) -> Tensor:
-        """What one model says of a part, over the candidates."""
-        over = (part.host_probs, candidates)
-        dealt = deal_out(self.alignment, asked, after, *over)
-        carried = carry_replies(self.alignment, replies, dealt, *over)
-        return carried if self.is_one_vocabulary else torch.lerp(carried, over[0], DOUBT)
+        """What one model says over the candidates."""
+        dealt = deal_out(self.alignment, asked, after, host_probs, candidates)
+        carried = carry_replies(self.alignment, replies, dealt, host_probs, candidates)
+        return carried if self.is_one_vocabulary else torch.lerp(carried, host_probs, DOUBT)
 
     def expected(
         self, reading: LiveReading, questions: range, count: int = EXPECTED_TOKENS
