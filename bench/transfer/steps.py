@@ -5,13 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import trimtab
-from bench.transfer.cells import Outcomes
-from bench.transfer.choices import Choice, answered
+from bench.transfer.choices import Choice
 from bench.transfer.compiler import Function, accepted, fetch_compiler, functions
 from bench.transfer.domains import TEXTS
 from bench.transfer.metrics import row_outcomes, row_tasks, share_right
 from bench.transfer.pairs import model_ref
-from bench.transfer.questions import domain_questions, general_questions, write_texts
+from bench.transfer.questions import domain_questions, general_questions, write_task
 from bench.transfer.results import Found
 from bench.transfer.suite import Run
 from examples.demo import corpus
@@ -21,9 +20,7 @@ from trimtab.backends.open import open_model
 from trimtab.backends.pair import open_pair
 from trimtab.config import CarrierName
 from trimtab.evaluate import Evaluation
-from trimtab.metrics import Estimate
 from trimtab.progress import Display
-from trimtab.steering.kept import Kept
 from trimtab.store.expert import read_expert
 from trimtab.store.files import read_json, write_json
 from trimtab.text.documents import read_documents
@@ -39,12 +36,9 @@ LORA_LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 LORA_NAMES = {"host": "lora-host", "memory": "lora-host+memory"}
 """What rows are called whose host is LoRA's."""
 
-QUESTION_ROWS = (
-    *("host", "reference", "expert", "proxy"),
-    *("head", "memory", "head+memory", "live", "all"),
-)
-QUESTIONS = 300
-"""Of each kind."""
+QUESTION_ROWS = ("host", "expert", "head+memory", "live", "all")
+QUESTIONS = 100
+"""Of each kind: a row that runs small models takes some seconds for each."""
 
 COMPLETED_ROWS: Mapping[str, tuple[CarrierName, ...]] = {
     "host": (),
@@ -107,29 +101,19 @@ def _answered(
     display: Display,
     host: HFModel | None = None,
 ) -> Found:
-    tasks: dict[str, Mapping[str, Estimate]] = {}
-    outcomes: dict[str, Mapping[str, Outcomes]] = {}
-    for task, choices in asked.items():
-        path = run.folder / "questions" / f"{task}.jsonl"
-        write_texts(choices, path)
-        name = task if host is None else f"{task}-lora-host"
-        evaluation = run.evaluated(name, rows, display, questions=path, host=host)
-        right = answered(choices, _nats(evaluation.scored[""]))
-        tasks[task] = {row: share_right(found, seed=run.seed) for row, found in right.items()}
-        outcomes[task] = {row: [[one] for one in found] for row, found in right.items()}
-    return Found(tasks=tasks, outcomes=outcomes)
-
-
-def _nats(scored: Sequence[Kept]) -> dict[str, list[float]]:
-    """What each text costs, by row."""
-    found: dict[str, list[float]] = {}
-    for kept in scored:
-        costs = {row: -float(score.logprobs.sum()) for row, score in kept.on_host.rows.items()}
-        for row, cost in (
-            costs | {row: alone.nll_nats for row, alone in kept.small.items()}
-        ).items():
-            found.setdefault(row, []).append(cost)
-    return found
+    """Ask them by lm-evaluation-harness, as `trimtab evaluate --tasks` does."""
+    folder = run.folder / "questions"
+    paths = [write_task(task, choices, folder) for task, choices in asked.items()]
+    right = run.asked(f"{'-'.join(asked)}{'-lora' if host else ''}", paths, rows, display, host)
+    single = {
+        task: {row: [[one] for one in found] for row, found in by_row.items()}
+        for task, by_row in right.items()
+    }
+    shares = {
+        task: {row: share_right(found, seed=run.seed) for row, found in by_row.items()}
+        for task, by_row in right.items()
+    }
+    return Found(tasks=shares, outcomes=single)
 
 
 def completions(run: Run, display: Display) -> Found:

@@ -4,7 +4,7 @@ Every step is one of Trimtab's verbs in a folder of its own: an interrupted run 
 was, and steps can be left for later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from trimtab import EvaluateConfig, FitConfig, RecordConfig, TuneConfig
 from trimtab.backends.hf import HFModel
 from trimtab.evaluate import Evaluation
 from trimtab.progress import Display
+from trimtab.store.files import read_json
 
 
 @dataclass(frozen=True)
@@ -68,24 +69,49 @@ class Run:
         *,
         adapter: Path | None = None,
         host: HFModel | None = None,
-        questions: Path | None = None,
         host_keys: bool = False,
     ) -> Evaluation:
-        """Score rows on test text and general text, or on questions, unless they are scored."""
-        kinds = [] if questions else sorted((self.texts / "general").iterdir())
+        """Score rows on test text and general text, unless they are scored."""
+        kinds = sorted((self.texts / "general").iterdir())
         config = EvaluateConfig(
             adapter=adapter or self.adapter,
             host=model_ref(self.pair.host),
-            data=(str(questions or self.texts / self.view),),
+            data=(str(self.texts / self.view),),
             general=tuple(f"{kind.name}={kind}" for kind in kinds),
             out=self.folder / "scores" / self.view / name,
-            max_tokens=None if questions else self.test_tokens,
+            max_tokens=self.test_tokens,
             rows=tuple(rows),
             host_keys=host_keys,
             domain=self.domain,
             seed=self.seed,
         )
         return trimtab.evaluate(config, host=host, progress=display.progress)
+
+    def asked(
+        self,
+        name: str,
+        tasks: Sequence[Path],
+        rows: Sequence[str],
+        display: Display,
+        host: HFModel | None = None,
+    ) -> Mapping[str, Mapping[str, list[bool]]]:
+        """Whether rows answer each question of some task files rightly, by task and row."""
+        config = EvaluateConfig(
+            adapter=self.adapter,
+            host=model_ref(self.pair.host),
+            tasks=tuple(tasks),
+            out=self.folder / "answers" / name,
+            rows=tuple(rows),
+            seed=self.seed,
+        )
+        trimtab.evaluate(config, host=host, progress=display.progress)
+        found: dict[str, dict[str, list[bool]]] = {}
+        for row in rows:
+            by_task = read_json(config.out / "tasks" / f"{row}.json", "answers")["tasks"]
+            for task, answers in by_task.items():
+                right = [sample["metrics"]["acc"] == 1 for sample in answers["samples"]]
+                found.setdefault(task, {})[row] = right
+        return found
 
 
 def prepare(run: Run, display: Display) -> None:
