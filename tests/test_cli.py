@@ -189,7 +189,9 @@ def test_show_and_list(
     monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
     write_adapter(payload(tmp_path / "zig.adapter"), full_manifest())
     assert run("show", "zig.adapter") == 0
-    assert "Contains training text" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Contains training text" in shown and "beside them, to be mounted with: " in shown
+    assert "live blend     host^0.5 expert^1 reference^-0.5, also with the memory\n" in shown
     assert run("show", "zig.adapter", "--json") == 0
     assert json.loads(capsys.readouterr().out)["format"] == "trimtab-adapter"
     assert run("list") == 0

@@ -115,6 +115,11 @@ def test_any_family_can_be_a_host(ref: str, adapter: Path) -> None:
     assert (total > 0.4).all() and (total <= 1 + 1e-5).all()
 
 
+def test_what_is_wrong_with_an_adapter_is_said_before_its_host_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="is no folder"):
+        mount(MountConfig(adapter=tmp_path / "nowhere", host=str(tmp_path / "no model either")))
+
+
 def test_without_moments_the_host_is_not_run(adapter: Path, host: HFModel) -> None:
     still = unrunnable(HOST)
     with pytest.raises(AssertionError, match="the host was run"):

@@ -77,7 +77,7 @@ def stopped_after(calls: int) -> Progress:
 
     @contextmanager
     def open_display(label: str, total: int) -> Iterator[Callable[[int], None]]:
-        left = calls if label == "tuning (tokens)" else math.inf
+        left = calls if label.startswith("tuning") else math.inf
 
         def advance(_: int) -> None:
             nonlocal left
@@ -86,6 +86,17 @@ def stopped_after(calls: int) -> Progress:
                 raise KeyboardInterrupt
 
         yield advance
+
+    return open_display
+
+
+def noting(labels: list[str]) -> Progress:
+    """A progress display that keeps what it was to show."""
+
+    @contextmanager
+    def open_display(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        labels.append(label)
+        yield lambda _: None
 
     return open_display
 
@@ -174,7 +185,9 @@ def test_interrupted_runs_end_with_the_same_bytes(
     for calls in (0, 3, 2):
         with pytest.raises(KeyboardInterrupt):
             tune(parts, progress=stopped_after(calls))
-    tune(parts)
+    labels: list[str] = []
+    tune(parts, progress=noting(labels))
+    assert "tuning, going on (tokens)" in labels
     assert contents(parts.out) == contents(whole.out)
     other = configuration(corpus, tmp_path / "other", **changes, max_tokens=2000, seed=1)
     tune(other)

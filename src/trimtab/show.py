@@ -37,13 +37,9 @@ class ShowResult:
             f" models {manifest.licences.models}",
         }
         lines = [f"{manifest.name}  ({self.folder})", *_aligned(facts), ""]
-        lines += _carriers(manifest)
-        for title, values in (
-            ("blend", manifest.blend.model_dump()),
-            ("metrics", manifest.metrics),
-        ):
-            if values:
-                lines += ["", title, *_aligned(flat(values))]
+        lines += [*_carriers(manifest), "", "blend", *_aligned(_blend(manifest))]
+        if manifest.metrics:
+            lines += ["", "metrics", *_aligned(flat(manifest.metrics))]
         return _printable(lines)
 
 
@@ -102,7 +98,27 @@ def _carriers(manifest: AdapterManifest) -> list[str]:
         settings = ", ".join(f"{key} {readable_value(value)}" for key, value in told.items())
         lines.append(f"  {name}: {readable_bytes(manifest.bytes_of(name))}, {settings}")
         lines.append(f"    {READ_BACK[name].replace('**', '')}")
-    return lines
+    return [*lines, f"  beside them, to be mounted with: {readable_bytes(manifest.bytes_beside)}"]
+
+
+def _blend(manifest: AdapterManifest) -> dict[str, str]:
+    """How the carriers are weighed, in words."""
+    blend = manifest.blend
+    found = {
+        "host's prior": f"{blend.host_prior:g}: trust in the bare host before the text has said"
+        " anything; the others share the rest",
+        "share": f"{blend.share:g} of the evidence is dealt out anew at each token",
+    }
+    if "memory" in manifest.carriers:
+        shifts = ", ".join(f"{shift:+g}" for shift in blend.gate_shifts)
+        found["memory's gate"] = f"log-odds {shifts}: how readily it is followed, a predictor each"
+    if "expert" in manifest.carriers:
+        for name, (host, expert, reference) in blend.live.items():
+            by = {"host": host, "expert": expert, "reference": -reference}
+            powers = " ".join(f"{who}^{power:g}" for who, power in by.items() if power)
+            also = ", also with the memory" if name in blend.live_with_memory else ""
+            found[f"live {name}"] = f"{powers}{also}"
+    return found
 
 
 def _printable(lines: list[str]) -> str:

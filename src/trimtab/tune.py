@@ -306,7 +306,8 @@ def _train(
         seed=config.seed,
     )
     checkpoints = Checkpoints(config.out / STATE_NAME, config.checkpoint_every_sec)
-    with progress("tuning (tokens)", config.epochs * limit * config.window_tokens) as advance:
+    label = "tuning, going on (tokens)" if checkpoints.path.exists() else "tuning (tokens)"
+    with progress(label, config.epochs * limit * config.window_tokens) as advance:
         return train(
             learner,
             windows,

@@ -357,3 +357,9 @@ class AdapterManifest(Part):
         """Size of a carrier's payload on disk; 0 if it is not carried."""
         files = self.carriers[carrier].files if carrier in self.carriers else ()
         return sum(self.files[path].bytes for path in files)
+
+    @property
+    def bytes_beside(self) -> int:
+        """Size of what no carrier has to itself: what mounts all of them, and the card."""
+        carried = sum(self.bytes_of(name) for name in self.carriers)
+        return sum(entry.bytes for entry in self.files.values()) - carried
