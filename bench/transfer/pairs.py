@@ -27,9 +27,12 @@ PAIRS = {
     for pair in (
         Pair("qwen-0.5b-1.5b", f"{_QWEN}-0.5b-instruct", f"{_QWEN}-1.5b-instruct"),
         Pair("smollm2-gemma3", "smollm2-135m-instruct", "gemma-3-270m"),
+        Pair("smollm2-qwen-0.5b", "smollm2-135m-instruct", f"{_QWEN}-0.5b-instruct"),
+        Pair("gemma3-qwen-0.5b", "gemma-3-270m", f"{_QWEN}-0.5b-instruct"),
+        Pair("gemma3-qwen-1.5b", "gemma-3-270m", f"{_QWEN}-1.5b-instruct"),
     )
 }
-"""The suite's own pairs: one with one vocabulary, one across families and tokenizers."""
+"""The suite's own pairs: the first has one vocabulary, the others cross families."""
 
 
 def pair_of(name: str, small: str | None, host: str | None) -> Pair:
