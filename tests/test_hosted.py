@@ -22,6 +22,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair
 from trimtab.cli import main
+from trimtab.cli_errors import CUT_SHORT
 from trimtab.config import GenerateConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.generate import GenerateResult, generate
@@ -359,10 +360,25 @@ def test_the_budget_ends_a_run_and_a_larger_one_goes_on(adapter: Path, endpoint:
     cut = asked(endpoint, adapter, api_budget_tokens=60, **options)
     assert endpoint.usage.tokens <= 60
     assert "stopped by the budget" in cut.notes[-1]
+    assert cut.is_cut_short and not whole.is_cut_short
     assert whole.texts[0].startswith(cut.texts[0]) and cut.texts != whole.texts
     assert asked(endpoint, adapter, **options).texts == whole.texts
     cost = endpoint.usage.prompt_tokens / 1e6
     assert "$" in whole.notes[1] and "$" in whole.notes[-1] and cost < 1
+
+
+def test_a_text_that_the_budget_ended_has_an_exit_status_of_its_own(
+    endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", PROMPTS[0], "--host", "openai:toy", "--api-url", endpoint.url]
+    words += ["--api-tokenizer", HOST, "--max-new-tokens", "8"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--api-budget-tokens", "60"])
+    cut = capsys.readouterr()
+    assert end.value.code == CUT_SHORT and "stopped by the budget of tokens" in cut.err
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert not end.value.code and capsys.readouterr().out.startswith(cut.out.rstrip("\n"))
 
 
 def test_wrong_names_keys_and_addresses_are_errors_with_a_remedy(

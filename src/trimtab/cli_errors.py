@@ -13,7 +13,7 @@ from trimtab.errors import InputError, ModelError, StorageError, TrimtabError
 from trimtab.machine import use_large_pages
 
 DEBUG_VARIABLE = "TRIMTAB_DEBUG"
-UNEXPECTED, EXPECTED, STOPPED = 1, 2, 130
+UNEXPECTED, EXPECTED, CUT_SHORT, STOPPED = 1, 2, 3, 130
 STOPPED_TEXT = "stopped; the same command goes on from what was saved, if anything was"
 
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from trimtab import config
-from trimtab.cli_errors import reported, write
+from trimtab.cli_errors import CUT_SHORT, reported, write
 from trimtab.cli_summaries import OF_HOSTS
 from trimtab.config.reading import read_values
 from trimtab.errors import InputError
@@ -74,7 +74,10 @@ def _run(verb: str, given: dict[str, Any]) -> None:
             _hush_libraries()
             function = getattr(import_module(f"trimtab.{verb}"), verb)
         if isinstance(settings, config.GenerateConfig):
-            stream(function, settings, display)
+            result = stream(function, settings, display)
+            if getattr(result, "is_cut_short", False):
+                # Whoever takes the text from here must not take a part for the whole.
+                raise typer.Exit(CUT_SHORT)
             return
         result = function(settings, progress=display.progress)
         summary = getattr(result, "as_json" if as_json else "summary", None)
@@ -89,8 +92,12 @@ def _hush_libraries() -> None:
 
 def stream(
     function: Callable[..., object], settings: config.GenerateConfig, display: Display
-) -> None:
-    """Print one continuation as it comes; several of them one after another at the end."""
+) -> object:
+    """Print one continuation as it comes; several of them one after another at the end.
+
+    Returns:
+        What the function returned.
+    """
     texts, is_line_open = ["" for _ in settings.prompt], False
 
     def on_text(index: int, text: str) -> None:
@@ -110,13 +117,14 @@ def stream(
         end_line()
         typer.echo(note, err=True)
 
-    function(settings, progress=display.progress, on_text=on_text, on_note=on_note)
+    result = function(settings, progress=display.progress, on_text=on_text, on_note=on_note)
     if len(texts) == 1:
         is_line_open |= not texts[0]
         end_line()
-        return
+        return result
     for number, text in enumerate(texts, start=1):
         write(f"== {number} of {len(texts)}\n{text}\n")
+    return result
 
 
 def configured(verb: str, given: dict[str, Any]) -> config.Config:

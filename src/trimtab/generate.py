@@ -33,6 +33,7 @@ class GenerateResult:
         wall_sec: Time that the generation took, without opening and mounting.
         level: Of a host behind an API: what was used of it, in words.
         notes: Of a host behind an API: what it took at most and in fact.
+        is_cut_short: Of a host behind an API: the budget of tokens has ended a text.
     """
 
     texts: tuple[str, ...]
@@ -40,6 +41,7 @@ class GenerateResult:
     wall_sec: float
     level: str = ""
     notes: tuple[str, ...] = ()
+    is_cut_short: bool = False
 
     def summary(self) -> str:
         """How much text came, and how fast."""
@@ -120,7 +122,9 @@ def _generate_hosted(
     start_sec = time.monotonic()
     done = generate_hosted(config, progress=progress, on_text=on_text, on_note=on_note)
     wall_sec = time.monotonic() - start_sec
-    return GenerateResult(done.texts, done.tokens, wall_sec, done.level, done.notes)
+    return GenerateResult(
+        done.texts, done.tokens, wall_sec, done.level, done.notes, done.is_cut_short
+    )
 
 
 def _check_words(config: GenerateConfig) -> None:

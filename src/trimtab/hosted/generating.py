@@ -51,12 +51,14 @@ class HostedResult:
         tokens: How many tokens each took; by the API's own count where it shows none.
         level: What was used of the host, in words.
         notes: What the run has used, and what a reader of the texts should know.
+        is_cut_short: The budget has ended a text before its end.
     """
 
     texts: tuple[str, ...]
     tokens: tuple[int, ...]
     level: str
     notes: tuple[str, ...]
+    is_cut_short: bool = False
 
 
 @contextmanager
@@ -181,13 +183,18 @@ def generate_hosted(
             torch.manual_seed(config.seed)
             done = [run.one(level, number, task, advance) for number, task in enumerate(tasks)]
         after = [f"used {host.client.ledger.summary(price_of(config))}"]
-        if any(one.is_cut_short for one in done):
+        is_cut_short = any(one.is_cut_short for one in done)
+        if is_cut_short:
             goes_on = ": the same command with a larger one goes on" if config.api_cache else ""
             after.append(f"stopped by the budget of tokens{goes_on}")
         for note in after:
             _tell(on_note, note)
     return HostedResult(
-        tuple(one.text for one in done), tuple(one.tokens for one in done), words, (*notes, *after)
+        tuple(one.text for one in done),
+        tuple(one.tokens for one in done),
+        words,
+        (*notes, *after),
+        is_cut_short,
     )
 
 
