@@ -4,9 +4,9 @@
         --leave-out FOLDER ... --folder NEW --out RESULT.json
 
 Tunes the small model with each loss at each learning rate on the same text, makes an adapter of
-each expert, and measures all on Zig files that nobody has trained or tested on, and on the shipped
-general text: a choice among rates and losses is then no choice on a test. Ended, it goes on where
-it was.
+each expert, and measures all on Zig files that nobody has trained or tested on, and on modules of
+Python's library of which that holds too: a choice among rates and losses is then no choice on a
+test. Ended, it goes on where it was.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.held_out import zig_documents
+from bench.held_out import python_documents, zig_documents
 from bench.timed_rows import write_rows
 from trimtab.config import (
     EvaluateConfig,
@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="training text")
     parser.add_argument("--zig", type=Path, required=True)
     parser.add_argument("--leave-out", type=Path, nargs="*", default=[])
-    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--documents", type=int, default=8, help="of each kind of text")
     parser.add_argument("--document-tokens", type=int, default=384)
     parser.add_argument("--seed", type=int, nargs="*", default=[0])
     parser.add_argument("--folder", type=Path, required=True)
@@ -55,17 +55,20 @@ def arguments() -> argparse.Namespace:
 
 
 def lay_texts(given: argparse.Namespace) -> Path:
-    """The text that is scored, a file a document."""
+    """The text that is scored, a file a document: a folder for Zig and one for Python."""
     folder = given.folder / "scored"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for one in zig_documents(given.zig, given.leave_out)[: given.documents]:
-        (folder / one.name.replace("/", "-")).write_text(one.text, encoding="utf-8")
+    kinds = {"zig": zig_documents(given.zig, given.leave_out), "python": python_documents()}
+    for kind, documents in kinds.items():
+        (folder / kind).mkdir(parents=True)
+        for one in documents[: given.documents]:
+            place = folder / kind / one.name.replace("/", "-")
+            place.write_text(one.text, encoding="utf-8")
     return folder
 
 
 def row(
-    given: argparse.Namespace, scored: Path, loss: str, rate: float, seed: int
+    given: argparse.Namespace, texts: Path, loss: str, rate: float, seed: int
 ) -> Mapping[str, Any]:
     """One expert and its adapter: what all rows are, and how they differ from the host."""
     display = Display().progress
@@ -79,7 +82,8 @@ def row(
     asked = EvaluateConfig(
         adapter=adapter,
         host=given.host,
-        data=(str(scored),),
+        data=(str(texts / "zig"),),
+        general=(f"python={texts / 'python'}",),
         document_tokens=given.document_tokens,
         max_tokens=given.documents * given.document_tokens,
         rows=ROWS,
@@ -105,9 +109,9 @@ def row(
 def main() -> None:
     """Measure and write, after each expert what is known by then."""
     given, rows = arguments(), []
-    scored = lay_texts(given)
+    texts = lay_texts(given)
     for seed, rate, loss in product(given.seed, RATES, LOSSES):
-        rows.append(row(given, scored, loss, rate, seed))
+        rows.append(row(given, texts, loss, rate, seed))
         write_rows(given.out, "bits per byte by loss of tune, with standard errors", rows)
 
 
