@@ -160,11 +160,11 @@ def _likely(logits: Tensor, most: int) -> Tensor:
 
 def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of all tokens; log-probabilities of candidates and tail; the tail's entropy."""
-    # The tail is summed by itself: one less the candidates' share would be lost in rounding.
-    tops = logits.amax(-1)
-    totals, surprises = _beneath(logits, tops, token_ids)
-    tail = (tops + totals.log())[:, None]
     chosen = logits[:, token_ids]
+    tops, places = chosen.max(-1)
+    # The tail is summed by itself: one less the candidates' share would be lost in rounding.
+    totals, surprises = _beneath(logits, token_ids, token_ids[places])
+    tail = (tops + totals.log())[:, None]
     normaliser = torch.logaddexp(chosen.logsumexp(-1, keepdim=True), tail)
     logprobs = (torch.cat([chosen, tail], 1) - normaliser).clamp_min(LEAST_LOGPROB)
     # Where there are no tokens, there is nothing to be unsure of.
@@ -172,30 +172,30 @@ def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return normaliser, logprobs.float().cpu(), entropies.float().cpu()
 
 
-def _beneath(logits: Tensor, tops: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _beneath(logits: Tensor, token_ids: Tensor, likeliest: Tensor) -> tuple[Tensor, Tensor]:
     """Read the tail, a few rows at a time: these stay in a processor's caches, and many do not.
 
     Args:
         logits: Shape [rows, vocab].
-        tops: The largest of each row, shape [rows].
         token_ids: What is no part of it, shape [candidates].
+        likeliest: Of each row, one of these, shape [rows].
 
     Returns:
         Of each row the sum of exp(d), and of exp(d) d, over how far each token d lies below the
         row's likeliest.
     """
-    totals, surprises = torch.empty_like(tops), torch.empty_like(tops)
+    totals, surprises = torch.empty_like(logits[:, 0]), torch.empty_like(logits[:, 0])
     probs, below = torch.empty_like(logits[:TAIL_ROWS]), torch.empty_like(logits[0])
     for first in range(0, len(logits), TAIL_ROWS):
         some = range(first, min(first + TAIL_ROWS, len(logits)))
         # Softmax takes half the time of exp; the likeliest has a share of 1 in the sums.
         shares = torch.softmax(logits[first : some.stop], -1, out=probs[: len(some)])
-        highest = shares.amax(-1)
+        highest = shares.gather(1, likeliest[first : some.stop, None])[:, 0]
         shares.index_fill_(1, token_ids, 0.0)
         totals[first : some.stop] = shares.sum(-1) / highest
         for number, row in zip(some, shares, strict=True):
+            torch.sub(logits[number], logits[number, likeliest[number]], out=below)
             # Tokens that cannot come at all have a share of nothing.
-            torch.sub(logits[number], tops[number], out=below).clamp_min_(-IMPOSSIBLE_NATS)
-            torch.dot(row, below, out=surprises[number])
+            torch.dot(row, below.clamp_min_(-IMPOSSIBLE_NATS), out=surprises[number])
         surprises[first : some.stop] /= highest
     return totals, surprises
