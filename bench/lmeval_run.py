@@ -14,9 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from bench.cost.cpu_flops import processor
-from bench.lmeval_tasks import write_task
 from bench.transfer.domains import TEXTS
-from bench.transfer.questions import LICENCES, general_questions
+from bench.transfer.questions import LICENCES, general_questions, write_task
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.config import EvaluateConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.transfer.metrics import calibration_error, row_tasks
+from bench.transfer.metrics import calibration_error, row_outcomes, row_tasks
 from bench.transfer.pairs import Pair
 from bench.transfer.results import add
 from bench.transfer.steps import QUESTION_ROWS, STEPS
@@ -93,7 +93,7 @@ def kept(right: list[bool], sure: list[float]) -> Kept:
 def test_lines_are_right_as_a_whole_and_the_first_is_left_out() -> None:
     token_bytes = [b"a", b"\n", b"b", b"c\n", b"d", b"\n", b"e"]
     scored = [kept([False, True, True, True, True, False, True], [0.5] * 7)]
-    tasks = row_tasks(scored, token_bytes)
+    tasks = row_tasks(scored, row_outcomes(scored, token_bytes))
     assert tasks["next-line"]["host"].mean == pytest.approx(0.5)
     assert tasks["ece"]["host"].mean == pytest.approx(abs(5 / 7 - 0.5))
 

@@ -27,7 +27,7 @@ def test_a_gap_is_in_its_text_and_nothing_gives_the_word_away() -> None:
     assert len(found) == 20
     for choice in found:
         word = choice.options[choice.right]
-        assert any(choice.texts[choice.right] in text for text in texts.values())
+        assert any(f"{choice.before}{word}{choice.after}" in text for text in texts.values())
         assert len(set(choice.options)) == 4
         for other in choice.options:
             assert other not in choice.before and other[0].isupper() == word[0].isupper()
@@ -57,7 +57,7 @@ def test_questions_are_written_as_task_files(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "ships.jsonl").read_text().splitlines()]
     # What lm-eval puts together is the whole text, letter by letter.
     joined = [[f"{one['before']}{option}" for option in one["choices"]] for one in lines]
-    assert joined == [list(choice.texts) for choice in choices]
+    assert joined == [["The keel sinks.\n", "The hull sinks.\n"], ["A b c", "A b d"]]
     assert [one["gold"] for one in lines] == [1, 0]
 
 

@@ -16,8 +16,29 @@ ADAPTED = "all"
 """The row that is compared: the adapter with all its carriers."""
 
 RIVALS = ("lora-host", "expert", "host")
+"""What it is compared with, where that has answered the same items."""
+
 MARGIN_POINTS = 2.0
+"""As good is: at most so many percentage points of right items below the rival."""
+
 SURE = 0.95
+"""Share of the bootstrap's draws from which on an answer is sure."""
+
+LEAST_TELLING = 5
+"""Documents in which the rows differ: with fewer nothing is sure, whatever the draws say."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What rows have answered to the items of a task.
+
+    Attributes:
+        items: Fingerprint of the items.
+        rows: Outcomes by row.
+    """
+
+    items: str
+    rows: Mapping[str, Outcomes]
 
 
 @dataclass(frozen=True)
@@ -30,16 +51,20 @@ class Cell:
         share: Of the bootstrap's draws, how many put the adapted host at most MARGIN_POINTS below
             the rival.
         items: How many items there are.
+        telling: Documents in which one of the two has more right.
     """
 
     difference_points: float
     stderr_points: float
     share: float
     items: int
+    telling: int
 
 
-def cell(adapted: Outcomes, rival: Outcomes, *, seed: int = 0, resamples: int = 2_000) -> Cell:
-    """Compare two rows' answers to the same items.
+def cell(
+    adapted: Outcomes, rival: Outcomes, *, seed: int = 0, resamples: int = 2_000
+) -> Cell | None:
+    """Compare two rows' answers to the same items; None where there are no items.
 
     Args:
         adapted: The adapted host's.
@@ -53,16 +78,19 @@ def cell(adapted: Outcomes, rival: Outcomes, *, seed: int = 0, resamples: int = 
     sizes = np.array([len(document) for document in adapted])
     if [len(document) for document in rival] != sizes.tolist():
         raise ValueError("the rows have not answered the same items")
+    if not sizes.sum():
+        return None
     gained = np.array(
         [sum(a) - sum(r) for a, r in zip(adapted, rival, strict=True)], dtype=np.float64
     )
     drawn = np.random.default_rng(seed).integers(0, len(sizes), (resamples, len(sizes)))
     points = 100 * gained[drawn].sum(1) / np.maximum(sizes[drawn].sum(1), 1)
     return Cell(
-        difference_points=float(100 * gained.sum() / max(sizes.sum(), 1)),
+        difference_points=float(100 * gained.sum() / sizes.sum()),
         stderr_points=float(points.std()),
         share=float((points >= -MARGIN_POINTS).mean()),
         items=int(sizes.sum()),
+        telling=int((gained != 0).sum()),
     )
 
 
@@ -72,12 +100,12 @@ def cells(tasks: Mapping[str, Mapping[str, Outcomes]]) -> dict[str, dict[str, Ce
     Args:
         tasks: Outcomes by task and row.
     """
-    found: dict[str, dict[str, Cell]] = {rival: {} for rival in RIVALS}
+    found: dict[str, dict[str, Cell]] = {}
     for task, rows in tasks.items():
         for rival in RIVALS:
-            if ADAPTED in rows and rival in rows:
-                found[rival][task] = cell(rows[ADAPTED], rows[rival])
-    return {rival: by_task for rival, by_task in found.items() if by_task}
+            if ADAPTED in rows and rival in rows and (one := cell(rows[ADAPTED], rows[rival])):
+                found.setdefault(rival, {})[task] = one
+    return found
 
 
 def packed(outcomes: Outcomes) -> str:
@@ -86,5 +114,5 @@ def packed(outcomes: Outcomes) -> str:
 
 
 def unpacked(text: str) -> Outcomes:
-    """What `packed` wrote."""
+    """What `packed` wrote, of at least one document."""
     return [[digit == "1" for digit in word] for word in text.split(" ")]

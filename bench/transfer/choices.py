@@ -33,11 +33,6 @@ class Choice:
     after: str
     right: int
 
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The whole text with each option."""
-        return tuple(f"{self.before}{option}{self.after}" for option in self.options)
-
 
 def right_words(texts: Mapping[str, str], count: int, *, seed: int) -> list[Choice]:
     """Gaps in held-out texts, to be filled with one of four words of the same texts.

@@ -13,7 +13,10 @@ BINS = 15
 
 
 def row_tasks(
-    scored: Sequence[Kept], token_bytes: Sequence[bytes | None], *, seed: int = 0
+    scored: Sequence[Kept],
+    outcomes: Mapping[str, Mapping[str, Sequence[np.ndarray]]],
+    *,
+    seed: int = 0,
 ) -> Mapping[str, Mapping[str, Estimate]]:
     """Task figures by task and row.
 
@@ -22,14 +25,14 @@ def row_tasks(
 
     Args:
         scored: Scores of the test documents.
-        token_bytes: Of the host.
+        outcomes: What `row_outcomes` gave of them.
         seed: Seed of the bootstrap over documents.
     """
     rows = scored[0].on_host.rows if scored else {}
     sure = {row: [_sureness(kept, row) for kept in scored] for row in rows}
     shares = {
         task: {row: _resampled(found, _mean, seed) for row, found in by_row.items()}
-        for task, by_row in row_outcomes(scored, token_bytes).items()
+        for task, by_row in outcomes.items()
     }
     calibration = {row: _resampled(found, calibration_error, seed) for row, found in sure.items()}
     return shares | {"ece": calibration}

@@ -9,7 +9,6 @@ import yaml
 
 from bench.transfer.choices import Choice, right_labels, right_words
 from examples.demo.packages import copy_members, opened_wheel
-from trimtab.backends.beginnings import MIN_DOCUMENT_BYTES
 from trimtab.errors import InputError
 from trimtab.store.files import write_atomic
 
@@ -88,7 +87,7 @@ def label_of(domain: str, name: str) -> str | None:
 
 
 def general_questions(count: int, cache: Path) -> dict[str, Sequence[Choice]]:
-    """ARC-Easy and SciQ, the first so many of each that are long enough to be scored.
+    """ARC-Easy and SciQ, the first so many of each.
 
     Args:
         count: Questions of a set.
@@ -134,8 +133,7 @@ def _read(path: Path, count: int) -> list[Choice]:
             raise InputError(
                 f"{path}, line {number}: no question", hint=f"delete {path} and run again"
             ) from error
-        shortest = min(len(text.encode()) for text in choice.texts)
-        if shortest >= MIN_DOCUMENT_BYTES and len(set(options)) == len(options):
+        if len(set(options)) == len(options):
             found.setdefault(str(asked["native_id"]), choice)
         if len(found) == count:
             break

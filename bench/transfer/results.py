@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.transfer.cells import ADAPTED, RIVALS, Outcomes, cells, packed, unpacked
+from bench.transfer.cells import ADAPTED, RIVALS, Answered, cells, packed, unpacked
 from trimtab.evaluate import Evaluation
 from trimtab.metrics import Estimate
 from trimtab.store.files import read_json, write_json
@@ -27,7 +27,7 @@ class Found:
         general_change: Against the bare host on general text.
         tasks: Figures by task and row.
         bytes_per_token: Of the test text in the host's tokens; 0 where none was scored.
-        outcomes: What each item of a task was, by task and row; of the rows in PAIRED.
+        answered: What rows have answered to single items, by task.
     """
 
     domain: Figures = field(default_factory=dict)
@@ -36,13 +36,13 @@ class Found:
     general_change: Figures = field(default_factory=dict)
     tasks: Mapping[str, Figures] = field(default_factory=dict)
     bytes_per_token: float = 0.0
-    outcomes: Mapping[str, Mapping[str, Outcomes]] = field(default_factory=dict)
+    answered: Mapping[str, Answered] = field(default_factory=dict)
 
     @staticmethod
     def of(
         evaluation: Evaluation,
         tasks: Mapping[str, Figures],
-        outcomes: Mapping[str, Mapping[str, Outcomes]] | None = None,
+        answered: Mapping[str, Answered] | None = None,
     ) -> "Found":
         """Take the figures of an evaluation."""
         result = evaluation.report.hosts[0]
@@ -54,7 +54,7 @@ class Found:
             result.general_change,
             tasks,
             sum(sizes) / len(sizes),
-            outcomes or {},
+            answered or {},
         )
 
     def without(self, row: str) -> "Found":
@@ -80,7 +80,7 @@ class Found:
             mapped(self.general_change),
             {task: mapped(figures) for task, figures in self.tasks.items()},
             self.bytes_per_token,
-            {task: mapped(by_row) for task, by_row in self.outcomes.items()},
+            {t: Answered(one.items, mapped(one.rows)) for t, one in self.answered.items()},
         )
 
 
@@ -88,15 +88,12 @@ def add(key: Mapping[str, Any], found: Found, path: Path = RESULTS) -> None:
     """Put a step's rows into the results, in place of older ones of the same run.
 
     Args:
-        key: What names the run: pair, domain, seed, train_tokens.
+        key: What names the run: models, domain, seed, and how much text.
         found: The rows.
         path: The file.
     """
     stored = read_json(path, "results") if path.exists() else {"schema": 1, "runs": []}
-    run = next((r for r in stored["runs"] if all(r[k] == v for k, v in key.items())), None)
-    if run is None:
-        run = {**key, "rows": {}, "tasks": {}}
-        stored["runs"].append(run)
+    run = _run_of(stored, key, {"rows": {}, "tasks": {}})
     for row, figure in found.domain.items():
         run["rows"][row] = {"domain_bits_per_byte": asdict(figure)}
         if row in found.general:
@@ -105,12 +102,21 @@ def add(key: Mapping[str, Any], found: Found, path: Path = RESULTS) -> None:
             run["rows"][row]["domain_change"] = asdict(found.change[row])
         if row in found.general_change:
             run["rows"][row]["general_change"] = asdict(found.general_change[row])
+    _add_cells(run, key, found, path)
     for task, figures in found.tasks.items():
         known = run["tasks"].setdefault(task, {})
         known |= {row: asdict(figure) for row, figure in figures.items()}
     _add_changes(run, found.bytes_per_token)
-    _add_cells(run, key, found, path)
     write_json(path, stored)
+
+
+def _run_of(stored: dict[str, Any], key: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The run of that name, a new one if there is none."""
+    run = next((r for r in stored["runs"] if all(r.get(k) == v for k, v in key.items())), None)
+    if run is None:
+        run = {**key, **new}
+        stored["runs"].append(run)
+    return run
 
 
 def outcomes_path(path: Path = RESULTS) -> Path:
@@ -119,22 +125,29 @@ def outcomes_path(path: Path = RESULTS) -> Path:
 
 
 def _add_cells(run: dict[str, Any], key: Mapping[str, Any], found: Found, path: Path) -> None:
-    """Keep the items' outcomes, and compare the rows of which there are some."""
-    place = outcomes_path(path)
-    stored = read_json(place, "outcomes") if place.exists() else {"schema": 1, "runs": {}}
-    name = "/".join(str(key[part]) for part in ("pair", "domain", "seed", "train_tokens"))
-    tasks = stored["runs"].setdefault(name, {})
-    for task, by_row in found.outcomes.items():
-        answered = {row: packed(by_row[row]) for row in PAIRED if row in by_row}
-        tasks[task] = _of_the_same_items(tasks.get(task, {}), answered) | answered
-    if not any(tasks.values()):
+    """Keep the items' outcomes, and compare the rows of which there are some.
+
+    Rows that have answered other items than these are let go of.
+    """
+    if not found.answered:
         return
+    place = outcomes_path(path)
+    stored = read_json(place, "outcomes") if place.exists() else {"schema": 1, "runs": []}
+    tasks = _run_of(stored, key, {"tasks": {}})["tasks"]
+    for task, answered in found.answered.items():
+        if task not in tasks or tasks[task]["items"] != answered.items:
+            tasks[task] = {"items": answered.items, "rows": {}}
+            run["tasks"].pop(task, None)
+        kept = {row: packed(one) for row, one in answered.rows.items() if row in PAIRED}
+        tasks[task]["rows"] |= kept
     write_json(place, stored)
+    outcomes = {
+        task: {row: unpacked(text) for row, text in kept["rows"].items()}
+        for task, kept in tasks.items()
+    }
     run["cells"] = {
         rival: {task: asdict(cell) for task, cell in by_task.items()}
-        for rival, by_task in cells(
-            {t: {row: unpacked(text) for row, text in rows.items()} for t, rows in tasks.items()}
-        ).items()
+        for rival, by_task in cells(outcomes).items()
     }
 
 
@@ -146,13 +159,3 @@ def _add_changes(run: dict[str, Any], bytes_per_token: float) -> None:
     for row in run["rows"].values():
         bits = (row["domain_bits_per_byte"]["mean"] - host) * bytes_per_token
         row["perplexity_change_percent"] = 100 * (2**bits - 1)
-
-
-def _of_the_same_items(older: Mapping[str, str], newer: Mapping[str, str]) -> dict[str, str]:
-    """The older rows whose items are those of the newer ones, as far as their number tells."""
-    shapes = {tuple(len(word) for word in text.split(" ")) for text in newer.values()}
-    return {
-        row: text
-        for row, text in older.items()
-        if not shapes or tuple(len(word) for word in text.split(" ")) in shapes
-    }

@@ -1,10 +1,12 @@
 """What a run of the transfer suite measures, step by step; a step goes on where it was left."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import trimtab
+from bench.transfer.cells import Answered
 from bench.transfer.choices import Choice
 from bench.transfer.compiler import Function, accepted, fetch_compiler, functions
 from bench.transfer.domains import TEXTS
@@ -20,9 +22,10 @@ from trimtab.backends.open import open_model
 from trimtab.backends.pair import open_pair
 from trimtab.config import CarrierName
 from trimtab.evaluate import Evaluation
+from trimtab.lmeval.tasks import read_task
 from trimtab.progress import Display
 from trimtab.store.expert import read_expert
-from trimtab.store.files import read_json, write_json
+from trimtab.store.files import read_json, sha256_bytes, write_json
 from trimtab.text.documents import read_documents
 
 LIGHT_ROWS = (
@@ -69,11 +72,15 @@ def _with_tasks(evaluation: Evaluation, run: Run) -> Found:
     """Figures of an evaluation, and what its scores say of lines, tokens and calibration."""
     token_bytes = open_model(model_ref(run.pair.host)).vocabulary.token_bytes
     scored = evaluation.scored[""]
-    outcomes = {
-        task: {row: [document[:, 0].tolist() for document in found] for row, found in rows.items()}
-        for task, rows in row_outcomes(scored, token_bytes).items()
+    outcomes = row_outcomes(scored, token_bytes)
+    items = sha256_bytes(json.dumps([kept.on_host.token_ids for kept in scored]).encode())
+    answered = {
+        task: Answered(
+            items, {row: [one[:, 0].tolist() for one in of_row] for row, of_row in by.items()}
+        )
+        for task, by in outcomes.items()
     }
-    return Found.of(evaluation, row_tasks(scored, token_bytes), outcomes)
+    return Found.of(evaluation, row_tasks(scored, outcomes), answered)
 
 
 def host_keys(run: Run, display: Display) -> Found:
@@ -102,18 +109,23 @@ def _answered(
     host: HFModel | None = None,
 ) -> Found:
     """Ask them by lm-evaluation-harness, as `trimtab evaluate --tasks` does."""
+    if not asked:
+        return Found()
     folder = run.folder / "questions"
     paths = [write_task(task, choices, folder) for task, choices in asked.items()]
+    items = {task: read_task(path).sha256 for task, path in zip(asked, paths, strict=True)}
     right = run.asked(f"{'-'.join(asked)}{'-lora' if host else ''}", paths, rows, display, host)
-    single = {
-        task: {row: [[one] for one in found] for row, found in by_row.items()}
+    answered = {
+        task: Answered(
+            items[task], {row: [[one] for one in found] for row, found in by_row.items()}
+        )
         for task, by_row in right.items()
     }
     shares = {
         task: {row: share_right(found, seed=run.seed) for row, found in by_row.items()}
         for task, by_row in right.items()
     }
-    return Found(tasks=shares, outcomes=single)
+    return Found(tasks=shares, answered=answered)
 
 
 def completions(run: Run, display: Display) -> Found:
@@ -128,8 +140,9 @@ def completions(run: Run, display: Display) -> Found:
         bodies = _completed(run, row, carriers, asked, display)
         found[row] = accepted(zig, asked, bodies)
     shares = {row: share_right(right, seed=run.seed) for row, right in found.items()}
-    single = {row: [[one] for one in right] for row, right in found.items()}
-    return Found(tasks={"ast-check": shares}, outcomes={"ast-check": single})
+    items = sha256_bytes(json.dumps([function.prompt for function in asked]).encode())
+    answered = Answered(items, {row: [[one] for one in right] for row, right in found.items()})
+    return Found(tasks={"ast-check": shares}, answered={"ast-check": answered})
 
 
 def _completed(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.transfer.cells import MARGIN_POINTS, RIVALS, SURE
+from bench.transfer.cells import LEAST_TELLING, MARGIN_POINTS, RIVALS, SURE
 from bench.transfer.results import RESULTS
 from trimtab.store.files import read_json
 
@@ -79,8 +79,9 @@ def _cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _count(found: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]]) -> str:
     shares = [cell["share"] for _, _, cell in found]
-    likely, sure = sum(s >= 0.5 for s in shares), sum(s >= SURE for s in shares)
-    surely_not = sum(s <= 1 - SURE for s in shares)
+    told = [cell["share"] for _, _, cell in found if cell["telling"] >= LEAST_TELLING]
+    likely, sure = sum(s >= 0.5 for s in shares), sum(s >= SURE for s in told)
+    surely_not = sum(s <= 1 - SURE for s in told)
     return (
         f"At most {MARGIN_POINTS:g} points below it in {likely} of {len(shares)} cells"
         f" ({100 * likely / len(shares):.0f} %) by the bootstrap's median; surely so"
@@ -89,14 +90,12 @@ def _count(found: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]]) ->
 
 
 def _cell_table(found: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]]) -> str:
-    lines = [
-        "| pair | domain | task | items | points | draws within |",
-        "|---|---|---|---|---|---|",
-    ]
+    within = f"draws at most {MARGIN_POINTS:g} below"
+    lines = [f"| pair | domain | seed | task | items | points | {within} |", f"|{7 * '---|'}"]
     for run, task, cell in found:
         points = f"{cell['difference_points']:+.1f} ± {cell['stderr_points']:.1f}"
         share = f"{100 * cell['share']:.0f} %"
-        where = f"{run['pair']} | {run['domain']}"
+        where = f"{run['pair']} | {run['domain']} | {run['seed']}"
         lines.append(f"| {where} | {task} | {cell['items']:,} | {points} | {share} |")
     return "\n".join(lines)
 

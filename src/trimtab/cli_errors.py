@@ -14,6 +14,8 @@ from trimtab.machine import use_large_pages
 
 DEBUG_VARIABLE = "TRIMTAB_DEBUG"
 UNEXPECTED, EXPECTED, CUT_SHORT, STOPPED = 1, 2, 3, 130
+"""Exit statuses; CUT_SHORT is of a text that a budget has ended."""
+
 STOPPED_TEXT = "stopped; the same command goes on from what was saved, if anything was"
 
 
@@ -24,7 +26,8 @@ def reported() -> Iterator[None]:
     Tracebacks are printed only with TRIMTAB_DEBUG=1.
 
     Raises:
-        typer.Exit: With 2 for an error with a remedy, 130 for Ctrl-C, 1 for anything else.
+        typer.Exit: With 2 for an error with a remedy, 130 for Ctrl-C, 1 for anything else; one
+            that the command itself ends with is passed on.
     """
     try:
         yield

@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import ValidationError
@@ -28,6 +28,9 @@ from trimtab.cli_summaries import OF_HOSTS
 from trimtab.config.reading import read_values
 from trimtab.errors import InputError
 from trimtab.progress import Display
+
+if TYPE_CHECKING:
+    from trimtab.generate import GenerateResult
 
 CONFIGS: dict[str, type[config.Config]] = {
     "tune": config.TuneConfig,
@@ -75,7 +78,7 @@ def _run(verb: str, given: dict[str, Any]) -> None:
             function = getattr(import_module(f"trimtab.{verb}"), verb)
         if isinstance(settings, config.GenerateConfig):
             result = stream(function, settings, display)
-            if getattr(result, "is_cut_short", False):
+            if result.is_cut_short:
                 # Whoever takes the text from here must not take a part for the whole.
                 raise typer.Exit(CUT_SHORT)
             return
@@ -91,8 +94,8 @@ def _hush_libraries() -> None:
 
 
 def stream(
-    function: Callable[..., object], settings: config.GenerateConfig, display: Display
-) -> object:
+    function: "Callable[..., GenerateResult]", settings: config.GenerateConfig, display: Display
+) -> "GenerateResult":
     """Print one continuation as it comes; several of them one after another at the end.
 
     Returns:

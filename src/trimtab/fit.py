@@ -83,7 +83,8 @@ class FitResult:
             f"{name}: {self.manifest.bytes_of(name) / 1e6:.1f} MB"
             for name in self.manifest.carriers
         ]
-        sizes.append(f"to be mounted with: {self.manifest.bytes_beside / 1e6:.1f} MB")
+        beside = f"{self.manifest.bytes_beside / 1e6:.1f} MB"
+        sizes.append(f"beside them, to be mounted with: {beside}")
         return f"adapter {self.folder}\n  " + "\n  ".join(sizes)
 
 

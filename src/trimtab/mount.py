@@ -49,9 +49,10 @@ def mount(
             short for keys of the host's own.
         ModelError: The host cannot be opened.
     """
-    # What is wrong with an adapter is said before a host is opened for it, which takes long.
-    read_manifest(config.adapter)
-    host = host or open_host(config, progress)
+    if host is None:
+        # What is wrong with an adapter is said before a host is opened for it, which takes long.
+        read_manifest(config.adapter)
+        host = open_host(config, progress)
     return _mount(
         config,
         host,

@@ -107,16 +107,19 @@ def _blend(manifest: AdapterManifest) -> dict[str, str]:
     found = {
         "host's prior": f"{blend.host_prior:g}: trust in the bare host before the text has said"
         " anything; the others share the rest",
-        "share": f"{blend.share:g} of the evidence is dealt out anew at each token",
+        "share": f"{blend.share:g} of the evidence is dealt out anew at each token, so that a text"
+        " may turn",
     }
-    if "memory" in manifest.carriers:
+    has_memory = "memory" in manifest.carriers
+    if has_memory:
         shifts = ", ".join(f"{shift:+g}" for shift in blend.gate_shifts)
         found["memory's gate"] = f"log-odds {shifts}: how readily it is followed, a predictor each"
     if "expert" in manifest.carriers:
         for name, (host, expert, reference) in blend.live.items():
             by = {"host": host, "expert": expert, "reference": -reference}
             powers = " ".join(f"{who}^{power:g}" for who, power in by.items() if power)
-            also = ", also with the memory" if name in blend.live_with_memory else ""
+            is_joined = has_memory and name in blend.live_with_memory
+            also = ", also with the memory" if is_joined else ""
             found[f"live {name}"] = f"{powers}{also}"
     return found
 

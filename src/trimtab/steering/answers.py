@@ -242,7 +242,7 @@ def _said(
         asked = range(first, first + len(some))
         questions = ((reading, asked),) if reading else ()
         before = contexts[asked.start : asked.stop]
-        # Places lend each other no words: a text costs what it costs alone.
+        # Each place has as many candidates of its own as alone, and what others expect besides.
         yield some, mixture.said(Rows(logits, hidden, before, questions, strangers=True))
 
 

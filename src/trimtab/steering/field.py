@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.errors import NumericalError
 from trimtab.unembedding import Unembeds
 
 CANDIDATE_NATS = 14.0
@@ -160,10 +161,15 @@ def _likely(logits: Tensor, most: int) -> Tensor:
 
 def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of all tokens; log-probabilities of candidates and tail; the tail's entropy."""
+    if not len(token_ids):
+        raise NumericalError(
+            "the host's logits are no numbers",
+            hint="use --dtype float32, or another copy of the host",
+        )
     chosen = logits[:, token_ids]
     tops, places = chosen.max(-1)
     # The tail is summed by itself: one less the candidates' share would be lost in rounding.
-    totals, surprises = _beneath(logits, token_ids, token_ids[places])
+    totals, surprises = _beneath(logits, token_ids, tops, token_ids[places])
     tail = (tops + totals.log())[:, None]
     normaliser = torch.logaddexp(chosen.logsumexp(-1, keepdim=True), tail)
     logprobs = (torch.cat([chosen, tail], 1) - normaliser).clamp_min(LEAST_LOGPROB)
@@ -172,19 +178,22 @@ def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return normaliser, logprobs.float().cpu(), entropies.float().cpu()
 
 
-def _beneath(logits: Tensor, token_ids: Tensor, likeliest: Tensor) -> tuple[Tensor, Tensor]:
+def _beneath(
+    logits: Tensor, token_ids: Tensor, tops: Tensor, likeliest: Tensor
+) -> tuple[Tensor, Tensor]:
     """Read the tail, a few rows at a time: these stay in a processor's caches, and many do not.
 
     Args:
         logits: Shape [rows, vocab].
         token_ids: What is no part of it, shape [candidates].
-        likeliest: Of each row, one of these, shape [rows].
+        tops: The largest logit of each row, shape [rows].
+        likeliest: The token that it is of, one of the candidates, shape [rows].
 
     Returns:
         Of each row the sum of exp(d), and of exp(d) d, over how far each token d lies below the
         row's likeliest.
     """
-    totals, surprises = torch.empty_like(logits[:, 0]), torch.empty_like(logits[:, 0])
+    totals, surprises = torch.empty_like(tops), torch.empty_like(tops)
     probs, below = torch.empty_like(logits[:TAIL_ROWS]), torch.empty_like(logits[0])
     for first in range(0, len(logits), TAIL_ROWS):
         some = range(first, min(first + TAIL_ROWS, len(logits)))
@@ -194,7 +203,7 @@ def _beneath(logits: Tensor, token_ids: Tensor, likeliest: Tensor) -> tuple[Tens
         shares.index_fill_(1, token_ids, 0.0)
         totals[first : some.stop] = shares.sum(-1) / highest
         for number, row in zip(some, shares, strict=True):
-            torch.sub(logits[number], logits[number, likeliest[number]], out=below)
+            torch.sub(logits[number], tops[number], out=below)
             # Tokens that cannot come at all have a share of nothing.
             torch.dot(row, below.clamp_min_(-IMPOSSIBLE_NATS), out=surprises[number])
         surprises[first : some.stop] /= highest
