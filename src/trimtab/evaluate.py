@@ -210,8 +210,7 @@ def _ask(evaluator: Evaluator, tasks: Sequence[LocalTask], progress: Progress) -
 
     config = evaluator.config
     rows = evaluator.rows if config.rows else _task_rows(config)
-    # Answers to one question that are asked together share their candidates (steering/answers.py).
-    key = json.dumps([*(str(part) for part in evaluator.models_key), config.task_batch])
+    key = json.dumps([str(part) for part in evaluator.models_key])
     if not evaluator.keeps:
         # A host that was changed in memory has no name: what it answered is asked again.
         key = secrets.token_hex(16)

@@ -21,7 +21,7 @@ from trimtab.steering.field import LOGIT_ROWS
 from trimtab.steering.predictors import Rows
 
 PLACES = 16
-"""Places in answers that are asked at once: of 262,144 tokens, 17 MB in float32."""
+"""Places in answers whose logits are computed at once: of 262,144 tokens, 17 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def score_answers(
     """Score continuations of one context as `generate` would choose them.
 
     The context is the prompt: it alone says how far each predictor is trusted, for the answer's
-    own words are no evidence (`Mixture.weigh`). The log-probability of an answer is the sum.
+    own words are no evidence (`Mixture.weigh`). Each place is asked by itself, since places that
+    are asked together share their candidates. The log-probability of an answer is the sum.
 
     Args:
         host: The host, a decoder-only model.
@@ -58,19 +59,20 @@ def score_answers(
     first = len(context_ids)
     prompt = ReadPrompt(torch.tensor(context_ids), _pieces(host, context_ids), states[0][:first])
     weights = mixture.weigh(host.unembedding, prompt)[:, None]
-    logprobs = [torch.zeros(len(answer), dtype=torch.double) for answer in answers]
+    logprobs = [list[Tensor]() for _ in answers]
     is_greedy = [True for _ in answers]
     alone = torch.zeros(len(mixture.members), len(answers), dtype=torch.double)
-    for some, said in _said(host, mixture, context_ids, places, states):
+    for place, said in _said(host, mixture, context_ids, places, states):
         # Once: each place is asked for several numbers, and what predictors give is on the CPU too.
-        steered = said.mixed(weights.expand(-1, len(some))).cpu()
-        likeliest = steered.argmax(-1).tolist()
-        for row, number, token_id, own in _tokens(some, answers, said):
-            logprobs[number][len(some[row].before)] = steered[row, token_id].double()
-            is_greedy[number] &= likeliest[row] == token_id
-            alone[:, number] += own
+        steered = said.mixed(weights)[0].cpu()
+        likeliest = int(steered.argmax())
+        for number in place.answers:
+            token_id = answers[number][len(place.before)]
+            logprobs[number].append(steered[token_id].double())
+            is_greedy[number] &= likeliest == token_id
+            alone[:, number] += said.of_tokens(torch.tensor([token_id]))[:, 0]
     each = zip(logprobs, is_greedy, alone.unbind(1), strict=True)
-    return [AnswerScore(nats, greedy, own) for nats, greedy, own in each]
+    return [AnswerScore(torch.stack(nats), greedy, own) for nats, greedy, own in each]
 
 
 def alternatives_nats(scores: Sequence[AnswerScore], weights: Tensor) -> Tensor:
@@ -109,9 +111,10 @@ def answer_evidence(
     """
     states = _read(host, context_ids, answers)
     found = torch.zeros(len(mixture.members), len(answers), dtype=torch.double)
-    for some, said in _said(host, mixture, context_ids, _places(answers), states):
-        for _, number, _, own in _tokens(some, answers, said):
-            found[:, number] += own
+    for place, said in _said(host, mixture, context_ids, _places(answers), states):
+        for number in place.answers:
+            token_id = torch.tensor([answers[number][len(place.before)]])
+            found[:, number] += said.of_tokens(token_id)[:, 0]
     return found
 
 
@@ -181,24 +184,6 @@ def _places(answers: Sequence[Sequence[int]]) -> list[_Place]:
     return [_Place(before, tuple(numbers)) for before, numbers in found.items()]
 
 
-def _tokens(
-    places: Sequence[_Place], answers: Sequence[Sequence[int]], said: Said
-) -> Iterator[tuple[int, int, int, Tensor]]:
-    """Each answer's token at each of some places: the place, the answer, the token, what all say.
-
-    What each predictor gives to it is in nats, of shape [predictors].
-    """
-    for turn in range(max(len(place.answers) for place in places)):
-        # A place whose answers all had their turn is asked about the last once more.
-        numbers = [place.answers[min(turn, len(place.answers) - 1)] for place in places]
-        pairs = zip(numbers, places, strict=True)
-        token_ids = torch.tensor([answers[number][len(place.before)] for number, place in pairs])
-        own = said.of_tokens(token_ids).unbind(1)
-        for row, number in enumerate(numbers):
-            if turn < len(places[row].answers):
-                yield row, number, int(token_ids[row]), own[row]
-
-
 def _read(
     host: HFModel, context_ids: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
@@ -216,8 +201,8 @@ def _said(
     context_ids: Sequence[int],
     places: Sequence[_Place],
     states: Sequence[Tensor],
-) -> Iterator[tuple[Sequence[_Place], Said]]:
-    """What the predictors say at some places at a time; those of an answer come in its order."""
+) -> Iterator[tuple[_Place, Said]]:
+    """What the predictors say at each place; those of an answer come in its order."""
     read = [torch.tensor([*context_ids, *place.before]) for place in places]
     pieces = [_pieces(host, ids.tolist()) for ids in read]
     contexts = [text_before(each) for each in pieces]
@@ -233,17 +218,17 @@ def _said(
                 for place, ids, texts in each
             ],
         )
-    head = host.unembedding
+    head, last = host.unembedding, len(context_ids) - 1
+    ends = [states[place.answers[0]][last + len(place.before)] for place in places]
     for first in range(0, len(places), PLACES):
-        some = places[first : first + PLACES]
-        ends = [(p.answers[0], len(context_ids) + len(p.before) - 1) for p in some]
-        hidden = torch.stack([states[number][end] for number, end in ends])
-        logits = head.logits(hidden.to(head.weight.device)).float()
-        asked = range(first, first + len(some))
-        questions = ((reading, asked),) if reading else ()
-        before = contexts[asked.start : asked.stop]
-        # Each place has as many candidates of its own as alone, and what others expect besides.
-        yield some, mixture.said(Rows(logits, hidden, before, questions, strangers=True))
+        # A vocabulary's matrix is read once for several places.
+        hidden = torch.stack(ends[first : first + PLACES]).to(head.weight.device)
+        logits = head.logits(hidden).float()
+        for number in range(first, first + len(hidden)):
+            row, own = slice(number - first, number - first + 1), range(number, number + 1)
+            questions = ((reading, own),) if reading else ()
+            rows = Rows(logits[row], hidden[row], contexts[number : number + 1], questions)
+            yield places[number], mixture.said(rows)
 
 
 def _pieces(host: HFModel, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:
