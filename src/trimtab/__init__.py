@@ -5,6 +5,7 @@ and a module of one name: `trimtab.tune` and `from trimtab import tune` are alwa
 while `from trimtab.tune import TuneResult` reaches the module.
 """
 
+import logging
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from trimtab.show import show as show
     from trimtab.store.local import list_adapters as list_adapters
     from trimtab.tune import tune as tune
+
+# PEFT imports bitsandbytes wherever it is installed, which warns of a kernel that nobody needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _VERBS = (
     *("tune", "record", "fit", "append", "mount", "export", "generate", "evaluate"),

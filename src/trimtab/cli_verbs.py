@@ -10,7 +10,6 @@ command line says wins.
 """
 
 import inspect
-import logging
 import reprlib
 import types
 from collections.abc import Callable
@@ -74,7 +73,6 @@ def _run(verb: str, given: dict[str, Any]) -> None:
         display = Display()
         # Imported here, not above: verbs load torch, which --help must not wait for.
         with display.waiting("loading PyTorch and what reads models"):
-            _hush_libraries()
             function = getattr(import_module(f"trimtab.{verb}"), verb)
         if isinstance(settings, config.GenerateConfig):
             result = stream(function, settings, display)
@@ -86,11 +84,6 @@ def _run(verb: str, given: dict[str, Any]) -> None:
         summary = getattr(result, "as_json" if as_json else "summary", None)
         if callable(summary):
             write(f"{summary()}\n")
-
-
-def _hush_libraries() -> None:
-    # Told at bitsandbytes' first import, which PEFT's layers ask for: a kernel that is not there.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stream(
