@@ -6,11 +6,13 @@ from torch import Tensor
 
 from trimtab.carriers.gate import GATE_FEATURES, gate_features
 from trimtab.carriers.search import Found
+from trimtab.errors import NumericalError
 from trimtab.steering.field import (
     CANDIDATE_NATS,
     CANDIDATES,
     LEAST_LOGPROB,
     LOGIT_ROWS,
+    TAIL_ROWS,
     Field,
     logits_in_chunks,
 )
@@ -81,6 +83,24 @@ def test_a_gate_sees_the_tail_as_the_tokens_that_it_is(logits: Tensor) -> None:
     blind = gate_features(found, places, field.logprobs)
     entropy = GATE_FEATURES.index("entropy_nats")
     assert (blind[:, entropy] < whole[:, entropy] - 0.1).any()
+
+
+def test_tails_of_more_rows_than_are_read_at_once() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(2 * TAIL_ROWS + 3, VOCAB, generator=generator)
+    logits[1, ::7], logits[-1, ::2] = -torch.inf, -torch.inf
+    field = Field.of(logits, NONE)
+    probs = logits.double().softmax(-1).index_fill(1, field.token_ids, 0.0)
+    mass = probs.sum(-1, keepdim=True)
+    entropies = -torch.special.xlogy(probs / mass, probs / mass).sum(-1)
+    torch.testing.assert_close(field.logprobs[:, -1].double(), mass[:, 0].log(), rtol=0, atol=1e-5)
+    tails = field.tail_entropy_nats.double()
+    torch.testing.assert_close(tails, entropies, rtol=0, atol=1e-4)
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(NumericalError, match="no numbers"):
+        Field.of(torch.full((2, VOCAB), torch.nan), NONE)
 
 
 def test_no_tail_and_impossible_tokens_are_no_trouble() -> None:
