@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trimtab.metrics import draws
+
 Outcomes = Sequence[Sequence[bool]]
 """Whether each item is answered rightly, by document; documents are drawn as a whole."""
 
@@ -20,12 +22,6 @@ RIVALS = ("lora-host", "expert", "host")
 
 MARGIN_POINTS = 2.0
 """As good is: at most so many percentage points of right items below the rival."""
-
-SURE = 0.95
-"""Share of the bootstrap's draws from which on an answer is sure."""
-
-LEAST_TELLING = 5
-"""Documents in which the rows differ: with fewer nothing is sure, whatever the draws say."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def cell(
     gained = np.array(
         [sum(a) - sum(r) for a, r in zip(adapted, rival, strict=True)], dtype=np.float64
     )
-    drawn = np.random.default_rng(seed).integers(0, len(sizes), (resamples, len(sizes)))
+    drawn = draws(len(sizes), seed, resamples)
     points = 100 * gained[drawn].sum(1) / np.maximum(sizes[drawn].sum(1), 1)
     return Cell(
         difference_points=float(100 * gained.sum() / sizes.sum()),

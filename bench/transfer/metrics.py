@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from trimtab.metrics import Estimate
+from trimtab.metrics import Estimate, draws
 from trimtab.steering.kept import Kept
 
 BINS = 15
@@ -92,8 +92,8 @@ def calibration_error(items: np.ndarray) -> float:
 def share_right(right: Sequence[bool], *, seed: int = 0, resamples: int = 1_000) -> Estimate:
     """Share of items that are right, and its standard error by bootstrap over the items."""
     items = np.array(right, float)
-    draws = np.random.default_rng(seed).integers(0, len(items), (resamples, len(items)))
-    return Estimate(float(items.mean()), float(items[draws].mean(1).std()))
+    drawn = draws(len(items), seed, resamples)
+    return Estimate(float(items.mean()), float(items[drawn].mean(1).std()))
 
 
 def _resampled(
@@ -103,7 +103,6 @@ def _resampled(
     resamples: int = 200,
 ) -> Estimate:
     """A figure over all items, and its standard error by bootstrap over documents."""
-    generator, count = np.random.default_rng(seed), len(documents)
-    chosen = generator.integers(0, count, (resamples, count))
+    chosen = draws(len(documents), seed, resamples)
     found = [figure(np.concatenate([documents[i] for i in sample])) for sample in chosen]
     return Estimate(figure(np.concatenate(documents)), float(np.std(found)))

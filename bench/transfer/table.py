@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.transfer.cells import LEAST_TELLING, MARGIN_POINTS, RIVALS, SURE
+from bench.transfer.cells import MARGIN_POINTS, RIVALS
 from bench.transfer.results import RESULTS
+from trimtab.comparing.figures import ENOUGH, SURE
 from trimtab.store.files import read_json
 
 ORDER = (
@@ -79,7 +80,7 @@ def _cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _count(found: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]]) -> str:
     shares = [cell["share"] for _, _, cell in found]
-    told = [cell["share"] for _, _, cell in found if cell["telling"] >= LEAST_TELLING]
+    told = [cell["share"] for _, _, cell in found if cell["telling"] >= ENOUGH]
     likely, sure = sum(s >= 0.5 for s in shares), sum(s >= SURE for s in told)
     surely_not = sum(s <= 1 - SURE for s in told)
     return (
