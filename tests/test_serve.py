@@ -25,9 +25,9 @@ from test_serve_engine import served, wait_until
 from trimtab.backends.hf import HFModel
 from trimtab.cli import main
 from trimtab.errors import InputError
-from trimtab.serving import engine as engine_module
 from trimtab.serving import gate
 from trimtab.serving import http as protocol
+from trimtab.serving import reading as reading_module
 from trimtab.serving.app import make_app
 from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.keys import add_key, read_keys
@@ -548,7 +548,7 @@ def test_the_log_says_what_went_wrong_in_the_server_and_the_answer_does_not(
     def broken(*_: object) -> None:
         raise ValueError("a broken rudder")
 
-    monkeypatch.setattr(engine_module, "echoed", broken)
+    monkeypatch.setattr(reading_module, "echoing", broken)
     body = {"model": "host", "prompt": PROMPT, "echo": True, "stream": stream}
     found = http("POST", f"{server.base_url}/v1/completions", json=body)
     assert found.status_code == 500 and found.json()["error"]["type"] == "server_error"

@@ -1,5 +1,6 @@
 """Continuous batching: every answer equals the same request alone, whatever the company."""
 
+import math
 import queue
 import random
 import time
@@ -24,9 +25,10 @@ from trimtab.serving import batch as batching
 from trimtab.serving.adapters import Adapters
 from trimtab.serving.batch import Batch, check_host
 from trimtab.serving.choose import Choosing, choose, keep_likely
-from trimtab.serving.engine import PREFILL_TOKENS, Engine
+from trimtab.serving.engine import Engine
 from trimtab.serving.prepare import Preparer
 from trimtab.serving.protocol import ChatRequest, CompletionRequest
+from trimtab.serving.reading import PREFILL_TOKENS
 from trimtab.serving.turns import Turns
 from trimtab.serving.work import (
     Busy,
@@ -207,7 +209,7 @@ def test_a_chat_equals_generate(adapters: Adapters, adapter: Path, engine: Engin
 def test_the_small_models_read_a_prompt_in_step_with_the_host(
     adapters: Adapters, adapter: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.serving.engine.PREFILL_TOKENS", 24)
+    monkeypatch.setattr("trimtab.serving.reading.PREFILL_TOKENS", 24)
     # Characters of several bytes, which chunks cut.
     text = domain_text(5)[:200] + "äöü€" * 12 + domain_text(6)[:200]
     chat = [{"role": "user", "content": text}]
@@ -228,10 +230,37 @@ def test_the_small_models_read_a_prompt_in_step_with_the_host(
         assert not live._rows  # pyright: ignore[reportPrivateUsage]
 
 
+def test_other_answers_grow_while_a_steered_prompt_is_read_and_weighed(
+    adapters: Adapters, adapter: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.serving.reading.PIECE_TOKENS", 100)
+    monkeypatch.setattr("trimtab.serving.reading.PIECE_PLACES", 4)
+    text = domain_text(5)[:420]
+    biased = {str(i): -100 for i in adapters.host.end_ids}
+    plain = {"model": "host", "prompt": "The m", "max_tokens": 200, "logit_bias": biased}
+    asked = [plain, {"model": "host+sea", "prompt": text, "max_tokens": 6}, plain]
+    [(bare, grown), (steered, events), (again, grown_alone)] = jobs(adapters, asked)
+    engine.submit(bare)
+    first = grown.get(timeout=WAIT_SEC)
+    assert isinstance(first, Piece)
+    before = engine.counts.steps
+    engine.submit(steered)
+    begun = events.get(timeout=WAIT_SEC)
+    # Two passes for each hundred tokens, and sixteen of four places each.
+    tokens = len(steered.prompts[0].token_ids)
+    assert engine.counts.steps - before >= 2 * math.ceil(tokens / 100) + 64 // 4
+    assert isinstance(begun, Piece)
+    told = begun.text + "".join(collected(events))
+    carriers = ("head", "memory", "expert")
+    assert (told,) == run(adapter, text, max_new_tokens=6, carriers=carriers).texts
+    engine.submit(again)
+    assert [first.text + "".join(collected(grown))] == collected(grown_alone)
+
+
 def test_nothing_is_kept_of_a_prompt_that_is_given_up(
     host: HFModel, adapters: Adapters, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.serving.engine.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("trimtab.serving.reading.PREFILL_TOKENS", 8)
     [(job, events)] = jobs(adapters, [{"model": "host+sea", "prompt": domain_text(5)}])
     assert job.steered is not None
     [live] = [m.steering.live for m in job.steered.several.mixtures]
@@ -509,6 +538,27 @@ def test_several_adapters_are_one_mixture(host: HFModel, adapters: Adapters) -> 
         weights = (1 - several.share) * weights / weights.sum() + several.share * prior
     weighed = several.weigh(host.unembedding, read, (None, None))
     torch.testing.assert_close(weighed.double(), weights, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model", ["host+sea", "host+sea:0.7+ship:1.6"])
+def test_a_prompt_weighed_in_pieces_is_weighed_the_same(
+    host: HFModel, adapters: Adapters, model: str
+) -> None:
+    several = adapters.mixture(adapters.chosen(model, ["head", "memory", "expert"], None))
+    read, chats = read_prompt(host, domain_text(3)[:300]), (None, None)
+    weighing, pieces = several.weighing(host.unembedding, read, chats, few=5), 0
+    while True:
+        try:
+            next(weighing)
+        except StopIteration as end:
+            weights = end.value
+            break
+        pieces += 1
+    # One before each adapter's rows, and one before each piece of them.
+    assert pieces == len(several.mixtures) * (1 + 13)
+    whole = several.weigh(host.unembedding, read, chats)
+    torch.testing.assert_close(weights, whole, atol=1e-6, rtol=1e-4)
+    assert (whole - several.prior).abs().max() > 0.05
 
 
 def said_prior(several: Several) -> float:

@@ -9,11 +9,12 @@ from trimtab.serving.rows import likely
 from trimtab.serving.work import Job, Likely, Prompt
 from trimtab.steering.evidence import ReadPrompt, text_before
 from trimtab.steering.field import logits_in_chunks
+from trimtab.steering.pieces import Pieces
 
 
-def echoed(
+def echoing(
     host: HFModel, job: Job, prompt: Prompt, read: ReadPrompt
-) -> tuple[str, tuple[Likely, ...]]:
+) -> Pieces[tuple[str, tuple[Likely, ...]]]:
     """The text of a prompt and, where they are asked for, the log-probabilities of its tokens.
 
     A steered prompt is scored as `evaluate` scores a text: each token by the predictors as those
@@ -32,6 +33,7 @@ def echoed(
     ids = prompt.token_ids
     told = [Likely(ids[0], None)]
     for places, logprobs in _distributions(host, job, read):
+        yield
         told += [likely(row, ids[p + 1], top) for p, row in zip(places, logprobs, strict=True)]
     return text, tuple(told[prompt.shown_from :])
 

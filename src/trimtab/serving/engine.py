@@ -5,25 +5,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
 from trimtab.serving.batch import Batch, check_host
-from trimtab.serving.echo import echoed
+from trimtab.serving.reading import Reading
 from trimtab.serving.rows import Row, steer
 from trimtab.serving.trace import Speller
 from trimtab.serving.turns import Turns
 from trimtab.serving.work import Busy, Closing, Done, Failed, Job, Piece, TimeUp
-from trimtab.steering.evidence import ReadPrompt
-
-PREFILL_TOKENS = 256
-"""Tokens of a new prompt that are read between two steps of the answers in the making."""
 
 _IDLE_SEC = 1.0
 
@@ -41,18 +36,6 @@ class Counts:
     steps: int = 0
     stepped_rows: int = 0
     mean_job_sec: float = 0.0
-
-
-@dataclass
-class _Reading:
-    """A prompt that is being read, chunk by chunk, and the answers that begin after it."""
-
-    job: Job
-    prompt: int
-    rows: list[Row] = field(default_factory=list)
-    cache: DynamicCache = field(default_factory=DynamicCache)
-    hidden: list[Tensor] = field(default_factory=list)
-    done: int = 0
 
 
 @final
@@ -87,7 +70,7 @@ class Engine:
         self._rows: list[Row] = []
         self._waiting: deque[Job] = deque()
         self._turns = Turns()
-        self._reading: _Reading | None = None
+        self._reading: Reading | None = None
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
@@ -192,8 +175,7 @@ class Engine:
         with self._wake:
             self._waiting = deque(other for other in self._waiting if other is not job)
         if self._reading and self._reading.job is job:
-            for row in self._reading.rows:
-                row.forget()
+            self._reading.forget()
             self._reading = None
         for row in self._rows:
             row.has_ended = row.has_ended or row.job is job
@@ -210,7 +192,7 @@ class Engine:
         self._rows = [self._rows[place] for place in places]
         self._batch.keep(places)
 
-    def _next_prompt(self) -> _Reading | None:
+    def _next_prompt(self) -> Reading | None:
         with self._wake:
             if not self._waiting:
                 return None
@@ -222,64 +204,31 @@ class Engine:
             prompt, job.next_prompt = job.next_prompt, job.next_prompt + 1
             if job.next_prompt < len(job.prompts):
                 self._waiting.append(job)
-        return _Reading(job, prompt)
+        return Reading(self.host, self._batch, self._speller, job, prompt)
 
     def _read_on(self) -> None:
         self._reading = reading = self._reading or self._next_prompt()
-        if reading is None:
+        if reading is None or not reading.go_on(others_wait=bool(self._rows)):
             return
-        job, vocabulary = reading.job, self.host.vocabulary
-        reading.rows = reading.rows or [
-            Row(job, reading.prompt, answer, vocabulary, self._speller)
-            for answer in range(job.options.answers)
-        ]
-        ids = job.prompts[reading.prompt].token_ids
-        chunk = ids[reading.done : reading.done + PREFILL_TOKENS]
-        hidden = self._batch.read(reading.cache, chunk)
-        reading.done += len(chunk)
-        keeps_all = job.steered is not None or job.options.echo
-        reading.hidden.append(hidden if keeps_all else hidden[-1:])
-        if reading.done == len(ids):
-            self._begin_answers(reading)
-            self._reading = None
-        elif job.steered:
-            # In step with the host, so that no answer in the making waits for all of it at once.
-            job.steered.several.read_ahead(self._prompt(reading, hidden), job.steered.chats)
-
-    def _prompt(self, reading: _Reading, hidden: Tensor) -> ReadPrompt:
-        """What is read of a prompt, with the states of its last tokens."""
-        row = reading.rows[0]
-        ids, pieces = row.token_ids[: reading.done], row.pieces[: reading.done]
-        return ReadPrompt(torch.tensor(ids), tuple(pieces), hidden, row=row.number)
-
-    def _begin_answers(self, reading: _Reading) -> None:
         try:
             self._say_first(reading)
         finally:
+            self._reading = None
             # Of those that do not go on nothing is kept.
             if reading.rows[0] not in self._rows:
                 reading.rows[0].forget()
 
-    def _say_first(self, reading: _Reading) -> None:
-        """Weigh the adapters by a prompt that has been read, and begin its answers."""
-        job, rows, hidden = reading.job, reading.rows, torch.cat(reading.hidden)
-        options, prompt = job.options, self._prompt(reading, hidden)
-        if job.steered:
-            several, chats = job.steered.several, job.steered.chats
-            weights = several.weigh(self.host.unembedding, prompt, chats)
+    def _say_first(self, reading: Reading) -> None:
+        """Begin the answers to a prompt that has been read."""
+        job, rows = reading.job, reading.rows
+        if reading.shown:
             for row in rows:
-                row.weights = weights
-        if options.echo:
-            # All its tokens are asked about, in a tree that the row could not go on from.
-            alone = replace(prompt, row=None)
-            shown = echoed(self.host, job, job.prompts[reading.prompt], alone)
-            for row in rows:
-                job.tell(Piece(row.choice, *shown))
-        if not options.max_tokens:
+                job.tell(Piece(row.choice, *reading.shown))
+        if not job.options.max_tokens:
             for row in rows:
                 self._say(row, row.end("length"))
             return
-        logprobs = self._steered(rows[:1], hidden[-1:])
+        logprobs = self._steered(rows[:1], reading.last_hidden)
         self._batch.join(reading.cache, len(rows))
         self._rows += rows
         rows[0].branch(rows[1:])

@@ -11,7 +11,8 @@ from trimtab.backends.chat import ChatPrompt
 from trimtab.backends.reading import LiveReading
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.steering.field import Field, logits_in_chunks
-from trimtab.steering.predictors import Predicted, Rows, Steering, predicted
+from trimtab.steering.pieces import Pieces, at_once
+from trimtab.steering.predictors import Predicted, Rows, Steering, predicted, predicting
 from trimtab.steering.rows import prior_of
 from trimtab.unembedding import Unembeds
 
@@ -115,16 +116,37 @@ class Mixture:
         Returns:
             Weights that sum to one, shape [predictors]; the prior without evidence.
         """
+        return at_once(self.weighing(unembedding, prompt))
+
+    def weighing(
+        self, unembedding: Unembeds, prompt: ReadPrompt, few: int | None = None
+    ) -> Pieces[Tensor]:
+        """As `weigh`, in pieces; `few` is that of `predicting`."""
         if self.trust is not None:
             return self.trust
         asked = evidence_positions(prompt)
         if not asked:
             return self.prior
-        scores = [
-            said.of_tokens(prompt.token_ids[[p + 1 for p in positions]].cpu())
-            for positions, said in self.read(unembedding, prompt, asked)
-        ]
-        return self.weights_after(torch.cat(scores, 1))
+        scores = yield from self.scoring(unembedding, prompt, asked, few)
+        return self.weights_after(scores)
+
+    def scoring(
+        self, unembedding: Unembeds, prompt: ReadPrompt, asked: Sequence[int], few: int | None
+    ) -> Pieces[Tensor]:
+        """What each predictor gives to the tokens after some positions, [predictors, asked].
+
+        Args:
+            unembedding: The host's.
+            prompt: What the host has read.
+            asked: As for `read`, at least one.
+            few: As for `predicting`.
+        """
+        scores = []
+        for positions, rows in self._rows(unembedding, prompt, asked):
+            yield
+            said = self._what_is_said((yield from predicting(self.steering, rows, few)))
+            scores.append(said.of_tokens(tokens_after(prompt, positions)))
+        return torch.cat(scores, 1)
 
     def read_ahead(self, prompt: ReadPrompt) -> None:
         """Let the small models read what is there of a prompt, into the caches of its row.
@@ -161,6 +183,13 @@ class Mixture:
         Yields:
             Some positions at a time, and what is said of the token after each.
         """
+        for positions, rows in self._rows(unembedding, prompt, asked):
+            yield positions, self.said(rows)
+
+    def _rows(
+        self, unembedding: Unembeds, prompt: ReadPrompt, asked: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], Rows]]:
+        """What is asked to be told of the tokens after some positions; as for `read`."""
         if not asked:
             return
         start = prompt.text.start
@@ -172,11 +201,13 @@ class Mixture:
         for part, logits in logits_in_chunks(unembedding, hidden):
             some = slice(part.start, part.stop)
             questions = ((reading, part),) if reading else ()
-            yield asked[some], self.said(Rows(logits, hidden[some], contexts[some], questions))
+            yield asked[some], Rows(logits, hidden[some], contexts[some], questions)
 
     def said(self, rows: Rows) -> Said:
         """What each predictor says."""
-        found = predicted(self.steering, rows)
+        return self._what_is_said(predicted(self.steering, rows))
+
+    def _what_is_said(self, found: Predicted) -> Said:
         stacked = torch.stack([found.logprobs[name] for name in self.members])
         return Said(found, stacked, self.steering.own)
 
@@ -225,6 +256,11 @@ def keep_own(logprobs: Tensor, host_logprobs: Tensor, own: Tensor) -> Tensor:
     mass = host_logprobs.masked_fill(own, -torch.inf).logsumexp(-1, keepdim=True)
     scaled = others - others.logsumexp(-1, keepdim=True) + mass
     return torch.where(own, host_logprobs, scaled)
+
+
+def tokens_after(prompt: ReadPrompt, positions: Sequence[int]) -> Tensor:
+    """The tokens after some positions of a prompt, on the CPU."""
+    return prompt.token_ids[[position + 1 for position in positions]].cpu()
 
 
 def evidence_positions(prompt: ReadPrompt) -> list[int]:

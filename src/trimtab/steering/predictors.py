@@ -15,6 +15,7 @@ from trimtab.carriers.head import MountedHead
 from trimtab.carriers.memory import last_bytes
 from trimtab.carriers.recall import Answer, MountedMemory
 from trimtab.steering.field import LEAST_LOGPROB, Field
+from trimtab.steering.pieces import Pieces, at_once
 from trimtab.steering.rows import TEMPERATURES, families, with_memory
 from trimtab.store.adapter_schema import Blend
 
@@ -115,6 +116,19 @@ def predicted(steering: Steering, rows: Rows) -> Predicted:
         steering: What may steer.
         rows: What is asked.
     """
+    return at_once(predicting(steering, rows))
+
+
+def predicting(steering: Steering, rows: Rows, few: int | None = None) -> Pieces[Predicted]:
+    """As `predicted`, in pieces.
+
+    The rows share their candidates whatever the pieces: what is found is the same.
+
+    Args:
+        steering: What may steer.
+        rows: What is asked.
+        few: Ask the small models about at most so many rows in a piece (default: about all).
+    """
     # The search over keys runs on the CPU, and so does what heads add to a few candidates.
     states = rows.hidden.float().cpu()
     answers = _answers(steering, rows, states)
@@ -125,7 +139,7 @@ def predicted(steering: Steering, rows: Rows) -> Predicted:
     field = Field.of(rows.logits, torch.cat(wanted).unique(), strangers=rows.strangers)
     dense = {"host": field.logprobs} | _alone(steering, field, states)
     if steering.live and rows.questions:
-        dense |= _live(steering, steering.live, field, rows)
+        dense |= yield from _live(steering, steering.live, field, rows, few)
     for name, answer in answers.items():
         dense |= _remembered(steering, field, dense, name, answer)
     return Predicted(field, dense, answers)
@@ -160,11 +174,20 @@ def _alone(steering: Steering, field: Field, states: Tensor) -> dict[str, Tensor
     return found
 
 
-def _live(steering: Steering, live: Live, field: Field, rows: Rows) -> dict[str, Tensor]:
+def _live(
+    steering: Steering, live: Live, field: Field, rows: Rows, few: int | None
+) -> Pieces[dict[str, Tensor]]:
     """Every blend of host, expert and reference."""
     known = live.alignment.is_known[field.token_ids]
     host = of_text(field.logprobs, known)
-    pair = _scored(live, rows, host[:, :-1].exp(), field.token_ids[known])
+    host_probs, token_ids = host[:, :-1].exp(), field.token_ids[known]
+    found, done = [], 0
+    for questions in _in_pieces(rows.questions, few):
+        yield
+        some = host_probs[done : done + sum(len(asked) for _, asked in questions)]
+        found.append(live.score_all(questions, some, token_ids))
+        done += len(some)
+    pair = PairProbs(*(torch.cat(side).float() for side in zip(*found, strict=True)))
     return live_blends(steering, field.logprobs, known, pair)
 
 
@@ -225,10 +248,16 @@ def _with_tail_column(known: Tensor) -> Tensor:
     return torch.cat([known, torch.ones(1, dtype=torch.bool)])
 
 
-def _scored(live: Live, rows: Rows, host_probs: Tensor, token_ids: Tensor) -> PairProbs:
-    """Probabilities of expert and reference, each of host_probs' shape."""
-    pair = live.score_all(rows.questions, host_probs, token_ids)
-    return PairProbs(*(side.float() for side in pair))
+def _in_pieces(
+    questions: Sequence[tuple[LiveReading, range]], few: int | None
+) -> list[Sequence[tuple[LiveReading, range]]]:
+    if few is None:
+        return [questions]
+    return [
+        [(reading, asked[first : first + few])]
+        for reading, asked in questions
+        for first in range(0, len(asked), few)
+    ]
 
 
 def _with_tail(probs: Tensor) -> Tensor:

@@ -8,8 +8,15 @@ from torch import Tensor
 
 from trimtab.backends.chat import ChatPrompt
 from trimtab.blend import evidence_weights
-from trimtab.steering.evidence import Mixture, ReadPrompt, Said, evidence_positions
+from trimtab.steering.evidence import (
+    Mixture,
+    ReadPrompt,
+    Said,
+    evidence_positions,
+    tokens_after,
+)
 from trimtab.steering.explain import Voice
+from trimtab.steering.pieces import Pieces, at_once
 from trimtab.steering.predictors import Rows
 from trimtab.unembedding import Unembeds
 
@@ -56,16 +63,27 @@ class Several:
             prompt: What the host has read.
             chats: How each adapter's small model reads it, where it is a chat.
         """
+        return at_once(self.weighing(unembedding, prompt, chats))
+
+    def weighing(
+        self,
+        unembedding: Unembeds,
+        prompt: ReadPrompt,
+        chats: Sequence[ChatPrompt | None],
+        few: int | None = None,
+    ) -> Pieces[Tensor]:
+        """As `weigh`, in pieces; `few` is that of `predicting`."""
         if len(self.mixtures) == 1:
-            return self.mixtures[0].weigh(unembedding, replace(prompt, chat=chats[0]))
+            alone = replace(prompt, chat=chats[0])
+            return (yield from self.mixtures[0].weighing(unembedding, alone, few))
         asked = evidence_positions(replace(prompt, chat=chats[0]))
         if not asked:
             return self.prior
         scores = []
         for mixture, chat in zip(self.mixtures, chats, strict=True):
-            each = mixture.read(unembedding, replace(prompt, chat=chat), asked)
-            scores.append([said.of_tokens(_after(prompt, places)) for places, said in each])
-        joined = self._joined([torch.cat(parts, 1) for parts in scores])
+            read = replace(prompt, chat=chat)
+            scores.append((yield from mixture.scoring(unembedding, read, asked, few)))
+        joined = self._joined(scores)
         return evidence_weights(joined, self.prior, share=self.share)[:, -1].float()
 
     def read_ahead(self, prompt: ReadPrompt, chats: Sequence[ChatPrompt | None]) -> None:
@@ -136,7 +154,7 @@ class Several:
         reads = [mixture.read(unembedding, prompt, positions) for mixture in self.mixtures]
         for found in zip(*reads, strict=True):
             places, said = found[0][0], [one for _, one in found]
-            scores = self._joined([one.of_tokens(_after(prompt, places)) for one in said])
+            scores = self._joined([one.of_tokens(tokens_after(prompt, places)) for one in said])
             is_text = [bool(prompt.token_bytes[place + 1]) for place in places]
             # A token that is no text is no evidence.
             scores = torch.where(torch.tensor(is_text), scores, 0.0)
@@ -153,8 +171,3 @@ class Several:
     def _joined(self, scores: Sequence[Tensor]) -> Tensor:
         """What all predictors gave to tokens, [predictors, tokens], the host once."""
         return torch.cat([scores[0][:1], *(score[1:] for score in scores)])
-
-
-def _after(prompt: ReadPrompt, places: Sequence[int]) -> Tensor:
-    """The tokens after some positions."""
-    return prompt.token_ids[[place + 1 for place in places]].cpu()
