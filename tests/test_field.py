@@ -39,6 +39,15 @@ def test_candidates_are_the_likely_of_any_row_and_the_wanted(logits: Tensor) -> 
     assert found.token_ids.tolist() == sorted(expected)
 
 
+def test_what_is_as_likely_as_the_last_candidate_is_one(logits: Tensor) -> None:
+    # In half precision many tokens have the same logit.
+    rounded = logits[2:].bfloat16().float()
+    last = rounded[0].sort(descending=True).values[CANDIDATES - 1]
+    expected = (rounded[0] >= last).nonzero()[:, 0]
+    assert len(expected) > CANDIDATES
+    assert torch.equal(Field.of(rounded, NONE).token_ids, expected)
+
+
 def test_logits_of_a_model_that_might_learn_are_taken_as_well(logits: Tensor) -> None:
     plain = Field.of(logits, NONE)
     found = Field.of(logits.clone().requires_grad_(), NONE)

@@ -1,5 +1,6 @@
 """A prompt that is read a piece at a time, with what its adapters are asked about it."""
 
+import time
 from dataclasses import replace
 from typing import final
 
@@ -20,9 +21,11 @@ PREFILL_TOKENS = 256
 """Tokens of a new prompt that are read at once."""
 
 PIECE_TOKENS, PIECE_PLACES = 128, 16
-"""Where answers are in the making, which wait meanwhile: tokens that are read between two of their
-steps, and places of the prompt about which the small models are asked. Small pieces take some more
-time in all."""
+"""Where answers are in the making, which wait meanwhile: tokens that are read at once, and places
+of the prompt about which the small models are asked. Small pieces take some more time in all."""
+
+TURN_SEC = 0.2
+"""After so long the answers in the making have a step, once the piece in hand is done."""
 
 
 @final
@@ -67,16 +70,24 @@ class Reading:
         return self._hidden[-1][-1:]
 
     def go_on(self, *, others_wait: bool) -> bool:
-        """Read the next piece; whether that was the last one.
+        """Read on for a while; whether all is read.
 
         Args:
-            others_wait: Answers are in the making, which grow between two pieces.
+            others_wait: Answers are in the making, which grow between two calls.
         """
         self._others_wait = others_wait
-        return next(self._pieces, self) is self
+        until_sec = time.monotonic() + TURN_SEC
+        for _ in self._pieces:
+            if time.monotonic() > until_sec:
+                return False
+        return True
 
     def _read(self) -> Pieces[None]:
-        """Read all; between two pieces other answers may grow."""
+        """Read all; between two pieces other answers may grow.
+
+        Where they wait the small models keep in step with the host, so that they need not read
+        all of the prompt at once when it is weighed.
+        """
         job, vocabulary = self.job, self._host.vocabulary
         prompt = job.prompts[self._number]
         self.rows += [
@@ -95,7 +106,6 @@ class Reading:
             self._hidden.append(hidden if keeps_all else hidden[-1:])
             if job.steered and (self._others_wait or self._done < len(ids)):
                 yield
-                # In step with the host, so that no other answer waits for all of it at once.
                 job.steered.several.read_ahead(self._so_far(hidden), job.steered.chats)
         if job.steered:
             yield

@@ -155,8 +155,12 @@ def _likely(logits: Tensor, most: int) -> Tensor:
     token_ids = torch.from_numpy(np.flatnonzero(near)) if is_array else near.nonzero()[:, 0]
     if len(token_ids) <= most:
         return token_ids
-    top = logits[:, token_ids].topk(most, -1)
-    return token_ids[top.indices[top.values > top.values[:, :1] - CANDIDATE_NATS]]
+    chosen = logits[:, token_ids].cpu().numpy()
+    # Of each row the likeliest, and what is as likely as the last of these.
+    last = np.partition(chosen, -most, -1)[:, -most]
+    bounds = np.maximum(last, np.nextafter(chosen.max(-1) - CANDIDATE_NATS, np.inf))
+    inside = torch.from_numpy((chosen >= bounds[:, None]).any(0))
+    return token_ids[inside.to(token_ids.device)]
 
 
 def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
