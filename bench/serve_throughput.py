@@ -37,6 +37,7 @@ ADAPTER = "adapter"
 CARRIERS: tuple[tuple[CarrierName, ...], ...] = (
     ("head",),
     ("head", "memory"),
+    ("expert",),
     ("head", "memory", "expert"),
 )
 
@@ -160,7 +161,7 @@ def main() -> None:
         name="host",
         port=0,
         adapter=(f"{ADAPTER}={given.adapter}",) if given.adapter else (),
-        carriers=max((way.carriers for way in ways), key=len) or None,
+        carriers=tuple(dict.fromkeys(one for way in ways for one in way.carriers)) or None,
         time_limit_sec=WAIT_SEC,
     )
     host = open_model(given.host, dtype=given.dtype)

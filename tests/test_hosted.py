@@ -28,6 +28,7 @@ from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.generate import GenerateResult, generate
 from trimtab.hosted.answers import Token
 from trimtab.hosted.blending import Before, Blender
+from trimtab.hosted.probing import LOOK_TOKENS
 from trimtab.hosted.tokens import ToldTokens, open_known
 from trimtab.steering.beside import open_beside
 from trimtab.steering.evidence import Mixture
@@ -374,6 +375,15 @@ def test_a_text_that_the_budget_ended_has_an_exit_status_of_its_own(
     words += ["--api-tokenizer", HOST, "--max-new-tokens", "8"]
     with pytest.raises(SystemExit) as end:
         main([*words, "--api-budget-tokens", "60"])
+    refused = capsys.readouterr()
+    assert end.value.code == 2 and "has not been looked at yet" in refused.err
+    assert not endpoint.seen
+    with pytest.raises(SystemExit):
+        main(["hosts", "probe", "openai:toy", "--api-url", endpoint.url, "--api-tokenizer", HOST])
+    assert 0 < endpoint.usage.tokens <= LOOK_TOKENS["openai"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--api-budget-tokens", "10"])
     cut = capsys.readouterr()
     assert end.value.code == CUT_SHORT and "stopped by the budget of tokens" in cut.err
     with pytest.raises(SystemExit) as end:

@@ -235,7 +235,8 @@ def test_other_answers_grow_while_a_steered_prompt_is_read_and_weighed(
 ) -> None:
     monkeypatch.setattr("trimtab.serving.reading.PIECE_TOKENS", 100)
     monkeypatch.setattr("trimtab.serving.reading.PIECE_PLACES", 4)
-    monkeypatch.setattr("trimtab.serving.reading.TURN_SEC", -1.0)
+    monkeypatch.setattr("trimtab.serving.engine.TURN_SEC", 0.0)
+    monkeypatch.setattr("trimtab.serving.engine.TURN_STEPS", 0)
     text = domain_text(5)[:420]
     biased = {str(i): -100 for i in adapters.host.end_ids}
     plain = {"model": "host", "prompt": "The m", "max_tokens": 200, "logit_bias": biased}

@@ -28,7 +28,7 @@ class Plan:
 
 def planned_alone(host: HostedModel, tasks: Sequence[Task]) -> Plan:
     """One request a prompt."""
-    prompt = sum(host.count(task.sent) for task in tasks)
+    prompt = sum(host.count_read(task.sent, chat=task.chat) for task in tasks)
     return Plan(len(tasks), Usage(prompt, sum(task.max_new_tokens for task in tasks)))
 
 
@@ -61,7 +61,7 @@ def planned_steps(
 
 
 def _planned_steps(host: HostedModel, task: Task, ahead: int, *, drafts_itself: bool) -> Plan:
-    length, steps = host.count(task.prompt), task.max_new_tokens
+    length, steps = host.count_read(task.prompt, chat=task.chat), task.max_new_tokens
     calls, completion = steps, steps * (1 + ahead) if drafts_itself else steps
     prompt = steps * length + steps * (steps - 1) // 2
     if ahead and not drafts_itself:

@@ -14,6 +14,9 @@ from trimtab.hosted.tokens import KnownTokens
 BYTES_A_TOKEN = 3
 """Fewer than most texts have, where a host's tokenizer is not known: an estimate is to be high."""
 
+TEMPLATE_TOKENS = 40
+"""More than most chat templates put around a message."""
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -67,10 +70,16 @@ class HostedModel:
             return len(self.tokens.encode(text))
         return len(text.encode()) // BYTES_A_TOKEN + 1
 
+    def count_read(self, text: str, *, chat: bool) -> int:
+        """Tokens that it reads where it is sent a text or a message, or more than is likely."""
+        begins = self.tokens.context_ids() if self.tokens is not None else (0,)
+        return self.count(text) + (TEMPLATE_TOKENS if chat else len(begins))
+
     def allows(self, prefix: Prefix, wanted: Wanted) -> bool:
         """Whether a call stays within the budget."""
         ids, text = prefix.token_ids, (prefix.message or "") + prefix.text
-        prompt = len(ids) if ids is not None else self.count(text)
+        is_chat = prefix.message is not None
+        prompt = len(ids) if ids is not None else self.count_read(text, chat=is_chat)
         return self.client.ledger.allows(Usage(prompt, wanted.max_tokens * wanted.count))
 
     def check_way(self, *, chat: bool) -> None:

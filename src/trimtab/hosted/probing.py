@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 from trimtab.align.strings import is_whole
-from trimtab.errors import ModelError
+from trimtab.errors import InputError, ModelError
 from trimtab.hosted.answers import Answers, Place, read_answers, read_messages, text_of
 from trimtab.hosted.capabilities import (
     Capabilities,
@@ -13,6 +13,7 @@ from trimtab.hosted.capabilities import (
     write_capabilities,
 )
 from trimtab.hosted.client import Client
+from trimtab.hosted.ledger import Usage
 from trimtab.hosted.requests import CHAT, COMPLETIONS, MESSAGES, Prefix, Wanted, chat, completion
 from trimtab.hosted.requests import messages as message_request
 from trimtab.hosted.tokens import KnownTokens
@@ -22,6 +23,9 @@ TOPS = (20, 5, 1)
 
 SAME_NATS = 0.05
 """Two readings of one text differ by less, whatever the service's arithmetic."""
+
+LOOK_TOKENS = {"openai": 700, "anthropic": 60}
+"""By dialect, more than all questions and answers of a look are likely to have."""
 
 _TEXT = "The rudder turns the ship, and the ship"
 _MESSAGE = "Tell me about ships."
@@ -42,10 +46,18 @@ def capabilities_of(
 
     Raises:
         ModelError: It answers neither texts nor messages.
+        InputError: The budget of tokens may be too small for a look.
     """
     path = kept_path(client.address, f"{top} {named}")
     found = None if again else read_capabilities(path)
     if found is None:
+        most = LOOK_TOKENS[client.address.dialect]
+        if not client.ledger.allows(Usage(most)):
+            raise InputError(
+                f"{client.address.url} has not been looked at yet; that takes up to {most} tokens,"
+                " which --api-budget-tokens does not allow",
+                hint="look once with `trimtab hosts probe`, or give a larger budget",
+            )
         found = _Prober(client, tokens, top).probe()
         write_capabilities(path, found)
     return found

@@ -20,6 +20,11 @@ from trimtab.serving.trace import Speller
 from trimtab.serving.turns import Turns
 from trimtab.serving.work import Busy, Closing, Done, Failed, Job, Piece, TimeUp
 
+TURN_SEC, TURN_STEPS = 0.4, 4
+"""While answers are in the making a prompt is read for so long, or for as long as so many of their
+steps take, before they have the next one. The longer a turn, the longer they pause; the shorter,
+the longer those wait that would share their steps."""
+
 _IDLE_SEC = 1.0
 
 
@@ -71,6 +76,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._turns = Turns()
         self._reading: Reading | None = None
+        self._step_sec = 0.0
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
@@ -208,7 +214,7 @@ class Engine:
 
     def _read_on(self) -> None:
         self._reading = reading = self._reading or self._next_prompt()
-        if reading is None or not reading.go_on(others_wait=bool(self._rows)):
+        if reading is None or not reading.go_on(self._turn_sec()):
             return
         try:
             self._say_first(reading)
@@ -217,6 +223,10 @@ class Engine:
             # Of those that do not go on nothing is kept.
             if reading.rows[0] not in self._rows:
                 reading.rows[0].forget()
+
+    def _turn_sec(self) -> float | None:
+        """How long a prompt may be read before the next step; None where no answer waits for it."""
+        return max(TURN_SEC, TURN_STEPS * self._step_sec) if self._rows else None
 
     def _say_first(self, reading: Reading) -> None:
         """Begin the answers to a prompt that has been read."""
@@ -237,10 +247,12 @@ class Engine:
     def _step(self) -> None:
         if not self._rows:
             return
+        began_sec = time.monotonic()
         hidden = self._batch.step([row.token_ids[-1] for row in self._rows])
         self.counts.steps += 1
         self.counts.stepped_rows += len(self._rows)
         self._write(list(self._rows), self._steered(self._rows, hidden))
+        self._step_sec = time.monotonic() - began_sec
 
     def _steered(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         """The distribution of each row's next token, [rows, vocab]; a row may end here."""

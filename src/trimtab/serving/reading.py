@@ -24,9 +24,6 @@ PIECE_TOKENS, PIECE_PLACES = 128, 16
 """Where answers are in the making, which wait meanwhile: tokens that are read at once, and places
 of the prompt about which the small models are asked. Small pieces take some more time in all."""
 
-TURN_SEC = 0.2
-"""After so long the answers in the making have a step, once the piece in hand is done."""
-
 
 @final
 class Reading:
@@ -69,14 +66,14 @@ class Reading:
         """The host's state of the last token, shape [1, hidden]."""
         return self._hidden[-1][-1:]
 
-    def go_on(self, *, others_wait: bool) -> bool:
-        """Read on for a while; whether all is read.
+    def go_on(self, turn_sec: float | None) -> bool:
+        """Read on; whether all is read.
 
         Args:
-            others_wait: Answers are in the making, which grow between two calls.
+            turn_sec: How long, before answers in the making have a step; None where none wait.
         """
-        self._others_wait = others_wait
-        until_sec = time.monotonic() + TURN_SEC
+        self._others_wait = turn_sec is not None
+        until_sec = time.monotonic() + (turn_sec or 0.0)
         for _ in self._pieces:
             if time.monotonic() > until_sec:
                 return False
@@ -96,6 +93,8 @@ class Reading:
         ]
         ids = prompt.token_ids
         keeps_all = job.steered is not None or job.options.echo
+        steered = job.steered
+        beside = steered if steered and steered.several.runs_beside else None
         while self._done < len(ids):
             if self._done:
                 yield
@@ -104,11 +103,12 @@ class Reading:
             hidden = self._batch.read(self.cache, chunk)
             self._done += len(chunk)
             self._hidden.append(hidden if keeps_all else hidden[-1:])
-            if job.steered and (self._others_wait or self._done < len(ids)):
+            if beside and (self._others_wait or self._done < len(ids)):
                 yield
-                job.steered.several.read_ahead(self._so_far(hidden), job.steered.chats)
-        if job.steered:
+                beside.several.read_ahead(self._so_far(hidden), beside.chats)
+        if beside:
             yield
+        if steered:
             yield from self._weigh()
         if job.options.echo:
             # All its tokens are asked about, in a tree that the row could not go on from.

@@ -143,7 +143,8 @@ class Mixture:
         """
         scores = []
         for positions, rows in self._rows(unembedding, prompt, asked):
-            yield
+            if rows.questions:
+                yield
             said = self._what_is_said((yield from predicting(self.steering, rows, few)))
             scores.append(said.of_tokens(tokens_after(prompt, positions)))
         return torch.cat(scores, 1)

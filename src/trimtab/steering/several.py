@@ -49,6 +49,11 @@ class Several:
         return torch.cat([host[None], others])
 
     @property
+    def runs_beside(self) -> bool:
+        """Whether small models run beside the host."""
+        return any(mixture.steering.live for mixture in self.mixtures)
+
+    @property
     def share(self) -> float:
         """How readily the best predictor may change, as the most ready adapter has it."""
         return max(mixture.steering.blend.share for mixture in self.mixtures)
