@@ -7,11 +7,13 @@ with the end token banned; prompts differ in length. Ways take turns in each rep
 what else the machine does meets them alike. Figures are tokens a second: the median over
 repetitions, and the lowest and highest one; and the same by the processor time of server and
 client together, which other work on the machine touches less. With an adapter the same requests
-are steered by its carriers, so many at once, and compared with the bare host's at once: as they
-are, and without the time until each has one token, which grows with prompts and not with answers.
+are steered by its carriers, so many at once, and compared with the bare host's at once: whole
+requests, whose time until the first token grows with prompts and not with answers; and by step,
+from when all of them have a token until the first has all of its own.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +36,7 @@ from trimtab.store.manifest import read_manifest
 PROMPT = "A trim tab is the small rudder on the edge of a large one, which turns the whole ship. "
 WAIT_SEC = 3600.0
 ADAPTER = "adapter"
+ALONE = "one by one"
 CARRIERS: tuple[tuple[CarrierName, ...], ...] = (
     ("head",),
     ("head", "memory"),
@@ -66,26 +69,75 @@ class Way:
         body: dict[str, Any] = {"model": "host", "prompt": prompt, "max_tokens": tokens}
         if self.carriers:
             body |= {"model": f"host+{ADAPTER}", "trimtab": {"carriers": self.carriers}}
-        return body | {"temperature": 0, "logit_bias": {str(i): -100 for i in host.end_ids}}
+        body |= {"temperature": 0, "logit_bias": {str(i): -100 for i in host.end_ids}}
+        return body | {"stream": True}
 
 
-def ask(client: httpx2.Client, body: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Moment:
+    """When something came, and how many steps the server had done by then."""
+
+    sec: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer, and when its first and its last piece came."""
+
+    text: str
+    first: Moment
+    last: Moment
+
+
+def ask(client: httpx2.Client, server: Running, body: Mapping[str, Any]) -> Asked:
     """One request."""
-    found = client.post("/v1/completions", json=body).raise_for_status().json()
-    assert found["usage"]["completion_tokens"] == body["max_tokens"]
-    return found["choices"][0]["text"]
+    pieces, moments = [], []
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        for line in answer.raise_for_status().iter_lines():
+            data = line.removeprefix("data: ")
+            if data in ("", "[DONE]"):
+                continue
+            pieces.append(json.loads(data)["choices"][0]["text"])
+            moments.append(Moment(time.perf_counter(), server.service.engine.counts.steps))
+    return Asked("".join(pieces), moments[0], moments[-1])
 
 
-def timed(server: Running, way: Way, bodies: Sequence[Mapping[str, Any]]):
-    """Seconds, processor seconds and texts of all requests."""
+@dataclass(frozen=True)
+class Timed:
+    """What all requests of a way took.
+
+    Attributes:
+        sec: Until all were answered.
+        cpu_sec: The same in processor time of server and client.
+        first_sec: Until each had its first token, the median.
+        step_sec: Of a step in which all of them took part; None where there was none.
+        texts: The answers.
+    """
+
+    sec: float
+    cpu_sec: float
+    first_sec: float
+    step_sec: float | None
+    texts: list[str]
+
+
+def timed(server: Running, way: Way, bodies: Sequence[Mapping[str, Any]]) -> Timed:
+    """Ask all."""
     with (
         httpx2.Client(base_url=server.base_url, timeout=WAIT_SEC) as client,
         ThreadPoolExecutor(way.at_once) as pool,
     ):
         start_sec, start_cpu_sec = time.perf_counter(), time.process_time()
-        texts = list(pool.map(lambda body: ask(client, body), bodies))
+        found = list(pool.map(lambda body: ask(client, server, body), bodies))
         cpu_sec = time.process_time() - start_cpu_sec
-        return time.perf_counter() - start_sec, cpu_sec, texts
+        sec = time.perf_counter() - start_sec
+    first_sec = statistics.median(one.first.sec for one in found) - start_sec
+    begin = max((one.first for one in found), key=lambda moment: moment.sec)
+    end = min((one.last for one in found), key=lambda moment: moment.sec)
+    steps = end.steps - begin.steps
+    step_sec = (end.sec - begin.sec) / steps if steps > 0 else None
+    return Timed(sec, cpu_sec, first_sec, step_sec, [one.text for one in found])
 
 
 def summary(times_sec: Sequence[float], tokens: int) -> dict[str, Any]:
@@ -103,25 +155,18 @@ def ratio(first_sec: Sequence[float], second_sec: Sequence[float]) -> dict[str, 
 
 def ratios(times_sec: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """How many times as fast at once is as one by one; and what steering costs, where there is."""
-    alone, together, *steered = times_sec
-    found = {"ratio": ratio(times_sec[alone], times_sec[together])}
+    together, *steered = (name for name in times_sec if name != ALONE)
+    found: dict[str, Any] = {}
+    if ALONE in times_sec:
+        found["ratio"] = ratio(times_sec[ALONE], times_sec[together])
     if steered:
-        found["cost"] = {name: ratio(times_sec[name], times_sec[together]) for name in steered}
+        found["cost"] = costs(times_sec, together, steered)
     return found
 
 
-def token_costs(
-    times_sec: Mapping[str, Sequence[float]], firsts_sec: Mapping[str, Sequence[float]]
-):
-    """What steering costs after the first tokens, in each repetition."""
-    _, together, *steered = times_sec
-    after = {
-        name: [
-            all_sec - first_sec for all_sec, first_sec in zip(found, firsts_sec[name], strict=True)
-        ]
-        for name, found in times_sec.items()
-    }
-    return {name: ratio(after[name], after[together]) for name in steered}
+def costs(times_sec: Mapping[str, Sequence[float]], bare: str, steered: Sequence[str]):
+    """What each steered way takes over the bare one."""
+    return {name: ratio(times_sec[name], times_sec[bare]) for name in steered}
 
 
 def arguments() -> argparse.Namespace:
@@ -133,6 +178,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--carriers", nargs="*", choices=names, default=names)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--not-alone", action="store_true", help="leave out one by one")
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=3)
@@ -143,7 +189,8 @@ def arguments() -> argparse.Namespace:
 def ways_of(given: argparse.Namespace) -> list[Way]:
     """One by one and at once, bare; and at once by each set of carriers of the adapter."""
     many = given.at_once
-    ways = [Way("one by one", 1), Way(f"{many} at once", many)]
+    ways = [] if given.not_alone else [Way(ALONE, 1)]
+    ways.append(Way(f"{many} at once", many))
     if given.adapter is not None:
         carried = read_manifest(given.adapter).carriers
         asked = [carriers for carriers in CARRIERS if "+".join(carriers) in given.carriers]
@@ -165,24 +212,27 @@ def main() -> None:
         time_limit_sec=WAIT_SEC,
     )
     host = open_model(given.host, dtype=given.dtype)
-    times_sec: dict[str, list[float]] = {way.name: [] for way in ways}
-    cpu_times_sec: dict[str, list[float]] = {way.name: [] for way in ways}
-    firsts_sec: dict[str, list[float]] = {way.name: [] for way in ways}
-    texts: dict[str, list[list[str]]] = {way.name: [] for way in ways}
+    measured: dict[str, list[Timed]] = {way.name: [] for way in ways}
     with running(config, host=host) as server:
         for way in ways:
             timed(server, way, [way.body(host, one, 2) for one in prompts(way.at_once)])
         for _ in range(given.repetitions):
             for way in ways:
-                bodies = [way.body(host, one, 1) for one in prompts(given.requests)]
-                firsts_sec[way.name].append(timed(server, way, bodies)[0])
                 bodies = [way.body(host, one, given.tokens) for one in prompts(given.requests)]
-                sec, cpu_sec, said = timed(server, way, bodies)
-                times_sec[way.name].append(sec)
-                cpu_times_sec[way.name].append(cpu_sec)
-                texts[way.name].append(said)
-                print(f"{way.name}: {given.requests * given.tokens / sec:.1f} tokens/s", flush=True)
+                found = timed(server, way, bodies)
+                measured[way.name].append(found)
+                rate = given.requests * given.tokens / found.sec
+                print(f"{way.name}: {rate:.1f} tokens/s, {found.step_sec} s a step", flush=True)
     total = given.requests * given.tokens
+    times_sec = {name: [one.sec for one in of_way] for name, of_way in measured.items()}
+    cpu_times_sec = {name: [one.cpu_sec for one in of_way] for name, of_way in measured.items()}
+    texts = {name: [one.texts for one in of_way] for name, of_way in measured.items()}
+    steps_sec = {
+        name: [one.step_sec for one in of_way if one.step_sec is not None]
+        for name, of_way in measured.items()
+        if name != ALONE
+    }
+    together, *steered = steps_sec
     bare = [said for way in ways if not way.carriers for said in texts[way.name]]
     write_json(
         given.out,
@@ -195,8 +245,11 @@ def main() -> None:
             "ways_by_cpu": {name: summary(found, total) for name, found in cpu_times_sec.items()},
             **ratios(times_sec),
             **{f"{name}_by_cpu": found for name, found in ratios(cpu_times_sec).items()},
-            "first_token_sec": firsts_sec,
-            "cost_of_a_token": token_costs(times_sec, firsts_sec),
+            "first_token_sec": {
+                name: [one.first_sec for one in of_way] for name, of_way in measured.items()
+            },
+            "step_sec": steps_sec,
+            "cost_of_a_step": costs(steps_sec, together, steered),
             "texts_equal": all(one == same[0] for same in (bare, *texts.values()) for one in same),
             "threads": torch.get_num_threads(),
             "processor": processor(),
