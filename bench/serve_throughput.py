@@ -70,7 +70,7 @@ class Way:
         if self.carriers:
             body |= {"model": f"host+{ADAPTER}", "trimtab": {"carriers": self.carriers}}
         body |= {"temperature": 0, "logit_bias": {str(i): -100 for i in host.end_ids}}
-        return body | {"stream": True}
+        return body | {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,11 @@ def ask(client: httpx2.Client, server: Running, body: Mapping[str, Any]) -> Aske
             data = line.removeprefix("data: ")
             if data in ("", "[DONE]"):
                 continue
-            pieces.append(json.loads(data)["choices"][0]["text"])
+            told = json.loads(data)
+            if not told["choices"]:
+                assert told["usage"]["completion_tokens"] == body["max_tokens"]
+                continue
+            pieces.append(told["choices"][0]["text"])
             moments.append(Moment(time.perf_counter(), server.service.engine.counts.steps))
     return Asked("".join(pieces), moments[0], moments[-1])
 
@@ -147,10 +151,13 @@ def summary(times_sec: Sequence[float], tokens: int) -> dict[str, Any]:
     return {"tokens_per_sec": found, "sec": list(times_sec)}
 
 
-def ratio(first_sec: Sequence[float], second_sec: Sequence[float]) -> dict[str, Any]:
-    """What the first takes over what the second does, in each repetition."""
-    each = [one / other for one, other in zip(first_sec, second_sec, strict=True)]
-    return {"median": statistics.median(each), "each": each}
+def ratio(
+    first_sec: Sequence[float | None], second_sec: Sequence[float | None]
+) -> dict[str, Any] | None:
+    """What the first takes over what the second does, in each repetition that has both."""
+    pairs = zip(first_sec, second_sec, strict=True)
+    each = [one / other for one, other in pairs if one is not None and other is not None]
+    return {"median": statistics.median(each), "each": each} if each else None
 
 
 def ratios(times_sec: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def ratios(times_sec: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return found
 
 
-def costs(times_sec: Mapping[str, Sequence[float]], bare: str, steered: Sequence[str]):
+def costs(times_sec: Mapping[str, Sequence[float | None]], bare: str, steered: Sequence[str]):
     """What each steered way takes over the bare one."""
     return {name: ratio(times_sec[name], times_sec[bare]) for name in steered}
 
@@ -228,9 +235,7 @@ def main() -> None:
     cpu_times_sec = {name: [one.cpu_sec for one in of_way] for name, of_way in measured.items()}
     texts = {name: [one.texts for one in of_way] for name, of_way in measured.items()}
     steps_sec = {
-        name: [one.step_sec for one in of_way if one.step_sec is not None]
-        for name, of_way in measured.items()
-        if name != ALONE
+        name: [one.step_sec for one in of_way] for name, of_way in measured.items() if name != ALONE
     }
     together, *steered = steps_sec
     bare = [said for way in ways if not way.carriers for said in texts[way.name]]
@@ -245,8 +250,8 @@ def main() -> None:
             "ways_by_cpu": {name: summary(found, total) for name, found in cpu_times_sec.items()},
             **ratios(times_sec),
             **{f"{name}_by_cpu": found for name, found in ratios(cpu_times_sec).items()},
-            "first_token_sec": {
-                name: [one.first_sec for one in of_way] for name, of_way in measured.items()
+            "median_first_token_sec": {
+                name: [one.first_sec for one in measured[name]] for name in steps_sec
             },
             "step_sec": steps_sec,
             "cost_of_a_step": costs(steps_sec, together, steered),

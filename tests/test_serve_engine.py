@@ -1,12 +1,16 @@
 """Continuous batching: every answer equals the same request alone, whatever the company."""
 
+import gc
 import math
 import queue
 import random
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from trimtab.backends.chat import prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
+from trimtab.backends.reading import LiveReading
 from trimtab.config import ServeConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.serving import batch as batching
@@ -29,6 +34,7 @@ from trimtab.serving.engine import Engine
 from trimtab.serving.prepare import Preparer
 from trimtab.serving.protocol import ChatRequest, CompletionRequest
 from trimtab.serving.reading import PREFILL_TOKENS
+from trimtab.serving.rows import Row
 from trimtab.serving.turns import Turns
 from trimtab.serving.work import (
     Busy,
@@ -169,9 +175,28 @@ def jobs(adapters: Adapters, bodies: Sequence[dict[str, object]]) -> list[tuple[
     return found
 
 
+def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let answers in the making have a step after every piece of a prompt, and have many pieces."""
+    for name, value in {
+        "engine.TURN_SEC": 0.0,
+        "engine.TURN_STEPS": 0,
+        "reading.PIECE_TOKENS": 100,
+        "reading.PIECE_PLACES": 4,
+    }.items():
+        monkeypatch.setattr(f"trimtab.serving.{name}", value)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
 def test_answers_of_all_adapters_together_equal_generate_alone(
-    host: HFModel, adapters: Adapters, adapter: Path, engine: Engine
+    host: HFModel,
+    adapters: Adapters,
+    adapter: Path,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    in_pieces: bool,
 ) -> None:
+    if in_pieces:
+        cut_small(monkeypatch)
     asked = []
     for number, prompt in enumerate((*PROMPTS, domain_text(9), "T", "The keel turns the mast")):
         for model, carriers in (("host", None), ("host+sea:0.8", ["head", "memory"])):
@@ -233,10 +258,7 @@ def test_the_small_models_read_a_prompt_in_step_with_the_host(
 def test_other_answers_grow_while_a_steered_prompt_is_read_and_weighed(
     adapters: Adapters, adapter: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.serving.reading.PIECE_TOKENS", 100)
-    monkeypatch.setattr("trimtab.serving.reading.PIECE_PLACES", 4)
-    monkeypatch.setattr("trimtab.serving.engine.TURN_SEC", 0.0)
-    monkeypatch.setattr("trimtab.serving.engine.TURN_STEPS", 0)
+    cut_small(monkeypatch)
     text = domain_text(5)[:420]
     biased = {str(i): -100 for i in adapters.host.end_ids}
     plain = {"model": "host", "prompt": "The m", "max_tokens": 200, "logit_bias": biased}
@@ -454,6 +476,69 @@ def test_one_request_that_fails_leaves_the_others_alone(host: HFModel, engine: E
     event = bad.events.get(timeout=WAIT_SEC)
     assert isinstance(event, Failed) and isinstance(event.error, IndexError)
     assert collected(good.events) == list(run(None, "The rudder", max_new_tokens=30).texts)
+
+
+@pytest.mark.parametrize("model", ["host", "host+sea"])
+def test_an_answer_that_fails_before_its_first_token_is_told_so(
+    adapters: Adapters, engine: Engine, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Row, *given: Any) -> Piece:
+        if self.job is bad:
+            raise ValueError("a broken rudder")
+        return plain(self, *given)
+
+    asked = [{"model": "host+sea", "prompt": "The rudder", "max_tokens": 30}] * 2
+    asked.append({"model": model, "prompt": domain_text(5)[:300]})
+    [(good, events), (again, alone), (bad, failed)] = jobs(adapters, asked)
+    plain = Row.write
+    monkeypatch.setattr(Row, "write", broken)
+    engine.submit(good)
+    first = events.get(timeout=WAIT_SEC)
+    engine.submit(bad)
+    event = failed.get(timeout=WAIT_SEC)
+    assert isinstance(event, Failed) and isinstance(event.error, ValueError)
+    assert isinstance(first, Piece)
+    texts = [first.text + "".join(collected(events))]
+    engine.submit(again)
+    assert texts == collected(alone)
+    wait_until(lambda: not engine.running)
+    assert good.steered is not None
+    [live] = [m.steering.live for m in good.steered.several.mixtures]
+    assert live is not None and not live._rows  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_prompt_that_is_given_up_while_it_is_weighed_leaves_the_memory_at_once(
+    adapters: Adapters, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch)
+    asked = [{"model": "host", "prompt": "The m", "max_tokens": 400}]
+    asked.append({"model": "host+sea", "prompt": domain_text(5)[:300]})
+    [(beside, grown), (job, events)] = jobs(adapters, asked)
+    weighing, goes_on = threading.Event(), threading.Event()
+    read: list[weakref.ref[LiveReading]] = []
+    score_all = Live.score_all
+
+    def held(self: Live, questions: Any, *given: Any) -> Any:
+        if not read:
+            read.append(weakref.ref(questions[0][0]))
+            weighing.set()
+            goes_on.wait(WAIT_SEC)
+        return score_all(self, questions, *given)
+
+    monkeypatch.setattr(Live, "score_all", held)
+    engine.submit(beside)
+    grown.get(timeout=WAIT_SEC)
+    gc.disable()
+    try:
+        engine.submit(job)
+        assert weighing.wait(WAIT_SEC)
+        job.cancel()
+        goes_on.set()
+        wait_until(lambda: read[0]() is None)
+    finally:
+        gc.enable()
+        beside.cancel()
+    assert events.empty()
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.7), (5, 1.0), (9, 0.35), (1, 0.2), (0, 1e-9)])

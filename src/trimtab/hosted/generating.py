@@ -81,6 +81,7 @@ def opened(
 
     Raises:
         ModelError: It cannot be reached, or refuses key or model.
+        InputError: It has not been looked at yet, and the budget of tokens may be too small for it.
     """
     address = Address.of(host, options.api_url)
     tokens = open_known(options.api_tokenizer, progress) if options.api_tokenizer else None
@@ -158,6 +159,7 @@ def generate_hosted(
     Raises:
         AdapterError: The adapter has no expert, or other carriers are named.
         ModelError: The API cannot do what is asked, refuses, or has failed at every attempt.
+        InputError: As for `opened`.
     """
     manifest = _check(config)
     with opened(config.host, config, progress=progress, on_note=on_note) as host:

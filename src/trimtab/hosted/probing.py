@@ -56,7 +56,7 @@ def capabilities_of(
             raise InputError(
                 f"{client.address.url} has not been looked at yet; that takes up to {most} tokens,"
                 " which --api-budget-tokens does not allow",
-                hint="look once with `trimtab hosts probe`, or give a larger budget",
+                hint="give a larger budget, or look once without one: `trimtab hosts probe`",
             )
         found = _Prober(client, tokens, top).probe()
         write_capabilities(path, found)

@@ -32,6 +32,7 @@ def echoing(
         return text, ()
     ids = prompt.token_ids
     told = [Likely(ids[0], None)]
+    yield
     for places, logprobs in _distributions(host, job, read):
         yield
         told += [likely(row, ids[p + 1], top) for p, row in zip(places, logprobs, strict=True)]

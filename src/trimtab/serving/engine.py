@@ -20,10 +20,11 @@ from trimtab.serving.trace import Speller
 from trimtab.serving.turns import Turns
 from trimtab.serving.work import Busy, Closing, Done, Failed, Job, Piece, TimeUp
 
-TURN_SEC, TURN_STEPS = 0.4, 4
-"""While answers are in the making a prompt is read for so long, or for as long as so many of their
-steps take, before they have the next one. The longer a turn, the longer they pause; the shorter,
-the longer those wait that would share their steps."""
+TURN_SEC, TURN_STEPS, LONGEST_TURN_SEC = 0.4, 4, 2.0
+"""While answers are in the making a prompt is read for so long before they have their next step, or
+for as long as so many of their steps take, whichever is longer; and never for longer than the last.
+The longer a turn, the longer they pause; the shorter, the longer those wait that would share their
+steps."""
 
 _IDLE_SEC = 1.0
 
@@ -47,7 +48,7 @@ class Counts:
 class Engine:
     """Continuous batching: rows join when their prompt is read, and leave when they are done.
 
-    A prompt is read alone, a chunk between two steps. Then its rows take part in every pass of the
+    A prompt is read alone, for a turn between two steps. Then its rows take part in every pass of the
     host, whatever the lengths and adapters of the others; those that the same adapters steer are
     asked together. Owners of requests take turns. Those of one owner wait in order; a request of
     many prompts goes back to the end of the queue after each of them, so that it does not hold up
@@ -216,17 +217,18 @@ class Engine:
         self._reading = reading = self._reading or self._next_prompt()
         if reading is None or not reading.go_on(self._turn_sec()):
             return
-        try:
-            self._say_first(reading)
-        finally:
-            self._reading = None
-            # Of those that do not go on nothing is kept.
-            if reading.rows[0] not in self._rows:
-                reading.rows[0].forget()
+        # Until then it is the one that an error ends.
+        self._say_first(reading)
+        self._reading = None
+        # Of those that do not go on nothing is kept.
+        if reading.rows[0] not in self._rows:
+            reading.rows[0].forget()
 
     def _turn_sec(self) -> float | None:
         """How long a prompt may be read before the next step; None where no answer waits for it."""
-        return max(TURN_SEC, TURN_STEPS * self._step_sec) if self._rows else None
+        if not self._rows:
+            return None
+        return min(max(TURN_SEC, TURN_STEPS * self._step_sec), LONGEST_TURN_SEC)
 
     def _say_first(self, reading: Reading) -> None:
         """Begin the answers to a prompt that has been read."""
@@ -252,7 +254,8 @@ class Engine:
         self.counts.steps += 1
         self.counts.stepped_rows += len(self._rows)
         self._write(list(self._rows), self._steered(self._rows, hidden))
-        self._step_sec = time.monotonic() - began_sec
+        took_sec = time.monotonic() - began_sec
+        self._step_sec = 0.8 * self._step_sec + 0.2 * took_sec if self._step_sec else took_sec
 
     def _steered(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         """The distribution of each row's next token, [rows, vocab]; a row may end here."""

@@ -108,7 +108,8 @@ class Reading:
                 beside.several.read_ahead(self._so_far(hidden), beside.chats)
         if beside:
             yield
-        if steered:
+        # Where nothing is written, nothing is steered by these weights.
+        if steered and job.options.max_tokens:
             yield from self._weigh()
         if job.options.echo:
             # All its tokens are asked about, in a tree that the row could not go on from.
@@ -132,6 +133,8 @@ class Reading:
         return ReadPrompt(torch.tensor(ids), tuple(pieces), hidden, row=row.number)
 
     def forget(self) -> None:
-        """Let go of what small models keep of its answers."""
+        """Let go of what is read, and of what small models keep of its answers."""
+        # What has been begun would keep itself alive.
+        self._pieces.close()
         for row in self.rows:
             row.forget()

@@ -144,7 +144,10 @@ class Field:
 
 
 def _likely(logits: Tensor, most: int) -> Tensor:
-    """Tokens near the likeliest of some row, of the `most` likeliest there, shape [likely]."""
+    """Tokens near the likeliest of some row, of the `most` likeliest there, shape [likely].
+
+    What ties with the last of these is one of them.
+    """
     least = (logits.amax(-1) - CANDIDATE_NATS).tolist()
     # numpy compares, and finds what is true, several times as fast as torch on a processor.
     rows = logits.numpy() if logits.device.type == "cpu" else logits
@@ -155,12 +158,13 @@ def _likely(logits: Tensor, most: int) -> Tensor:
     token_ids = torch.from_numpy(np.flatnonzero(near)) if is_array else near.nonzero()[:, 0]
     if len(token_ids) <= most:
         return token_ids
-    chosen = logits[:, token_ids].cpu().numpy()
-    # Of each row the likeliest, and what is as likely as the last of these.
-    last = np.partition(chosen, -most, -1)[:, -most]
-    bounds = np.maximum(last, np.nextafter(chosen.max(-1) - CANDIDATE_NATS, np.inf))
-    inside = torch.from_numpy((chosen >= bounds[:, None]).any(0))
-    return token_ids[inside.to(token_ids.device)]
+    chosen = logits[:, token_ids]
+    if is_array:
+        last = torch.from_numpy(np.partition(chosen.numpy(), -most, -1)[:, -most])
+    else:
+        last = chosen.topk(most, -1).values[:, -1]
+    is_near = chosen > chosen.amax(-1, keepdim=True) - CANDIDATE_NATS
+    return token_ids[(is_near & (chosen >= last[:, None])).any(0)]
 
 
 def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
