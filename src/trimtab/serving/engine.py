@@ -48,7 +48,7 @@ class Counts:
 class Engine:
     """Continuous batching: rows join when their prompt is read, and leave when they are done.
 
-    A prompt is read alone, for a turn between two steps. Then its rows take part in every pass of the
+    A prompt is read alone, a turn between two steps. Then its rows take part in every pass of the
     host, whatever the lengths and adapters of the others; those that the same adapters steer are
     asked together. Owners of requests take turns. Those of one owner wait in order; a request of
     many prompts goes back to the end of the queue after each of them, so that it does not hold up
