@@ -1,12 +1,16 @@
 """The translation bench's own parts: parallel sentences, and scores with their errors."""
 
 import statistics
+from pathlib import Path
 
 import pytest
 
-from bench.translation.corpus import Pair, is_french, sentence_pairs
-from bench.translation.data import TEST_CHAPTERS, _sample, _training
+from bench.translation.__main__ import main
+from bench.translation.corpus import Pair, is_french, sentence_pairs, write_pairs, write_texts
+from bench.translation.data import SETS, TEST_CHAPTERS, Data, _sample, _training
+from bench.translation.run import EVALUATED, ROWS
 from trimtab.errors import InputError
+from trimtab.store.files import read_json, write_json
 
 
 def test_sentences_are_paired_where_both_sides_have_as_many() -> None:
@@ -70,3 +74,28 @@ def test_without_sacrebleu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError) as error:
         scores.signatures()
     assert "trimtab[translation]" in error.value.hint
+
+
+def test_the_bench_runs_all_its_steps_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu")
+    data = Data(tmp_path / "data")
+    data.folder.mkdir()
+    write_texts(data.train, [f"La barre {n} tourne le navire. " * 12 for n in range(12)])
+    write_texts(data.general, [f"Le chat {n} dort sur la table. " * 8 for n in range(3)])
+    for name in SETS:
+        pairs = [Pair("apt", f"The {name} turns {n}.", f"La {name} tourne {n}.") for n in range(3)]
+        write_pairs(data.pairs(name), pairs)
+    asked = {"sentences": 3, "seed": 0}
+    write_json(data.folder / "data.json", {"schema": 1, "asked": asked, "packages": {}})
+    words = ["--folder", str(tmp_path), "--small", "tiny:llama", "--host", "tiny:marian"]
+    words += ["--sentences", "3", "--train-tokens", "1200", "--results", str(tmp_path / "out.json")]
+    main([*words, "--translations", "1"])
+    first = read_json(tmp_path / "out.json", "results")
+    assert {*first["bits_per_byte"]["handbook"]} == {*EVALUATED}
+    main([*words, "--translations", "2", "--steps", "translate"])
+    found = read_json(tmp_path / "out.json", "results")
+    for name in SETS:
+        assert {*found["translations"][name]["rows"]} == {*ROWS}
+        assert found["translations"][name]["sentences"] == 2
+        kept = read_json(tmp_path / "translations" / f"{name}-all-1.json", "translations")
+        assert len(kept["texts"]) == 2

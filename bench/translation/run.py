@@ -98,15 +98,17 @@ def adapt(settings: Settings, data: Data, display: Display) -> None:
         validations=2,
         seed=settings.seed,
     )
-    trimtab.tune(tuning, progress=display)
+    trimtab.tune(tuning, progress=display.progress)
     recording = RecordConfig(
         expert=folder / "expert",
         out=folder / "recording",
         general=(str(data.general),),
         max_tokens=tokens,
     )
-    trimtab.record(recording, progress=display)
-    trimtab.fit(FitConfig(recording=folder / "recording", out=settings.adapter), progress=display)
+    trimtab.record(recording, progress=display.progress)
+    trimtab.fit(
+        FitConfig(recording=folder / "recording", out=settings.adapter), progress=display.progress
+    )
 
 
 def measure(settings: Settings, data: Data, display: Display) -> None:
@@ -124,7 +126,7 @@ def measure(settings: Settings, data: Data, display: Display) -> None:
             stride_tokens=240,
             seed=settings.seed,
         ),
-        progress=display,
+        progress=display.progress,
     )
     (result,) = evaluation.report.hosts
     found = {
@@ -183,11 +185,11 @@ def _go_on(
     carriers, mounted, live = ROWS[row], None, None
     if carriers:
         seat = MountConfig(adapter=settings.adapter, host=settings.host_ref)
-        mounted = trimtab.mount(seat, host=host, progress=display)
+        mounted = trimtab.mount(seat, host=host, progress=display.progress)
         live = open_live(mounted, host) if "expert" in carriers else None
     sources, texts = kept["asked"]["sources"], list(kept["texts"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with display(f"{path.stem}", len(sources)) as advance:
+    with display.progress(f"{path.stem}", len(sources)) as advance:
         advance(len(texts))
         for source in sources[len(texts) :]:
             start = time.perf_counter()

@@ -12,7 +12,11 @@ RESAMPLES = 200
 
 def signatures() -> dict[str, str]:
     """What exactly is computed, as sacrebleu writes it."""
-    return {name: str(metric.get_signature()) for name, metric in _metrics().items()}
+    metrics = _metrics()
+    for metric in metrics.values():
+        # It names the number of references, which a metric knows once it has scored some.
+        metric.corpus_score([""], [[""]])
+    return {name: str(metric.get_signature()) for name, metric in metrics.items()}
 
 
 def score(rows: Mapping[str, Sequence[str]], references: Sequence[str], seed: int) -> Any:
