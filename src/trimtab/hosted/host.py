@@ -72,8 +72,10 @@ class HostedModel:
 
     def count_read(self, text: str, *, chat: bool) -> int:
         """Tokens that it reads where it is sent a text or a message, or more than is likely."""
-        begins = self.tokens.context_ids() if self.tokens is not None else (0,)
-        return self.count(text) + (TEMPLATE_TOKENS if chat else len(begins))
+        if chat:
+            return self.count(text) + TEMPLATE_TOKENS
+        begins = 1 if self.tokens is None else len(self.tokens.context_ids())
+        return self.count(text) + begins
 
     def allows(self, prefix: Prefix, wanted: Wanted) -> bool:
         """Whether a call stays within the budget."""
