@@ -450,6 +450,32 @@ def test_a_full_queue_a_deadline_and_an_end(host: HFModel) -> None:
         engine.submit(asking(host, "The m").job)
 
 
+def test_no_owner_fills_the_queue_for_all(host: HFModel) -> None:
+    engine = Engine(host, slots=1, queue=8)
+    engine.start()
+    long = [Prompt((5, 6))], Options(1500, choosing=GREEDY)
+    engine.submit(Asked(*long).job)
+    wait_until(lambda: bool(engine.running))
+
+    def taken(owner: str) -> int:
+        """How many requests of an owner the queue takes before it refuses one."""
+        for count in range(9):
+            try:
+                engine.submit(Asked(*long, owner=owner).job)
+            except Busy:
+                return count
+        raise AssertionError("more than the queue holds")
+
+    assert [taken("many"), taken("many"), taken("late"), taken("last")] == [6, 0, 2, 0]
+    engine.stop()
+    engine = Engine(host, slots=1, queue=8)
+    engine.start()
+    engine.submit(Asked(*long).job)
+    wait_until(lambda: bool(engine.running))
+    assert taken("") == 8
+    engine.stop()
+
+
 def test_nothing_is_kept_of_answers_that_do_not_go_on(
     host: HFModel, adapters: Adapters, engine: Engine
 ) -> None:

@@ -26,6 +26,10 @@ for as long as so many of their steps take, whichever is longer; and never for l
 The longer a turn, the longer they pause; the shorter, the longer those wait that would share their
 steps."""
 
+QUEUE_SHARE = 3
+"""An owner may have as many requests waiting as the queue has room for, times this: alone three
+quarters of it, and the more owners wait, the less each (Choudhury and Hahne 1998)."""
+
 _IDLE_SEC = 1.0
 
 
@@ -117,16 +121,22 @@ class Engine:
         """Put a request into the queue, from any thread.
 
         Raises:
-            Busy: The queue is full.
+            Busy: The queue is full, or holds its owner's share.
             Closing: The engine has been stopped.
         """
         with self._wake:
             if self._closing or not self._thread.is_alive():
                 raise Closing
-            if len(self._waiting) >= self._queue:
+            if not self._has_room(job.owner):
                 raise self.busy()
             self._waiting.append(job)
             self._wake.notify()
+
+    def _has_room(self, owner: str) -> bool:
+        room = self._queue - len(self._waiting)
+        own = sum(job.owner == owner for job in self._waiting)
+        # Without keys all are one owner.
+        return room > 0 and (not owner or own < QUEUE_SHARE * room)
 
     def busy(self) -> Busy:
         """What a request is told that there is no room for, with when to come back."""

@@ -137,10 +137,9 @@ class Field:
         token_ids = self.token_ids.to(device)
         shift = (logprobs[:, -1:] - self.logprobs[:, -1:]).to(device)
         full = self.logits.float() + (shift - self.normaliser.float())
-        is_forbidden = self.logits[:, token_ids].isneginf()
+        is_forbidden = self.logits.index_select(1, token_ids).isneginf()
         chosen = logprobs[:, :-1].float().to(device)
-        full[:, token_ids] = chosen.masked_fill(is_forbidden, -torch.inf)
-        return full
+        return full.index_copy_(1, token_ids, chosen.masked_fill(is_forbidden, -torch.inf))
 
 
 def _likely(logits: Tensor, most: int) -> Tensor:
@@ -148,23 +147,33 @@ def _likely(logits: Tensor, most: int) -> Tensor:
 
     What ties with the last of these is one of them.
     """
-    least = (logits.amax(-1) - CANDIDATE_NATS).tolist()
+    least = logits.amax(-1) - CANDIDATE_NATS
     # numpy compares, and finds what is true, several times as fast as torch on a processor.
     rows = logits.numpy() if logits.device.type == "cpu" else logits
-    near: Any = rows[0] > least[0]
-    for row, bound in zip(rows[1:], least[1:], strict=True):
+    bounds = least.tolist()
+    near: Any = rows[0] > bounds[0]
+    for row, bound in zip(rows[1:], bounds[1:], strict=True):
         near |= row > bound
     is_array = isinstance(near, np.ndarray)
     token_ids = torch.from_numpy(np.flatnonzero(near)) if is_array else near.nonzero()[:, 0]
     if len(token_ids) <= most:
         return token_ids
-    chosen = logits[:, token_ids]
-    if is_array:
-        last = torch.from_numpy(np.partition(chosen.numpy(), -most, -1)[:, -most])
+    chosen = logits.index_select(1, token_ids)
+    is_near = chosen > least[:, None]
+    # Most rows are sure enough to have fewer, and need no search for their last one.
+    crowded = (is_near.sum(-1) > most).nonzero()[:, 0]
+    if len(crowded):
+        is_near[crowded] &= _are_among(chosen[crowded], most)
+    return token_ids[is_near.any(0)]
+
+
+def _are_among(logits: Tensor, most: int) -> Tensor:
+    """Whether a row's tokens are among its `most` likeliest, ties with the last one included."""
+    if logits.device.type == "cpu":
+        last = torch.from_numpy(np.partition(logits.numpy(), -most, -1)[:, -most])
     else:
-        last = chosen.topk(most, -1).values[:, -1]
-    is_near = chosen > chosen.amax(-1, keepdim=True) - CANDIDATE_NATS
-    return token_ids[(is_near & (chosen >= last[:, None])).any(0)]
+        last = logits.topk(most, -1).values[:, -1]
+    return logits >= last[:, None]
 
 
 def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +183,7 @@ def _over(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "the host's logits are no numbers",
             hint="use --dtype float32, or another copy of the host",
         )
-    chosen = logits[:, token_ids]
+    chosen = logits.index_select(1, token_ids)
     tops, places = chosen.max(-1)
     # The tail is summed by itself: one less the candidates' share would be lost in rounding.
     totals, surprises = _beneath(logits, token_ids, tops, token_ids[places])
