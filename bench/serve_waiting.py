@@ -1,11 +1,12 @@
 r"""How long an answer in the making waits for its next token while a steered prompt is read.
 
     python -m bench.serve_waiting --adapter FOLDER --host MODEL --zig FOLDER \\
-        --leave-out FOLDER ... --out RESULT.json
+        --leave-out FOLDER ... --out RESULT.json [--echo]
 
 An answer of the bare host streams from a server of this process. Meanwhile a long prompt comes
 that the adapter steers with all its carriers. What is measured: the longest pause between two
-pieces of the stream while that is so, and when the prompt's first token comes.
+pieces of the stream while that is so, and when the prompt's first token comes. With `--echo` the
+prompt is said again instead, with the log-probabilities of its tokens, as who scores a text asks.
 """
 
 import statistics
@@ -31,7 +32,10 @@ STREAMED_TOKENS = 400
 
 def main() -> None:
     """Measure and write."""
-    given = held_out.arguments(__doc__).parse_args()
+    parser = held_out.arguments(__doc__)
+    parser.add_argument("--echo", action="store_true", help="score the prompt; write nothing")
+    given = parser.parse_args()
+    asks = {"max_tokens": 0, "echo": True, "logprobs": 1} if given.echo else {"max_tokens": 1}
     host = open_model(given.host)
     config = ServeConfig(
         host=given.host,
@@ -51,13 +55,15 @@ def main() -> None:
         for tokens in PROMPT_TOKENS:
             # Another prompt each time, as nothing is kept of those before.
             prompts = [ids[:tokens] for ids in texts if len(ids) >= tokens][: REPETITIONS + 1]
-            found = [_measured(client, prompt, banned) for prompt in prompts][1:]
+            found = [_measured(client, {"prompt": ids, **asks}, banned) for ids in prompts][1:]
             pauses_sec, firsts_sec = zip(*found, strict=True)
             rows.append(
                 {
                     "tokens": tokens,
                     "longest_pause_sec": round(statistics.median(pauses_sec), 2),
-                    "first_token_sec": round(statistics.median(firsts_sec), 2),
+                    "answer_sec" if given.echo else "first_token_sec": round(
+                        statistics.median(firsts_sec), 2
+                    ),
                     "pauses_sec": [round(sec, 2) for sec in pauses_sec],
                     "firsts_sec": [round(sec, 2) for sec in firsts_sec],
                 }
@@ -68,12 +74,11 @@ def main() -> None:
 
 
 def _measured(
-    client: httpx2.Client, prompt: list[int], banned: dict[str, int]
+    client: httpx2.Client, asks: dict[str, Any], banned: dict[str, int]
 ) -> tuple[float, float]:
     """The longest pause of a stream while a prompt is read, and how long that takes."""
     streamed = {"model": "host", "prompt": "The ship", "max_tokens": STREAMED_TOKENS}
-    asked = {"model": "host+zig", "prompt": prompt, "max_tokens": 1}
-    asked |= {"trimtab": {"carriers": CARRIERS}, "temperature": 0}
+    asked = {"model": "host+zig", "trimtab": {"carriers": CARRIERS}, "temperature": 0, **asks}
     pauses_sec, before_sec = [0.0], 0.0
     with ThreadPoolExecutor(1) as pool:
         body = streamed | {"stream": True, "temperature": 0, "logit_bias": banned}

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from test_generate import HOST, PROMPTS, domain_text, run, tokens_read
 from test_generate import adapter as adapter  # a fixture
 from test_generate import host as host  # a fixture
+from torch import Tensor
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
 from trimtab.backends.chat import prompt_ids
@@ -24,7 +26,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.reading import LiveReading
-from trimtab.config import ServeConfig
+from trimtab.config import CarrierName, ServeConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.serving import batch as batching
 from trimtab.serving.adapters import Adapters
@@ -34,7 +36,7 @@ from trimtab.serving.engine import Engine
 from trimtab.serving.prepare import Preparer
 from trimtab.serving.protocol import ChatRequest, CompletionRequest
 from trimtab.serving.reading import PREFILL_TOKENS
-from trimtab.serving.rows import Row
+from trimtab.serving.rows import Row, next_number
 from trimtab.serving.turns import Turns
 from trimtab.serving.work import (
     Busy,
@@ -481,7 +483,9 @@ def test_nothing_is_kept_of_answers_that_do_not_go_on(
 ) -> None:
     bodies = [
         {"model": "host+sea", "prompt": "The rudder turns", "max_tokens": tokens, "echo": True}
+        | {"logprobs": told}
         for tokens in (0, 1, 3)
+        for told in (None, 2)
     ]
     asked = jobs(adapters, bodies)
     for job, events in asked:
@@ -612,24 +616,41 @@ def read_prompt(host: HFModel, text: str) -> ReadPrompt:
     return ReadPrompt(ids, pieces, host.hidden(ids[None])[0])
 
 
-def test_a_prompt_is_scored_as_evaluate_scores_it(host: HFModel, adapters: Adapters) -> None:
+def prequential(
+    host: HFModel, several: Several, read: ReadPrompt, few: int | None = None
+) -> tuple[Tensor, int]:
+    """The distributions after all tokens but the last, and in how many pieces they were found."""
+    told: list[Tensor] = []
+    pieces = several.prequential(
+        host.unembedding, read, lambda _, logprobs: told.append(logprobs), lambda: few
+    )
+    count = sum(1 for _ in pieces)
+    return torch.cat(told), count
+
+
+@pytest.mark.parametrize("carriers", [["head", "memory"], ["expert"], ["head", "memory", "expert"]])
+def test_a_prompt_is_scored_as_evaluate_scores_it(
+    host: HFModel, adapters: Adapters, carriers: list[CarrierName]
+) -> None:
     text = domain_text(7)[:400]
-    several = adapters.mixture(adapters.chosen("host+sea", ["head", "memory"], None))
-    read = read_prompt(host, text)
-    told = [logprobs for _, logprobs in several.prequential(host.unembedding, read)]
-    ours = torch.cat(told).gather(1, read.token_ids[1:, None])[:, 0]
+    several = adapters.mixture(adapters.chosen("host+sea", carriers, None))
+    read = replace(read_prompt(host, text), row=next_number())
+    told, pieces = prequential(host, several, read)
+    ours = told.gather(1, read.token_ids[1:, None])[:, 0]
     steering = several.mixtures[0].steering
     scored = score_document(host, text, steering, window_tokens=512, stride_tokens=512)
-    expected = scored.rows["head+memory"].logprobs.float()
+    expected = scored.rows[steering.rows[0]].logprobs.float()
     torch.testing.assert_close(ours[-len(expected) :], expected, atol=1e-4, rtol=1e-4)
+    again, smaller = prequential(host, several, replace(read, row=next_number()), 5)
+    torch.testing.assert_close(again, told, atol=1e-5, rtol=1e-5)
+    assert pieces == smaller if "expert" not in carriers else smaller > 4 * pieces
 
 
 def test_several_adapters_are_one_mixture(host: HFModel, adapters: Adapters) -> None:
     read = read_prompt(host, PROMPTS[0])
     asked = adapters.chosen("host+sea:0.7+ship:1.6", ["head", "memory"], None)
     several = adapters.mixture(asked)
-    both = list(several.prequential(host.unembedding, read))
-    (places, dense), last = both[0], len(read.token_ids) - 1
+    dense, last = prequential(host, several, read)[0], len(read.token_ids) - 1
     # The reference: every predictor over the whole vocabulary, in two tables side by side.
     said = [
         next(iter(mixture.read(host.unembedding, read, list(range(last)))))[1]
@@ -644,7 +665,7 @@ def test_several_adapters_are_one_mixture(host: HFModel, adapters: Adapters) -> 
     prior = several.prior.double()
     assert prior.sum() == pytest.approx(1.0) and prior[0] == said_prior(several)
     weights = prior
-    for place in places:
+    for place in range(last):
         expected = (weights[:, None] * table[:, place]).sum(0)
         torch.testing.assert_close(dense[place].double().exp(), expected, atol=1e-6, rtol=1e-3)
         weights = weights * table[:, place, read.token_ids[place + 1]]

@@ -1,6 +1,6 @@
 """A prompt said again, with how likely each of its tokens was."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from trimtab.steering.pieces import Pieces
 
 
 def echoing(
-    host: HFModel, job: Job, prompt: Prompt, read: ReadPrompt
+    host: HFModel, job: Job, prompt: Prompt, read: ReadPrompt, few: Callable[[], int | None]
 ) -> Pieces[tuple[str, tuple[Likely, ...]]]:
     """The text of a prompt and, where they are asked for, the log-probabilities of its tokens.
 
@@ -24,7 +24,9 @@ def echoing(
         host: The host.
         job: Whose prompt it is.
         prompt: The prompt.
-        read: The same as the host has read it, with the states of all tokens.
+        read: The same as the host has read it, with the states of all tokens, and with a row of
+            the small models that nothing else reads.
+        few: As for `Several.prequential`.
     """
     text = text_before(read.token_bytes[prompt.shown_from :]).decode("utf-8", "replace")
     top = job.options.top_logprobs
@@ -32,18 +34,16 @@ def echoing(
         return text, ()
     ids = prompt.token_ids
     told = [Likely(ids[0], None)]
+
+    def tell(places: Sequence[int], logprobs: Tensor) -> None:
+        pairs = zip(places, logprobs, strict=True)
+        told.extend(likely(row, ids[place + 1], top) for place, row in pairs)
+
     yield
-    for places, logprobs in _distributions(host, job, read):
-        yield
-        told += [likely(row, ids[p + 1], top) for p, row in zip(places, logprobs, strict=True)]
-    return text, tuple(told[prompt.shown_from :])
-
-
-def _distributions(
-    host: HFModel, job: Job, read: ReadPrompt
-) -> Iterator[tuple[Sequence[int], Tensor]]:
     if job.steered:
-        yield from job.steered.several.prequential(host.unembedding, read)
-        return
-    for places, logits in logits_in_chunks(host.unembedding, read.hidden[:-1]):
-        yield places, logits.log_softmax(-1)
+        yield from job.steered.several.prequential(host.unembedding, read, tell, few)
+    else:
+        for places, logits in logits_in_chunks(host.unembedding, read.hidden[:-1]):
+            tell(places, logits.log_softmax(-1))
+            yield
+    return text, tuple(told[prompt.shown_from :])

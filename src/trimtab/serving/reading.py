@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from trimtab.backends.hf import HFModel
 from trimtab.serving.batch import Batch
 from trimtab.serving.echo import echoing
-from trimtab.serving.rows import Row
+from trimtab.serving.rows import Row, next_number
 from trimtab.serving.trace import Speller
 from trimtab.serving.work import Job, Likely
 from trimtab.steering.evidence import ReadPrompt
@@ -112,19 +112,36 @@ class Reading:
         if steered and job.options.max_tokens:
             yield from self._weigh()
         if job.options.echo:
-            # All its tokens are asked about, in a tree that the row could not go on from.
-            alone = replace(self._so_far(torch.cat(self._hidden)), row=None)
-            self.shown = yield from echoing(self._host, job, prompt, alone)
+            yield from self._echo()
 
     def _weigh(self) -> Pieces[None]:
         assert self.job.steered
         several, chats = self.job.steered.several, self.job.steered.chats
-        prompt = self._so_far(torch.cat(self._hidden))
         unembedding = self._host.unembedding
-        few = PIECE_PLACES if self._others_wait else None
-        weights = yield from several.weighing(unembedding, prompt, chats, few)
+        weights = yield from several.weighing(unembedding, self._whole(), chats, self._few())
         for row in self.rows:
             row.weights = weights
+
+    def _echo(self) -> Pieces[None]:
+        job, prompt = self.job, self.job.prompts[self._number]
+        # Small models are asked about all its tokens, from the first: the answer's own row has
+        # read further by now.
+        again = next_number()
+        read = replace(self._whole(), row=again)
+        try:
+            self.shown = yield from echoing(self._host, job, prompt, read, self._few)
+        finally:
+            if job.steered:
+                job.steered.several.forget(again)
+
+    def _few(self) -> int | None:
+        """About how many places the small models are asked in a piece; None for any number."""
+        return PIECE_PLACES if self._others_wait else None
+
+    def _whole(self) -> ReadPrompt:
+        if len(self._hidden) > 1:
+            self._hidden = [torch.cat(self._hidden)]
+        return self._so_far(self._hidden[0])
 
     def _so_far(self, hidden: Tensor) -> ReadPrompt:
         """What is read of the prompt, with the states of its last tokens."""

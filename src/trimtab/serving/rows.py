@@ -26,6 +26,11 @@ SEED_STEP = 0x9E3779B97F4A7C15
 _numbers = count()
 
 
+def next_number() -> int:
+    """A number that names a row, or what small models read of one, in this process alone."""
+    return next(_numbers)
+
+
 @final
 class Row:
     """One answer in the making."""
@@ -45,7 +50,7 @@ class Row:
         options = job.options
         self.job = job
         self.choice = prompt * options.answers + answer
-        self.number = next(_numbers)
+        self.number = next_number()
         self.token_ids = list(job.prompts[prompt].token_ids)
         self.prompt_tokens = len(self.token_ids)
         self.pieces = [vocabulary.token_bytes[i] for i in self.token_ids]

@@ -141,13 +141,20 @@ class Mixture:
             asked: As for `read`, at least one.
             few: As for `predicting`.
         """
-        scores = []
+        found = yield from self.saying(unembedding, prompt, asked, few)
+        return torch.cat([said.of_tokens(tokens_after(prompt, some)) for some, said in found], 1)
+
+    def saying(
+        self, unembedding: Unembeds, prompt: ReadPrompt, asked: Sequence[int], few: int | None
+    ) -> Pieces[list[tuple[Sequence[int], Said]]]:
+        """As `read`, all of it, in pieces; arguments are those of `scoring`."""
+        found = []
         for positions, rows in self._rows(unembedding, prompt, asked):
             if rows.questions:
                 yield
-            said = self._what_is_said((yield from predicting(self.steering, rows, few)))
-            scores.append(said.of_tokens(tokens_after(prompt, positions)))
-        return torch.cat(scores, 1)
+            predictions = yield from predicting(self.steering, rows, few)
+            found.append((positions, self._what_is_said(predictions)))
+        return found
 
     def read_ahead(self, prompt: ReadPrompt) -> None:
         """Let the small models read what is there of a prompt, into the caches of its row.

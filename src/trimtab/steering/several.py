@@ -1,6 +1,6 @@
 """Several adapters on one host: their predictors weighed together, the bare host among them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from trimtab.steering.evidence import (
     tokens_after,
 )
 from trimtab.steering.explain import Voice
+from trimtab.steering.field import CHUNK_ROWS
 from trimtab.steering.pieces import Pieces, at_once
 from trimtab.steering.predictors import Rows
 from trimtab.unembedding import Unembeds
@@ -140,32 +141,46 @@ class Several:
         return tuple(found)
 
     def prequential(
-        self, unembedding: Unembeds, prompt: ReadPrompt
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """The steered distribution of each of a prompt's tokens, given those before it.
+        self,
+        unembedding: Unembeds,
+        prompt: ReadPrompt,
+        tell: Callable[[Sequence[int], Tensor], None],
+        few: Callable[[], int | None] = lambda: None,
+    ) -> Pieces[None]:
+        """The steered distribution of each of a prompt's tokens, given those before it, in pieces.
 
         The predictors are weighed anew after every token, as `evaluate` does it.
 
         Args:
             unembedding: The host's.
-            prompt: What the host has read, with the states of all its tokens; no chat.
-
-        Yields:
-            Some positions at a time, and log-probabilities of the token after each,
-            shape [positions, vocab].
+            prompt: What the host has read, with the states of all its tokens; no chat. Its row is
+                read on by the small models between the pieces.
+            tell: Called with some positions, ascending, and log-probabilities of the token after
+                each, shape [positions, vocab].
+            few: As for `predicting`, asked before each of these calls.
         """
         start: Tensor = self.prior
-        positions = list(range(len(prompt.token_ids) - 1))
-        reads = [mixture.read(unembedding, prompt, positions) for mixture in self.mixtures]
-        for found in zip(*reads, strict=True):
-            places, said = found[0][0], [one for _, one in found]
+        positions = range(len(prompt.token_ids) - 1)
+        for first in range(0, len(positions), CHUNK_ROWS):
+            places = positions[first : first + CHUNK_ROWS]
+            said = []
+            for mixture in self.mixtures:
+                found = yield from mixture.saying(unembedding, prompt, places, few())
+                said += [one for _, one in found]
             scores = self._joined([one.of_tokens(tokens_after(prompt, places)) for one in said])
             is_text = [bool(prompt.token_bytes[place + 1]) for place in places]
             # A token that is no text is no evidence.
             scores = torch.where(torch.tensor(is_text), scores, 0.0)
             columns = evidence_weights(scores, self.prior, share=self.share, start=start)
             start, weights = columns[:, -1], columns[:, :-1].float()
-            yield places, self.mixed(said, weights)
+            tell(places, self.mixed(said, weights))
+            yield
+
+    def forget(self, row: int) -> None:
+        """Let go of what the small models keep of a row."""
+        for mixture in self.mixtures:
+            if mixture.steering.live:
+                mixture.steering.live.forget(row)
 
     def _shares(self, weights: Tensor) -> list[Tensor]:
         """The weights of each mixture's members: the host's is divided among the mixtures."""
