@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.pair import open_pair
-from trimtab.compact import SAMPLE_ROWS, code_for, pack_states
+from trimtab.compact import SAMPLE_ROWS, code_for
 from trimtab.encoding import bits_needed, decode_topk, encode_topk, pack_topk, unpack_topk
 from trimtab.losses import kl_nats
 from trimtab.store.files import package_versions, write_json
 from trimtab.store.recording import Recording
+from trimtab.stored_states import pack_states
 from trimtab.unembedding import Unembedding
 
 SIZES = (8, 16, 23, 32, 64)

@@ -1,5 +1,6 @@
 """The compact encoding of states against slow references, bounds and the exact recording."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,20 +20,19 @@ from trimtab.compact import (
     SPACING,
     Precision,
     StateCode,
-    StoredStates,
     code_for,
     difference_basis,
-    pack_states,
-    unpack_states,
 )
 from trimtab.config import FitConfig, RecordConfig, TuneConfig
 from trimtab.errors import RecordingError
 from trimtab.fit import fit
 from trimtab.fitting.recorded import with_states
+from trimtab.foretelling import foretelling_for
 from trimtab.record import record
 from trimtab.rice import PART, decode_rows, encode_rows
 from trimtab.store.recording import Recording, read_code, write_code
 from trimtab.store.recording_schema import CODE_NAME
+from trimtab.stored_states import pack_states, unpack_states
 from trimtab.tune import tune
 from trimtab.types import silent
 from trimtab.unembedding import Unembedding
@@ -115,8 +115,12 @@ def drawn(rows: int, seed: int = 0) -> tuple[Unembedding, Tensor, Tensor]:
 
 
 def code_of(head: Unembedding, reference: Tensor, expert: Tensor, step: float) -> StateCode:
-    basis = difference_basis(reference[:500], expert[:500], head)
-    return StateCode(basis, head, Precision(step, likely_tokens=100, flattening=0.7))
+    known = reference[:500]
+    foretelling, left = foretelling_for(known, expert[:500] - known)
+    basis = difference_basis(foretelling.states(known), left, head)
+    return StateCode(
+        basis, foretelling, head, Precision(step, likely_tokens=100, flattening=0.7, row_nats=1e9)
+    )
 
 
 def kl(head: Unembedding, one: Tensor, other: Tensor) -> float:
@@ -140,6 +144,24 @@ def test_finer_steps_take_more_bytes_and_lose_less() -> None:
     assert found[-1][0] < HIDDEN and found[-1][1] < 0.001 < found[0][1] < 1
 
 
+def test_what_the_reference_foretells_takes_no_bytes() -> None:
+    head, reference, expert = drawn(700)
+    mixing = 0.3 * torch.randn(HIDDEN, 3) @ torch.randn(3, HIDDEN)
+    moved = expert + (reference - 1) @ mixing
+    sizes = {}
+    for name, theirs in (("moved", moved), ("plain", expert)):
+        code = code_of(head, reference, theirs, 0.1)
+        columns = pack_states(code.encode(reference, theirs), 9)
+        sizes[name] = columns["codes"].numel() / len(reference)
+        unforetold = replace(
+            code, foretelling=replace(code.foretelling, up=0 * code.foretelling.up)
+        )
+        columns = pack_states(unforetold.encode(reference, theirs), 9)
+        sizes[f"{name}, unforetold"] = columns["codes"].numel() / len(reference)
+    assert sizes["moved"] < 1.15 * sizes["plain"]
+    assert sizes["moved, unforetold"] > 1.3 * sizes["moved"]
+
+
 def test_what_is_packed_comes_back() -> None:
     head, reference, expert = drawn(70)
     # A token that only the expert expects.
@@ -152,8 +174,7 @@ def test_what_is_packed_comes_back() -> None:
     assert torch.equal(found.unexpected.token_ids, stored.unexpected.token_ids)
     assert torch.equal(found.unexpected.levels, stored.unexpected.levels)
     some = slice(20, 45)
-    part = compact.Unexpected(found.unexpected.token_ids[some], found.unexpected.levels[some])
-    states = code.decode(reference[some], StoredStates(found.numbers[some], part))
+    states = code.decode(reference[some], found.rows(some))
     torch.testing.assert_close(states, code.decode(reference, stored)[some])
 
 
@@ -166,6 +187,25 @@ def test_a_token_that_only_the_expert_expects_is_told() -> None:
     stored = code.encode(reference, expert)
     lost = kl(head, expert[:8], code.decode(reference, stored)[:8])
     assert lost < 0.01 * kl(head, expert[:8], reference[:8])
+
+
+def test_no_position_loses_more_than_it_may() -> None:
+    head, reference, expert = drawn(120, seed=6)
+    # Far from what was foretold, and not in one token.
+    expert[::10] += 3 * torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(7))
+    coarse = code_of(head, reference[1::2], expert[1::2], 0.3)
+    plain = compact._row_nats(
+        head, expert, coarse.decode(reference, coarse.encode(reference, expert))
+    )
+    limit = 2 * float(plain.median())
+    bounded = replace(coarse, precision=replace(coarse.precision, row_nats=limit))
+    stored = bounded.encode(reference, expert)
+    lost = compact._row_nats(head, expert, bounded.decode(reference, stored))
+    assert (plain > limit).any() and (lost <= limit * 1.001).all()
+    assert torch.equal(stored.halvings > 0, plain > limit)
+    torch.testing.assert_close(lost[plain <= limit], plain[plain <= limit])
+    found = unpack_states(pack_states(stored, 9), HIDDEN, 9)
+    assert torch.equal(found.halvings, stored.halvings)
 
 
 def test_rounding_stays_within_half_a_step_of_each_plane() -> None:
@@ -188,14 +228,15 @@ def test_rounding_stays_within_half_a_step_of_each_plane() -> None:
 def test_the_metric_is_the_covariance_of_what_the_next_token_depends_on() -> None:
     head, reference, expert = drawn(6)
     code = code_of(head, reference, expert, 0.1)
-    weights = code._weights(code._probs(reference))
-    factor = code._factor(weights, head.weight @ code.basis)
+    weights = code._weights(code._probs(code.foretelling.states(reference)))
+    halvings = torch.tensor([0, 1, 0, 3, 0, 0])
+    factor = code._factor(weights, halvings, head.weight @ code.basis)
     for row in range(6):
         shares, rows = weights[row] / weights[row].sum(), head.weight @ code.basis
         middle = sum(share * token for share, token in zip(shares, rows, strict=True))
-        metric = torch.eye(HIDDEN)
+        metric, step = torch.eye(HIDDEN), 0.1 / 2 ** int(halvings[row])
         for share, token in zip(shares, rows, strict=True):
-            metric += share * torch.outer(token - middle, token - middle) / 0.1**2
+            metric += share * torch.outer(token - middle, token - middle) / step**2
         torch.testing.assert_close(factor[row].T @ factor[row], metric, rtol=1e-3, atol=1e-3)
         assert (weights[row] > 0).sum() == 100
 
@@ -205,7 +246,7 @@ def test_a_reader_with_other_rounding_reads_nearly_the_same() -> None:
     code = code_of(head, reference, expert, 0.02)
     stored = code.encode(reference, expert)
     noise = 1 + 1e-3 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(4))
-    other = StateCode(code.basis, Unembedding(head.weight * noise), code.precision)
+    other = replace(code, head=Unembedding(head.weight * noise))
     same, found = code.decode(reference, stored), other.decode(reference, stored)
     assert not torch.equal(same, found)
     assert kl(head, same, found) < 1e-3 * kl(head, expert, reference)
@@ -223,9 +264,9 @@ def test_broken_columns_are_refused() -> None:
     head, reference, expert = drawn(40)
     code = code_of(head, reference, expert, 0.02)
     columns = pack_states(code.encode(reference, expert), 9)
-    for name, value in (("unexpected_sizes", 99), ("code_sizes", 3)):
+    for name, value in (("unexpected_sizes", 99), ("code_sizes", 3), ("halvings", 9)):
         broken = columns | {name: torch.full_like(columns[name], value)}
-        with pytest.raises(ValueError, match=r"cannot be|rows"):
+        with pytest.raises(ValueError, match=r"can.* be|rows"):
             unpack_states(broken, HIDDEN, 9)
 
 
@@ -272,6 +313,7 @@ def test_a_recording_keeps_what_the_exact_one_says(folder: Path) -> None:
         "step": encoding.step,
         "likely_tokens": encoding.likely_tokens,
         "flattening": encoding.flattening,
+        "row_nats": encoding.row_nats,
     }
     assert ours.manifest.files[CODE_NAME].bytes > 64 * 64
     with pytest.raises(RecordingError, match="has encoding 'exact', not 'compact'"):

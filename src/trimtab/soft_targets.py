@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair, PairStates
-from trimtab.compact import StateCode, pack_states
+from trimtab.compact import StateCode
 from trimtab.encoding import (
     Samples,
     TopK,
@@ -28,6 +28,7 @@ from trimtab.store.recording_schema import (
     SampledEncoding,
     SparseEncoding,
 )
+from trimtab.stored_states import pack_states
 from trimtab.text.passages import DocumentTokens, Passage
 from trimtab.types import Advance
 from trimtab.unembedding import Unembedding

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from trimtab.align.strings import token_lengths
-from trimtab.compact import StoredStates, Unexpected
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
 from trimtab.soft_targets import FLOAT16_LIMIT
 from trimtab.store.recording import Recording
+from trimtab.stored_states import StoredStates, Unexpected
 from trimtab.types import Progress
 from trimtab.unembedding import Unembedding
 from trimtab.vocab import Vocabulary
@@ -59,11 +59,12 @@ def with_states(
         unembedding: The reference's.
         progress: Shows the decoding.
     """
-    names = ("expert_numbers", "expert_unexpected_ids", "expert_unexpected_levels")
-    numbers, ids, levels = (columns[name] for name in names)
+    parts = ("numbers", "halvings", "unexpected_ids", "unexpected_levels")
+    names = [f"expert_{part}" for part in parts]
+    numbers, halvings, ids, levels = (columns[name] for name in names)
     code = recording.state_code(unembedding)
     with progress("decoding the recording (tokens)", len(numbers)) as advance:
-        stored = StoredStates(numbers, Unexpected(ids, levels))
+        stored = StoredStates(numbers, halvings, Unexpected(ids, levels))
         states = code.decode(columns["reference_hidden"], stored, advance)
     if not len(states) or float(states.abs().max()) <= FLOAT16_LIMIT:
         states = states.half()

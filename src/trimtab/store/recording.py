@@ -11,14 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.compact import (
-    STATE_COLUMNS,
-    Precision,
-    StateCode,
-    unpack_states,
-)
+from trimtab.compact import Precision, StateCode
 from trimtab.encoding import unpack_samples, unpack_topk
 from trimtab.errors import RecordingError
+from trimtab.foretelling import Foretelling
 from trimtab.store.adapter_schema import FileEntry
 from trimtab.store.files import read_json, sha256_file, writing_atomically
 from trimtab.store.recording_schema import (
@@ -38,6 +34,7 @@ from trimtab.store.recording_schema import (
     Split,
     read_recording_manifest,
 )
+from trimtab.stored_states import STATE_COLUMNS, unpack_states
 from trimtab.unembedding import Unembedding
 
 COMMON_COLUMNS = ("token_ids", "next_ids", "document_index", "reference_hidden")
@@ -46,7 +43,7 @@ _AS_STORED = (*COMMON_COLUMNS, "expert_hidden")
 """Columns that a reader gets as they lie in a shard."""
 _TOPK = ("top_ids", "top_logprobs", "log_tail", "log_normaliser")
 _SAMPLES = ("sample_ids", "sample_counts")
-_COMPACT = ("numbers", "unexpected_ids", "unexpected_levels")
+_COMPACT = ("numbers", "halvings", "unexpected_ids", "unexpected_levels")
 _STORED_SAMPLES = ("sample_sizes", *_SAMPLES)
 _STATES: dict[str, Literal["float16", "float32"]] = {"F16": "float16", "F32": "float32"}
 _BROKEN = "delete that file and run the same `trimtab record` command again"
@@ -59,8 +56,8 @@ def column_names(encoding: str) -> tuple[str, ...]:
     `document_index` and `reference_hidden` are in all, and all that splits without the expert
     have. exact adds `expert_hidden`; sparse adds, each for `expert_` and `reference_`, `top_ids`,
     `top_logprobs`, `log_tail` and `log_normaliser`; sampled adds `expert_sample_ids` and
-    `expert_sample_counts`; compact adds `expert_numbers`, `expert_unexpected_ids` and
-    `expert_unexpected_levels`, of which `trimtab.compact` makes states.
+    `expert_sample_counts`; compact adds `expert_numbers`, `expert_halvings`,
+    `expert_unexpected_ids` and `expert_unexpected_levels`, of which `trimtab.compact` makes states.
     """
     own = {
         "exact": ("expert_hidden",),
@@ -131,14 +128,17 @@ def write_unembedding(path: Path, unembedding: Unembedding) -> MovedHead:
 
 
 def write_code(path: Path, code: StateCode) -> None:
-    """Store what a compact recording's shards are read with; a byte for a number of the basis.
+    """Store what a compact recording's shards are read with; a byte for a number of a matrix.
 
     Raises:
         StorageError: The disk is full or the path cannot be written.
     """
-    basis = code.basis
-    largest = basis.abs().amax(0).clamp(min=torch.finfo(basis.dtype).tiny)
-    columns = {"basis": (basis / largest * 127).round().to(torch.int8), "largest": largest}
+    guess = code.foretelling
+    columns = {"mean": guess.mean, "offset": guess.offset}
+    for name, matrix in {"basis": code.basis, "up": guess.up, "down": guess.down.T}.items():
+        largest = matrix.abs().amax(0).clamp(min=torch.finfo(matrix.dtype).tiny)
+        columns[name] = (matrix / largest * 127).round().to(torch.int8)
+        columns[f"{name}_largest"] = largest
     precision = {
         name: torch.tensor(value, dtype=torch.float64)
         for name, value in asdict(code.precision).items()
@@ -159,11 +159,15 @@ def read_code(path: Path, head: Unembedding) -> StateCode:
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        basis = tensors["basis"].float() * (tensors["largest"] / 127)
-        step, likely, power = (float(tensors[field.name]) for field in fields(Precision))
+        basis, up, down = (
+            tensors[name].float() * (tensors[f"{name}_largest"] / 127)
+            for name in ("basis", "up", "down")
+        )
+        guess = Foretelling(down.T, up, tensors["mean"], tensors["offset"])
+        step, likely, power, nats = (float(tensors[field.name]) for field in fields(Precision))
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise _unreadable(path, error) from error
-    return StateCode(basis, head, Precision(step, int(likely), power))
+    return StateCode(basis, guess, head, Precision(step, int(likely), power, nats))
 
 
 @final
@@ -348,6 +352,7 @@ def _compact(shard: Any, hidden: int, id_bits: int) -> dict[str, Tensor]:
     states = unpack_states(stored, hidden, id_bits)
     return {
         "expert_numbers": states.numbers,
+        "expert_halvings": states.halvings,
         "expert_unexpected_ids": states.unexpected.token_ids,
         "expert_unexpected_levels": states.unexpected.levels,
     }

@@ -76,6 +76,8 @@ class CompactEncoding(Part):
     """The reference's likeliest tokens, which tell how a logit matters."""
     flattening: FiniteFloat = Field(gt=0)
     """Power of their probabilities."""
+    row_nats: FiniteFloat = Field(gt=0)
+    """KL(expert, stored) of one position from which on its step is halved."""
     id_bits: int = Field(ge=1, le=31)
     """Bits of a packed token id."""
 
