@@ -1,14 +1,19 @@
 """The demo's pieces: choosing text, reading packages, keeping times; the models stay out."""
 
+import html
 import random
+import re
+import shlex
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from examples.demo import completions, corpus, models, packages, run
 from examples.demo.clock import Clock
+from examples.demo.next_steps import next_steps, write_playground
 from trimtab.errors import InputError
 from trimtab.report import Completion
 from trimtab.store.files import sha256_bytes, write_json
@@ -225,3 +230,18 @@ def test_a_host_named_twice_is_refused(monkeypatch) -> None:
     with pytest.raises(SystemExit) as end:
         run.main(["--host", "a", "a"])
     assert end.value.code == 2
+
+
+def test_the_page_leads_to_a_prompt_that_the_adapter_changes(tmp_path: Path) -> None:
+    same = Completion("a", "one\n", "truth", "x\ny", "x\nz")
+    changed = Completion("b", 'fn f(a: *T) "&" {\n', "truth", "x", "return <b>;")
+    page = tmp_path / "playground.html"
+    for completions, prompt in (((same, changed), [changed.prompt]), ((same,), None), ((), None)):
+        write_playground(page, completions)
+        (address,) = re.findall('href="([^"]+)"', page.read_text())
+        link = urlsplit(html.unescape(address))
+        assert link.netloc == "127.0.0.1:8000"
+        assert parse_qs(link.fragment).get("prompt") == prompt
+    said = next_steps("host", tmp_path / "zig.adapter", tmp_path / "a b.zig", page)
+    assert str(page) in said and f"serve host --adapter zig={tmp_path / 'zig.adapter'}" in said
+    assert shlex.quote(str(tmp_path / "a b.zig")) in said

@@ -6,7 +6,6 @@ Every step continues where an interrupted run stopped: run the same command agai
 import argparse
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import trimtab
 from examples.demo import corpus, models
 from examples.demo.clock import Clock
 from examples.demo.completions import COMPLETIONS_NOTE, KEPT_NAME, completed
+from examples.demo.next_steps import next_steps, write_playground
 from trimtab import (
     EvaluateConfig,
     FitConfig,
@@ -172,24 +172,11 @@ def run(small: str, hosts: Sequence[str], out: Path | None = None) -> Report:
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.wall_sec.items())
     lost = "; more, since a step was killed" if clock.has_lost else ""
     print(f"time:    {sum(report.wall_sec.values()) / 60:.1f} min ({steps}{lost})")
-    print(_next_steps(job))
-    return report
-
-
-def _next_steps(job: Job) -> str:
-    """What to type next: the same adapter by hand."""
-    host = job.hosts[0].ref
+    page, host = out / "playground.html", job.hosts[0].ref
+    write_playground(page, reports[0].completions)
     prompt = min(job.test.rglob("*.zig"), key=lambda path: path.stat().st_size)
-    trimtab_at = shlex.quote(str(Path(sys.executable).with_name("trimtab")))
-    words = ("generate", "--host", host, "--adapter", str(job.adapter))
-    words += ("--carriers", "head,memory,expert", "--temperature", "0.7")
-    home = os.environ.get(HOME_VARIABLE)
-    cache = f"{HOME_VARIABLE}={shlex.quote(home)} " if home else ""
-    return (
-        f"next:    {trimtab_at} show {shlex.quote(str(job.adapter))}\n"
-        f"         {cache}{trimtab_at} {shlex.join(words)}"
-        f' "$(head -n 40 {shlex.quote(str(prompt))})"'
-    )
+    print(next_steps(host, job.adapter, prompt, page))
+    return report
 
 
 def _say_downloads(refs: Sequence[str]) -> None:
