@@ -599,7 +599,8 @@ def test_keys_are_kept_as_hashes_and_can_be_taken_away(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(InputError, match="already"):
         add_key(path, "one")
-    door = Doorkeeper(path, None)
+    complaints: list[str] = []
+    door = Doorkeeper(path, None, complain=complaints.append)
     entry = door.admit(f"Bearer {one}")
     assert entry and entry.name == "one"
     for wrong in (None, "", "Bearer", f"Basic {one}", f"Bearer {one}x", f"Bearer {two[:-1]}"):
@@ -616,8 +617,17 @@ def test_keys_are_kept_as_hashes_and_can_be_taken_away(tmp_path: Path) -> None:
         door.admit(f"Bearer {one}")
     assert door.admit(f"Bearer {two}") == read_keys(path)[0]
     path.write_text("{")
+    for _ in range(2):
+        with pytest.raises(ApiError):
+            door.admit(f"Bearer {two}")
+    # Once, and again when it has been whole in between.
+    assert len(complaints) == 1 and "not valid JSON" in complaints[0]
+    path.write_text(json.dumps(content))
+    assert door.admit(f"Bearer {two}")
+    path.unlink()
     with pytest.raises(ApiError):
         door.admit(f"Bearer {two}")
+    assert len(complaints) == 2 and "No such file" in complaints[1]
     with pytest.raises(InputError):
         Doorkeeper(path, None)
 
@@ -647,6 +657,27 @@ def test_others_are_not_let_in_without_keys(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as end:
         main(["serve", HOST, "--address", "0.0.0.0"])
     assert end.value.code == 2 and "trimtab key NAME" in capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_told_before_the_host_is_opened(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "keys.json").write_text("{")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for words, told in (
+            (["--port", str(port)], f"cannot listen on 127.0.0.1 port {port}"),
+            (["--adapter", f"sea={tmp_path}"], "adapter"),
+            (["--adapter", f"a+b={adapter}"], "'a+b' cannot be the name"),
+            (["--adapter", f"a={adapter}", "--adapter", f"a={adapter}"], "two are called a"),
+            (["--keys", str(tmp_path / "keys.json")], "not valid JSON"),
+        ):
+            with pytest.raises(SystemExit) as end:
+                main(["serve", str(tmp_path / "no-host"), *words])
+            said = " ".join(capsys.readouterr().err.split())
+            assert end.value.code == 2 and told in said and "no-host" not in said
 
 
 def test_adapters_come_and_go_without_dropping_requests(

@@ -29,6 +29,7 @@ from trimtab.backends.reading import LiveReading
 from trimtab.config import CarrierName, ServeConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.serving import batch as batching
+from trimtab.serving import rows
 from trimtab.serving.adapters import Adapters
 from trimtab.serving.batch import Batch, check_host
 from trimtab.serving.choose import Choosing, choose, keep_likely
@@ -283,6 +284,45 @@ def test_other_answers_grow_while_a_steered_prompt_is_read_and_weighed(
     assert [first.text + "".join(collected(grown))] == collected(grown_alone)
 
 
+def test_other_answers_grow_while_a_prompt_is_scored(
+    adapters: Adapters, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = {"model": "host+sea", "prompt": domain_text(5)[:420], "max_tokens": 0, "echo": True}
+    scored |= {"logprobs": 1}
+    [(alone, events)] = jobs(adapters, [scored])
+    assert alone.steered is not None
+    [live] = [m.steering.live for m in alone.steered.several.mixtures]
+    assert live is not None
+    with tokens_read(live.pair) as read:
+        engine.submit(alone)
+        expected = events.get(timeout=WAIT_SEC)
+    tokens = len(alone.prompts[0].token_ids)
+    # Once: no answer follows for which it would have to be read ahead.
+    assert isinstance(expected, Piece) and len(expected.tokens) == tokens
+    assert sum(read) < 2.5 * tokens
+    cut_small(monkeypatch)
+    biased = {str(i): -100 for i in adapters.host.end_ids}
+    plain = {"model": "host", "prompt": "The m", "max_tokens": 1000, "logit_bias": biased}
+    [(bare, grown), (job, told), (given_up, nothing)] = jobs(adapters, [plain, scored, scored])
+    engine.submit(bare)
+    assert isinstance(grown.get(timeout=WAIT_SEC), Piece)
+    before = engine.counts.steps
+    engine.submit(job)
+    found = told.get(timeout=WAIT_SEC)
+    # Asked at four places at a time.
+    assert engine.counts.steps - before >= tokens // 4
+    assert isinstance(found, Piece) and found.text == expected.text
+    for one, other in zip(found.tokens[1:], expected.tokens[1:], strict=True):
+        assert one.token_id == other.token_id
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    engine.submit(given_up)
+    wait_until(lambda: bool(live._rows))  # pyright: ignore[reportPrivateUsage]
+    given_up.cancel()
+    wait_until(lambda: not live._rows)  # pyright: ignore[reportPrivateUsage]
+    assert nothing.empty() and engine.running == 1
+    bare.cancel()
+
+
 def test_nothing_is_kept_of_a_prompt_that_is_given_up(
     host: HFModel, adapters: Adapters, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,6 +488,54 @@ def test_a_full_queue_a_deadline_and_an_end(host: HFModel) -> None:
         while isinstance(event := one.events.get(timeout=WAIT_SEC), Piece):
             pass
         assert isinstance(event, Failed) and isinstance(event.error, Closing)
+    with pytest.raises(Closing):
+        engine.submit(asking(host, "The m").job)
+
+
+def test_an_answer_whose_token_cannot_be_chosen_ends_alone(
+    host: HFModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [asking(host, "The rudder", max_tokens=20, seed=seed) for seed in range(3)]
+    choose_as_before = rows.choose
+
+    def choose_or_fail(logprobs: Tensor, by: Choosing, counts: Any, generator: Any) -> int:
+        if by.top_k == 7 and sum(counts.values()) == 4:
+            raise RuntimeError("no distribution")
+        return choose_as_before(logprobs, by, counts, generator)
+
+    monkeypatch.setattr(rows, "choose", choose_or_fail)
+    wrong = asking(host, "The rudder", max_tokens=20, choosing=Choosing(0.0, top_k=7))
+    for one in (asked[0], wrong, *asked[1:]):
+        engine.submit(one.job)
+    expected = list(run(None, "The rudder", max_new_tokens=20).texts)
+    for one in asked:
+        assert collected(one.events) == expected
+    while isinstance(event := wrong.events.get(timeout=WAIT_SEC), Piece):
+        pass
+    assert isinstance(event, Failed) and "no distribution" in str(event.error)
+
+
+def test_nobody_waits_for_an_engine_that_has_ended(
+    host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(host, slots=2, queue=8)
+    engine.start()
+    asked = [asking(host, "The rudder", max_tokens=1500) for _ in range(4)]
+    for one in asked:
+        engine.submit(one.job)
+    wait_until(lambda: engine.running == 2)
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError("no memory for a copy")
+
+    # One of two ends, and what is kept of the other cannot be copied.
+    monkeypatch.setattr(Batch, "keep", no_memory)
+    asked[0].job.cancel()
+    for one in asked[1:]:
+        while isinstance(event := one.events.get(timeout=WAIT_SEC), Piece):
+            pass
+        assert isinstance(event, Failed) and isinstance(event.error, MemoryError)
+    wait_until(lambda: not engine.is_alive)
     with pytest.raises(Closing):
         engine.submit(asking(host, "The m").job)
 

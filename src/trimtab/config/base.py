@@ -59,5 +59,7 @@ def check_named(adapters: Sequence[str]) -> None:
         name, separator, folder = given.partition("=")
         if not (name and separator and folder):
             raise ValueError(f"an adapter is given as NAME=FOLDER, and {given!r} is not")
-    if len({given.partition("=")[0] for given in adapters}) < len(adapters):
-        raise ValueError("each adapter needs a name of its own")
+    names = [given.partition("=")[0] for given in adapters]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"each adapter needs a name of its own, and two are called {name}")

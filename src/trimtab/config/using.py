@@ -155,7 +155,8 @@ class ServeConfig(Config):
     slots: int = Field(default=16, ge=1, le=1024)
     """Answers in the making at once."""
     queue: int = Field(default=64, ge=1, le=100_000)
-    """Requests that may wait for a slot; the next is told when to come back."""
+    """Requests that may wait for a slot, of one key three quarters of them; the next is told when
+    to come back."""
     context_tokens: int = Field(default=4096, ge=16)
     """Longest prompt and answer together, and no longer than the host's positions."""
     body_bytes: int = Field(default=1_000_000, ge=1024, le=100_000_000)
@@ -179,3 +180,8 @@ class ServeConfig(Config):
     def _adapters_have_names(self) -> "ServeConfig":
         check_named(self.adapter)
         return self
+
+    def adapters(self) -> tuple[tuple[str, Path], ...]:
+        """Names and folders of the adapters."""
+        pairs = (given.partition("=") for given in self.adapter)
+        return tuple((name, Path(folder)) for name, _, folder in pairs)

@@ -95,11 +95,7 @@ class Adapters:
             AdapterError: The adapter is broken or does not fit the host.
             ModelError: Its small model cannot be opened, where the expert is to steer.
         """
-        if not ADAPTER_NAME.fullmatch(name):
-            raise InputError(
-                f"{name!r} cannot be the name of an adapter in requests",
-                hint="use at most 64 letters, digits, dots, dashes and underscores",
-            )
+        check_adapter_name(name)
         seat = self._seat(name, path)
         carriers = seat.carriers or ()
         with self._mounting:
@@ -207,10 +203,25 @@ class Adapters:
                     for one in chosen
                 )
             )
-            self._mixed[key] = found
+            # One that was exchanged or taken away meanwhile steers this request, and is not kept.
+            if all(self._loaded.get(one.adapter.name) is one.adapter for one in chosen):
+                self._mixed[key] = found
             while len(self._mixed) > _KEPT:
                 self._mixed.popitem(last=False)
             return found
+
+
+def check_adapter_name(name: str) -> None:
+    """Make sure that requests can say an adapter's name.
+
+    Raises:
+        InputError: They cannot.
+    """
+    if not ADAPTER_NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot be the name of an adapter in requests",
+            hint="use at most 64 letters, digits, dots, dashes and underscores",
+        )
 
 
 def strengths_of(words: str) -> dict[str, float | None]:

@@ -1,5 +1,6 @@
 """Answers as OpenAI's clients read them. Pure."""
 
+import codecs
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -54,7 +55,7 @@ class Writer:
             "created": int(time.time()),
             "model": model,
         }
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, tuple[int, codecs.IncrementalDecoder]] = {}
         self._opened: set[int] = set()
 
     def whole(self, answers: Sequence[Answer], done: Done) -> dict[str, Any]:
@@ -113,12 +114,13 @@ class Writer:
         if self._chat:
             return {"content": [self._in_chat(token) for token in tokens], "refusal": None}
         names = [self._named(token.token_id) for token in tokens]
-        offset = self._offsets.get(index, 0)
+        offset, decoder = self._offsets.get(index) or (0, _decoder())
         offsets = []
         for token in tokens:
             offsets.append(offset)
-            offset += len(self._bytes(token.token_id).decode("utf-8", "ignore"))
-        self._offsets[index] = offset
+            # A character that several tokens share counts where it is complete.
+            offset += len(decoder.decode(self._bytes(token.token_id)))
+        self._offsets[index] = offset, decoder
         return {
             "tokens": names,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
@@ -152,6 +154,10 @@ class Writer:
             return text.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
+
+
+def _decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")
 
 
 def _with_own(token: Likely) -> list[tuple[int, float | None]]:

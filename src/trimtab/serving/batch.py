@@ -105,11 +105,11 @@ class Batch:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep some rows, in this order, and let go of the others."""
-        self.lengths = [self.lengths[row] for row in rows]
+        lengths = [self.lengths[row] for row in rows]
         if not rows:
-            self._cache = DynamicCache()
+            self._cache, self.lengths = DynamicCache(), lengths
             return
-        index, longest = torch.tensor(list(rows)), max(self.lengths)
+        index, longest = torch.tensor(list(rows)), max(lengths)
 
         def kept(side: Tensor) -> Tensor:
             # Columns in which no row has a token are cut off.
@@ -119,6 +119,7 @@ class Batch:
             None if layer is None else (kept(layer[0]), kept(layer[1]))
             for layer in layers_of(self._cache)
         )
+        self.lengths = lengths
 
     def step(self, token_ids: Sequence[int]) -> Tensor:
         """Read one more token of each row; final hidden states, shape [rows, hidden]."""

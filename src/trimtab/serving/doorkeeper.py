@@ -26,6 +26,7 @@ class Doorkeeper:
         path: Path | None,
         requests_per_minute: int | None,
         *,
+        complain: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Read the keys.
@@ -33,6 +34,7 @@ class Doorkeeper:
         Args:
             path: The file of keys; None lets everybody in.
             requests_per_minute: Of keys without a limit of their own.
+            complain: Told once when the file cannot be read any more, which locks everybody out.
             clock: Seconds; for tests.
 
         Raises:
@@ -40,12 +42,14 @@ class Doorkeeper:
         """
         self._path = path
         self._limit = requests_per_minute
+        self._complain = complain
+        self._is_broken = False
         self._clock = clock
         self._buckets: dict[str, _Bucket] = {}
         self._entries: tuple[KeyEntry, ...] = ()
         self._read_at: tuple[int, int] | None = None
         if path:
-            _entries(path)
+            read_some_keys(path)
 
     @property
     def asks_for_keys(self) -> bool:
@@ -60,10 +64,14 @@ class Doorkeeper:
             stat = self._path.stat()
             found_at = stat.st_mtime_ns, stat.st_ino
             if found_at != self._read_at:
-                self._entries, self._read_at = _entries(self._path), found_at
-        except (OSError, InputError):
+                self._entries, self._read_at = read_some_keys(self._path), found_at
+            self._is_broken = False
+        except (OSError, InputError) as error:
             # Without a readable file nobody can be told from anybody else.
             self._entries, self._read_at = (), None
+            if not self._is_broken:
+                self._complain(f"no key opens anything until it is mended: {error}")
+            self._is_broken = True
         return self._entries
 
     def admit(self, authorization: str | None, *, admin: bool = False) -> KeyEntry | None:
@@ -127,7 +135,12 @@ class Doorkeeper:
         bucket.tokens -= 1.0
 
 
-def _entries(path: Path) -> tuple[KeyEntry, ...]:
+def read_some_keys(path: Path) -> tuple[KeyEntry, ...]:
+    """Read a file of keys that has at least one.
+
+    Raises:
+        InputError: It cannot be read, or has none.
+    """
     entries = read_keys(path)
     if not entries:
         raise InputError(f"{path} has no key", hint="make one with `trimtab key NAME --keys FILE`")

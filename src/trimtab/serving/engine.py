@@ -28,9 +28,21 @@ steps."""
 
 QUEUE_SHARE = 3
 """An owner may have as many requests waiting as the queue has room for, times this: alone three
-quarters of it, and the more owners wait, the less each (Choudhury and Hahne 1998)."""
+quarters of it, and the more owners wait, the less each (Choudhury and Hahne 1998). Of a queue of
+fewer than four places one owner takes all."""
 
 _IDLE_SEC = 1.0
+
+
+def has_room(owner: str, own: int, room: int) -> bool:
+    """Whether one more request of an owner may wait.
+
+    Args:
+        owner: Whose it is; empty where there are no keys, and all are one owner.
+        own: Requests of this owner that wait.
+        room: Places that are free.
+    """
+    return room > 0 and (not owner or own < QUEUE_SHARE * room)
 
 
 @dataclass
@@ -127,30 +139,35 @@ class Engine:
         with self._wake:
             if self._closing or not self._thread.is_alive():
                 raise Closing
-            if not self._has_room(job.owner):
+            own = sum(other.owner == job.owner for other in self._waiting)
+            if not has_room(job.owner, own, self._queue - len(self._waiting)):
                 raise self.busy()
             self._waiting.append(job)
             self._wake.notify()
 
-    def _has_room(self, owner: str) -> bool:
-        room = self._queue - len(self._waiting)
-        own = sum(job.owner == owner for job in self._waiting)
-        # Without keys all are one owner.
-        return room > 0 and (not owner or own < QUEUE_SHARE * room)
-
     def busy(self) -> Busy:
         """What a request is told that there is no room for, with when to come back."""
-        mean_sec = self.counts.mean_job_sec * len(self._waiting) / self.slots
+        # Before any answer is complete, those that are in the making say the least it takes.
+        since_sec = [time.monotonic() - job.began_sec for job in self._jobs_running()]
+        one_sec = max([self.counts.mean_job_sec, *since_sec])
+        mean_sec = one_sec * len(self._waiting) / self.slots
         return Busy(min(max(1, math.ceil(mean_sec)), 60))
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait_for_work():
-                self._drop_ended()
-                self._guarded(self._read_on, self._jobs_reading)
-                self._guarded(self._step, self._jobs_running)
+        error: Exception = Closing()
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._drop_ended()
+                    self._guarded(self._read_on, self._jobs_reading)
+                    self._guarded(self._step, self._jobs_running)
+        except Exception as found:
+            # Nothing is answered from here on, and whoever waits must not wait for ever.
+            error = found
+        with self._wake:
+            self._closing = True
         for job in self._jobs():
-            self._fail(job, Closing())
+            job.tell(Failed(error))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -163,8 +180,10 @@ class Engine:
         try:
             do()
         except Exception as error:
-            for job in jobs():
-                self._fail(job, error)
+            ended = jobs()
+            for job in ended:
+                job.tell(Failed(error))
+            self._let_go(*ended)
 
     def _jobs_reading(self) -> list[Job]:
         return [self._reading.job] if self._reading else []
@@ -188,26 +207,29 @@ class Engine:
         job.tell(Failed(error))
         self._let_go(job)
 
-    def _let_go(self, job: Job) -> None:
+    def _let_go(self, *jobs: Job) -> None:
+        """Drop all that is kept of some requests, at once: what the others have is copied."""
+        ended = set(map(id, jobs))
         with self._wake:
-            self._waiting = deque(other for other in self._waiting if other is not job)
-        if self._reading and self._reading.job is job:
+            self._waiting = deque(job for job in self._waiting if id(job) not in ended)
+        if self._reading and id(self._reading.job) in ended:
             self._reading.forget()
             self._reading = None
         for row in self._rows:
-            row.has_ended = row.has_ended or row.job is job
-        self._keep(row for row in self._rows if row.job is not job)
+            row.has_ended = row.has_ended or id(row.job) in ended
+        self._keep(row for row in self._rows if id(row.job) not in ended)
 
     def _keep(self, rows: Iterable[Row]) -> None:
         kept = set(map(id, rows))
         places = [place for place, row in enumerate(self._rows) if id(row) in kept]
         if len(places) == len(self._rows):
             return
-        for row in self._rows:
-            if id(row) not in kept:
-                row.forget()
-        self._rows = [self._rows[place] for place in places]
+        gone = [row for row in self._rows if id(row) not in kept]
+        # What may fail, for want of memory, comes first.
         self._batch.keep(places)
+        self._rows = [self._rows[place] for place in places]
+        for row in gone:
+            row.forget()
 
     def _next_prompt(self) -> Reading | None:
         with self._wake:
@@ -322,8 +344,15 @@ class Engine:
 
     def _write(self, rows: Sequence[Row], logprobs: Tensor) -> None:
         for row, distribution in zip(rows, logprobs, strict=True):
-            if not row.has_ended:
-                self._say(row, row.write(distribution, self.host.end_ids))
+            if row.has_ended:
+                continue
+            try:
+                piece = row.write(distribution, self.host.end_ids)
+            except Exception as error:
+                # What is wrong with one answer's distribution is nothing to the others.
+                self._fail(row.job, error)
+            else:
+                self._say(row, piece)
         self._keep(row for row in self._rows if not row.has_ended)
 
     def _say(self, row: Row, piece: Piece) -> None:

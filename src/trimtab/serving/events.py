@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import final
 
 from starlette.responses import Response
@@ -69,7 +69,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        lines: Callable[[], AsyncIterator[str]],
+        lines: Callable[[], AsyncGenerator[str]],
         job: Job,
         mailbox: Mailbox,
         record: Record,
@@ -99,10 +99,11 @@ class EventStream(Response):
                 asyncio.timeout(self._time_limit_sec),
                 until_gone(receive, self._job, self._mailbox),
             ):
-                await self._send_all(send)
+                # Closed in any case: its end is noted before the log has its line.
+                async with contextlib.aclosing(self._lines()) as lines:
+                    await self._send_all(lines, send)
 
-    async def _send_all(self, send: Send) -> None:
-        lines = self._lines()
+    async def _send_all(self, lines: AsyncGenerator[str], send: Send) -> None:
         line = await anext(lines, None)
         # What the log is to say if the stream does not come to its end, whatever ends it.
         self._record.fields["status"] = GONE

@@ -37,6 +37,8 @@ class Preparer:
         self._config = config
         room = self._host.max_tokens
         self.context_tokens = min(config.context_tokens, room or config.context_tokens)
+        longest = max(len(text or b"") for text in self._host.vocabulary.token_bytes)
+        self._most_bytes = self.context_tokens * longest
 
     def job(self, request: Request, tell: Callable[[Event], None], owner: str = "") -> Job:
         """Prepare a request.
@@ -86,7 +88,7 @@ class Preparer:
         return [self._text(text) for text in texts] + [self._ids(one) for one in several]
 
     def _text(self, text: str) -> Prompt:
-        _check_text(text, "prompt")
+        self._check_text(text, "prompt")
         if not text:
             raise ApiError(400, "the prompt is empty", param="prompt", code="invalid_value")
         return Prompt(tuple(prompt_ids(self._host, text)), len(self._host.context_ids()))
@@ -98,6 +100,23 @@ class Preparer:
             message = f"the prompt has the token {unknown}, and the host has {vocab} tokens"
             raise ApiError(400, message, param="prompt", code="invalid_value")
         return Prompt(tuple(ids))
+
+    def _check_text(self, text: str, param: str) -> None:
+        """Refuse what no tokenizer need read to know that it cannot be answered."""
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{param} holds half a character (a lone surrogate)", hint="send whole characters"
+            ) from None
+        if size > self._most_bytes:
+            raise ApiError(
+                400,
+                f"{param} has {size:,} bytes, and prompt and answer may have {self.context_tokens}"
+                f" tokens together, which are {self._most_bytes:,} bytes at most",
+                code="context_length_exceeded",
+                param=param,
+            )
 
     def _chat(self, request: ChatRequest, several: Several | None) -> tuple[Prompt, Steered | None]:
         if not self._host.tokenizer.chat_template:
@@ -114,7 +133,7 @@ class Preparer:
             for message in request.messages
         ]
         for message in messages:
-            _check_text(message["content"], "messages")
+            self._check_text(message["content"], "messages")
         if several is None:
             chat = conversation_prompt(self._host, messages)
             return Prompt(chat.token_ids), None
@@ -201,12 +220,3 @@ def _top_logprobs(request: Request) -> int | None:
         return request.logprobs
     assert isinstance(request, ChatRequest)
     return (request.top_logprobs or 0) if request.logprobs else None
-
-
-def _check_text(text: str, param: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{param} holds half a character (a lone surrogate)", hint="send whole characters"
-        ) from None

@@ -94,7 +94,8 @@ class Reading:
         ids = prompt.token_ids
         keeps_all = job.steered is not None or job.options.echo
         steered = job.steered
-        beside = steered if steered and steered.several.runs_beside else None
+        writes = job.options.max_tokens > 0
+        beside = steered if steered and writes and steered.several.runs_beside else None
         while self._done < len(ids):
             if self._done:
                 yield
@@ -109,7 +110,7 @@ class Reading:
         if beside:
             yield
         # Where nothing is written, nothing is steered by these weights.
-        if steered and job.options.max_tokens:
+        if steered and writes:
             yield from self._weigh()
         if job.options.echo:
             yield from self._echo()

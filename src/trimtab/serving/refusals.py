@@ -13,6 +13,9 @@ from trimtab.serving.work import Busy, Closing, TimeUp, UnknownModel
 # Clients that repeat what took too long make it worse.
 _DO_NOT_RETRY = {"x-should-retry": "false"}
 
+_UNREADABLE = "There was an error parsing the body"
+"""What FastAPI says of a body that is no text, or that Python cannot hold."""
+
 _FORMS = {
     "prompt": "a text, a list of token ids, or a list of several texts or lists of token ids",
     "stop": "a text of 1 to 1,024 characters, or a list of such texts",
@@ -88,7 +91,10 @@ def refusal(error: Exception) -> ApiError:
     if isinstance(error, Busy):
         headers = {"retry-after": str(error.retry_after_sec)}
         return ApiError(
-            429, "the queue is full; try again later", code="queue_full", headers=headers
+            429,
+            "the queue has no more room for this key's requests; try again later",
+            code="queue_full",
+            headers=headers,
         )
     if isinstance(error, Closing):
         return ApiError(503, "the server is shutting down", code="shutting_down")
@@ -97,6 +103,8 @@ def refusal(error: Exception) -> ApiError:
         return ApiError(504, message, code="timeout", headers=_DO_NOT_RETRY)
     if isinstance(error, HTTPException) and error.status_code == 404:
         return ApiError(404, "there is no such path; GET /openapi.json says what there is")
+    if isinstance(error, HTTPException) and error.detail == _UNREADABLE:
+        return ApiError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "something went wrong in the server; its log says what")
@@ -106,7 +114,9 @@ def invalid(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """What is wrong with a request's body, of which the first problem is told."""
     first = problems[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+        where, why = first["loc"][-1], first.get("ctx", {}).get("error", "it ends too early")
+        message = f"the body is not valid JSON: at character {where}, {why}"
+        return ApiError(400, message[:500], code="invalid_json")
     places = [str(part) for part in first["loc"] if part != "body"]
     several = next((n for n, place in enumerate(places[:-1]) if place in _FORMS), None)
     if several is not None:
@@ -128,4 +138,8 @@ def _wrong(problem: Mapping[str, Any], param: str) -> str:
         return f"{param or 'a JSON body'} is needed"
     if kind == "model_attributes_type" and not param:
         return "the body is no JSON object, or came without Content-Type: application/json"
-    return f"{param or 'the body'}: {problem['msg'].removeprefix('Value error, ')}"
+    said = f"{param or 'the body'}: {problem['msg'].removeprefix('Value error, ')}"
+    found = problem.get("input")
+    # A long one is the client's to know; what is not a single value would be the whole body.
+    is_short = isinstance(found, bool | int | float | str | None) and len(repr(found)) <= 60
+    return f"{said} (found {json.dumps(found)})" if param and is_short else said

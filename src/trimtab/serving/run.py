@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, final
 
@@ -20,11 +19,14 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.config import ServeConfig
 from trimtab.errors import InputError
+from trimtab.serving.adapters import check_adapter_name
 from trimtab.serving.app import make_app
+from trimtab.serving.doorkeeper import read_some_keys
 from trimtab.serving.gate import is_loopback
 from trimtab.serving.http import Http
 from trimtab.serving.service import Service
 from trimtab.serving.watch import Watch
+from trimtab.store.manifest import read_manifest
 from trimtab.types import Progress, silent
 
 _START_SEC = 120.0
@@ -73,7 +75,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def check_listening(config: ServeConfig) -> None:
-    """Refuse to be reachable by others without keys, before anything large is opened.
+    """Refuse to be reachable by others without keys.
 
     Raises:
         InputError: The address is no loopback address, and there is no file of keys.
@@ -84,6 +86,24 @@ def check_listening(config: ServeConfig) -> None:
             hint="give --keys FILE (`trimtab key NAME --keys FILE` makes it), or listen on"
             " 127.0.0.1",
         )
+
+
+def check_beforehand(config: ServeConfig) -> None:
+    """Refuse what cannot be served before anything large is opened.
+
+    Raises:
+        InputError: As `check_listening`; or the keys cannot be read, the address or port cannot be
+            used, or an adapter's name cannot be one.
+        AdapterError: A folder holds no adapter.
+    """
+    check_listening(config)
+    if config.keys:
+        read_some_keys(config.keys)
+    for name, folder in config.adapters():
+        check_adapter_name(name)
+        read_manifest(folder)
+    with _listening(config):
+        pass
 
 
 @contextmanager
@@ -105,15 +125,14 @@ def opened(
     Raises:
         TrimtabError: Something cannot be opened or does not fit.
     """
-    check_listening(config)
+    check_beforehand(config)
     host = host or open_model(
         config.host, dtype=config.dtype, device_map=config.device_map, progress=progress
     )
     service = Service(config, host, log)
     try:
-        for given in config.adapter:
-            name, _, folder = given.partition("=")
-            service.adapters.load(name, Path(folder), progress=progress)
+        for name, folder in config.adapters():
+            service.adapters.load(name, folder, progress=progress)
         service.engine.start()
         yield service
     finally:

@@ -1,7 +1,7 @@
 """A server's parts, put together, and how it answers one request."""
 
-from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TextIO, final
@@ -14,7 +14,7 @@ from trimtab.config import ServeConfig
 from trimtab.serving.adapters import Adapters
 from trimtab.serving.answers import Answer, Writer
 from trimtab.serving.doorkeeper import Doorkeeper
-from trimtab.serving.engine import Engine
+from trimtab.serving.engine import Engine, has_room
 from trimtab.serving.events import EventStream, Mailbox, until_gone
 from trimtab.serving.gate import GONE
 from trimtab.serving.prepare import Preparer
@@ -56,15 +56,19 @@ class Service:
         self.host = host
         self.adapters = Adapters(config, host)
         self.engine = Engine(host, slots=config.slots, queue=config.queue)
-        self.doorkeeper = Doorkeeper(config.keys, config.requests_per_minute)
         self.watch = Watch(self.engine, log)
+        self.doorkeeper = Doorkeeper(
+            config.keys,
+            config.requests_per_minute,
+            complain=lambda what: self.watch.say("keys", level="error", message=what),
+        )
         self.is_closing = False
         self._preparer = Preparer(config, self.adapters)
         # Tokenizers are not made to be used by several threads.
         self._preparing = ThreadPoolExecutor(1, "trimtab-prepare")
         # One thread for all: each that multiplies matrices keeps helpers of its own.
         self.loading = ThreadPoolExecutor(1, "trimtab-load")
-        self._in_preparation = 0
+        self._in_preparation = Counter[str]()
 
     def close(self) -> None:
         """End everything."""
@@ -86,15 +90,17 @@ class Service:
         record: Record = http.state.record
         mailbox = Mailbox()
         loop = mailbox.loop
-        if self._in_preparation >= MOST_IN_PREPARATION:
+        owner = record.key or ""
+        room = MOST_IN_PREPARATION - self._in_preparation.total()
+        if not has_room(owner, self._in_preparation[owner], room):
             raise self.engine.busy()
-        self._in_preparation += 1
+        self._in_preparation[owner] += 1
         try:
             job: Job = await loop.run_in_executor(
-                self._preparing, self._preparer.job, request, mailbox.tell, record.key or ""
+                self._preparing, self._preparer.job, request, mailbox.tell, owner
             )
         finally:
-            self._in_preparation -= 1
+            self._in_preparation[owner] -= 1
         record.model = self.adapters.plain_name(request.model)
         record.fields |= {"stream": bool(request.stream), "prompt_tokens": job.prompt_tokens}
         if self.config.log_prompts:
@@ -111,9 +117,11 @@ class Service:
                 record,
                 self.config.time_limit_sec + STREAM_GRACE_SEC,
             )
-        async with until_gone(http.receive, job, mailbox):
-            collected = await _collect(job, mailbox)
-        self._note(record, job)
+        try:
+            async with until_gone(http.receive, job, mailbox):
+                collected = await _collect(job, mailbox)
+        finally:
+            self._note(record, job)
         if collected.done is None:
             record.fields["status"] = GONE
             return json_response({})
@@ -124,7 +132,7 @@ class Service:
 
     async def _lines(
         self, request: Request, job: Job, mailbox: Mailbox, writer: Writer, record: Record
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         has_begun, texts = False, defaultdict[int, list[str]](list)
         try:
             while (event := await mailbox.next()) is not None:

@@ -82,7 +82,7 @@ class TimeUp(Exception):
 
 
 class Busy(Exception):
-    """The queue is full.
+    """The queue has no room for a request of this owner.
 
     Attributes:
         retry_after_sec: When to ask again.
