@@ -163,7 +163,10 @@ function fromLink() {
   }
   if (state.has("carriers")) {
     const wanted = state.get("carriers").split(",");
-    for (const box of BOXES) box.checked = wanted.includes(box.value);
+    // A link that names none of them says nothing about them.
+    if (BOXES.some((box) => wanted.includes(box.value))) {
+      for (const box of BOXES) box.checked = wanted.includes(box.value);
+    }
   }
   if (state.has("adapters")) {
     const wanted = new Map(state.get("adapters").split(",").map((part) => part.split(":")));
