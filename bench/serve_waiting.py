@@ -65,7 +65,9 @@ def main() -> None:
                         statistics.median(firsts_sec), 2
                     ),
                     "pauses_sec": [round(sec, 2) for sec in pauses_sec],
-                    "firsts_sec": [round(sec, 2) for sec in firsts_sec],
+                    "answers_sec" if given.echo else "firsts_sec": [
+                        round(sec, 2) for sec in firsts_sec
+                    ],
                 }
             )
             print(rows[-1], flush=True)

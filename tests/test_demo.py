@@ -236,8 +236,8 @@ def test_the_page_leads_to_a_prompt_that_the_adapter_changes(tmp_path: Path) -> 
     same = Completion("a", "one\n", "truth", "x\ny", "x\nz")
     changed = Completion("b", 'fn f(a: *T) "&" {\n', "truth", "x", "return <b>;")
     page = tmp_path / "playground.html"
-    for completions, prompt in (((same, changed), [changed.prompt]), ((same,), None), ((), None)):
-        write_playground(page, completions)
+    for given, prompt in (((same, changed), [changed.prompt]), ((same,), None), ((), None)):
+        write_playground(page, given)
         (address,) = re.findall('href="([^"]+)"', page.read_text())
         link = urlsplit(html.unescape(address))
         assert link.netloc == "127.0.0.1:8000"

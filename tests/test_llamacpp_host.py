@@ -267,7 +267,7 @@ def test_what_needs_weights_in_torch_is_refused(
         export(ExportConfig(adapter=adapter, host=host.ref, to="merged", out=tmp_path), host=host)
     with (
         pytest.raises(ModelError, match="trimtab serve needs its weights in torch"),
-        opened(ServeConfig(host=host.ref), host=host),
+        opened(ServeConfig(host=host.ref, port=0), host=host),
     ):
         pass
     with pytest.raises(ModelError, match="keeps keys and values itself"):

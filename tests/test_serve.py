@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
 from test_generate import HOST, PROMPTS, run
 from test_generate import adapter as adapter  # a fixture
 from test_generate import host as host  # a fixture
@@ -28,11 +30,14 @@ from trimtab.errors import InputError
 from trimtab.serving import gate
 from trimtab.serving import http as protocol
 from trimtab.serving import reading as reading_module
+from trimtab.serving.answers import Writer
 from trimtab.serving.app import make_app
 from trimtab.serving.doorkeeper import Doorkeeper
 from trimtab.serving.keys import add_key, read_keys
-from trimtab.serving.refusals import ApiError
+from trimtab.serving.protocol import CompletionRequest
+from trimtab.serving.refusals import ApiError, invalid
 from trimtab.serving.run import KEEP_ALIVE_SEC, Running, check_listening, running
+from trimtab.serving.work import Likely, Piece
 
 PROMPT = PROMPTS[0]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
@@ -799,3 +804,69 @@ def test_prompts_and_answers_are_logged_where_that_is_asked_for(
     texts = [choice["text"] for choice in whole["choices"]]
     assert [line["answers"] for line in lines] == [texts, texts]
     assert all(line["request"]["prompt"] == PROMPT for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (
+            {"prompt": "a", "temperature": 3},
+            "temperature: .*less than or equal to 2.* [(]found 3[)]",
+        ),
+        ({"prompt": "a", "max_tokens": "many"}, 'max_tokens: .*valid integer [(]found "many"[)]'),
+        ({"prompt": "a", "stop": ["x" * 2000]}, "stop: expected a text of 1 to 1,024 characters"),
+        ({"prompt": "a", "trimtab": {"strength": True}}, "trimtab.strength: .*[(]found true[)]"),
+        ({"prompt": "a", "seed": 10**90}, r"seed: [^(]*$"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said_with_what_was_found(
+    body: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest.model_validate({"model": "host", **body})
+    refused = invalid(error.value.errors())
+    assert refused.status_code == 400 and refused.param
+    assert re.search(told, str(refused.detail)), refused.detail
+
+
+def test_bodies_that_cannot_be_read_are_told_so(server: Running) -> None:
+    headers = {"content-type": "application/json"}
+    for content, told in (
+        (b'{"model": "host", "prompt": }', "not valid JSON: at character 28, Expecting value"),
+        (b'{"model": "\xff"}', "send JSON in UTF-8"),
+        (b'{"model": ' + b"9" * 5000 + b"}", "without huge numbers"),
+    ):
+        url = f"{server.base_url}/v1/completions"
+        answer = httpx2.post(url, content=content, headers=headers)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["code"] == "invalid_json"
+        assert told in error["message"], error
+
+
+def test_long_texts_are_refused_before_a_tokenizer_reads_them(host: HFModel) -> None:
+    config = served(context_tokens=64, body_bytes=10_000_000)
+    with running(config, host=host) as server:
+        longest = max(len(text or b"") for text in host.vocabulary.token_bytes)
+        for size, told in ((64 * longest + 1, "bytes at most"), (65 * 4, None)):
+            body = {"model": "host", "prompt": "z" * size, "max_tokens": 1}
+            answer = httpx2.post(f"{server.base_url}/v1/completions", json=body)
+            error = answer.json().get("error")
+            assert error is None or error["code"] == "context_length_exceeded"
+            assert told is None or told in error["message"]
+
+
+def test_a_character_that_tokens_share_counts_where_it_is_complete(host: HFModel) -> None:
+    ids = host.encode("é x")
+    split = [i for i in range(len(host.vocabulary)) if host.vocabulary.token_bytes[i] == b"\xc3"]
+    rest = [i for i in range(len(host.vocabulary)) if host.vocabulary.token_bytes[i] == b"\xa9"]
+    assert split and rest
+    tokens = [Likely(i, -1.0) for i in (split[0], rest[0], ids[-1])]
+    writer = Writer(host, "host", chat=False, has_logprobs=True)
+    # In two pieces, as a stream has it.
+    first, second = Piece(0, "", tuple(tokens[:1])), Piece(0, "é x", tuple(tokens[1:]))
+    chunks = [
+        *writer.chunks(first, usage_follows=False),
+        *writer.chunks(second, usage_follows=False),
+    ]
+    offsets = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
+    assert offsets == [[0], [0, 1]]

@@ -525,19 +525,49 @@ def test_nobody_waits_for_an_engine_that_has_ended(
         engine.submit(one.job)
     wait_until(lambda: engine.running == 2)
 
-    def no_memory(*_: object) -> None:
-        raise MemoryError("no memory for a copy")
+    keep = Batch.keep
 
-    # One of two ends, and what is kept of the other cannot be copied.
-    monkeypatch.setattr(Batch, "keep", no_memory)
-    asked[0].job.cancel()
-    for one in asked[1:]:
+    def no_memory(batch: Batch, kept: Sequence[int]) -> None:
+        if kept or is_ill:
+            raise MemoryError("no memory for a copy")
+        keep(batch, kept)
+
+    def error_of(one: Asked) -> Exception:
         while isinstance(event := one.events.get(timeout=WAIT_SEC), Piece):
             pass
-        assert isinstance(event, Failed) and isinstance(event.error, MemoryError)
+        assert isinstance(event, Failed)
+        return event.error
+
+    # One of two ends, and what is kept of the other cannot be copied: both end, and others begin.
+    is_ill = False
+    monkeypatch.setattr(Batch, "keep", no_memory)
+    asked[0].job.cancel()
+    assert isinstance(error_of(asked[1]), MemoryError)
+    assert isinstance(asked[2].events.get(timeout=WAIT_SEC), Piece) and engine.is_alive
+    # Now nothing can be let go of any more.
+    is_ill = True
+    asked[2].job.cancel()
+    assert isinstance(error_of(asked[3]), MemoryError)
     wait_until(lambda: not engine.is_alive)
-    with pytest.raises(Closing):
+    with pytest.raises(RuntimeError, match="ended after an error"):
         engine.submit(asking(host, "The m").job)
+
+
+def test_when_to_come_back_follows_from_what_answers_take(host: HFModel) -> None:
+    engine = Engine(host, slots=2, queue=40)
+    engine.start()
+    long = [asking(host, "The m", max_tokens=1500) for _ in range(42)]
+    for one in long[:2]:
+        one.job.began_sec -= 5
+        engine.submit(one.job)
+    wait_until(lambda: engine.running == 2)
+    for one in long[2:]:
+        engine.submit(one.job)
+    # Two at a time, forty wait, and none has been answered in five seconds.
+    assert engine.busy().retry_after_sec == 60
+    engine.counts.mean_job_sec = 0.5
+    assert engine.busy().retry_after_sec == 10
+    engine.stop()
 
 
 def test_no_owner_fills_the_queue_for_all(host: HFModel) -> None:

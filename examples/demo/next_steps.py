@@ -29,7 +29,9 @@ def next_steps(host: str, adapter: Path, prompt: Path, page: Path) -> str:
     """
     home = os.environ.get(HOME_VARIABLE)
     cache = f"{HOME_VARIABLE}={shlex.quote(home)} " if home else ""
-    trimtab_at = shlex.quote(str(Path(sys.executable).with_name("trimtab")))
+    trimtab_at, pip = (
+        shlex.quote(str(Path(sys.executable).with_name(name))) for name in ("trimtab", "pip")
+    )
     generate = ("generate", "--host", host, "--adapter", str(adapter))
     generate += ("--carriers", CARRIERS, "--temperature", "0.7")
     serve = ("serve", host, "--adapter", f"zig={adapter}", "--carriers", CARRIERS)
@@ -38,12 +40,12 @@ def next_steps(host: str, adapter: Path, prompt: Path, page: Path) -> str:
         f"         {cache}{trimtab_at} {shlex.join(generate)}"
         f' "$(head -n 40 {shlex.quote(str(prompt))})"\n'
         f"         {cache}{trimtab_at} {shlex.join(serve)}\n"
-        f"         and then open {page} (to serve: pip install -e '.[serve]')"
+        f"         and then open {page} (to serve: {pip} install -c constraints.txt -e '.[serve]')"
     )
 
 
 def write_playground(path: Path, completions: Sequence[Completion]) -> None:
-    """A page that leads to the playground, with a prompt after which the adapter changed much.
+    """A page that leads to the playground, with a prompt that went on otherwise once steered.
 
     Args:
         path: Of the page.

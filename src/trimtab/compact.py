@@ -226,15 +226,16 @@ def code_for(reference: Tensor, expert: Tensor, head: Unembedding) -> StateCode:
     """A code for states like these: its coordinates, and the widest step that loses little.
 
     Args:
-        reference: Some states, shape [rows, hidden].
+        reference: Some states, at least one, shape [rows, hidden].
         expert: Of the same shape.
         head: Of both.
     """
     reference, expert = reference.cpu().float(), expert.cpu().float()
     every = max(2, len(reference) // TRIED_ROWS)
     is_tried = torch.arange(len(reference)) % every == 0
-    known = reference[~is_tried]
-    foretelling, left = foretelling_for(known, expert[~is_tried] - known)
+    is_known = is_tried if is_tried.all() else ~is_tried
+    known = reference[is_known]
+    foretelling, left = foretelling_for(known, expert[is_known] - known)
     basis = difference_basis(foretelling.states(known), left, head)
     ours, theirs = reference[is_tried], expert[is_tried]
     # Two models that say the same need no finer steps than float16 has.

@@ -96,6 +96,7 @@ class Engine:
         self._step_sec = 0.0
         self._wake = threading.Condition()
         self._closing = False
+        self._fault: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
 
     @property
@@ -135,8 +136,11 @@ class Engine:
         Raises:
             Busy: The queue is full, or holds its owner's share.
             Closing: The engine has been stopped.
+            RuntimeError: It has ended by itself.
         """
         with self._wake:
+            if self._fault:
+                raise RuntimeError("the engine has ended after an error") from self._fault
             if self._closing or not self._thread.is_alive():
                 raise Closing
             own = sum(other.owner == job.owner for other in self._waiting)
@@ -149,25 +153,24 @@ class Engine:
         """What a request is told that there is no room for, with when to come back."""
         # Before any answer is complete, those that are in the making say the least it takes.
         since_sec = [time.monotonic() - job.began_sec for job in self._jobs_running()]
-        one_sec = max([self.counts.mean_job_sec, *since_sec])
+        one_sec = self.counts.mean_job_sec or max(since_sec, default=0.0)
         mean_sec = one_sec * len(self._waiting) / self.slots
         return Busy(min(max(1, math.ceil(mean_sec)), 60))
 
     def _run(self) -> None:
-        error: Exception = Closing()
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
-                    self._drop_ended()
+                    self._guarded(self._drop_ended, self._jobs_running)
                     self._guarded(self._read_on, self._jobs_reading)
                     self._guarded(self._step, self._jobs_running)
-        except Exception as found:
+        except Exception as error:
             # Nothing is answered from here on, and whoever waits must not wait for ever.
-            error = found
+            self._fault = error
         with self._wake:
             self._closing = True
         for job in self._jobs():
-            job.tell(Failed(error))
+            job.tell(Failed(self._fault or Closing()))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -176,7 +179,7 @@ class Engine:
             return not self._closing
 
     def _guarded(self, do: Callable[[], None], jobs: Callable[[], Sequence[Job]]) -> None:
-        """Whatever goes wrong ends the requests concerned, and never the engine."""
+        """Whatever goes wrong ends the requests concerned; the engine only if that fails too."""
         try:
             do()
         except Exception as error:

@@ -92,7 +92,7 @@ def refusal(error: Exception) -> ApiError:
         headers = {"retry-after": str(error.retry_after_sec)}
         return ApiError(
             429,
-            "the queue has no more room for this key's requests; try again later",
+            "the queue has no room for this request; try again later",
             code="queue_full",
             headers=headers,
         )
@@ -104,7 +104,10 @@ def refusal(error: Exception) -> ApiError:
     if isinstance(error, HTTPException) and error.status_code == 404:
         return ApiError(404, "there is no such path; GET /openapi.json says what there is")
     if isinstance(error, HTTPException) and error.detail == _UNREADABLE:
-        return ApiError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
+        message = (
+            "the body cannot be read: send JSON in UTF-8, not nested deeply, without huge numbers"
+        )
+        return ApiError(400, message, code="invalid_json")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "something went wrong in the server; its log says what")

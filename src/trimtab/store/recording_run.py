@@ -20,8 +20,9 @@ class RecordingRun(Part):
 
     format: Literal["trimtab-recording-run"] = "trimtab-recording-run"
     """Names the format."""
-    format_version: Literal[3] = 3
-    """Version of the format; 1 divided the text into other shards, 2 let the expert read all."""
+    format_version: Literal[4] = 4
+    """Version of the format; 1 divided the text into other shards, 2 let the expert read all, 3 had
+    compact shards without what the reference foretells."""
     config: dict[str, JsonValue]
     """Resolved configuration, apart from the folder written to."""
     inputs: dict[str, Sha256]

@@ -241,7 +241,11 @@ def read_recording_manifest(folder: Path) -> RecordingManifest:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "contents"
-        found = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        said = {
+            "extra_forbidden": "unknown key",
+            "missing": "it is missing, as in recordings of an older trimtab",
+        }
+        found = said.get(problem["type"], problem["msg"])
         raise RecordingError(
             f"{folder / MANIFEST_NAME}: {where}: {found}", hint=RECORD_AGAIN
         ) from error
