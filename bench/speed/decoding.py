@@ -1,5 +1,6 @@
 """Ways to decode, side by side: each over the same prompts as the bare host, in turns."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -136,14 +137,17 @@ def ways_of(models: Models, names: Sequence[str]) -> list[Way]:
 
 def _settings(models: Models, new_tokens: int) -> GenerationConfig:
     host = models.host
-    # As many tokens in every way; what is not said here would come from the model's own settings.
+    ends = sorted(host.end_ids)
+    # What is not said here would come from the model's own settings.
     return GenerationConfig(
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
+        # As many tokens in every way. `min_new_tokens` would look for the ends in the whole
+        # vocabulary at each place, which weighs on ways that look at more places than one a token.
+        sequence_bias=[[[end], -math.inf] for end in ends] or None,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
-        eos_token_id=sorted(host.end_ids) or None,
+        eos_token_id=ends or None,
         pad_token_id=host.pad_id,
     )
 
