@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pair_passes import FAMILIES, pair_of
 
-from trimtab.backends.expert_ahead import FEW_UNREAD, ExpertAhead
+from trimtab.backends.expert_ahead import FEW_UNREAD, ExpertAhead, copied_bytes
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_pair
@@ -83,6 +83,25 @@ def test_drafts_of_a_growing_text(
             # a random row they round away has no bound that is worth much, but little of its shape.
             assert float(torch.corrcoef(torch.stack([found, exact]))[0, 1]) >= 0.98
             assert float((found - exact).norm()) <= 0.2 * float(exact.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_copy_keeps_one_head_of_small_numbers(family: str, folder: Path) -> None:
+    pair = pair_of(family, folder)
+    has_own = not pair.reference.model.config.tie_word_embeddings
+    light = ExpertAhead(pair).light
+    assert light is not None and light.head is not None
+    assert light.head.weight.shape == pair.reference.unembedding.weight.shape
+    kept = {
+        id(one): one.numel() * one.element_size()
+        for model in (light.model.model, light.head)
+        for one in [*model.parameters(), *model.buffers()]
+        # Scales and what rotates keys are small, and counted as nothing.
+        if one.dim() == 2
+    }
+    norms = sum(2 * one.numel() for one in light.model.model.parameters() if one.dim() == 1)
+    assert sum(kept.values()) + norms == copied_bytes(pair.reference)
+    assert has_own == (family == "llama")
 
 
 def test_a_text_that_was_not_read_is_read_by_the_pair(folder: Path) -> None:

@@ -1,12 +1,13 @@
 """What the expert expects of tokens to come, for drafts, which are verified whatever it says."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
-from torch import Tensor
+from peft import LoraModel
+from torch import Tensor, nn
 
 from trimtab.backends.cache_layers import layers_of
 from trimtab.backends.hf import HFModel
@@ -24,9 +25,9 @@ FEW_UNREAD = 8
 slowly than in float32, unless it has instructions for that."""
 
 MOST_COPIED_BYTES = 2**30
-"""Largest copy of the expert's weights, to which up to half as much comes for the head's small
-numbers. No question of what memory is free: drafts decide which random numbers are drawn,
-and a seed's text must not depend on what else runs."""
+"""Largest copy that is kept; while it is made it takes up to twice as much. No question of what
+memory is free: drafts decide which random numbers are drawn, and a seed's text must not depend on
+what else runs."""
 
 
 @final
@@ -36,7 +37,8 @@ class Light:
 
     Attributes:
         model: With layers of one byte a weight.
-        head: What its final states are multiplied by, likewise; None where its own head is used.
+        head: What its final states are multiplied by, likewise, and the model then has no rows of
+            its own for it; None where the model's own head is used.
     """
 
     model: HFModel
@@ -88,14 +90,12 @@ class ExpertAhead:
         model = self._pair.reference
         if model.device.type != "cpu":
             return None
-        copy_bytes = sum(2 * weight.numel() for weight in model.model.parameters())
-        if not serves_both(self._pair) or copy_bytes > MOST_COPIED_BYTES:
+        if not serves_both(self._pair) or copied_bytes(model) > MOST_COPIED_BYTES:
             return None
         copied = self._pair.expert_copy(torch.bfloat16)
         quantise(copied.model.base_model)
         make_lean(copied.model)
-        weight = copied.unembedding.weight
-        light = Light(copied, Int8Linear.of(weight) if is_possible(weight) else None)
+        light = _with_small_head(copied)
         return light if _follows(light, self._pair) else None
 
     def _take(self, tokens: Sequence[int], exact: ModelCache) -> None:
@@ -117,6 +117,31 @@ class ExpertAhead:
                 keys, values = (side[1:, :, kept:read].bfloat16() for side in layer)
                 self._cached.cache.update(keys, values, number)
         self._exact_tokens = read
+
+
+def copied_bytes(model: HFModel) -> int:
+    """Bytes of a copy's weights once it is made, its head's included."""
+    trunk, head = model.model.base_model, model.unembedding.weight
+    own = [weight for name, weight in trunk.named_parameters() if LoraModel.prefix not in name]
+    sizes = {id(weight): 2 * weight.numel() for weight in own}
+    for module in trunk.modules():
+        weight: Any = getattr(module, "weight", None)
+        if type(module) is nn.Linear and id(weight) in sizes and is_possible(weight):
+            sizes[id(weight)] = weight.numel()
+    return sum(sizes.values()) + head.numel() * (1 if is_possible(head) else 2)
+
+
+def _with_small_head(copied: HFModel) -> Light:
+    """Give a copy a head of small numbers, in the place of one of its own."""
+    head: Any = copied.model.get_output_embeddings()
+    whole = copied.unembedding
+    if not is_possible(whole.weight):
+        return Light(copied, None)
+    small = Int8Linear.of(whole.weight)
+    if head is not None and head.weight is not copied.model.get_input_embeddings().weight:
+        copied.model.set_output_embeddings(nn.Identity())
+    no_rows = whole.weight.new_empty(0, whole.weight.shape[1])
+    return Light(replace(copied, unembedding=replace(whole, weight=no_rows)), small)
 
 
 def _follows(light: Light, pair: Pair) -> bool:
