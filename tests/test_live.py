@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimtab.align.covers import covers_of
 from trimtab.backends import token_tree
-from trimtab.backends.hf import HFModel
+from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair, open_pair
@@ -71,6 +71,26 @@ def scores(
     reading = live.read(contexts, row=row)
     found = live.score(reading, range(len(contexts)), probs, torch.arange(probs.shape[1]))
     return found.expert, found.reference
+
+
+def test_rows_that_only_the_small_models_have_are_not_expected_of_the_host() -> None:
+    filled: list[HFModel] = []
+    for seed in (1, 2):
+        small = open_model(f"{SMALL}&seed={seed}", dtype="float32")
+        tokens = len(small.vocabulary)
+        small.model.resize_token_embeddings(tokens + 8, mean_resizing=False)
+        with torch.no_grad():
+            small.model.lm_head.weight[tokens:] *= 1e3
+        filled.append(adopt_model(small.ref, small.model, small.tokenizer))
+    host = open_model("tiny:qwen3?vocab=bpe&seed=4", dtype="float32")
+    live = Live(Pair(*filled), host)
+    assert live.is_one_vocabulary and len(filled[0].vocabulary) > len(host.vocabulary)
+    reading = live.read(CONTEXTS[:3])
+    assert int(live.expected_small(reading, range(3), 16).max()) >= len(host.vocabulary)
+    assert int(live.expected(reading, range(3)).max()) < len(host.vocabulary)
+    probs = host_probs(3, len(host.vocabulary))
+    expert, _ = scores(live, CONTEXTS[:3], probs)
+    torch.testing.assert_close(expert.sum(-1), torch.ones(3), atol=1e-5, rtol=0)
 
 
 def own(pair: Pair, text: bytes) -> tuple[Tensor, Tensor]:

@@ -246,7 +246,7 @@ def test_what_was_not_translated_is_left_out_and_chapters_are_families() -> None
         "abschnitt.html": PAGE.format(up="kapitel", title="Zwei", more=more),
     }
     english = {"x.html": "<p>Ende.</p><p>drittens</p>"}
-    found = list(sources.handbook_sections(german, english))
+    found = list(sources.handbook_sections(german, english, sources.is_english))
     assert [(text.name, text.family) for text in found] == [
         ("kapitel/abschnitt.txt", "kapitel"),
         ("kapitel/kapitel.txt", "kapitel"),
@@ -254,6 +254,15 @@ def test_what_was_not_translated_is_left_out_and_chapters_are_families() -> None
     assert "Nur hier." in found[1].text and "Erstens\n\nzweitens\n" in found[1].text
     assert "extension" not in found[0].text and "drittens" not in found[0].text
     assert not any(mark in text.text for text in found for mark in ("<", "http", "Zur"))
+
+
+def test_a_paragraph_is_of_the_script_of_most_of_its_letters() -> None:
+    russian = "Команда apt-get install ставит пакет."
+    assert not sources.is_outside(sources.CYRILLIC, russian)
+    assert not sources.is_outside(sources.JAPANESE, "apt コマンドは便利なパッケージ管理です。")
+    for text in ("The package Пакет.", "apt-get install", "1.2.3", ""):
+        assert sources.is_outside(sources.CYRILLIC, text)
+    assert sources.is_outside(sources.JAPANESE, russian)
 
 
 def entry(rubric: str, term: str) -> str:

@@ -95,7 +95,7 @@ def ways_of(models: Models, names: Sequence[str]) -> list[Way]:
             sizes["pair"] = Size.of(running["pair"])
         if drafts and (light := models.live.ahead.light) is not None:
             running["draft"] = light.model.model
-            sizes["draft"] = Size.of(running["draft"])
+            sizes["draft"] = Size.of(running["draft"], head=light.head)
         return Way(name, decode, steers, sizes, running, beside)
 
     plain = _plain(models, host)

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.speed.timing import timed
+from trimtab.backends.int8 import Int8Linear
 
 BANDWIDTH_BYTES, BANDWIDTH_COLUMNS = 2**29, 8_192
 """A matrix that fits no cache, times a vector: what decoding does."""
@@ -100,22 +101,25 @@ class Size:
     attention_flops: float
 
     @staticmethod
-    def of(model: PreTrainedModel, *, lora: bool = False) -> "Size":
+    def of(model: PreTrainedModel, *, lora: bool = False, head: Int8Linear | None = None) -> "Size":
         """Count a model's weights.
 
         Args:
             model: Decoder-only.
             lora: Count the weights of a LoRA in it too, which else is switched off or merged.
+            head: What its final states are multiplied by, if not what it has itself.
         """
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        tied = ends[1] is None or ends[0].weight is ends[1].weight  # type: ignore[union-attr]
-        skipped = () if tied else (ends[0].weight,)
-        named = dict(model.named_parameters()).items()
-        kept = [
+        table: Any = model.get_input_embeddings()
+        own: Any = model.get_output_embeddings()
+        tied = head is None and (own is None or own.weight is table.weight)
+        weights = [
             weight
-            for name, weight in named
-            if not any(weight is other for other in skipped) and (lora or "lora_" not in name)
+            for name, weight in model.named_parameters()
+            if (tied or weight is not table.weight) and (lora or "lora_" not in name)
         ]
+        # Weights of one byte are buffers.
+        small = [weight for weight in model.buffers() if weight.dtype is torch.int8]
+        kept = [*weights, *small, *([] if head is None else [head.weight])]
         config: Any = model.config.get_text_config(decoder=True)
         heads, layers = config.num_attention_heads, config.num_hidden_layers
         width = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class Domain:
     train: Cut = parts
 
 
+_OTHER_SCRIPT = Budget(
+    train_bytes=48_000, validation_bytes=10_000, test_bytes=40_000, document_bytes=2_500
+)
+"""Of texts that SmolLM2's tokenizer cuts into tokens of one or two bytes."""
+
 _ALL = (
     Domain(
         "zig",
@@ -60,9 +66,25 @@ _ALL = (
         "german-handbook",
         "Debian administrator's handbook in German",
         sources.HANDBOOK.licence,
-        sources.read_handbook,
+        partial(sources.read_handbook, "de-DE", sources.is_english),
         (sources.HANDBOOK,),
         Budget(train_bytes=97_000, test_bytes=84_000),
+    ),
+    Domain(
+        "russian-handbook",
+        "Debian administrator's handbook in Russian",
+        sources.HANDBOOK.licence,
+        partial(sources.read_handbook, "ru-RU", partial(sources.is_outside, sources.CYRILLIC)),
+        (sources.HANDBOOK,),
+        _OTHER_SCRIPT,
+    ),
+    Domain(
+        "japanese-handbook",
+        "Debian administrator's handbook in Japanese",
+        sources.HANDBOOK.licence,
+        partial(sources.read_handbook, "ja-JP", partial(sources.is_outside, sources.JAPANESE)),
+        (sources.HANDBOOK,),
+        _OTHER_SCRIPT,
     ),
     Domain(
         "german-medical",

@@ -5,8 +5,9 @@ import platform
 import random
 import re
 import textwrap
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ ZIG_SIZES = (2_500, 16_000, 64_000)
 
 HANDBOOK = Package(
     "debian-handbook",
-    r"/html/(de-DE|en-US)/[^/]+\.html$",
+    r"/html/(de-DE|en-US|ja-JP|ru-RU)/[^/]+\.html$",
     "11.20220922",
     "GPL-2.0-or-later or CC-BY-SA-3.0",
     35,
@@ -37,6 +38,9 @@ GERMAN = frozenset(
     " werden wird zu".split()
 )
 """Function words of two languages, none of which is one in the other."""
+CYRILLIC = ("CYRILLIC",)
+JAPANESE = ("HIRAGANA", "KATAKANA", "CJK")
+"""How the names of a script's letters begin in Unicode."""
 
 GNUMED = Package(
     "gnumed-server",
@@ -146,30 +150,39 @@ def read_zig(cache: Path) -> Corpus:
     return Corpus(tuple(texts), (source,))
 
 
-def read_handbook(cache: Path) -> Corpus:
-    """Sections of the German Debian administrator's handbook, by chapter."""
+def read_handbook(language: str, is_left: Callable[[str], bool], cache: Path) -> Corpus:
+    """Sections of an edition of the Debian administrator's handbook, by chapter.
+
+    Args:
+        language: Of the edition, as its folder is named.
+        is_left: As for `handbook_sections`.
+        cache: Where fetched text is kept.
+    """
     folder = fetch_package(HANDBOOK, cache)
-    german, english = (
+    pages, english = (
         {
             path.name: path.read_text(encoding="utf-8")
             for path in folder.rglob("*.html")
-            if path.parent.name == language
+            if path.parent.name == name
         }
-        for language in ("de-DE", "en-US")
+        for name in (language, "en-US")
     )
-    texts = tuple(handbook_sections(german, english))
+    texts = tuple(handbook_sections(pages, english, is_left))
     return Corpus(texts, (_source(HANDBOOK, texts, cache),))
 
 
-def handbook_sections(pages: dict[str, str], english: dict[str, str]) -> Iterator[Text]:
+def handbook_sections(
+    pages: dict[str, str], english: dict[str, str], is_left: Callable[[str], bool]
+) -> Iterator[Text]:
     """Texts of the pages, by chapter, without examples and without what was not translated.
 
-    Not translated is a paragraph that an English page has too, or in which English function
-    words outnumber German ones (its cross-references are in German).
+    Not translated is a paragraph that an English page has too, or that reads as one: its
+    cross-references are in the other language.
 
     Args:
         pages: HTML of the pages by file name.
         english: HTML of the English edition's pages.
+        is_left: Whether a paragraph reads as English.
     """
     untranslated = {
         paragraph for page in english.values() for paragraph in paragraphs(page, HANDBOOK_SKIP)
@@ -183,16 +196,22 @@ def handbook_sections(pages: dict[str, str], english: dict[str, str]) -> Iterato
         kept = [
             paragraph
             for paragraph in paragraphs(page, HANDBOOK_SKIP)
-            if paragraph not in untranslated and not is_english(paragraph)
+            if paragraph not in untranslated and not is_left(paragraph)
         ]
         if kept:
             yield Text(f"{chapter}/{stem}.txt", chapter, "\n\n".join(kept) + "\n")
 
 
 def is_english(paragraph: str) -> bool:
-    """Whether a paragraph of German or English is rather English."""
+    """Whether a paragraph of German or English is rather English: by words of both."""
     words = re.findall(r"\w+", paragraph.lower())
     return sum(word in ENGLISH for word in words) > sum(word in GERMAN for word in words)
+
+
+def is_outside(script: tuple[str, ...], paragraph: str) -> bool:
+    """Whether at most half of a paragraph's letters are of a script (`CYRILLIC`, `JAPANESE`)."""
+    letters = [unicodedata.name(sign, "") for sign in paragraph if sign.isalpha()]
+    return 2 * sum(name.startswith(script) for name in letters) <= len(letters)
 
 
 def read_medical(cache: Path) -> Corpus:

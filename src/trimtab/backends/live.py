@@ -290,7 +290,8 @@ class Live:
         """
         likely = self.expected_small(reading, questions, count)
         if self.is_one_vocabulary or not len(likely):
-            return likely
+            # Rows that only the small models have, to fill them up, are no tokens of the host.
+            return likely[likely < len(self.alignment.host.vocabulary)]
         first = self.alignment.first_host(likely).unique()
         return first[first >= 0]
 
