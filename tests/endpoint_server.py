@@ -21,6 +21,9 @@ from trimtab.hosted.ledger import Usage
 PATIENCE_SEC = 30.0
 """Longest time that a slow answer waits for the client to lose its patience and ask again."""
 
+LACKING = ("no-logprobs", "no-top")
+"""Faults of answers that are whole and can be counted."""
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -50,10 +53,13 @@ class Endpoint:
         end_lead: By so much the logit of the end is above all others (default: as it is).
         fresh: Equal requests have draws of their own; otherwise one is answered as another.
         silent_end: Of the token that ends a text nothing is shown.
+        temperature: A request may say it.
+        shortest: Least bound on an answer's length that it takes.
         behind: Address of a server that answers in the model's place, and shows no more than this.
         key: What it asks for; none lets everybody in.
         faults: What goes wrong, one a POST, in order; None for nothing.
         served: Tokens of each answer that was sent whole.
+        lacking: Tokens of each answer that was sent without what was asked for.
         seen: Every request's path, headers and body.
     """
 
@@ -72,10 +78,13 @@ class Endpoint:
     end_lead: float | None = None
     fresh: bool = False
     silent_end: bool = False
+    temperature: bool = True
+    shortest: int = 1
     behind: str = ""
     key: str = ""
     faults: list[str | None] = field(default_factory=list)
     served: list[Usage] = field(default_factory=list)
+    lacking: list[Usage] = field(default_factory=list)
     seen: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
     url: str = ""
     asked_again: threading.Event = field(default_factory=threading.Event)
@@ -143,15 +152,19 @@ class _Handler(BaseHTTPRequestHandler):
             except _Refused as refusal:
                 self._send(refusal.status, {"error": {"message": str(refusal)}})
                 return
-            if fault is None:
+            if fault is None or fault in LACKING:
                 usage = answer["usage"]
-                self.shown.served.append(Usage(usage["prompt_tokens"], usage["completion_tokens"]))
+                booked = self.shown.lacking if fault else self.shown.served
+                booked.append(Usage(usage["prompt_tokens"], usage["completion_tokens"]))
         self._send_faulty(fault, answer)
 
     def _send_faulty(self, fault: str | None, answer: dict[str, Any]) -> None:
         if fault == "no-logprobs":
             for choice in answer["choices"]:
                 choice["logprobs"] = None
+        if fault == "no-top":
+            for choice in answer["choices"]:
+                _empty_tops(choice["logprobs"])
         if fault == "slow":
             self.shown.asked_again.wait(PATIENCE_SEC)
         data = json.dumps(answer).encode()
@@ -189,6 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, f"the model {body['model']} does not exist")
         if body.get("n", 1) > 1 and not shown.several:
             raise _Refused(400, "n must be 1")
+        if "temperature" in body and not shown.temperature:
+            raise _Refused(400, "'temperature' does not support 0 with this model")
+        if body.get("max_tokens", shown.shortest) < shown.shortest:
+            raise _Refused(400, f"max_tokens must be at least {shown.shortest}")
         if self.path == "/v1/completions" and shown.completions:
             return _completions(shown, body)
         if self.path == "/v1/chat/completions" and shown.chat:
@@ -196,6 +213,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/messages" and shown.chat:
             return _messages(shown, body)
         raise _Refused(404, f"no such path: {self.path}")
+
+
+def _empty_tops(logprobs: dict[str, Any]) -> None:
+    """Show no likeliest tokens at any place, in both of the ways that APIs do that."""
+    if "content" in logprobs:
+        for number, place in enumerate(logprobs["content"]):
+            place["top_logprobs"] = None if number % 2 else []
+    else:
+        logprobs["top_logprobs"] = [{} if n % 2 else None for n in range(len(logprobs["tokens"]))]
 
 
 def _forwarded(shown: Endpoint, path: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from endpoint_server import Endpoint, continued, logits_of, serving, text_of
+from endpoint_server import LACKING, Endpoint, continued, logits_of, serving, text_of
 from endpoint_server import home as home  # a fixture
 from scipy.stats import chisquare
 from test_generate import HOST, PROMPTS
@@ -123,6 +123,24 @@ def test_drafts_take_fewer_calls_for_the_same_text(adapter: Path, endpoint: Endp
         calls.append(len(endpoint.served))
     assert texts[0] == texts[1]
     assert calls[1] < calls[0]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_api_that_draws_in_its_own_way_changes_no_greedy_choice(
+    adapter: Path, endpoint: Endpoint, chat: bool
+) -> None:
+    endpoint.top, endpoint.echo, endpoint.readable, endpoint.chat = 20, False, True, True
+    options: dict[str, Any] = {"chat": chat, "api_tokenizer": HOST, "api_top_logprobs": 20}
+    plain = asked(endpoint, adapter, **options, api_cache=False)
+    endpoint.temperature, endpoint.shortest, endpoint.name = False, 16, "own"
+    own = asked(endpoint, adapter, host="openai:own", **options)
+    assert own.level == plain.level and own.level.startswith("top 20")
+    assert (own.texts, own.tokens) == (plain.texts, plain.tokens)
+    assert not any("its own apply" in note for note in own.notes)
+    drawn = asked(endpoint, adapter, host="openai:own", temperature=1.0, **options)
+    assert any("its own apply" in note for note in drawn.notes)
+    understood = [b for _, _, b in endpoint.seen if b["model"] == "own" and "temperature" not in b]
+    assert understood and {b["max_tokens"] for b in understood} <= {1, 16}
 
 
 def test_stop_strings_and_sampling(adapter: Path, endpoint: Endpoint) -> None:
@@ -251,6 +269,36 @@ def test_without_logprobs_the_small_models_choose(
     assert scores.index(max(scores)) == texts.index(found.texts[0])
 
 
+def test_the_budget_holds_for_each_candidate(adapter: Path, endpoint: Endpoint) -> None:
+    endpoint.top, endpoint.several, endpoint.fresh = 0, False, True
+    options: dict[str, Any] = {"api_tokenizer": HOST, "api_candidates": 6}
+    assert not asked(endpoint, adapter, **options, seed=1).is_cut_short
+    each = endpoint.served[-1].tokens
+    endpoint.served.clear()
+    cut = asked(endpoint, adapter, **options, api_budget_tokens=4 * each - 1)
+    assert len(endpoint.served) == 3 and endpoint.usage.tokens == 3 * each
+    assert cut.is_cut_short and cut.texts[0]
+    # What has come is kept, so that the same budget reaches further.
+    again = asked(endpoint, adapter, **options, api_budget_tokens=4 * each - 1)
+    assert len(endpoint.served) == 6 and not again.is_cut_short
+    whole = asked(endpoint, adapter, **options, api_budget_tokens=each)
+    assert len(endpoint.served) == 6 and whole.texts == again.texts
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_candidates_of_another_seed_or_place_are_others(
+    adapter: Path, endpoint: Endpoint, several: bool
+) -> None:
+    endpoint.top, endpoint.several, endpoint.fresh = 0, several, True
+    options: dict[str, Any] = {"prompt": PROMPTS[:1] * 2, "api_candidates": 2}
+    each = 1 if several else 2
+    # Equal prompts have candidates of their own, and these are kept.
+    for seed, requests in ((0, 2 * each), (0, 2 * each), (1, 4 * each)):
+        asked(endpoint, adapter, **options, seed=seed)
+        sent = [body for _, _, body in endpoint.seen if body.get("max_tokens") == 8]
+        assert len(sent) == requests
+
+
 def candidates(endpoint: Endpoint, count: int) -> list[str]:
     """What the endpoint has answered: it draws the same for the same place among candidates."""
     body = next(body for _, _, body in endpoint.seen if body.get("max_tokens") == 8)
@@ -304,7 +352,7 @@ def test_anthropics_messages(adapter: Path, endpoint: Endpoint) -> None:
     assert all("anthropic-version" in headers for _, headers, _ in endpoint.seen)
 
 
-FAULTS = ("429", "500", "cut", "truncated", "slow", "no-logprobs")
+FAULTS = ("429", "500", "cut", "truncated", "slow", *LACKING)
 
 
 def test_a_long_job_survives_all_faults_and_counts_each_token_once(
@@ -322,10 +370,12 @@ def test_a_long_job_survives_all_faults_and_counts_each_token_once(
     assert found.texts == smooth.texts
     assert not endpoint.faults
     assert waits.count(7.0) == 1
-    usage = endpoint.usage
+    # What is whole is paid, also where it lacks what was asked for.
+    usage = sum(endpoint.lacking, endpoint.usage)
     words = f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} completion tokens"
     assert words in found.notes[-1]
-    assert f"{len(FAULTS)} calls repeated" in found.notes[-1]
+    assert len(endpoint.lacking) == len(LACKING)
+    assert f"{len(FAULTS) - len(LACKING)} calls repeated" in found.notes[-1]
     assert len(endpoint.seen) - counted == len(endpoint.served) + len(FAULTS)
 
 

@@ -81,8 +81,8 @@ class Called:
         self.waits.append(seconds)
         self.now += seconds
 
-    def ask(self, prompt: str = "The keel", ordinal: int = 0) -> Answers:
-        return self.client.ask("/completions", {"prompt": prompt}, read, ordinal=ordinal)
+    def ask(self, prompt: str = "The keel", **options: Any) -> Answers:
+        return self.client.ask("/completions", {"prompt": prompt}, read, **options)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_patience_ends(served: tuple[str, Script]) -> None:
 def test_an_answer_is_paid_once(called: Called, served: tuple[str, Script], home: Path) -> None:
     served[1].extend([good(), good({**TEXT, "usage": None})])
     assert called.ask() == called.ask()
-    assert called.ask(ordinal=1).usage is None
+    assert called.ask(ordinal=1, estimate=Usage(5, 1)).usage is None
     ledger = called.ledger
     assert (ledger.calls, ledger.kept_calls, ledger.uncounted_calls) == (2, 1, 1)
     # What was damaged is asked for again.
@@ -168,8 +168,8 @@ def test_an_answer_is_paid_once(called: Called, served: tuple[str, Script], home
     called.ask()
     assert called.ledger.calls == 3
     assert called.ledger.summary(Price(1.0, 10.0)) == (
-        "3 calls, 14 prompt and 4 completion tokens; $0.0001; 1 answer from the cache;"
-        " 1 call whose tokens the API did not count"
+        "3 calls, 19 prompt and 5 completion tokens; $0.0001; 1 answer from the cache;"
+        " 1 call with estimated tokens, which the API did not count"
     )
 
 

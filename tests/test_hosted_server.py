@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint_server import Endpoint, serving
+from endpoint_server import LACKING, Endpoint, serving
 from endpoint_server import home as home  # a fixture
 from test_generate import HOST, PROMPTS, domain_text
 from test_generate import adapter as adapter  # a fixture
@@ -21,8 +21,8 @@ from trimtab.config import GenerateConfig
 from trimtab.errors import ModelError
 from trimtab.generate import GenerateResult
 from trimtab.hosted.capabilities import Capabilities
-from trimtab.hosted.generating import opened
 from trimtab.hosted.ledger import Usage
+from trimtab.hosted.opening import opened
 from trimtab.serving.run import Running, running
 
 JOB: dict[str, Any] = {
@@ -80,9 +80,8 @@ def test_what_our_server_shows_is_found_through_faults(
         assert not endpoint.faults
     assert (by.top_completions, by.echo, by.token_prompts) == (top, bool(top), bool(top))
     assert by.completions and by.several and by.logit_bias == ("works" if top else "accepted")
-    if top or not lenient:
-        # Nothing is counted of an answer that lacks what was asked for.
-        assert usage == endpoint.usage
+    # Also counted is an answer that lacks what was asked for.
+    assert usage == endpoint.usage
 
 
 def test_our_server_says_what_its_host_says(adapter: Path, server: Running, host: HFModel) -> None:
@@ -103,7 +102,7 @@ def test_a_long_job_survives_all_faults_and_counts_each_token_once(
     assert smooth.level.startswith(f"top {endpoint.top} " if endpoint.top else "text only")
     assert smooth.notes[-1] == f"used {alone.in_words(calls)}"
     endpoint.served.clear()
-    faults = [fault for fault in FAULTS if endpoint.top or fault != "no-logprobs"]
+    faults = [fault for fault in FAULTS if endpoint.top or fault not in LACKING]
     in_turn = [f for fault in faults for f in (*[None] * (calls // len(faults) - 1), fault)]
     at_once = [fault for fault in faults if fault != "slow"]
     endpoint.faults = [None, *at_once, *in_turn]
@@ -114,8 +113,10 @@ def test_a_long_job_survives_all_faults_and_counts_each_token_once(
     assert (found.texts, found.tokens) == (smooth.texts, smooth.tokens)
     failures = len(at_once) + len(faults)
     assert len(waits) == failures and waits.count(7.0) == 2
-    repeated = f"{failures} calls repeated, which the API may charge as well"
-    assert found.notes == (*smooth.notes[:-1], f"{smooth.notes[-1]}; {repeated}")
+    lacking = len(endpoint.lacking)
+    repeated = f"{failures - lacking} calls repeated, which the API may charge as well"
+    paid = sum(endpoint.lacking, alone).in_words(calls + lacking)
+    assert found.notes == (*smooth.notes[:-1], f"used {paid}; {repeated}")
     assert (endpoint.usage, len(endpoint.served)) == (alone, calls)
 
 
@@ -165,4 +166,4 @@ def test_drafts_that_our_server_scores_save_calls(adapter: Path) -> None:
     # One call more reads the prompt as evidence.
     assert calls_of(alone) == 16 + 1
     assert calls_of(drafted) < 16 == drafted.tokens[0]
-    assert faulty.notes[-1].startswith(f"{drafted.notes[-1]}; 4 calls repeated")
+    assert calls_of(faulty) == calls_of(drafted) + 1 and "; 3 calls repeated" in faulty.notes[-1]

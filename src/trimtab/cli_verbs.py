@@ -80,7 +80,10 @@ def _run(verb: str, given: dict[str, Any]) -> None:
                 # Whoever takes the text from here must not take a part for the whole.
                 raise typer.Exit(CUT_SHORT)
             return
-        result = function(settings, progress=display.progress)
+        heard: dict[str, Any] = {}
+        if isinstance(settings, config.ProbeConfig):
+            heard["on_note"] = lambda note: typer.echo(note, err=True)
+        result = function(settings, progress=display.progress, **heard)
         summary = getattr(result, "as_json" if as_json else "summary", None)
         if callable(summary):
             write(f"{summary()}\n")

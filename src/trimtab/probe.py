@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from trimtab.backends.open import open_model
 from trimtab.config import ProbeConfig, is_hosted
-from trimtab.types import Progress, silent
+from trimtab.types import OnNote, Progress, silent
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,15 @@ class ProbeResult:
         return f"{self.host}\n\n{self.table}"
 
 
-def probe(config: ProbeConfig, *, progress: Progress = silent) -> ProbeResult:
+def probe(
+    config: ProbeConfig, *, progress: Progress = silent, on_note: OnNote | None = None
+) -> ProbeResult:
     """Find out what a host lets us see. An API is asked a dozen short questions, which it charges.
 
     Args:
         config: The host. An address of an API is asked for its models, and must serve one only.
         progress: Shows the opening of a local host.
+        on_note: Gets why a request is sent again, and what a look has used that came to no end.
 
     Raises:
         InputError: An address serves several models.
@@ -38,15 +41,15 @@ def probe(config: ProbeConfig, *, progress: Progress = silent) -> ProbeResult:
     if not is_hosted(config.host) and not config.host.startswith(("http://", "https://")):
         return ProbeResult(config.host, _local(config.host, progress))
     # Imported here: what it needs is in an extra.
-    from trimtab.hosted.generating import opened, price_of, served_model
+    from trimtab.hosted.opening import opened, price_of, served_model
 
     if not is_hosted(config.host):
         url = config.host
         values = config.model_dump() | {"api_url": url, "host": "openai:?"}
         config = ProbeConfig.model_validate(values)
-        name = f"openai:{served_model(config)}"
+        name = f"openai:{served_model(config, on_note=on_note)}"
         config = ProbeConfig.model_validate(values | {"host": name})
-    with opened(config.host, config, probe_again=True, progress=progress) as host:
+    with opened(config.host, config, probe_again=True, progress=progress, on_note=on_note) as host:
         used = host.client.ledger.summary(price_of(config))
         table = host.by.table(knows_tokens=host.tokens is not None)
         return ProbeResult(f"{config.host} at {host.client.address.url}", f"{table}\nused {used}")

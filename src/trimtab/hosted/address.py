@@ -14,6 +14,11 @@ SERVICES: Mapping[str, tuple[str, str]] = {
 }
 """By dialect: the service's own address, and the variable with its key, sent nowhere else."""
 
+CHANGED = (
+    "what this API shows has changed since it was looked at: look again with `trimtab hosts probe`"
+)
+"""What to do where it answers without what it has shown before."""
+
 
 @final
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What an API answers, whatever dialect it speaks. Pure."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,21 @@ _END = re.compile(
 """And those among them that end a text or a turn."""
 
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
+_BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
+"""What taking an answer apart raises where parts are missing or are of another kind."""
+
+_OPENAI_COUNTS = ("prompt_tokens", "completion_tokens")
+_ANTHROPIC_COUNTS = ("input_tokens", "output_tokens")
 _BYTES = "bytes:"
 _REPLACED = "�"
 
 
 class BrokenAnswer(ValueError):
     """An answer that is not what the API promises: asking again may help."""
+
+
+class MissingLogprobsError(BrokenAnswer):
+    """An answer without the log-probabilities that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +68,12 @@ class Place:
         chosen: The token that stands there.
         top: The likeliest tokens, those that can be read; without the chosen one where that is
             not among them.
+        is_shown: There are likeliest tokens, whether or not they can be read.
     """
 
     chosen: Token
     top: tuple[Token, ...]
+    is_shown: bool = True
 
     @property
     def shows_chosen(self) -> bool:
@@ -107,25 +120,33 @@ def is_end(name: str) -> bool:
     return _END.fullmatch(name) is not None
 
 
-def read_answers(raw: Mapping[str, Any], *, logprobs: bool, top: int | None = None) -> Answers:
+def read_answers(
+    raw: Mapping[str, Any], *, logprobs: bool, top: int | None = None, echo: bool = False
+) -> Answers:
     """Read what /completions or /chat/completions answered.
 
     Args:
         raw: The JSON.
         logprobs: They were asked for, and must be there.
         top: Tokens that were asked for at each place. Completions show the chosen one as well,
-            where it is not among these, and then it is no part of the top (default: unknown).
+            where it is not among these, and then it is no part of the top (default: unknown,
+            and places may show none).
+        echo: The prompt's tokens come first.
 
     Raises:
         BrokenAnswer: Parts are missing or are of another kind.
     """
     try:
         choices = tuple(_choice(one, top, logprobs=logprobs) for one in raw["choices"])
-        usage = _usage(raw.get("usage"), "prompt_tokens", "completion_tokens")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        usage = _usage(raw.get("usage"), *_OPENAI_COUNTS)
+    except BrokenAnswer:
+        raise
+    except _BROKEN as error:
         raise BrokenAnswer(f"the answer lacks {error}") from error
     if not choices:
         raise BrokenAnswer("the answer holds no continuation")
+    if logprobs and top and not all(_is_shown(one, echo=echo) for one in choices):
+        raise MissingLogprobsError("the answer lacks the logprobs of a token")
     return Answers(choices, usage)
 
 
@@ -136,21 +157,32 @@ def read_messages(raw: Mapping[str, Any]) -> Answers:
         BrokenAnswer: Parts are missing or are of another kind.
     """
     try:
-        parts = [part["text"] for part in raw["content"] if part["type"] == "text"]
-        usage = _usage(raw.get("usage"), "input_tokens", "output_tokens")
+        parts = [_text(part["text"]) for part in raw["content"] if part["type"] == "text"]
+        usage = _usage(raw.get("usage"), *_ANTHROPIC_COUNTS)
         ended = raw.get("stop_reason") not in ("max_tokens", None)
         return Answers((Answer("".join(parts), (), ended),), usage)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except BrokenAnswer:
+        raise
+    except _BROKEN as error:
         raise BrokenAnswer(f"the answer lacks {error}") from error
+
+
+def usage_of(raw: Mapping[str, Any]) -> Usage | None:
+    """What an answer says that it took, whatever else it lacks."""
+    for counts in (_OPENAI_COUNTS, _ANTHROPIC_COUNTS):
+        with suppress(*_BROKEN):
+            if (usage := _usage(raw.get("usage"), *counts)) is not None:
+                return usage
+    return None
 
 
 def _choice(raw: Mapping[str, Any], top: int | None, *, logprobs: bool) -> Answer:
     text = raw["message"]["content"] if "message" in raw else raw["text"]
     # A chat that ends at once has no content.
-    text = text or ""
+    text = "" if text is None else _text(text)
     places = _places(raw.get("logprobs"), top) if logprobs else ()
     if logprobs and text and not places:
-        raise BrokenAnswer("the answer lacks its logprobs")
+        raise MissingLogprobsError("the answer lacks its logprobs")
     ended = raw.get("finish_reason") not in ("length", None)
     if ended and places and not places[-1].chosen.is_readable:
         # llama.cpp shows the end of a text as a token without a name.
@@ -158,12 +190,36 @@ def _choice(raw: Mapping[str, Any], top: int | None, *, logprobs: bool) -> Answe
     return Answer(text, places, ended)
 
 
+def _text(value: object) -> str:
+    """A text that can be said and kept.
+
+    Raises:
+        BrokenAnswer: It is no string, or holds halves of characters.
+    """
+    if not isinstance(value, str):
+        raise BrokenAnswer(f"the answer's text is of the kind {type(value).__name__}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BrokenAnswer("the answer's text holds half of a character") from None
+    return value
+
+
+def _is_shown(answer: Answer, *, echo: bool) -> bool:
+    """Whether log-probabilities are shown at each place that the model has written."""
+    if not echo:
+        return all(place.is_shown for place in answer.places)
+    # Of a prompt, nothing is shown at the first place, and the last one may be the prompt's.
+    return answer.ended or all(place.is_shown for place in answer.places[1:][-1:])
+
+
 def _places(raw: Mapping[str, Any] | None, most: int | None) -> tuple[Place, ...]:
     if not raw:
         return ()
     if raw.get("content") is not None:
         return tuple(
-            _place(_token(one), [*map(_token, one["top_logprobs"])], most) for one in raw["content"]
+            _place(_token(one), [*map(_token, one["top_logprobs"] or ())], most)
+            for one in raw["content"]
         )
     columns = zip(raw["tokens"], raw["token_logprobs"], raw["top_logprobs"], strict=True)
     return tuple(
@@ -178,10 +234,11 @@ def _places(raw: Mapping[str, Any] | None, most: int | None) -> tuple[Place, ...
 
 
 def _place(chosen: Token, shown: Sequence[Token], most: int | None) -> Place:
+    is_shown = bool(shown)
     if most is not None and len(shown) > most:
         least = min(shown, key=lambda token: token.logprob)
         shown = [token for token in shown if token is not least or token.name != chosen.name]
-    return Place(chosen, tuple(token for token in shown if token.is_readable))
+    return Place(chosen, tuple(token for token in shown if token.is_readable), is_shown)
 
 
 def _token(raw: Mapping[str, Any]) -> Token:
@@ -189,10 +246,12 @@ def _token(raw: Mapping[str, Any]) -> Token:
     token = _named(name, float(raw["logprob"]), raw.get("id"))
     if given is None or is_no_text(name):
         return token
-    return Token(bytes(given) or None, token.logprob, name, token.token_id)
+    return Token(bytes(list(given)) or None, token.logprob, name, token.token_id)
 
 
 def _named(name: str, logprob: float, token_id: int | None = None) -> Token:
+    if not math.isfinite(logprob):
+        raise ValueError(f"a finite logprob of {name!r}")
     return Token(bytes_of(name), float(logprob), name, token_id)
 
 
@@ -210,7 +269,10 @@ def bytes_of(name: str) -> bytes | None:
 def _usage(raw: Mapping[str, Any] | None, prompt: str, completion: str) -> Usage | None:
     if not raw or prompt not in raw:
         return None
-    return Usage(int(raw[prompt]), int(raw.get(completion) or 0))
+    usage = Usage(int(raw[prompt]), int(raw.get(completion) or 0))
+    if min(usage.prompt_tokens, usage.completion_tokens) < 0:
+        raise ValueError("counts of tokens that are not negative")
+    return usage
 
 
 def text_of(places: Sequence[Place]) -> bytes:

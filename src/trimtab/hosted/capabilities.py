@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab.hosted.address import Address
+from trimtab.hosted.ledger import counted
 from trimtab.store.files import sha256_bytes, write_json
 from trimtab.store.home import read_kept, trimtab_home
 
@@ -44,6 +45,11 @@ class Capabilities(BaseModel):
     """logit_bias is refused, or accepted, or was seen to work."""
     length_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """How a chat's longest answer is called."""
+    takes_temperature: bool = True
+    """A request can say how tokens are drawn, by temperature and top_p; otherwise they are drawn in
+    the API's own way."""
+    shortest_tokens: int = 1
+    """Least bound on the length of an answer that it takes."""
 
     def top(self, *, chat: bool) -> int:
         """Likeliest tokens shown at each place that can be steered; 0 where none can be."""
@@ -68,6 +74,8 @@ class Capabilities(BaseModel):
             ("answer goes on from a beginning", _PREFILL[self.prefill]),
             ("several candidates a request", _yes(self.several)),
             ("logit_bias", _BIAS[self.logit_bias]),
+            ("temperature", _yes(self.takes_temperature)),
+            ("shortest answer", counted(self.shortest_tokens, "token")),
             ("full logits", "no"),
             ("hidden states", "no"),
         ]

@@ -6,14 +6,21 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar, final
 
-from trimtab.errors import MissingDependencyError, ModelError
-from trimtab.hosted.address import Address, after_failures, key_of, remedy
-from trimtab.hosted.answers import Answers, BrokenAnswer
-from trimtab.hosted.ledger import Ledger
+from trimtab.errors import MissingDependencyError, ModelError, NumericalError
+from trimtab.hosted.address import CHANGED, Address, after_failures, key_of, remedy
+from trimtab.hosted.answers import Answers, BrokenAnswer, MissingLogprobsError, usage_of
+from trimtab.hosted.failures import (
+    TOO_DEEP,
+    FailedError,
+    PassingError,
+    RefusedError,
+    message_of,
+    retry_after_sec,
+)
+from trimtab.hosted.ledger import Ledger, Usage
 from trimtab.store.files import sha256_bytes, write_json
 from trimtab.store.home import read_kept, trimtab_home
 from trimtab.types import OnNote
@@ -40,19 +47,15 @@ MAX_ANSWER_BYTES = 1 << 28
 _IMPOSSIBLE = -1e4
 _SHOWN_CHARACTERS = 300
 _PASSING = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
+_OF_ALL_REQUESTS = frozenset((401, 402, 403))
+"""Statuses of refusals that say nothing of what was asked."""
+
 _VERSION = 1
 _ANTHROPIC_VERSION = "2023-06-01"
 
 Parsed = TypeVar("Parsed")
-
-
-class _PassingError(Exception):
-    """A failure that may not come again."""
-
-    def __init__(self, reason: str, wait_sec: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.wait_sec = wait_sec
+Reader = Callable[[Mapping[str, Any]], Answers]
+"""Takes an answer apart; its BrokenAnswer says that it lacks something."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,10 @@ class Client:
         self,
         path: str,
         body: Mapping[str, Any],
-        read: Callable[[Mapping[str, Any]], Answers],
+        read: Reader,
         *,
         ordinal: int = 0,
+        estimate: Usage | None = None,
     ) -> Answers:
         """Send a request until it is answered whole, or give what was answered before.
 
@@ -127,9 +131,11 @@ class Client:
             body: The request.
             read: Takes the answer apart; its BrokenAnswer is a reason to ask again.
             ordinal: Tells equal requests apart that are to have different answers.
+            estimate: What is booked where the API does not say what the answer took.
 
         Raises:
-            ModelError: The API refuses the request, or has failed at every attempt.
+            ModelError: The API refuses the request, has failed at every attempt, or has answered
+                without what was asked for, and the budget allows no other attempt.
         """
         kept = self._kept(path, body, ordinal)
         if kept is not None and (raw := _read_kept(kept)) is not None:
@@ -138,61 +144,93 @@ class Client:
                 found = read(raw)
                 self.ledger.kept_calls += 1
                 return found
-        raw, found = self._patiently(lambda: self._parsed("POST", path, body, read))
-        self.ledger.book(found.usage)
-        if kept is not None:
-            write_json(kept, {"schema": "trimtab-hosted-answer", "version": _VERSION, "raw": raw})
-        return found
+        return self._patiently(lambda: self._whole(path, body, read, kept, estimate))
 
     def get(self, path: str) -> Mapping[str, Any]:
         """Fetch a description, such as the list of models; errors as for `ask`."""
-        return self._patiently(lambda: self._parsed("GET", path, None, dict))[0]
+        return self._patiently(lambda: self._parsed("GET", path, None))
 
     def try_once(
-        self, path: str, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Answers]
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        read: Reader,
+        *,
+        estimate: Usage | None = None,
     ) -> Answers | str:
-        """Ask whether a request is understood: its answer, or the API's refusal in words.
+        """Ask whether a request is understood: its answer, or in words what came instead.
 
         Raises:
-            ModelError: The key or the model is refused, or the API has failed at every attempt.
+            RefusedError: For a reason that passes, or that holds for all requests, such as the key.
+            FailedError: The API has failed at every attempt.
         """
         try:
-            _, found = self._patiently(lambda: self._parsed("POST", path, body, read), broken=True)
-        except _RefusedError as refusal:
-            if refusal.status in (401, 402, 403):
+            raw = self._patiently(lambda: self._parsed("POST", path, body))
+        except RefusedError as refusal:
+            if refusal.status in _OF_ALL_REQUESTS | _PASSING:
                 raise
             return refusal.message
+        self.ledger.book(usage_of(raw), estimate)
+        try:
+            return read(raw)
         except BrokenAnswer as error:
             return str(error)
-        self.ledger.book(found.usage)
+
+    def _whole(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        read: Reader,
+        kept: Path | None,
+        estimate: Usage | None,
+    ) -> Answers:
+        """An answer that has what was asked for, booked and kept."""
+        raw = self._parsed("POST", path, body)
+        usage = usage_of(raw)
+        try:
+            found = read(raw)
+        except BrokenAnswer as error:
+            hint = CHANGED if isinstance(error, MissingLogprobsError) else ""
+            if usage is not None:
+                self.ledger.book(usage)
+                if not self.ledger.allows(estimate or Usage()):
+                    raise ModelError(
+                        f"{error}, and the budget of tokens allows no other attempt",
+                        hint=hint or "give a larger --api-budget-tokens",
+                    ) from None
+            is_booked = usage is not None
+            raise PassingError(str(error), is_booked=is_booked, hint=hint) from None
+        self.ledger.book(usage, estimate)
+        if kept is not None:
+            try:
+                _keep(kept, raw)
+            except BrokenAnswer as error:
+                raise PassingError(str(error), is_booked=True) from None
         return found
 
-    def _patiently(self, call: Callable[[], Parsed], *, broken: bool = False) -> Parsed:
+    def _patiently(self, call: Callable[[], Parsed]) -> Parsed:
+        def paced() -> Parsed:
+            self._keep_pace()
+            return call()
+
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self._manners.attempts),
             wait=self._wait_sec,
-            retry=tenacity.retry_if_exception_type(_PassingError),
+            retry=tenacity.retry_if_exception_type(PassingError),
             before_sleep=self._count_failure,
             sleep=self._sleep,
             reraise=True,
         )
         try:
-            return attempts(self._once, call, broken)
-        except _PassingError as error:
+            return attempts(paced)
+        except PassingError as error:
             times = f" {n} times" if (n := self._manners.attempts) > 1 else ""
-            raise ModelError(
+            cache = self._manners.cache
+            raise FailedError(
                 f"{self.address.url} has failed{times}: {error.reason}",
-                hint=after_failures(self.address, self.ledger.calls, cache=self._manners.cache),
+                hint=error.hint or after_failures(self.address, self.ledger.calls, cache=cache),
+                status=error.status,
             ) from None
-
-    def _once(self, call: Callable[[], Parsed], broken: bool) -> Parsed:
-        self._keep_pace()
-        try:
-            return call()
-        except BrokenAnswer as error:
-            if broken:
-                raise
-            raise _PassingError(str(error)) from None
 
     def _keep_pace(self) -> None:
         if self._manners.requests_per_min is None:
@@ -205,36 +243,36 @@ class Client:
     def _wait_sec(self, state: tenacity.RetryCallState) -> float:
         outcome = state.outcome
         error = outcome.exception() if outcome else None
-        if isinstance(error, _PassingError) and error.wait_sec is not None:
+        if isinstance(error, PassingError) and error.wait_sec is not None:
             return error.wait_sec
         longest = min(LONGEST_WAIT_SEC, FIRST_WAIT_SEC * 2.0 ** (state.attempt_number - 1))
         # Clients that failed together are not to come back together.
         return longest * random.uniform(0.5, 1.0)
 
     def _count_failure(self, state: tenacity.RetryCallState) -> None:
-        self.ledger.failures += 1
         error = state.outcome.exception() if state.outcome else None
+        # What is booked as a call has not failed to be counted.
+        if not (isinstance(error, PassingError) and error.is_booked):
+            self.ledger.failures += 1
         wait_sec = state.next_action.sleep if state.next_action else 0.0
-        if self._on_note is not None and isinstance(error, _PassingError):
+        if self._on_note is not None and isinstance(error, PassingError):
             self._on_note(f"{error.reason}; trying again in {wait_sec:.0f} s")
 
     def _parsed(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None,
-        read: Callable[[Mapping[str, Any]], Parsed],
-    ) -> tuple[Mapping[str, Any], Parsed]:
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
         status, headers, content = self._exchange(method, path, body)
         if status != 200:
             raise self._refusal(status, headers, content)
         try:
             raw = json.loads(content, parse_constant=_finite)
         except ValueError:
-            raise _PassingError(f"an answer of {len(content)} bytes that is no JSON") from None
+            raise PassingError(f"an answer of {len(content)} bytes that is no JSON") from None
+        except RecursionError:
+            raise PassingError(f"an answer of {len(content)} bytes, {TOO_DEEP}") from None
         if not isinstance(raw, dict):
-            raise _PassingError("an answer that is no JSON object")
-        return raw, read(raw)
+            raise PassingError("an answer that is no JSON object")
+        return raw
 
     def _exchange(
         self, method: str, path: str, body: Mapping[str, Any] | None
@@ -247,12 +285,12 @@ class Client:
                     size += len(part)
                     # A read that never quite stops is no timeout to the transport.
                     if self._clock() > end_sec:
-                        raise _PassingError(f"no answer in {self._manners.timeout_sec:g} s")
+                        raise PassingError(f"no answer in {self._manners.timeout_sec:g} s")
                     if size > MAX_ANSWER_BYTES:
-                        raise _PassingError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+                        raise PassingError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
                 return answer.status_code, answer.headers, b"".join(parts)
         except httpx2.TimeoutException:
-            raise _PassingError(f"no answer in {self._manners.timeout_sec:g} s") from None
+            raise PassingError(f"no answer in {self._manners.timeout_sec:g} s") from None
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
             raise ModelError(
                 f"{self.address.url} is no address of an API: {self._scrubbed(str(error))}",
@@ -260,17 +298,17 @@ class Client:
             ) from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             reason = self._scrubbed(str(error)) or type(error).__name__
-            raise _PassingError(f"the connection failed: {reason}") from None
+            raise PassingError(f"the connection failed: {reason}") from None
 
     def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
-        said = self._scrubbed(_message(content))[:_SHOWN_CHARACTERS]
+        said = self._scrubbed(message_of(content))[:_SHOWN_CHARACTERS]
         exhausted = status == 429 and "insufficient_quota" in content.decode("utf-8", "replace")
         if status in _PASSING and not exhausted:
-            wait_sec = _retry_after_sec(headers.get("retry-after"))
+            wait_sec = retry_after_sec(headers.get("retry-after"))
             if wait_sec is None or wait_sec <= PATIENCE_SEC:
-                return _PassingError(f"status {status}: {said}", wait_sec)
+                return PassingError(f"status {status}: {said}", wait_sec=wait_sec, status=status)
             said = f"it asks to wait {wait_sec:.0f} s; {said}"
-        return _RefusedError(
+        return RefusedError(
             f"{self.address.url} refuses with status {status}: {said}",
             hint=remedy(status, self.address),
             status=status,
@@ -294,43 +332,25 @@ class Client:
         return trimtab_home() / "hosted" / "answers" / name[:2] / f"{name}.json"
 
 
-@final
-class _RefusedError(ModelError):
-    """The API has understood a request and will not answer it."""
-
-    def __init__(self, message: str, *, hint: str, status: int) -> None:
-        super().__init__(message, hint=hint)
-        self.status = status
-
-
-def _message(content: bytes) -> str:
-    text = content.decode("utf-8", "replace")
-    try:
-        raw = json.loads(text)
-        error = raw.get("error", raw) if isinstance(raw, dict) else raw
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except ValueError:
-        pass
-    return " ".join(text.split()) or "without a reason"
-
-
 def _finite(name: str) -> float | None:
     """Stands for a number that JSON does not have: the impossible's log-probability, or none."""
     return _IMPOSSIBLE if name == "-Infinity" else None
 
 
-def _retry_after_sec(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date."""
-    if not value:
-        return None
+def _keep(path: Path, raw: Mapping[str, Any]) -> None:
+    """Write an answer.
+
+    Raises:
+        BrokenAnswer: It holds what no file of ours can hold.
+    """
     try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+        write_json(path, {"schema": "trimtab-hosted-answer", "version": _VERSION, "raw": raw})
+    except NumericalError:
+        raise BrokenAnswer("the answer holds a number that is not finite") from None
+    except UnicodeEncodeError:
+        raise BrokenAnswer("the answer holds half of a character") from None
+    except RecursionError:
+        raise BrokenAnswer(f"the answer is {TOO_DEEP}") from None
 
 
 def _read_kept(path: Path) -> Mapping[str, Any] | None:

@@ -62,7 +62,8 @@ def planned_steps(
 
 def _planned_steps(host: HostedModel, task: Task, ahead: int, *, drafts_itself: bool) -> Plan:
     length, steps = host.count_read(task.prompt, chat=task.chat), task.max_new_tokens
-    calls, completion = steps, steps * (1 + ahead) if drafts_itself else steps
+    each = max(1 + ahead if drafts_itself else 1, host.by.shortest_tokens)
+    calls, completion = steps, steps * each
     prompt = steps * length + steps * (steps - 1) // 2
     if ahead and not drafts_itself:
         # A draft that the host cuts otherwise is asked for again without it.

@@ -1,7 +1,6 @@
 """Continue prompts with a host behind an API, at the best level that it allows."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
@@ -12,20 +11,17 @@ from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair
-from trimtab.config import GenerateConfig, HostedOptions, ProbeConfig
+from trimtab.config import GenerateConfig
 from trimtab.errors import AdapterError, InputError
-from trimtab.hosted.address import Address
 from trimtab.hosted.blending import Blender
-from trimtab.hosted.client import Client, Manners
 from trimtab.hosted.context import expert_draft
 from trimtab.hosted.estimating import Plan, planned_alone, planned_candidates, planned_steps
 from trimtab.hosted.host import HostedModel
-from trimtab.hosted.ledger import Ledger, Price
-from trimtab.hosted.level import Level, in_words, level_of
-from trimtab.hosted.probing import capabilities_of
+from trimtab.hosted.level import Level, check_sampling, in_words, level_of, own_draws
+from trimtab.hosted.opening import opened, price_of
 from trimtab.hosted.requests import Prefix, Wanted
 from trimtab.hosted.reranking import best_of
-from trimtab.hosted.tokens import ToldTokens, open_known
+from trimtab.hosted.tokens import ToldTokens
 from trimtab.hosted.writing import Sampling, Task, Writer
 from trimtab.steering.beside import open_beside
 from trimtab.steering.evidence import Mixture
@@ -40,6 +36,9 @@ CANDIDATE_TEMPERATURE = 0.8
 
 _MOST_PROMPTS = 1_000_000
 """Of a run: further ones would share their draws with another seed's."""
+
+_MOST_CANDIDATES = 128
+"""For a prompt, as the settings allow: further ones would share draws with the next prompt's."""
 
 
 @dataclass(frozen=True)
@@ -61,85 +60,6 @@ class HostedResult:
     is_cut_short: bool = False
 
 
-@contextmanager
-def opened(
-    host: str,
-    options: HostedOptions,
-    *,
-    probe_again: bool = False,
-    progress: Progress = silent,
-    on_note: OnNote | None = None,
-) -> Iterator[HostedModel]:
-    """Open a host behind an API, and find out what it can do.
-
-    Args:
-        host: openai:MODEL or anthropic:MODEL.
-        options: How it is reached and called.
-        probe_again: Ask what it can do, whatever was found before.
-        progress: Shows the opening of a tokenizer.
-        on_note: Gets why a request is sent again.
-
-    Raises:
-        ModelError: It cannot be reached, or refuses key or model.
-        InputError: It has not been looked at yet, and the budget of tokens may be too small for it.
-    """
-    address = Address.of(host, options.api_url)
-    tokens = open_known(options.api_tokenizer, progress) if options.api_tokenizer else None
-    ledger = Ledger(options.api_budget_tokens)
-    client = Client(address, manners_of(options), ledger, on_note=on_note)
-    try:
-        by = capabilities_of(
-            client,
-            tokens,
-            top=options.api_top_logprobs,
-            named=options.api_tokenizer or "",
-            again=probe_again,
-        )
-        yield HostedModel(client, by, tokens)
-    finally:
-        client.close()
-
-
-def manners_of(options: HostedOptions) -> Manners:
-    """How an API is to be called."""
-    return Manners(
-        options.api_timeout_sec,
-        options.api_attempts,
-        options.api_requests_per_min,
-        options.api_cache,
-    )
-
-
-def served_model(options: ProbeConfig) -> str:
-    """The one model that an address serves.
-
-    Raises:
-        InputError: It serves none or several, among which a user must choose.
-        ModelError: It cannot be reached, or does not tell.
-    """
-    client = Client(Address.of(options.host, options.api_url), manners_of(options), Ledger())
-    try:
-        found = client.get("/models")
-    finally:
-        client.close()
-    listed = found.get("data")
-    names = [str(one.get("id")) for one in listed or () if isinstance(one, dict)]
-    if len(names) == 1:
-        return names[0]
-    shown = ", ".join(names[:8]) or "none that it names"
-    raise InputError(
-        f"{options.api_url} serves {len(names)} models: {shown}",
-        hint="name one: openai:MODEL --api-url URL",
-    )
-
-
-def price_of(options: HostedOptions) -> Price | None:
-    """The price that was given, if one was."""
-    if options.api_price_in is None or options.api_price_out is None:
-        return None
-    return Price(options.api_price_in, options.api_price_out)
-
-
 def generate_hosted(
     config: GenerateConfig,
     *,
@@ -159,18 +79,19 @@ def generate_hosted(
     Raises:
         AdapterError: The adapter has no expert, or other carriers are named.
         ModelError: The API cannot do what is asked, refuses, or has failed at every attempt.
-        InputError: As for `opened`.
+        InputError: As for `opened` and `check_sampling`.
     """
     manifest = _check(config)
     with opened(config.host, config, progress=progress, on_note=on_note) as host:
         host.check_way(chat=config.chat)
         level = level_of(config, host.by, steered=manifest is not None)
+        check_sampling(config, host.by, level)
         pair = _open_pair(config, manifest, progress)
         tasks = [_task(config, prompt, host, pair) for prompt in config.prompt]
         if config.api_draft_tokens:
             tasks = _with_drafts(config, tasks, pair, level)
         words = in_words(config, host.by, level)
-        notes = [f"{config.host}: {words}"]
+        notes = [f"{config.host}: {words}", *own_draws(config, host.by, level)]
         if host.client.ledger.calls:
             asked = host.client.ledger.summary(price_of(config))
             notes.append(f"asked once what {host.client.address.url} shows: {asked}")
@@ -178,19 +99,18 @@ def generate_hosted(
         for note in notes:
             _tell(on_note, note)
         run = _Run(config, host, pair, manifest, on_text)
-        with (
-            progress("generating (tokens)", len(tasks) * config.max_new_tokens) as advance,
-            torch.random.fork_rng(devices=[]),
-        ):
-            torch.manual_seed(config.seed)
-            done = [run.one(level, number, task, advance) for number, task in enumerate(tasks)]
-        after = [f"used {host.client.ledger.summary(price_of(config))}"]
+        try:
+            with progress("generating (tokens)", len(tasks) * config.max_new_tokens) as advance:
+                done = run.all(level, tasks, advance)
+        finally:
+            # What was used is to be paid, however the run has ended.
+            after = [f"used {host.client.ledger.summary(price_of(config))}"]
+            _tell(on_note, after[0])
         is_cut_short = any(one.is_cut_short for one in done)
         if is_cut_short:
             goes_on = ": the same command with a larger one goes on" if config.api_cache else ""
             after.append(f"stopped by the budget of tokens{goes_on}")
-        for note in after:
-            _tell(on_note, note)
+            _tell(on_note, after[1])
     return HostedResult(
         tuple(one.text for one in done),
         tuple(one.tokens for one in done),
@@ -232,6 +152,12 @@ class _Run:
         self._pair = pair
         self._manifest = manifest
         self._on_text = on_text
+
+    def all(self, level: Level, tasks: Sequence[Task], advance: Advance) -> list[_Done]:
+        """Continue all prompts."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._config.seed)
+            return [self.one(level, number, task, advance) for number, task in enumerate(tasks)]
 
     def one(self, level: Level, number: int, task: Task, advance: Advance) -> _Done:
         """Continue one prompt."""
@@ -277,24 +203,32 @@ class _Run:
             task.sent if task.chat else None,
             list(task.prompt_ids),
         )
-        if not self._host.allows(prefix, wanted):
-            return _Done("", 0, is_cut_short=True)
-        texts = [_stopped(text, self._config.stop) for text in self._asked(prefix, wanted)]
+        asked, is_cut_short = self._asked(prefix, wanted, number)
+        if not asked:
+            return _Done("", 0, is_cut_short)
+        texts = [_stopped(text, self._config.stop) for text in asked]
         best = 0
         if self._pair is not None and level == "text":
             best = best_of(self._pair, task.prompt, texts, task.small_ids)
         advance(task.max_new_tokens)
         self._say(number, texts[best])
-        return _Done(texts[best], self._host.count(texts[best]) if texts[best] else 0)
+        tokens = self._host.count(texts[best]) if texts[best] else 0
+        return _Done(texts[best], tokens, is_cut_short)
 
-    def _asked(self, prefix: Prefix, wanted: Wanted) -> list[str]:
-        if wanted.count == 1 or self._host.by.several:
-            return [choice.text for choice in self._host.go_on(prefix, wanted).choices]
-        alone = replace(wanted, count=1)
-        return [
-            self._host.go_on(prefix, alone, ordinal=number).choices[0].text
-            for number in range(wanted.count)
-        ]
+    def _asked(self, prefix: Prefix, wanted: Wanted, number: int) -> tuple[list[str], bool]:
+        """The host's continuations, and whether the budget has ended them."""
+        is_one = wanted.count == 1 or self._host.by.several
+        each = wanted if is_one else replace(wanted, count=1)
+        # Without draws, equal prompts have equal answers, whatever the seed.
+        is_drawn = bool(wanted.temperature) or not self._host.by.takes_temperature
+        first = _sampling(self._config, number).draw * _MOST_CANDIDATES if is_drawn else 0
+        texts = list[str]()
+        for ordinal in range(first, first + (1 if is_one else wanted.count)):
+            if not self._host.allows(prefix, each):
+                return texts, True
+            choices = self._host.go_on(prefix, each, ordinal=ordinal).choices
+            texts += [choice.text for choice in (choices if is_one else choices[:1])]
+        return texts, False
 
     def _say(self, number: int, text: str) -> None:
         if text and self._on_text is not None:

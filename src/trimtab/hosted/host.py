@@ -6,9 +6,9 @@ from typing import final
 from trimtab.errors import ModelError
 from trimtab.hosted.answers import Answers, read_answers, read_messages
 from trimtab.hosted.capabilities import Capabilities
-from trimtab.hosted.client import Client
+from trimtab.hosted.client import Client, Reader
 from trimtab.hosted.ledger import Usage
-from trimtab.hosted.requests import Prefix, Wanted, path_and_body
+from trimtab.hosted.requests import Prefix, Wanted, length, path_and_body
 from trimtab.hosted.tokens import KnownTokens
 
 BYTES_A_TOKEN = 3
@@ -45,14 +45,25 @@ class HostedModel:
             ModelError: As `Client.ask`; or it no longer shows what it showed when it was probed.
         """
         path, body = path_and_body(self.client.address.model, prefix, wanted, self.by)
-        if self.by.dialect == "anthropic":
-            return self.client.ask(path, body, read_messages, ordinal=ordinal)
         return self.client.ask(
             path,
             body,
-            lambda raw: read_answers(raw, logprobs=bool(wanted.top), top=wanted.top),
+            self.reader(wanted),
             ordinal=ordinal,
+            estimate=self.estimate(prefix, wanted),
         )
+
+    def reader(self, wanted: Wanted, *, is_look: bool = False) -> Reader:
+        """What takes the answer apart.
+
+        Args:
+            wanted: What was asked for.
+            is_look: It is not known yet how much of it is shown.
+        """
+        if self.by.dialect == "anthropic":
+            return read_messages
+        logprobs, top, echo = bool(wanted.top), None if is_look else wanted.top, wanted.echo
+        return lambda raw: read_answers(raw, logprobs=logprobs, top=top, echo=echo)
 
     def prefix(self, text: str, message: str | None, token_ids: list[int]) -> Prefix:
         """What it goes on from, in tokens where it takes these and their text is known."""
@@ -79,10 +90,14 @@ class HostedModel:
 
     def allows(self, prefix: Prefix, wanted: Wanted) -> bool:
         """Whether a call stays within the budget."""
+        return self.client.ledger.allows(self.estimate(prefix, wanted))
+
+    def estimate(self, prefix: Prefix, wanted: Wanted) -> Usage:
+        """What a call takes at most, or more than is likely."""
         ids, text = prefix.token_ids, (prefix.message or "") + prefix.text
         is_chat = prefix.message is not None
         prompt = len(ids) if ids is not None else self.count_read(text, chat=is_chat)
-        return self.client.ledger.allows(Usage(prompt, wanted.max_tokens * wanted.count))
+        return Usage(prompt, length(wanted, self.by) * wanted.count)
 
     def check_way(self, *, chat: bool) -> None:
         """Refuse a way of asking that the API does not have.

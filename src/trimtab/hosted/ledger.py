@@ -67,8 +67,9 @@ class Price:
 class Ledger:
     """Counts the calls of a run.
 
-    Only answers that have come whole are counted. What an API charges for an answer that was cut
-    off on its way is not known here: such calls are counted as failures.
+    Only answers that have come whole are counted, also those that lack what was asked for. What an
+    API charges for an answer that was cut off on its way is not known here: such calls are counted
+    as failures.
     """
 
     def __init__(self, budget_tokens: int | None = None) -> None:
@@ -84,13 +85,19 @@ class Ledger:
         self.failures = 0
         self.uncounted_calls = 0
 
-    def book(self, usage: Usage | None) -> None:
-        """Count an answer; None where the API has not said what it took."""
+    def book(self, usage: Usage | None, estimate: Usage | None = None) -> None:
+        """Count an answer.
+
+        Args:
+            usage: What it took; None where the API has not said.
+            estimate: What is booked there (default: nothing).
+        """
         self.calls += 1
         if usage is None:
             self.uncounted_calls += 1
-        else:
-            self.usage += usage
+            # A budget that booked nothing would be none.
+            usage = estimate or Usage()
+        self.usage += usage
 
     def allows(self, usage: Usage) -> bool:
         """Whether a call that may use so much stays within the budget."""
@@ -110,5 +117,5 @@ class Ledger:
             parts.append(f"{repeated} repeated, which the API may charge as well")
         if self.uncounted_calls:
             uncounted = counted(self.uncounted_calls, "call")
-            parts.append(f"{uncounted} whose tokens the API did not count")
+            parts.append(f"{uncounted} with estimated tokens, which the API did not count")
         return "; ".join(parts)

@@ -50,3 +50,37 @@ def in_words(config: GenerateConfig, by: Capabilities, level: Level) -> str:
             f" likeliest{seen}"
         )
     return f"top {by.top(chat=config.chat)} logprobs, blended with expert and reference"
+
+
+def check_sampling(config: GenerateConfig, by: Capabilities, level: Level) -> None:
+    """Refuse lengths and draws that an API cannot be asked for, before anything is sent.
+
+    Raises:
+        InputError: It takes longer answers only, or temperature and top_p not together.
+    """
+    if level == "top-k":
+        return
+    if config.max_new_tokens < by.shortest_tokens:
+        raise InputError(
+            f"{config.host} takes no bound below {by.shortest_tokens} tokens on an answer, and"
+            f" --max-new-tokens is {config.max_new_tokens}",
+            hint=f"use --max-new-tokens {by.shortest_tokens} or more",
+        )
+    is_greedy = not config.temperature and level == "alone"
+    both = config.top_p < 1 and config.temperature != 1 and not is_greedy
+    if by.dialect == "anthropic" and by.takes_temperature and both:
+        raise InputError(
+            f"{config.host} takes either a temperature or --top-p, and here both are needed",
+            hint="leave out --top-p, or give --temperature 1",
+        )
+
+
+def own_draws(config: GenerateConfig, by: Capabilities, level: Level) -> list[str]:
+    """What to know, for people, where a host draws in its own way."""
+    is_plain = config.temperature == 1 and config.top_p == 1 and not config.top_k
+    if by.takes_temperature or (level == "top-k" and not is_plain):
+        return []
+    note = f"{config.host} lets nobody choose a temperature or top-p: its own apply"
+    if level == "alone" and not config.temperature:
+        note += ", and the text is a draw where temperature 0 asks for the likeliest"
+    return [note]

@@ -5,7 +5,8 @@ from typing import Any, final
 
 from trimtab.align.strings import is_whole
 from trimtab.errors import InputError, ModelError
-from trimtab.hosted.answers import Answers, Place, read_answers, read_messages, text_of
+from trimtab.hosted.answers import Answers, Place, text_of
+from trimtab.hosted.asking import asked_otherwise, named_otherwise
 from trimtab.hosted.capabilities import (
     Capabilities,
     kept_path,
@@ -13,9 +14,10 @@ from trimtab.hosted.capabilities import (
     write_capabilities,
 )
 from trimtab.hosted.client import Client
+from trimtab.hosted.failures import FailedError, RefusedError
+from trimtab.hosted.host import HostedModel
 from trimtab.hosted.ledger import Usage
-from trimtab.hosted.requests import CHAT, COMPLETIONS, MESSAGES, Prefix, Wanted, chat, completion
-from trimtab.hosted.requests import messages as message_request
+from trimtab.hosted.requests import Prefix, Wanted, path_and_body
 from trimtab.hosted.tokens import KnownTokens
 
 TOPS = (20, 5, 1)
@@ -73,69 +75,75 @@ class _Prober:
         self._tokens = tokens
         self._tops = sorted({top, *(t for t in TOPS if t < top)}, reverse=True)
         self._refusals: list[str] = []
+        self._plain: Callable[[], Answers | str] | None = None
 
     def probe(self) -> Capabilities:
         """Ask everything."""
         if self._client.address.dialect == "anthropic":
-            body = message_request(self._model, Prefix("", _MESSAGE), Wanted(1))
-            if self._try(MESSAGES, body, read_messages) is None:
+            by = Capabilities(dialect="anthropic", chat=True)
+            found = self._understood(by, Prefix("", _MESSAGE))
+            if found is None:
                 raise self._nothing()
-            return Capabilities(dialect="anthropic", chat=True)
+            return found
         found = self._with_chat(self._with_completions(Capabilities(dialect="openai")))
         if not found.completions and not found.chat:
             raise self._nothing()
         return found
 
+    def _understood(self, by: Capabilities, prefix: Prefix) -> Capabilities | None:
+        """How a plain question must be asked to be answered; None where it is not."""
+        way: Capabilities | None = by
+        while way is not None:
+            question = self._question(way, prefix, Wanted(1))
+            found = self._answered(question)
+            if isinstance(found, Answers):
+                self._plain = question
+                return way
+            other = asked_otherwise(way, found)
+            way = named_otherwise(way) if other is None and prefix.message is not None else other
+        return None
+
     def _with_completions(self, found: Capabilities) -> Capabilities:
         prefix = Prefix(_TEXT)
-        top, places = self._highest(
-            COMPLETIONS, lambda top: completion(self._model, prefix, Wanted(1, top))
-        )
-        plain = top or self._complete(prefix, Wanted(1)) is not None
-        if not plain:
+        by = self._understood(found, prefix)
+        if by is None:
             return found
-        several = self._complete(prefix, Wanted(1, count=2, temperature=1.0))
-        bias = self._bias(COMPLETIONS, completion(self._model, prefix, Wanted(1, top)), places)
-        return found.model_copy(
+        top, places = self._highest(by, prefix, 1)
+        several = self._ask(by, prefix, Wanted(1, count=2, temperature=1.0))
+        return by.model_copy(
             update={
                 "completions": True,
                 "top_completions": top,
-                "echo": bool(top) and self._echoes(prefix, top),
-                "token_prompts": self._takes_tokens(top, places),
+                "echo": bool(top) and self._echoes(by, prefix, top),
+                "token_prompts": self._takes_tokens(by, top, places),
                 "several": several is not None and len(several.choices) == 2,
-                "logit_bias": bias,
+                "logit_bias": self._bias(by, prefix, top, places),
             }
         )
 
     def _with_chat(self, found: Capabilities) -> Capabilities:
         prefix = Prefix("", _MESSAGE)
-        for name in ("max_tokens", "max_completion_tokens"):
-            by = found.model_copy(update={"length_name": name})
-            if self._try(CHAT, chat(self._model, prefix, Wanted(1), by), _plain) is not None:
-                break
-        else:
+        by = self._understood(found, prefix)
+        if by is None:
             return found
-        top, places = self._highest(
-            CHAT, lambda top: chat(self._model, prefix, Wanted(_AHEAD, top), by)
-        )
+        top, places = self._highest(by, prefix, _AHEAD)
         by = by.model_copy(update={"chat": True, "top_chat": top})
         update: dict[str, Any] = {"prefill": self._prefill(by, top, places)}
+        update["echo"] = by.echo and _tells_prompt(by)
         if by.several or not by.completions:
             # What is used in both ways must be understood in both.
-            wanted = Wanted(1, count=2, temperature=1.0)
-            several = self._try(CHAT, chat(self._model, prefix, wanted, by), _plain)
+            several = self._ask(by, prefix, Wanted(1, count=2, temperature=1.0))
             update["several"] = several is not None and len(several.choices) == 2
         if not by.completions:
-            body = chat(self._model, prefix, Wanted(1, top), by)
-            update["logit_bias"] = self._bias(CHAT, body, places)
+            update["logit_bias"] = self._bias(by, prefix, top, places)
         return by.model_copy(update=update)
 
     def _highest(
-        self, path: str, body: Callable[[int], Mapping[str, Any]]
+        self, by: Capabilities, prefix: Prefix, ahead: int
     ) -> tuple[int, tuple[Place, ...]]:
         """The most log-probabilities that are shown, and the answer with them."""
         for top in self._tops:
-            found = self._try(path, body(top), _with_logprobs)
+            found = self._ask(by, prefix, Wanted(ahead, top))
             if found and found.choices[0].places:
                 places = found.choices[0].places
                 shown = max(len(place.top) for place in places)
@@ -143,20 +151,22 @@ class _Prober:
                     return min(top, shown), places
         return 0, ()
 
-    def _echoes(self, prefix: Prefix, top: int) -> bool:
-        found = self._complete(prefix, Wanted(1, top, echo=True))
+    def _echoes(self, by: Capabilities, prefix: Prefix, top: int) -> bool:
+        if not _tells_prompt(by):
+            return False
+        found = self._ask(by, prefix, Wanted(1, top, echo=True))
         if found is None:
             return False
         places = found.choices[0].places
         shows = len(places) > 2 and all(place.top for place in places[1:])
         return shows and text_of(places).startswith(prefix.text.encode())
 
-    def _takes_tokens(self, top: int, places: Sequence[Place]) -> bool:
+    def _takes_tokens(self, by: Capabilities, top: int, places: Sequence[Place]) -> bool:
         """Whether ids of the given tokenizer mean to the API what their text means."""
         if self._tokens is None or not top or not places:
             return False
         ids = [*self._tokens.context_ids(), *self._tokens.encode(_TEXT)]
-        found = self._complete(Prefix("", None, ids), Wanted(1, top))
+        found = self._ask(by, Prefix("", None, ids), Wanted(1, top))
         return found is not None and _same(found.choices[0].places[:1], places[:1])
 
     def _prefill(self, by: Capabilities, top: int, places: Sequence[Place]) -> str:
@@ -170,38 +180,86 @@ class _Prober:
         begun = text_of(places[:size]).decode()
         for kind in ("plain", "flagged"):
             trial = by.model_copy(update={"prefill": kind})
-            body = chat(self._model, Prefix(begun, _MESSAGE), Wanted(1, top), trial)
-            found = self._try(CHAT, body, _with_logprobs)
+            found = self._ask(trial, Prefix(begun, _MESSAGE), Wanted(1, top))
             if found and _same(found.choices[0].places[:1], places[size : size + 1]):
                 return kind
         return "none"
 
-    def _bias(self, path: str, body: Mapping[str, Any], places: Sequence[Place]) -> str:
+    def _bias(self, by: Capabilities, prefix: Prefix, top: int, places: Sequence[Place]) -> str:
         likeliest = places[0].chosen if places else None
         token_id = likeliest.token_id if likeliest else None
         if likeliest and token_id is None and self._tokens:
             token_id = self._tokens.id_of(likeliest)
-        biased = {**body, "logit_bias": {str(0 if token_id is None else token_id): -100}}
-        found = self._try(path, biased, _with_logprobs if "logprobs" in body else _plain)
+        bias = {"logit_bias": {str(0 if token_id is None else token_id): -100}}
+        found = self._ask(by, prefix, Wanted(1, top), bias)
         if found is None:
             return "none"
         after = found.choices[0].places
-        if token_id is None or likeliest is None or not after:
+        # What is drawn differs from the likeliest in any case.
+        if token_id is None or likeliest is None or not after or not by.takes_temperature:
             return "accepted"
         return "works" if after[0].chosen.name != likeliest.name else "accepted"
 
-    def _complete(self, prefix: Prefix, wanted: Wanted) -> Answers | None:
-        read = _with_logprobs if wanted.top else _plain
-        return self._try(COMPLETIONS, completion(self._model, prefix, wanted), read)
-
-    def _try(
-        self, path: str, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Answers]
+    def _ask(
+        self,
+        by: Capabilities,
+        prefix: Prefix,
+        wanted: Wanted,
+        more: Mapping[str, Any] | None = None,
     ) -> Answers | None:
-        found = self._client.try_once(path, body, read)
+        """The answer to a question that need not be understood; None where it is not.
+
+        Raises:
+            ModelError: The API fails, or refuses, whatever it is asked.
+        """
+        found = self._answered(self._question(by, prefix, wanted, more))
+        return found if isinstance(found, Answers) else None
+
+    def _answered(self, question: Callable[[], Answers | str]) -> Answers | str:
+        """The answer to a question, or what came instead."""
+        try:
+            found = question()
+        except (RefusedError, FailedError) as error:
+            if not self._is_of_the_question(error):
+                raise
+            found = error.message
         if isinstance(found, str):
             self._refusals.append(found)
-            return None
         return found
+
+    def _is_of_the_question(self, error: RefusedError | FailedError) -> bool:
+        """Whether the API fails at one question alone: the plain one is still answered."""
+        if self._plain is None:
+            return False
+        if isinstance(error, RefusedError):
+            return error.status == 403
+        return (error.status or 0) >= 500 and isinstance(self._plain(), Answers)
+
+    def _question(
+        self,
+        by: Capabilities,
+        prefix: Prefix,
+        wanted: Wanted,
+        more: Mapping[str, Any] | None = None,
+    ) -> Callable[[], Answers | str]:
+        """What asks once, within the budget."""
+        host = HostedModel(self._client, by, self._tokens)
+        path, body = path_and_body(self._model, prefix, wanted, by)
+        estimate = host.estimate(prefix, wanted)
+
+        def asked() -> Answers | str:
+            # Questions with the shortest answers are in the bound that was checked before.
+            if by.shortest_tokens > 1 and not self._client.ledger.allows(estimate):
+                raise InputError(
+                    f"{self._client.address.url} takes no shorter answers than"
+                    f" {by.shortest_tokens} tokens; looking at it with these takes more than"
+                    " --api-budget-tokens allows",
+                    hint="give a larger budget, or look once without one: `trimtab hosts probe`",
+                )
+            read = host.reader(wanted, is_look=True)
+            return self._client.try_once(path, {**body, **(more or {})}, read, estimate=estimate)
+
+        return asked
 
     def _nothing(self) -> ModelError:
         said = self._refusals[-1] if self._refusals else "nothing"
@@ -211,12 +269,9 @@ class _Prober:
         )
 
 
-def _with_logprobs(raw: Mapping[str, Any]) -> Answers:
-    return read_answers(raw, logprobs=True)
-
-
-def _plain(raw: Mapping[str, Any]) -> Answers:
-    return read_answers(raw, logprobs=False)
+def _tells_prompt(by: Capabilities) -> bool:
+    """Whether an echo tells which tokens are the prompt's: all but the one that is written."""
+    return by.shortest_tokens == 1
 
 
 def _same(ours: Sequence[Place], theirs: Sequence[Place]) -> bool:

@@ -45,24 +45,23 @@ class Wanted:
     echo: bool = False
 
 
-def completion(model: str, prefix: Prefix, wanted: Wanted) -> dict[str, Any]:
+def completion(model: str, prefix: Prefix, wanted: Wanted, by: Capabilities) -> dict[str, Any]:
     """Ask /completions to continue a text."""
     prompt = prefix.text if prefix.token_ids is None else list(prefix.token_ids)
-    body = _common(model, wanted) | {"prompt": prompt, "max_tokens": wanted.max_tokens}
+    body = _common(model, wanted, by) | {"prompt": prompt, "max_tokens": length(wanted, by)}
     if wanted.top:
         body["logprobs"] = wanted.top
     if wanted.echo:
         body["echo"] = True
-    return body | _whole(wanted)
+    return body
 
 
 def chat(model: str, prefix: Prefix, wanted: Wanted, by: Capabilities) -> dict[str, Any]:
     """Ask /chat/completions to answer a message, from a beginning of the answer if it has one."""
-    body = _common(model, wanted) | {
+    body = _common(model, wanted, by) | {
         "messages": _messages(prefix),
-        by.length_name: wanted.max_tokens,
+        by.length_name: length(wanted, by),
     }
-    body |= _whole(wanted)
     if wanted.top:
         body |= {"logprobs": True, "top_logprobs": wanted.top}
     if prefix.text and by.prefill == "flagged":
@@ -71,12 +70,24 @@ def chat(model: str, prefix: Prefix, wanted: Wanted, by: Capabilities) -> dict[s
     return body
 
 
-def messages(model: str, prefix: Prefix, wanted: Wanted) -> dict[str, Any]:
+def messages(model: str, prefix: Prefix, wanted: Wanted, by: Capabilities) -> dict[str, Any]:
     """Ask Anthropic's /messages to answer a message; each request gives one answer."""
-    return _common(model, wanted) | {
+    body: dict[str, Any] = {
+        "model": model,
         "messages": _messages(prefix),
-        "max_tokens": wanted.max_tokens,
+        "max_tokens": length(wanted, by),
     }
+    if not by.takes_temperature:
+        return body
+    # It refuses the two together; its own temperature is 1.
+    if wanted.temperature == 1 and wanted.top_p < 1:
+        return body | {"top_p": wanted.top_p}
+    return body | {"temperature": wanted.temperature}
+
+
+def length(wanted: Wanted, by: Capabilities) -> int:
+    """Longest continuation to ask for: what is wanted, or the least that the API takes."""
+    return max(wanted.max_tokens, by.shortest_tokens)
 
 
 def path_and_body(
@@ -84,24 +95,22 @@ def path_and_body(
 ) -> tuple[str, Mapping[str, Any]]:
     """The request that an API with these capabilities understands."""
     if by.dialect == "anthropic":
-        return MESSAGES, messages(model, prefix, wanted)
+        return MESSAGES, messages(model, prefix, wanted, by)
     if prefix.message is not None:
         return CHAT, chat(model, prefix, wanted, by)
-    return COMPLETIONS, completion(model, prefix, wanted)
+    return COMPLETIONS, completion(model, prefix, wanted, by)
 
 
-def _common(model: str, wanted: Wanted) -> dict[str, Any]:
-    body: dict[str, Any] = {"model": model, "temperature": wanted.temperature}
+def _common(model: str, wanted: Wanted, by: Capabilities) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": model}
     if wanted.count > 1:
         body["n"] = wanted.count
-    if wanted.top_p < 1:
-        body["top_p"] = wanted.top_p
+    if by.takes_temperature:
+        body["temperature"] = wanted.temperature
+        if wanted.temperature or wanted.top_p < 1:
+            # Said even where it is 1: some servers have another default.
+            body["top_p"] = wanted.top_p
     return body
-
-
-def _whole(wanted: Wanted) -> dict[str, float]:
-    """Said even where it is 1: some servers have another default. Anthropic's refuses both."""
-    return {"top_p": wanted.top_p} if wanted.temperature else {}
 
 
 def _messages(prefix: Prefix) -> list[dict[str, str]]:

@@ -1,0 +1,105 @@
+"""Opening a host behind an API, and finding out what it can do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trimtab.config import HostedOptions, ProbeConfig
+from trimtab.errors import InputError, ModelError
+from trimtab.hosted.address import Address
+from trimtab.hosted.client import Client, Manners
+from trimtab.hosted.host import HostedModel
+from trimtab.hosted.ledger import Ledger, Price
+from trimtab.hosted.probing import capabilities_of
+from trimtab.hosted.tokens import open_known
+from trimtab.types import OnNote, Progress, silent
+
+
+@contextmanager
+def opened(
+    host: str,
+    options: HostedOptions,
+    *,
+    probe_again: bool = False,
+    progress: Progress = silent,
+    on_note: OnNote | None = None,
+) -> Iterator[HostedModel]:
+    """Open a host behind an API, and find out what it can do.
+
+    Args:
+        host: openai:MODEL or anthropic:MODEL.
+        options: How it is reached and called.
+        probe_again: Ask what it can do, whatever was found before.
+        progress: Shows the opening of a tokenizer.
+        on_note: Gets why a request is sent again, and what a look has used that came to no end.
+
+    Raises:
+        ModelError: It cannot be reached, or refuses key or model.
+        InputError: It has not been looked at yet, and the budget of tokens may be too small for it.
+    """
+    address = Address.of(host, options.api_url)
+    tokens = open_known(options.api_tokenizer, progress) if options.api_tokenizer else None
+    ledger = Ledger(options.api_budget_tokens)
+    client = Client(address, manners_of(options), ledger, on_note=on_note)
+    named = options.api_tokenizer or ""
+    try:
+        try:
+            top = options.api_top_logprobs
+            by = capabilities_of(client, tokens, top=top, named=named, again=probe_again)
+        except BaseException:
+            # What was used is to be paid, however the look has ended.
+            if ledger.calls and on_note is not None:
+                on_note(f"used {ledger.summary(price_of(options))}")
+            raise
+        yield HostedModel(client, by, tokens)
+    finally:
+        client.close()
+
+
+def manners_of(options: HostedOptions) -> Manners:
+    """How an API is to be called."""
+    return Manners(
+        options.api_timeout_sec,
+        options.api_attempts,
+        options.api_requests_per_min,
+        options.api_cache,
+    )
+
+
+def served_model(options: ProbeConfig, *, on_note: OnNote | None = None) -> str:
+    """The one model that an address serves.
+
+    Args:
+        options: The address, and how it is called.
+        on_note: Gets why a request is sent again.
+
+    Raises:
+        InputError: It serves none or several, among which a user must choose.
+        ModelError: It cannot be reached, or does not tell.
+    """
+    address = Address.of(options.host, options.api_url)
+    client = Client(address, manners_of(options), Ledger(), on_note=on_note)
+    try:
+        found = client.get("/models")
+    finally:
+        client.close()
+    listed = found.get("data")
+    if not isinstance(listed, list):
+        raise ModelError(
+            f"{options.api_url}/models answers without a list of models",
+            hint="name the model: openai:MODEL --api-url URL",
+        )
+    names = [str(one.get("id")) for one in listed if isinstance(one, dict)]
+    if len(names) == 1:
+        return names[0]
+    shown = ", ".join(names[:8]) or "none that it names"
+    raise InputError(
+        f"{options.api_url} serves {len(names)} models: {shown}",
+        hint="name one: openai:MODEL --api-url URL",
+    )
+
+
+def price_of(options: HostedOptions) -> Price | None:
+    """The price that was given, if one was."""
+    if options.api_price_in is None or options.api_price_out is None:
+        return None
+    return Price(options.api_price_in, options.api_price_out)
