@@ -14,7 +14,7 @@ from trimtab.backends.open import open_model
 from trimtab.config import HostedOptions
 from trimtab.exporting.llamacpp import HOST_NAME, read_lora
 from trimtab.hosted.answers import read_answers
-from trimtab.hosted.generating import opened
+from trimtab.hosted.opening import opened
 from trimtab.hosted.requests import COMPLETIONS, Prefix, Wanted, completion
 from trimtab.hosted.tokens import shown_ids
 
