@@ -126,7 +126,8 @@ def read_documents(
     Raises:
         InputError: There are none.
     """
-    whole = [Path(path).read_bytes() for pattern in texts for path in glob(pattern, recursive=True)]
+    paths = [Path(path) for pattern in texts for path in glob(pattern, recursive=True)]
+    whole = [path.read_bytes() for path in paths if path.is_file()]
     found = []
     for path in sorted(folder.glob("*.safetensors")):
         kept = read_scores(path)
