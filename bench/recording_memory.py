@@ -1,6 +1,7 @@
 r"""How much memory recording takes, by the length of the text.
 
     python -m bench.recording_memory --folder FOLDER --out RESULT.json [--tokens 10000 100000 ...]
+        [--encodings exact sparse ...]
 
 A toy expert is tuned once, and records texts of growing length, each in a process of its own, of
 whose resident memory the peak is read from the system. The models are small, so that what grows
@@ -26,6 +27,7 @@ DOCUMENT_WORDS = 2_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--encodings", nargs="+", default=["exact", "sparse", "compact", "sampled"])
     parser.add_argument("--folder", type=Path, required=True, help="new; may be deleted")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -34,7 +36,7 @@ def main() -> None:
     few = (str(texts / "0000.txt"), str(texts / "0001.txt"))
     tune(TuneConfig(model=MODEL, data=few, out=expert, max_tokens=2_000, dtype="float32"))
     found = []
-    for encoding in ("exact", "sparse"):
+    for encoding in given.encodings:
         for tokens in given.tokens:
             out = given.folder / f"{encoding}-{tokens}"
             words = ["record", str(expert), "--out", str(out), "--data", str(texts)]

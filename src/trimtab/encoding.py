@@ -13,10 +13,13 @@ Columns = Mapping[str, Tensor]
 CHUNK_ELEMENTS = 2**23
 """Logits that are held in float32 at once (32 MiB)."""
 
+CHUNK_ROWS = 256
+"""Positions that are encoded at once at most."""
+
 
 def chunk_rows(vocab: int) -> int:
     """How many positions' logits may be held at once; at least 1."""
-    return max(1, CHUNK_ELEMENTS // vocab)
+    return max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocab))
 
 
 def bits_needed(values: int) -> int:
@@ -40,9 +43,14 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     numbers = values.cpu().numpy().astype(np.int64)
     if numbers.size and (numbers.min() < 0 or numbers.max() >> bits):
         raise ValueError(f"numbers {numbers.min()} to {numbers.max()} do not fit in {bits} bits")
-    shifted = (numbers[:, :, None] >> np.arange(bits)) & 1
-    flat = shifted.astype(np.uint8).reshape(len(numbers), numbers.shape[1] * bits)
-    return torch.from_numpy(np.packbits(flat, axis=1, bitorder="little"))
+    packed = np.empty((len(numbers), -(-numbers.shape[1] * bits // 8)), np.uint8)
+    # A bit takes eight bytes in between.
+    for start in range(0, len(numbers), CHUNK_ROWS):
+        some = numbers[start : start + CHUNK_ROWS]
+        shifted = (some[:, :, None] >> np.arange(bits)) & 1
+        flat = shifted.astype(np.uint8).reshape(len(some), some.shape[1] * bits)
+        packed[start : start + len(some)] = np.packbits(flat, axis=1, bitorder="little")
+    return torch.from_numpy(packed)
 
 
 def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
