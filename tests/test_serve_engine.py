@@ -178,6 +178,14 @@ def jobs(adapters: Adapters, bodies: Sequence[dict[str, object]]) -> list[tuple[
     return found
 
 
+def live_of(job: Job) -> Live:
+    """The small models that steer a job of one adapter."""
+    assert job.steered is not None
+    [live] = [mixture.steering.live for mixture in job.steered.several.mixtures]
+    assert live is not None
+    return live
+
+
 def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let answers in the making have a step after every piece of a prompt, and have many pieces."""
     for name, value in {
@@ -243,9 +251,7 @@ def test_the_small_models_read_a_prompt_in_step_with_the_host(
     chat = [{"role": "user", "content": text}]
     for body, options in (({"prompt": text}, {}), ({"messages": chat}, {"chat": True})):
         [(job, events)] = jobs(adapters, [{"model": "host+sea", "max_tokens": 6, **body}])
-        assert job.steered is not None
-        [live] = [m.steering.live for m in job.steered.several.mixtures]
-        assert live is not None
+        live = live_of(job)
         with tokens_read(live.pair) as read:
             engine.submit(job)
             found = collected(events)
@@ -290,9 +296,7 @@ def test_other_answers_grow_while_a_prompt_is_scored(
     scored = {"model": "host+sea", "prompt": domain_text(5)[:420], "max_tokens": 0, "echo": True}
     scored |= {"logprobs": 1}
     [(alone, events)] = jobs(adapters, [scored])
-    assert alone.steered is not None
-    [live] = [m.steering.live for m in alone.steered.several.mixtures]
-    assert live is not None
+    live = live_of(alone)
     with tokens_read(live.pair) as read:
         engine.submit(alone)
         expected = events.get(timeout=WAIT_SEC)
@@ -328,9 +332,7 @@ def test_nothing_is_kept_of_a_prompt_that_is_given_up(
 ) -> None:
     monkeypatch.setattr("trimtab.serving.reading.PREFILL_TOKENS", 8)
     [(job, events)] = jobs(adapters, [{"model": "host+sea", "prompt": domain_text(5)}])
-    assert job.steered is not None
-    [live] = [m.steering.live for m in job.steered.several.mixtures]
-    assert live is not None
+    live = live_of(job)
     engine.submit(job)
     wait_until(lambda: bool(live._rows))  # pyright: ignore[reportPrivateUsage]
     job.cancel()
@@ -370,9 +372,7 @@ def test_answers_to_one_prompt_are_read_once_and_grow_apart(
     found, counts = [], []
     for _ in range(2):
         [(job, events)] = jobs(adapters, [body])
-        assert job.steered is not None
-        [live] = [m.steering.live for m in job.steered.several.mixtures]
-        assert live is not None
+        live = live_of(job)
         with tokens_read(live.pair) as read:
             engine.submit(job)
             found.append(collected(events, 3))
@@ -650,9 +650,8 @@ def test_an_answer_that_fails_before_its_first_token_is_told_so(
     engine.submit(again)
     assert texts == collected(alone)
     wait_until(lambda: not engine.running)
-    assert good.steered is not None
-    [live] = [m.steering.live for m in good.steered.several.mixtures]
-    assert live is not None and not live._rows  # pyright: ignore[reportPrivateUsage]
+    live = live_of(good)
+    assert not live._rows  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_prompt_that_is_given_up_while_it_is_weighed_leaves_the_memory_at_once(

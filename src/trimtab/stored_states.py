@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.encoding import pack_ragged, unpack_ragged
+from trimtab.encoding import CHUNK_ROWS, pack_ragged, unpack_ragged
 from trimtab.rice import decode_rows, encode_rows
 
 MOST_UNEXPECTED = 32
@@ -26,9 +26,6 @@ STATE_COLUMNS = (
     "unexpected_levels",
 )
 """What is stored of some states; all but the sizes are bytes of all rows in turn."""
-
-ROWS_PACKED = 256
-"""Rows that are made bits of at once; each is whole bytes."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def pack_states(stored: StoredStates, id_bits: int) -> dict[str, Tensor]:
         id_bits: Bits of a token id.
     """
     parts = [
-        encode_rows(some.numpy().astype(np.int64)) for some in stored.numbers.split(ROWS_PACKED)
+        encode_rows(some.numpy().astype(np.int64)) for some in stored.numbers.split(CHUNK_ROWS)
     ]
     packed, sizes = (np.concatenate(side) for side in zip(*parts, strict=True))
     has = stored.unexpected.token_ids >= 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.backends.cache_layers import layers_of
 from trimtab.backends.hf import HFModel
-from trimtab.backends.int8 import Int8Linear, is_possible, quantise
+from trimtab.backends.int8 import Int8Linear, is_possible, is_rounded, quantise
 from trimtab.backends.lean import make_lean
 from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_expert_line, serves_both
@@ -126,7 +126,7 @@ def copied_bytes(model: HFModel) -> int:
     sizes = {id(weight): 2 * weight.numel() for weight in own}
     for module in trunk.modules():
         weight: Any = getattr(module, "weight", None)
-        if type(module) is nn.Linear and id(weight) in sizes and is_possible(weight):
+        if id(weight) in sizes and is_rounded(module):
             sizes[id(weight)] = weight.numel()
     return sum(sizes.values()) + head.numel() * (1 if is_possible(head) else 2)
 

@@ -7,7 +7,7 @@ that it first writes out in full.
 """
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, TypeGuard, final
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,15 @@ def quantise(model: nn.Module) -> None:
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and is_possible(child.weight):
+            if is_rounded(child):
                 # torch says of a layer without a bias that it has one.
                 bias: Any = child.bias
                 setattr(parent, name, Int8Linear.of(child.weight, bias))
+
+
+def is_rounded(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `quantise` puts another in a layer's place."""
+    return type(module) is nn.Linear and is_possible(module.weight)
 
 
 def is_possible(weight: Tensor) -> bool:

@@ -246,6 +246,7 @@ def _token(raw: Mapping[str, Any]) -> Token:
     token = _named(name, float(raw["logprob"]), raw.get("id"))
     if given is None or is_no_text(name):
         return token
+    # A number alone would be taken for a size.
     return Token(bytes(list(given)) or None, token.logprob, name, token.token_id)
 
 

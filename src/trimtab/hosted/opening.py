@@ -40,19 +40,16 @@ def opened(
     tokens = open_known(options.api_tokenizer, progress) if options.api_tokenizer else None
     ledger = Ledger(options.api_budget_tokens)
     client = Client(address, manners_of(options), ledger, on_note=on_note)
-    named = options.api_tokenizer or ""
+    named, by = options.api_tokenizer or "", None
     try:
-        try:
-            top = options.api_top_logprobs
-            by = capabilities_of(client, tokens, top=top, named=named, again=probe_again)
-        except BaseException:
-            # What was used is to be paid, however the look has ended.
-            if ledger.calls and on_note is not None:
-                on_note(f"used {ledger.summary(price_of(options))}")
-            raise
+        top = options.api_top_logprobs
+        by = capabilities_of(client, tokens, top=top, named=named, again=probe_again)
         yield HostedModel(client, by, tokens)
     finally:
         client.close()
+        # What a look has used is to be paid, however it has ended.
+        if by is None and ledger.calls and on_note is not None:
+            on_note(f"used {ledger.summary(price_of(options))}")
 
 
 def manners_of(options: HostedOptions) -> Manners:
