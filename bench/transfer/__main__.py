@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.transfer.domains import DOMAINS
-from bench.transfer.pairs import PAIRS, pair_of
+from bench.transfer.pairs import PAIRS, folder_name, pair_of
 from bench.transfer.results import RESULTS, add
 from bench.transfer.steps import STEPS
 from bench.transfer.suite import Run, prepare
@@ -45,7 +45,7 @@ def _run(given: argparse.Namespace) -> None:
     pair, display = pair_of(given.pair, given.small, given.host), Display()
     for domain in given.domain:
         for seed in given.seed:
-            folder = given.folder / pair.name / domain / f"seed{seed}"
+            folder = given.folder / folder_name(pair.small) / domain / f"seed{seed}"
             run = Run(pair, domain, seed, folder, given.test_tokens, given.view)
             prepare(run, display)
             tokens = read_manifest(run.adapter, verify=False).provenance.tokens

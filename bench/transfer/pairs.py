@@ -1,5 +1,6 @@
 """Pairs of a small model and a host that the transfer suite knows by name."""
 
+import re
 from dataclasses import dataclass
 
 from examples.demo import models
@@ -49,6 +50,11 @@ def pair_of(name: str, small: str | None, host: str | None) -> Pair:
             hint=f"choose one of {', '.join(PAIRS)}, or give --small and --host for a new one",
         )
     return PAIRS[name]
+
+
+def folder_name(model: str) -> str:
+    """A folder's name for a model: what is no letter, digit, dot or hyphen becomes a hyphen."""
+    return re.sub(r"[^\w.-]+", "-", model).strip("-.")
 
 
 def model_ref(name: str) -> str:

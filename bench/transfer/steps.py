@@ -153,7 +153,7 @@ def _completed(
     display: Display,
 ) -> list[str]:
     """Bodies that a row writes, unless they are written; functions that end alike at once."""
-    path = run.folder / "completions" / f"{row}.json"
+    path = run.on_host / "completions" / f"{row}.json"
     kept = read_json(path, "completions") if path.exists() else {}
     for end in dict.fromkeys(function.end for function in asked):
         prompts = [f.prompt for f in asked if f.end == end and f.prompt not in kept]
@@ -178,7 +178,7 @@ def _host_head(targets: str, row: str) -> Callable[[Run, Display], Found]:
         fitting = FitConfig.model_validate(
             {
                 "recording": run.folder / "recording",
-                "out": run.folder / f"{row}.adapter",
+                "out": run.on_host / f"{row}.adapter",
                 "carriers": ("head",),
                 "host": model_ref(run.pair.host),
                 "targets": targets,
@@ -232,7 +232,7 @@ def _best_lora(run: Run, display: Display) -> Path:
     """LoRA at each learning rate, unless it is trained; the one that is best on held-out text."""
     host = model_ref(run.pair.host)
     experts = [
-        run.tuned(host, f"lora-host/{rate:g}", display, learning_rate=rate)
+        run.tuned(host, run.on_host / "lora-host" / f"{rate:g}", display, learning_rate=rate)
         for rate in LORA_LEARNING_RATES
     ]
     return min(experts, key=_held_out_nats)

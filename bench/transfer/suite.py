@@ -26,7 +26,8 @@ class Run:
         pair: The models.
         domain: Name of the domain.
         seed: Seed of the split and of all training.
-        folder: Folder of the run.
+        folder: Folder of what needs no host (texts, expert, recording, adapter), which runs of one
+            small model share: one adapter steers all their hosts.
         test_tokens: Score at most this many host tokens of test text.
         view: Which part of the test texts is scored: `test`, or `beginnings` where the domain's
             test documents are the middles of their texts.
@@ -49,13 +50,18 @@ class Run:
         """The adapter."""
         return self.folder / "domain.adapter"
 
-    def tuned(self, model: str, name: str, display: Display, **settings: float) -> Path:
+    @property
+    def on_host(self) -> Path:
+        """Where everything lies that is made with the host or measured on it."""
+        return self.folder / "hosts" / self.pair.name
+
+    def tuned(self, model: str, out: Path, display: Display, **settings: float) -> Path:
         """Tune a model on the training text, unless it is done; the expert's folder."""
         config = TuneConfig(
             model=model,
             data=(str(self.texts / "train"),),
             against=(str(self.texts / "test"), str(self.texts / "validation")),
-            out=self.folder / name,
+            out=out,
             seed=self.seed,
         ).model_copy(update=settings)
         print(trimtab.tune(config, progress=display.progress).summary(), flush=True)
@@ -78,7 +84,7 @@ class Run:
             host=model_ref(self.pair.host),
             data=(str(self.texts / self.view),),
             general=tuple(f"{kind.name}={kind}" for kind in kinds),
-            out=self.folder / "scores" / self.view / name,
+            out=self.on_host / "scores" / self.view / name,
             max_tokens=self.test_tokens,
             rows=tuple(rows),
             host_keys=host_keys,
@@ -100,7 +106,7 @@ class Run:
             adapter=self.adapter,
             host=model_ref(self.pair.host),
             tasks=tuple(tasks),
-            out=self.folder / "answers" / name,
+            out=self.on_host / "answers" / name,
             rows=tuple(rows),
             seed=self.seed,
         )
@@ -122,7 +128,7 @@ def prepare(run: Run, display: Display) -> None:
 
 def make_adapter(run: Run, display: Display) -> None:
     """Expert, recording and adapter from texts that are laid out."""
-    expert = run.tuned(model_ref(run.pair.small), "expert", display)
+    expert = run.tuned(model_ref(run.pair.small), run.folder / "expert", display)
     recording = RecordConfig(expert=expert, out=run.folder / "recording", seed=run.seed)
     print(trimtab.record(recording, progress=display.progress).summary(), flush=True)
     fitting = FitConfig(recording=recording.out, out=run.adapter, name=run.domain, seed=run.seed)
