@@ -129,6 +129,11 @@ def prepare(run: Run, display: Display) -> None:
 def make_adapter(run: Run, display: Display) -> None:
     """Expert, recording and adapter from texts that are laid out."""
     expert = run.tuned(model_ref(run.pair.small), run.folder / "expert", display)
+    adapter_of(run, expert, display)
+
+
+def adapter_of(run: Run, expert: Path, display: Display) -> None:
+    """Recording and adapter of an expert, of all text that is there to learn from."""
     recording = RecordConfig(expert=expert, out=run.folder / "recording", seed=run.seed)
     print(trimtab.record(recording, progress=display.progress).summary(), flush=True)
     fitting = FitConfig(recording=recording.out, out=run.adapter, name=run.domain, seed=run.seed)

@@ -124,7 +124,7 @@ def first_documents(evaluation: Evaluation, documents: int, *, seed: int) -> Hos
     """
     [whole] = evaluation.report.hosts
     kept = evaluation.scored[""][:documents]
-    by_row = _by_row(kept, tuple(whole.domain))
+    by_row = scores_by_row(kept, tuple(whole.domain))
     return replace(
         whole,
         domain=_estimates(by_row, seed),
@@ -144,7 +144,7 @@ def _score_texts(
     progress: Progress,
 ) -> Evaluation:
     config, scored = evaluator.config, _scored(evaluator, texts, progress)
-    scores = {kind: _by_row(kept, evaluator.rows) for kind, kept in scored.items()}
+    scores = {kind: scores_by_row(kept, evaluator.rows) for kind, kept in scored.items()}
     first = (texts[""][0].name, scored[""][0].on_host)
     report = _report(config, evaluator.mounted, scores, first, evaluator.host)
     tokens = _scored_tokens(scored[""])
@@ -283,7 +283,13 @@ def _check_rows(asked: Sequence[str], kept: Kept) -> None:
         )
 
 
-def _by_row(scored: Sequence[Kept], rows: Sequence[str]) -> dict[str, list[DocumentScore]]:
+def scores_by_row(scored: Sequence[Kept], rows: Sequence[str]) -> dict[str, list[DocumentScore]]:
+    """What each row paid for each document, a small model by itself for its own tokens.
+
+    Args:
+        scored: Documents.
+        rows: Rows that are wanted; one that was not scored is left out.
+    """
     scores: dict[str, list[DocumentScore]] = {}
     for kept in scored:
         size = sum(kept.on_host.sizes)

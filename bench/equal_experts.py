@@ -1,0 +1,174 @@
+r"""Does an expert of another tokenizer steer as well as an equal one of the host's own?
+
+    python -m bench.equal_experts --pair PAIR --same SMALL --domain NAME --out RESULT
+
+Both small models learn the same text, and the one that shares the host's tokenizer is stopped where
+its held-out text costs as many bits per byte as the other's. Each makes an adapter of the same
+text; both adapters steer the host over the same test text. What is asked is which share of the one
+gain the other is. The pair of two tokenizers is the transfer suite's, with its adapter and scores.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.transfer.domains import DOMAINS, lay_out
+from bench.transfer.pairs import PAIRS, Pair, folder_name, model_ref, pair_of
+from bench.transfer.steps import LIGHT_ROWS, LIVE_ROWS
+from bench.transfer.suite import Run, adapter_of, prepare
+from trimtab.cli_errors import run_program
+from trimtab.errors import InputError
+from trimtab.evaluate import scores_by_row
+from trimtab.metrics import DocumentScore, bits_per_byte, bootstrap, draws, resampled_bits
+from trimtab.progress import Display
+from trimtab.store.expert import HeldOut, read_expert
+from trimtab.store.files import package_versions, write_json
+from trimtab.store.home import HOME_VARIABLE
+
+FOLDER = Path("build/transfer")
+STEERED = ("head", "memory", "head+memory", "live", "all")
+FIRST_TOKENS, TRIALS = 2_048, 5
+"""Training tokens of the first trial, and how many trials there are to come near."""
+
+NEAR_SHARE = 0.005
+"""Experts whose bits per byte differ by less are equal."""
+
+Scores = Mapping[str, Sequence[DocumentScore]]
+
+
+def held_out(expert: Path) -> HeldOut:
+    """What an expert makes of the text that was held out of its training."""
+    found = read_expert(expert, verify=False).held_out
+    if found is None:
+        raise InputError(f"{expert} held no text out", hint="tune it with --held-out above 0")
+    return found
+
+
+def stopped(run: Run, goal_bits: float, display: Display) -> Path:
+    """An expert whose held-out text costs about as many bits per byte as is asked for.
+
+    Numbers of training tokens are halved, doubled, or set between two that lie on both sides.
+
+    Raises:
+        InputError: The small model is better untuned.
+    """
+    found: dict[int, tuple[float, Path]] = {}
+    tokens = FIRST_TOKENS
+    for _ in range(TRIALS):
+        out = run.folder / "experts" / str(tokens)
+        expert = run.tuned(model_ref(run.pair.small), out, display, max_tokens=tokens)
+        one = held_out(expert)
+        if one.bits_per_byte_before <= goal_bits:
+            raise InputError(
+                f"{run.pair.small} costs {one.bits_per_byte_before:.3f} bits per byte untuned, less"
+                f" than the other expert's {goal_bits:.3f}: no training makes the two equal",
+                hint="take another --domain or another small model",
+            )
+        found[tokens] = (one.bits_per_byte_after, expert)
+        if abs(one.bits_per_byte_after / goal_bits - 1) < NEAR_SHARE:
+            break
+        worse = [n for n, (bits, _) in found.items() if bits > goal_bits]
+        better = [n for n, (bits, _) in found.items() if bits <= goal_bits]
+        low, high = max(worse, default=min(found) // 4), min(better, default=4 * max(found))
+        tokens = round((low * high) ** 0.5)
+    return min(found.values(), key=lambda one: abs(one[0] - goal_bits))[1]
+
+
+def scores(run: Run, display: Display) -> Scores:
+    """What each row pays for each document of the test text."""
+    found: dict[str, Sequence[DocumentScore]] = {}
+    for name, rows in (("light", LIGHT_ROWS), ("live", ("host", *LIVE_ROWS))):
+        found |= scores_by_row(run.evaluated(name, rows, display).scored[""], rows)
+    return found
+
+
+def shares(other: Scores, same: Scores, *, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Of each steered row's gain with the same tokenizer, what part the other's is, in percent.
+
+    Errors are by bootstrap over documents, which both rows share.
+    """
+    drawn = draws(len(same["host"]), seed)
+    found = {}
+    for row in STEERED:
+        gains, resampled = [], []
+        for one in (other, same):
+            gains.append(bits_per_byte(one["host"]) - bits_per_byte(one[row]))
+            resampled.append(resampled_bits(one["host"], drawn) - resampled_bits(one[row], drawn))
+        ratio = resampled[0] / resampled[1]
+        found[row] = {
+            "other_gain_bits_per_byte": gains[0],
+            "same_gain_bits_per_byte": gains[1],
+            "share_percent": 100 * gains[0] / gains[1],
+            "stderr_percent": float(100 * np.std(ratio)),
+        }
+    return found
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Make both adapters, steer the host with both, and write what was found."""
+    display = Display()
+    pair = pair_of(given.pair, None, None)
+    equal = Pair(f"equal-to-{pair.name}", given.same, pair.host)
+    runs = {
+        which: Run(
+            one,
+            given.domain,
+            given.seed,
+            given.folder / folder_name(one.small) / given.domain / f"{name}{given.seed}",
+            given.test_tokens,
+        )
+        for which, one, name in (("other", pair, "seed"), ("same", equal, "equal-seed"))
+    }
+    other, same = runs["other"], runs["same"]
+    prepare(other, display)
+    lay_out(DOMAINS[given.domain], same.texts, seed=given.seed)
+    expert = stopped(same, held_out(other.folder / "expert").bits_per_byte_after, display)
+    adapter_of(same, expert, display)
+    by_run = {which: scores(run, display) for which, run in runs.items()}
+    experts = {"other": other.folder / "expert", "same": expert}
+    result: dict[str, Any] = {
+        "schema": 1,
+        "what": __doc__.split("\n")[0] if __doc__ else "",
+        "host": pair.host,
+        "domain": given.domain,
+        "seed": given.seed,
+        "documents": len(by_run["same"]["host"]),
+        "experts": {
+            which: {
+                "model": runs[which].pair.small,
+                "train_tokens": read_expert(path, verify=False).train_tokens,
+                "held_out_bits_per_byte_before": held_out(path).bits_per_byte_before,
+                "held_out_bits_per_byte": held_out(path).bits_per_byte_after,
+                "rows": {row: asdict(bootstrap(s)) for row, s in by_run[which].items()},
+            }
+            for which, path in experts.items()
+        },
+        "shares": shares(by_run["other"], by_run["same"], seed=given.seed),
+        "packages": package_versions(),
+    }
+    write_json(given.out, result)
+    for row, one in result["shares"].items():
+        print(f"{row}: {one['share_percent']:.0f} +- {one['stderr_percent']:.0f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--pair", required=True, choices=list(PAIRS), help="of two tokenizers")
+    parser.add_argument("--same", required=True, help="small model of the host's tokenizer")
+    parser.add_argument("--domain", required=True, choices=list(DOMAINS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test-tokens", type=int, default=20_000)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="the transfer suite's")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    os.environ.setdefault(HOME_VARIABLE, "build/cache")
+    run_program(lambda: measure(given))
+
+
+if __name__ == "__main__":
+    main()
