@@ -111,8 +111,7 @@ def shares(other: Scores, same: Scores, *, seed: int = 0) -> dict[str, dict[str,
 
 def measure(given: argparse.Namespace) -> None:
     """Make both adapters, steer the host with both, and write what was found."""
-    display = Display()
-    pair = pair_of(given.pair, None, None)
+    display, pair = Display(), pair_of(given.pair, None, None)
     equal = Pair(f"equal-to-{pair.name}", given.same, pair.host)
     runs = {
         which: Run(
@@ -127,33 +126,48 @@ def measure(given: argparse.Namespace) -> None:
     other, same = runs["other"], runs["same"]
     prepare(other, display)
     lay_out(DOMAINS[given.domain], same.texts, seed=given.seed)
-    expert = stopped(same, held_out(other.folder / "expert").bits_per_byte_after, display)
-    adapter_of(same, expert, display)
-    by_run = {which: scores(run, display) for which, run in runs.items()}
-    experts = {"other": other.folder / "expert", "same": expert}
-    result: dict[str, Any] = {
-        "schema": 1,
-        "what": __doc__.split("\n")[0] if __doc__ else "",
-        "host": pair.host,
-        "domain": given.domain,
-        "seed": given.seed,
-        "documents": len(by_run["same"]["host"]),
-        "experts": {
-            which: {
-                "model": runs[which].pair.small,
-                "train_tokens": read_expert(path, verify=False).train_tokens,
-                "held_out_bits_per_byte_before": held_out(path).bits_per_byte_before,
-                "held_out_bits_per_byte": held_out(path).bits_per_byte_after,
-                "rows": {row: asdict(bootstrap(s)) for row, s in by_run[which].items()},
-            }
-            for which, path in experts.items()
-        },
-        "shares": shares(by_run["other"], by_run["same"], seed=given.seed),
-        "packages": package_versions(),
-    }
-    write_json(given.out, result)
-    for row, one in result["shares"].items():
+    found = compared(other, same, display)
+    what = (__doc__ or "").split("\n")[0]
+    write_json(given.out, {"schema": 1, "what": what} | found | {"packages": package_versions()})
+    for row, one in found["shares"].items():
         print(f"{row}: {one['share_percent']:.0f} +- {one['stderr_percent']:.0f} %")
+
+
+def compared(other: Run, same: Run, display: Display) -> dict[str, Any]:
+    """What both adapters gain on their host, and which part of the one the other is.
+
+    Args:
+        other: The pair of two tokenizers; its adapter is made.
+        same: The pair of one; its texts are laid out.
+        display: Shows progress.
+    """
+    first = other.folder / "expert"
+    equal = stopped(same, held_out(first).bits_per_byte_after, display)
+    adapter_of(same, equal, display)
+    of_other, of_same = scores(other, display), scores(same, display)
+    return {
+        "host": other.pair.host,
+        "domain": other.domain,
+        "seed": other.seed,
+        "documents": len(of_other["host"]),
+        "experts": {
+            "other": _described(other.pair.small, first, of_other),
+            "same": _described(same.pair.small, equal, of_same),
+        },
+        "shares": shares(of_other, of_same, seed=other.seed),
+    }
+
+
+def _described(model: str, expert: Path, rows: Scores) -> dict[str, Any]:
+    """An expert and what rows pay that it steers, in bits per byte."""
+    quality = held_out(expert)
+    return {
+        "model": model,
+        "train_tokens": read_expert(expert, verify=False).train_tokens,
+        "held_out_bits_per_byte_untuned": quality.bits_per_byte_before,
+        "held_out_bits_per_byte": quality.bits_per_byte_after,
+        "rows": {row: asdict(bootstrap(of_row)) for row, of_row in rows.items()},
+    }
 
 
 def main() -> None:

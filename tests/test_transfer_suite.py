@@ -2,18 +2,22 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench.equal_experts import compared, held_out, shares, stopped
 from bench.transfer.metrics import calibration_error, row_outcomes, row_tasks
 from bench.transfer.pairs import Pair
 from bench.transfer.results import add
 from bench.transfer.steps import QUESTION_ROWS, STEPS
 from bench.transfer.suite import Run, make_adapter
 from bench.transfer.table import table
+from trimtab.errors import InputError
 from trimtab.metrics import DocumentScore
 from trimtab.progress import Display
 from trimtab.steering.kept import Kept, read_scores, write_scores
@@ -80,6 +84,38 @@ def test_every_step_fills_the_results(run: Run, tmp_path: Path) -> None:
     assert path.read_bytes() == first
     assert "| lora-host |" in table(path)
     assert "all against lora-host, task by task" in table(path)
+
+
+def test_an_expert_is_stopped_near_another_and_both_steer_one_host(
+    run: Run, tmp_path: Path
+) -> None:
+    make_adapter(run, Display())
+    small = Pair("toy", "tiny:llama?hidden=24", run.pair.host)
+    same = replace(run, pair=small, folder=tmp_path / "same")
+    shutil.copytree(run.texts, same.texts)
+    found = compared(run, same, Display())
+    goal, near = (found["experts"][name]["held_out_bits_per_byte"] for name in ("other", "same"))
+    trials = [held_out(path) for path in (same.folder / "experts").iterdir()]
+    assert abs(near - goal) == min(abs(one.bits_per_byte_after - goal) for one in trials)
+    rows = {name: expert["rows"] for name, expert in found["experts"].items()}
+    assert rows["other"]["host"] == rows["same"]["host"]
+    gains = [rows[n]["host"]["mean"] - rows[n]["live"]["mean"] for n in ("other", "same")]
+    assert found["shares"]["live"]["other_gain_bits_per_byte"] == pytest.approx(gains[0])
+    assert found["shares"]["live"]["share_percent"] == pytest.approx(100 * gains[0] / gains[1])
+    with pytest.raises(InputError, match="untuned"):
+        stopped(same, trials[0].bits_per_byte_before + 0.1, Display())
+
+
+def test_half_a_gain_is_half_whatever_documents_are_drawn() -> None:
+    def scores(*nats: float) -> list[DocumentScore]:
+        return [DocumentScore(one, 100) for one in nats]
+
+    steered = ("head", "memory", "head+memory", "live", "all")
+    whole = {"host": scores(100, 200, 60)} | dict.fromkeys(steered, scores(80, 160, 50))
+    half = {"host": scores(100, 200, 60)} | dict.fromkeys(steered, scores(90, 180, 55))
+    found = shares(half, whole)["live"]
+    assert found["share_percent"] == pytest.approx(50)
+    assert found["stderr_percent"] == pytest.approx(0, abs=1e-9)
 
 
 def kept(right: list[bool], sure: list[float]) -> Kept:
