@@ -81,10 +81,8 @@ def stopped(run: Run, goal_bits: float, display: Display) -> Path:
 
 def scores(run: Run, display: Display) -> Scores:
     """What each row pays for each document of the test text."""
-    found: dict[str, Sequence[DocumentScore]] = {}
-    for name, rows in (("light", LIGHT_ROWS), ("live", ("host", *LIVE_ROWS))):
-        found |= scores_by_row(run.evaluated(name, rows, display).scored[""], rows)
-    return found
+    rows = (*LIGHT_ROWS, *LIVE_ROWS)
+    return scores_by_row(run.evaluated("both", rows, display).scored[""], rows)
 
 
 def shares(other: Scores, same: Scores, *, seed: int = 0) -> dict[str, dict[str, float]]:

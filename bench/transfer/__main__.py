@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.transfer.domains import DOMAINS
 from bench.transfer.pairs import PAIRS, folder_name, pair_of
 from bench.transfer.results import RESULTS, add
-from bench.transfer.steps import STEPS
+from bench.transfer.steps import DEFAULT_STEPS, STEPS
 from bench.transfer.suite import Run, prepare
 from bench.transfer.table import table
 from trimtab.cli_errors import run_program
@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", help="host of a new pair")
     parser.add_argument("--domain", nargs="+", default=["zig"], choices=list(DOMAINS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--steps", nargs="+", default=DEFAULT_STEPS, choices=list(STEPS))
     parser.add_argument("--view", default="test", help="test, or beginnings of the same texts")
     parser.add_argument("--test-tokens", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, default=FOLDER)

@@ -68,6 +68,11 @@ def live(run: Run, display: Display) -> Found:
     return _with_tasks(evaluation, run).without("host")
 
 
+def both(run: Run, display: Display) -> Found:
+    """What `light` and `live` find, in one reading of the texts by the host."""
+    return _with_tasks(run.evaluated("both", (*LIGHT_ROWS, *LIVE_ROWS), display), run)
+
+
 def _with_tasks(evaluation: Evaluation, run: Run) -> Found:
     """Figures of an evaluation, and what its scores say of lines, tokens and calibration."""
     token_bytes = open_model(model_ref(run.pair.host)).vocabulary.token_bytes
@@ -246,6 +251,7 @@ def _held_out_nats(expert: Path) -> float:
 STEPS: Mapping[str, Callable[[Run, Display], Found]] = {
     "light": light,
     "live": live,
+    "both": both,
     "host-keys": host_keys,
     "questions": questions,
     "knowledge": knowledge,
@@ -258,3 +264,6 @@ STEPS: Mapping[str, Callable[[Run, Display], Found]] = {
     "lora-knowledge": lora_knowledge,
 }
 """What is measured, in the order of cost."""
+
+DEFAULT_STEPS = [name for name in STEPS if name not in {"light", "live"}]
+"""All, the host's rows and those with small models beside it in one."""
