@@ -118,6 +118,7 @@ def measure(given: argparse.Namespace) -> None:
             given.seed,
             given.folder / folder_name(one.small) / given.domain / f"{name}{given.seed}",
             given.test_tokens,
+            scores_general=False,
         )
         for which, one, name in (("other", pair, "seed"), ("same", equal, "equal-seed"))
     }
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--same", required=True, help="small model of the host's tokenizer")
     parser.add_argument("--domain", required=True, choices=list(DOMAINS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test-tokens", type=int, default=20_000)
+    parser.add_argument("--test-tokens", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="the transfer suite's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()

@@ -31,6 +31,7 @@ class Run:
         test_tokens: Score at most this many host tokens of test text.
         view: Which part of the test texts is scored: `test`, or `beginnings` where the domain's
             test documents are the middles of their texts.
+        scores_general: Whether general text is scored too.
     """
 
     pair: Pair
@@ -39,6 +40,7 @@ class Run:
     folder: Path
     test_tokens: int
     view: str = "test"
+    scores_general: bool = True
 
     @property
     def texts(self) -> Path:
@@ -77,8 +79,8 @@ class Run:
         host: HFModel | None = None,
         host_keys: bool = False,
     ) -> Evaluation:
-        """Score rows on test text and general text, unless they are scored."""
-        kinds = sorted((self.texts / "general").iterdir())
+        """Score rows on test text, and on general text if that is wanted, unless they are."""
+        kinds = sorted((self.texts / "general").iterdir()) if self.scores_general else []
         config = EvaluateConfig(
             adapter=adapter or self.adapter,
             host=model_ref(self.pair.host),
