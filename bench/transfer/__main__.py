@@ -30,6 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="+", default=DEFAULT_STEPS, choices=list(STEPS))
     parser.add_argument("--view", default="test", help="test, or beginnings of the same texts")
     parser.add_argument("--test-tokens", type=int, default=20_000)
+    parser.add_argument("--no-general", action="store_true", help="leave general text out")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the results and end")
@@ -46,7 +47,9 @@ def _run(given: argparse.Namespace) -> None:
     for domain in given.domain:
         for seed in given.seed:
             folder = given.folder / folder_name(pair.small) / domain / f"seed{seed}"
-            run = Run(pair, domain, seed, folder, given.test_tokens, given.view)
+            run = Run(
+                pair, domain, seed, folder, given.test_tokens, given.view, not given.no_general
+            )
             prepare(run, display)
             tokens = read_manifest(run.adapter, verify=False).provenance.tokens
             scored = domain if given.view == "test" else f"{domain}-{given.view}"
