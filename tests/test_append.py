@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_generate import HOST, domain_text, made_adapter
 
 from trimtab.append import AppendResult, append
@@ -28,13 +30,13 @@ from trimtab.mount import is_kept, mount
 from trimtab.record import record
 from trimtab.steering.host_states import WINDOW_TOKENS
 from trimtab.steering.mounted import Mounted
-from trimtab.store.adapter import MEMORY_FILE, read_memory
+from trimtab.store.adapter import MEMORY_FILE, MemoryFile, read_memory, write_memory
 from trimtab.store.home import trimtab_home
-from trimtab.store.index import Listed, lists_before
+from trimtab.store.index import Listed, index_path, lists_before, no_entries, write_index
 from trimtab.store.manifest import read_manifest
 from trimtab.store.recording import Recording
 from trimtab.store.seats import Seats
-from trimtab.types import Advance
+from trimtab.types import Advance, silent
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,44 @@ def test_a_copy_grows_and_the_adapter_stays(
     with pytest.raises(InputError, match="holds an adapter that was made otherwise"):
         grow(adapter, new_text / "even" / "20.txt", out=out)
     assert read_manifest(out) == first.manifest
+
+
+def test_what_a_grown_memory_is_kept_as_is_what_is_made_anew(
+    adapter: Path,
+    new_text: Path,
+    tmp_path: Path,
+    host: HFModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Byte for byte: the memory's file, the lists under the same centres, and the seats."""
+    monkeypatch.setattr("trimtab.store.index.LISTED_ENTRIES", 1_000)
+    monkeypatch.setattr("trimtab.carriers.search.LISTED_ENTRIES", 1_000)
+    seated(adapter, host)
+    made: list[Memory] = []
+
+    def spied(*given: Any) -> Memory:
+        made.append(appending.new_entries(*given))
+        return made[-1]
+
+    monkeypatch.setattr(sys.modules["trimtab.append"], "new_entries", spied)
+    file = read_memory(adapter, read_manifest(adapter))
+    out = tmp_path / "grown"
+    for count, data in enumerate(("even", "odd"), start=1):
+        manifest = grow(adapter if count == 1 else out, new_text / data, out=out).manifest
+        mounted = seated(out, host)
+        whole = joined(file.memory, made)
+        assert len(made) == count and len(whole) == len(file.memory) + sum(map(len, made))
+        write_memory(tmp_path / "anew", MemoryFile(whole, file.probe_features))
+        assert (out / MEMORY_FILE).read_bytes() == (tmp_path / "anew" / MEMORY_FILE).read_bytes()
+        index = index_path(manifest.files[MEMORY_FILE].sha256)
+        centres = load_file(index)["centres"]
+        write_index(tmp_path / "index", whole, silent, no_entries(centres))
+        assert index.read_bytes() == (tmp_path / "index").read_bytes()
+        anew = seated(out, host, cache=False)
+        assert mounted.memory and anew.memory
+        assert torch.equal(mounted.memory.values, anew.memory.values)
+        assert torch.equal(mounted.memory.shares, anew.memory.shares)
+        assert (mounted.memory.index.contexts == anew.memory.index.contexts).all()
 
 
 def test_seats_of_a_grown_memory_are_those_made_anew(

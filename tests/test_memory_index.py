@@ -1,11 +1,14 @@
 """The search over a large memory as it is kept on disk: the same as made anew, exact, or remade."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,9 +20,18 @@ from trimtab.carriers.search import (
     Found,
     Index,
     build_index,
+    byte_order,
     look_up,
+    merged_byte_order,
 )
-from trimtab.store.index import index_path, kept_index, lists_before, read_index, write_index
+from trimtab.store.index import (
+    index_path,
+    kept_index,
+    lists_before,
+    no_entries,
+    read_index,
+    write_index,
+)
 from trimtab.types import silent
 
 KEY = 16
@@ -126,8 +138,60 @@ def test_lists_that_are_too_few_or_broken_are_made_anew(
 
 
 def listed_before(memory: Memory, earlier: list[tuple[Path, int]]) -> Tensor | None:
+    """The list of each entry, as the file of a smaller memory has it."""
     listed = lists_before(memory, earlier)
-    return None if listed is None else listed.places
+    if listed is None:
+        return None
+    places = torch.zeros(len(listed), dtype=torch.long)
+    first = 0
+    for place, end in enumerate(listed.list_ends.tolist()):
+        block = listed.lists[first * (2 * KEY + 8) : end * (2 * KEY + 8)]
+        places[block[(end - first) * 2 * KEY :].clone().view(torch.int64)] = place
+        first = end
+    return places
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3_000,), (700, 0, 2_000)])
+def test_an_index_that_has_grown_is_the_file_made_anew_with_the_same_centres(
+    sizes: tuple[int, ...], memory: Memory, written: Path, tmp_path: Path
+) -> None:
+    grown, latest = memory, written
+    for number, size in enumerate(sizes):
+        smaller = len(grown)
+        if size:
+            grown = joined(grown, [large(seed=20 + number, entries=size)])
+        path = tmp_path / f"{number}.safetensors"
+        write_index(path, grown, silent, lists_before(grown, [(latest, smaller)]))
+        latest = path
+    anew = tmp_path / "anew.safetensors"
+    write_index(anew, grown, silent, no_entries(load_file(written)["centres"]))
+    assert latest.read_bytes() == anew.read_bytes()
+    assert [each.name for each in tmp_path.glob(".*")] == []
+
+
+@settings(deadline=None)
+@given(
+    documents=st.lists(st.lists(st.sampled_from(b"\0ab"), max_size=40), min_size=1, max_size=6),
+    first=st.integers(min_value=0, max_value=200),
+    seed=st.integers(min_value=0, max_value=99),
+)
+def test_byte_order_of_a_memory_that_has_grown_is_that_of_one_sorted_anew(
+    documents: list[list[int]], first: int, seed: int
+) -> None:
+    text, starts = lay_out([bytes(document) for document in documents])
+    places = [
+        start + place
+        for start, document in zip(starts, documents, strict=True)
+        for place in range(len(document) + 1)
+    ]
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+    nothing = torch.zeros(0)
+    whole = Memory(nothing, nothing, nothing, text, torch.tensor(places)[order])
+    smaller = replace(whole, positions=whole.positions[:first])
+    contexts, entries = merged_byte_order(whole, *byte_order(smaller))
+    expected_contexts, expected_entries = byte_order(whole)
+    assert contexts.tobytes() == expected_contexts.tobytes()
+    assert torch.equal(entries, expected_entries)
 
 
 def test_an_index_is_made_once(memory: Memory, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from trimtab.backends.chat import chat_renderer
 from trimtab.backends.hf import HFModel, ModelFingerprint
 from trimtab.backends.open import one_device
 from trimtab.backends.pair import open_checked
-from trimtab.carriers.memory import CONTEXT_BYTES, Memory, joined, sources_of
+from trimtab.carriers.memory import CONTEXT_BYTES, Memory, sources_of
 from trimtab.carriers.sources import travelling_names
 from trimtab.config import AppendConfig, RecordConfig
 from trimtab.errors import AdapterError, InputError
 from trimtab.fitting.appending import Windows, new_entries
 from trimtab.fitting.recorded import document_bytes
-from trimtab.store.adapter import MEMORY_FILE, MemoryFile, read_memory, write_memory
+from trimtab.store.adapter import MEMORY_FILE, read_memory, write_memory
 from trimtab.store.adapter_schema import AdapterManifest, Earlier, Provenance
 from trimtab.store.card import write_adapter
 from trimtab.store.files import lock, package_versions, replace_directory, sha256_bytes
@@ -111,16 +111,18 @@ def append(config: AppendConfig, *, progress: Progress = silent) -> AppendResult
             return text.result(out, manifest, entries=0)
         with replace_directory(out) as folder:
             kept = trimtab_home() / "appending" / sha256_bytes(str(out.resolve()).encode())
-            larger = file.memory
+            added = list[Memory]()
             if text.new:
-                added = new_entries(base, larger, text.new, _windows(manifest), kept, progress)
-                larger = joined(larger, [added])
+                windows = _windows(manifest)
+                added.append(new_entries(base, file.memory, text.new, windows, kept, progress))
             _check_unchanged(config.adapter, manifest)
             _copy_others(config.adapter, manifest, folder)
-            write_memory(folder, MemoryFile(larger, file.probe_features))
-            written = write_adapter(folder, _grown(config, manifest, text, len(larger)))
+            write_memory(folder, file, added)
+            entries = sum(map(len, added))
+            whole = _grown(config, manifest, text, len(file.memory) + entries)
+            written = write_adapter(folder, whole)
     shutil.rmtree(kept, ignore_errors=True)
-    return text.result(out, written, entries=len(larger) - len(file.memory))
+    return text.result(out, written, entries=entries)
 
 
 @dataclass(frozen=True)

@@ -123,24 +123,30 @@ def joined(memory: Memory, more: Sequence[Memory]) -> Memory:
         memory: The memory, which answers with what followed.
         more: Others of the same projection, with documents of their own.
     """
-    texts, starts = [memory.text], list(sources_of(memory).starts)
-    names, positions = [*sources_of(memory).names], [memory.positions]
-    length = len(memory.text)
+    text, positions, sources = joined_text(memory, more)
+    keys = torch.cat([memory.keys, *(other.keys for other in more)])
+    return replace(memory, keys=keys, text=text, positions=positions, sources=sources)
+
+
+def joined_text(memory: Memory, more: Sequence[Memory]) -> tuple[Tensor, Tensor, Sources]:
+    """What `joined` makes of all but the keys, which take nearly all the room.
+
+    Returns:
+        Text, positions and documents of all the memories; as `joined` has them.
+    """
+    texts, positions, length = [memory.text], [memory.positions], len(memory.text)
+    sources = sources_of(memory)
+    names, starts = list(sources.names), list(sources.starts)
     for other in more:
         # A gap lies at both ends of a text; one is enough between two.
         shift = length - CONTEXT_BYTES
         texts.append(other.text[CONTEXT_BYTES:])
         positions.append(other.positions + shift)
-        names += sources_of(other).names
-        starts += [start + shift for start in sources_of(other).starts]
+        sources = sources_of(other)
+        names += sources.names
+        starts += [start + shift for start in sources.starts]
         length += len(texts[-1])
-    return replace(
-        memory,
-        keys=torch.cat([memory.keys, *(other.keys for other in more)]),
-        text=torch.cat(texts),
-        positions=torch.cat(positions),
-        sources=Sources(tuple(names), tuple(starts)),
-    )
+    return torch.cat(texts), torch.cat(positions), Sources(tuple(names), tuple(starts))
 
 
 def sources_of(memory: Memory) -> Sources:

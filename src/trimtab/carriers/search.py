@@ -193,12 +193,34 @@ def _lists(size: int, lists: int) -> faiss.IndexIVFScalarQuantizer:
     return faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(size), size, lists, kind, measure, False)
 
 
-def byte_order(memory: Memory) -> tuple[np.ndarray, Tensor]:
-    """The bytes before each entry in byte order, and the entries in that order: as in Index."""
-    parts = memory.positions.split(WIDENED_KEYS)
+def byte_order(memory: Memory, first: int = 0) -> tuple[np.ndarray, Tensor]:
+    """The bytes before each entry in byte order, and the entries in that order: as in Index.
+
+    Args:
+        memory: The memory.
+        first: Of entries from this one on alone.
+    """
+    parts = memory.positions[first:].split(WIDENED_KEYS)
     contexts = as_strings(torch.cat([contexts_before(memory.text, part) for part in parts]))
     order = np.argsort(contexts, kind="stable")
-    return contexts[order], torch.from_numpy(order)
+    return contexts[order], torch.from_numpy(order + first)
+
+
+def merged_byte_order(
+    memory: Memory, contexts: np.ndarray, entries: Tensor
+) -> tuple[np.ndarray, Tensor]:
+    """`byte_order` of a memory that has grown: the new entries alone are sorted.
+
+    Args:
+        memory: The memory as it is now.
+        contexts: `byte_order` of its first entries, shape [first entries].
+        entries: The same.
+    """
+    more, numbers = byte_order(memory, len(entries))
+    # A stable sort puts the later of two that are alike behind.
+    places = np.searchsorted(contexts, more, side="right")
+    merged = np.insert(entries.numpy(), places, numbers.numpy())
+    return np.insert(contexts, places, more), torch.from_numpy(merged)
 
 
 def look_up(

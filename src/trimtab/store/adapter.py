@@ -1,7 +1,7 @@
 """The tensors of an adapter on disk; docs/format.md names each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from trimtab.anchors import Anchors
 from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.head import Head
-from trimtab.carriers.memory import Memory
+from trimtab.carriers.memory import Memory, joined_text
 from trimtab.carriers.sources import Sources
 from trimtab.errors import AdapterError
 from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.files import writing_atomically
+from trimtab.store.streamed import rows_of, save_streamed
 
 MOUNT_FILE = "mount.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -156,16 +157,37 @@ def read_head(folder: Path) -> HeadFile:
     return HeadFile(head, strings, found["string_rows"].float(), found["probe_features"].float())
 
 
-def write_memory(folder: Path, file: MemoryFile) -> None:
-    """Write memory/memory.safetensors; its gates are in the manifest."""
-    memory = file.memory
+def write_memory(folder: Path, file: MemoryFile, more: Sequence[Memory] = ()) -> None:
+    """Write memory/memory.safetensors; its gates are in the manifest.
+
+    Args:
+        folder: Of the adapter.
+        file: The memory.
+        more: Others that are written behind it, as `joined` has them, without joining their keys
+            in RAM; the memory then answers with what followed.
+    """
+    memory, keys = file.memory, [file.memory.keys, *(other.keys for other in more)]
+    if more:
+        text, positions, sources = joined_text(memory, more)
+        memory = replace(memory, text=text, positions=positions, sources=sources)
+    tensors = {name: rows_of([tensor]) for name, tensor in _memory_tensors(memory).items()}
+    tensors |= {
+        "keys": rows_of(keys),
+        "probe_features": rows_of([file.probe_features.half()]),
+    }
+    path = folder / MEMORY_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_atomically(path) as temp:
+        save_streamed(temp, tensors)
+
+
+def _memory_tensors(memory: Memory) -> dict[str, Tensor]:
+    """What a file holds of a memory, but for its keys."""
     tensors = {
-        "keys": memory.keys,
         "projection": memory.projection,
         "mean": memory.mean,
         "text": memory.text,
         "positions": memory.positions,
-        "probe_features": file.probe_features.half(),
     }
     if memory.soft_ids is not None and memory.soft_probs is not None:
         string_bytes, string_ends = pack_strings(memory.soft_strings)
@@ -182,7 +204,7 @@ def write_memory(folder: Path, file: MemoryFile) -> None:
             "source_ends": source_ends,
             "source_starts": torch.tensor(memory.sources.starts, dtype=torch.int64),
         }
-    _save(folder / MEMORY_FILE, tensors)
+    return tensors
 
 
 def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:

@@ -46,9 +46,10 @@ def write_adapter(folder: Path, manifest: AdapterManifest) -> AdapterManifest:
         AdapterError: Payload and carriers do not agree; see `write_manifest`.
         StorageError: The folder cannot be written.
     """
-    card = render_card(with_files(folder, manifest))
-    write_atomic(folder / CARD_NAME, card.encode())
-    return write_manifest(folder, manifest)
+    complete = with_files(folder, manifest)
+    write_atomic(folder / CARD_NAME, render_card(complete).encode())
+    hashed = {path: entry for path, entry in complete.files.items() if path != CARD_NAME}
+    return write_manifest(folder, manifest, hashed=hashed)
 
 
 def render_card(manifest: AdapterManifest) -> str:

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.carriers.memory import CONTEXT_BYTES, Memory
@@ -20,13 +20,14 @@ from trimtab.carriers.search import (
     Index,
     as_strings,
     build_index,
-    byte_order,
     empty_lists,
     list_centres,
     list_count,
+    merged_byte_order,
 )
 from trimtab.store.files import writing_atomically
 from trimtab.store.home import trimtab_home
+from trimtab.store.streamed import Streamed, rows_of, save_streamed
 from trimtab.types import Progress
 
 VERSION = 2
@@ -85,15 +86,41 @@ def kept_index(
 
 @dataclass(frozen=True)
 class Listed:
-    """Which list each key is in.
+    """The index of a memory's first entries, as its file has it.
 
     Attributes:
         centres: Of the lists, shape [lists, key].
-        places: The list of each of the first entries, shape [entries].
+        list_ends: Keys in each list and in those before it, shape [lists].
+        lists: For each list its keys, then their entries, as bytes, shape [bytes].
+        contexts: The bytes before each entry in byte order, shape [entries, CONTEXT_BYTES].
+        entries: The entry of each of `contexts`, shape [entries].
     """
 
     centres: Tensor
-    places: Tensor
+    list_ends: Tensor
+    lists: Tensor
+    contexts: Tensor
+    entries: Tensor
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        return len(self.entries)
+
+
+def no_entries(centres: Tensor) -> Listed:
+    """Lists that hold no key yet.
+
+    Args:
+        centres: Shape [lists, key].
+    """
+    nothing = torch.zeros(0, dtype=torch.uint8)
+    return Listed(
+        centres,
+        torch.zeros(len(centres), dtype=torch.int64),
+        nothing,
+        nothing.view(0, CONTEXT_BYTES),
+        nothing.long(),
+    )
 
 
 def write_index(
@@ -103,64 +130,49 @@ def write_index(
 
     Keys of a list lie side by side, so that a search reads few and large pieces; each list is
     followed by the entries of its keys, as faiss reads lists from a file. What is written is never
-    in RAM as a whole.
+    in RAM as a whole. Entries that are listed already are copied, list by list; the others alone
+    are looked at.
 
     Args:
         path: The file to write.
         memory: The memory.
         progress: Counts entries whose lists are found.
-        listed: Lists that the first entries are in already; None where all are found anew.
+        listed: The index of the first entries; None where all are listed anew.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
     if listed is None:
-        listed = Listed(list_centres(memory.keys), torch.zeros(0, dtype=torch.long))
-    centres = listed.centres
-    more = _places(memory.keys[len(listed.places) :], centres, progress)
-    places = torch.cat([listed.places, more])
-    ends = torch.bincount(places, minlength=len(centres)).cumsum(0)
-    contexts, entries = byte_order(memory)
+        listed = no_entries(list_centres(memory.keys))
+    keys = memory.keys[len(listed) :]
+    places = _places(keys, listed.centres, progress)
+    counts = torch.bincount(places, minlength=len(listed.centres))
+    contexts, entries = merged_byte_order(memory, as_strings(listed.contexts), listed.entries)
+    size = len(memory) * _row_bytes(memory.keys.shape[1])
+    tensors = {
+        "centres": rows_of([listed.centres]),
+        "list_ends": rows_of([listed.list_ends + counts.cumsum(0)]),
+        "lists": Streamed(torch.uint8, (size,), _grown_lists(listed, keys, places, counts)),
+        "contexts": rows_of([_as_bytes(contexts)]),
+        "entries": rows_of([entries]),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing_atomically(path) as temp:
-        lists = _lists_on_disk(temp.with_name("lists"), memory.keys, places, ends)
-        tensors = {
-            "centres": centres,
-            "list_ends": ends,
-            "lists": lists,
-            "contexts": torch.from_numpy(contexts.view(np.uint8)).reshape(-1, CONTEXT_BYTES),
-            "entries": entries,
-        }
-        save_file(tensors, temp)
-        temp.with_name("lists").unlink()
+        save_streamed(temp, tensors)
 
 
 def lists_before(memory: Memory, earlier: Sequence[tuple[Path, int]]) -> Listed | None:
-    """The lists of a memory before it grew, if they are kept and there are still enough."""
+    """The index of a memory before it grew, if it is kept and its lists are still enough."""
     for path, entries in earlier:
         smaller = replace(memory, keys=memory.keys[:entries])
         try:
             found = load_file(path)
             _check(found, smaller)
-            places = _places_in(found, memory.keys.shape[1])
-        except (FileNotFoundError, SafetensorError, KeyError, ValueError, IndexError):
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
             continue
         if list_count(len(memory)) <= MOST_LISTED * len(found["centres"]):
-            return Listed(found["centres"], places)
+            return Listed(**{field.name: found[field.name] for field in fields(Listed)})
     return None
-
-
-def _places_in(found: dict[str, Tensor], key_size: int) -> Tensor:
-    """The list of each entry in an index as it is kept, shape [entries]."""
-    ends = found["list_ends"].tolist()
-    places = torch.zeros(ends[-1], dtype=torch.long)
-    row, first = 2 * key_size + _ENTRY_BYTES, 0
-    for place, end in enumerate(ends):
-        block = found["lists"][first * row : end * row]
-        entries = block[(end - first) * 2 * key_size :].clone().view(torch.int64)
-        places[entries] = place
-        first = end
-    return places
 
 
 def _places(keys: Tensor, centres: Tensor, progress: Progress) -> Tensor:
@@ -173,15 +185,31 @@ def _places(keys: Tensor, centres: Tensor, progress: Progress) -> Tensor:
     return torch.cat(found)
 
 
-def _lists_on_disk(scratch: Path, keys: Tensor, places: Tensor, ends: Tensor) -> Tensor:
-    """For each list its keys, then their entries, as bytes of a mapped file."""
-    order = places.sort(stable=True).indices
-    with open(scratch, "wb") as file:
-        for entries in order.tensor_split(ends[:-1]):
-            file.write(keys[entries].numpy().tobytes())
-            file.write(entries.numpy().tobytes())
-    size = scratch.stat().st_size
-    return torch.from_file(str(scratch), shared=False, size=size, dtype=torch.uint8)
+def _grown_lists(listed: Listed, keys: Tensor, places: Tensor, counts: Tensor) -> Iterator[Tensor]:
+    """For each list its keys, then their entries; new ones lie behind those that were there.
+
+    Args:
+        listed: What was there.
+        keys: Of the entries from its last on, shape [new entries, key].
+        places: The list of each, shape [new entries].
+        counts: How many of them come to each list, shape [lists].
+    """
+    key_bytes, row = 2 * keys.shape[1], _row_bytes(keys.shape[1])
+    order, first = places.sort(stable=True).indices, 0
+    for end, new in zip(listed.list_ends.tolist(), order.split(counts.tolist()), strict=True):
+        there = listed.lists[first * row : end * row]
+        middle = (end - first) * key_bytes
+        yield from (there[:middle], keys[new], there[middle:], new + len(listed))
+        first = end
+
+
+def _row_bytes(key_size: int) -> int:
+    """A key in float16 and its entry."""
+    return 2 * key_size + _ENTRY_BYTES
+
+
+def _as_bytes(contexts: np.ndarray) -> Tensor:
+    return torch.from_numpy(contexts.view(np.uint8)).reshape(-1, CONTEXT_BYTES)
 
 
 def read_index(path: Path, memory: Memory) -> Index | None:
@@ -206,7 +234,7 @@ def _check(found: dict[str, Tensor], memory: Memory) -> None:
     shapes = {
         "centres": (torch.float32, (len(ends), size)),
         "list_ends": (torch.int64, (len(ends),)),
-        "lists": (torch.uint8, (entries * (2 * size + _ENTRY_BYTES),)),
+        "lists": (torch.uint8, (entries * _row_bytes(size),)),
         "contexts": (torch.uint8, (entries, CONTEXT_BYTES)),
         "entries": (torch.int64, (entries,)),
     }

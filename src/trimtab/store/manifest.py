@@ -5,7 +5,7 @@ docs/format.md is the normative description of what is read and written here.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,15 @@ _FETCH_AGAIN = "fetch the adapter again from where it came, or make it anew with
 _UPGRADE = "upgrade trimtab, or ask for the adapter in an older format version"
 
 
-def write_manifest(folder: Path, manifest: AdapterManifest) -> AdapterManifest:
+def write_manifest(
+    folder: Path, manifest: AdapterManifest, *, hashed: Mapping[str, FileEntry] | None = None
+) -> AdapterManifest:
     """Hash every file of an adapter directory and write its manifest.json, atomically.
 
     Args:
         folder: Adapter directory with its payload files in place.
         manifest: What to say; `files` and each carrier's `files` are computed anew.
+        hashed: Files that the caller has hashed as they are now; they are not read again.
 
     Returns:
         The manifest as written.
@@ -54,17 +57,20 @@ def write_manifest(folder: Path, manifest: AdapterManifest) -> AdapterManifest:
         NumericalError: A metric or a blend weight that is not finite.
         StorageError: The folder cannot be written.
     """
-    complete = with_files(folder, manifest)
+    complete = with_files(folder, manifest, hashed=hashed)
     write_json(folder / MANIFEST_NAME, complete.model_dump(mode="json"))
     return complete
 
 
-def with_files(folder: Path, manifest: AdapterManifest) -> AdapterManifest:
+def with_files(
+    folder: Path, manifest: AdapterManifest, *, hashed: Mapping[str, FileEntry] | None = None
+) -> AdapterManifest:
     """Fill in the files that lie in an adapter directory, without writing.
 
     Args:
         folder: Adapter directory with its payload files in place.
         manifest: What to say apart from its files.
+        hashed: As in `write_manifest`.
 
     Returns:
         The manifest with `files` and each carrier's `files` from the directory.
@@ -73,7 +79,8 @@ def with_files(folder: Path, manifest: AdapterManifest) -> AdapterManifest:
         AdapterError: As in `write_manifest`.
     """
     paths = sorted(_payload_paths(folder))
-    entries = {path: _entry(folder / path) for path in paths}
+    known = hashed or {}
+    entries = {path: known[path] if path in known else _entry(folder / path) for path in paths}
     _check_every_payload_has_its_carrier(folder, manifest, paths)
     carriers = {
         name: carrier.model_copy(
