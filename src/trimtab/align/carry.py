@@ -76,7 +76,8 @@ class Alignment:
         return _is_begun(self.host.vocabulary, self.small)
 
     @cached_property
-    def _is_foreign(self) -> Tensor:
+    def is_foreign(self) -> Tensor:
+        """Whether no small token leads to it, for each host token, shape [vocab of host]."""
         foreign = ~self.is_known
         texts = self.small.vocabulary.token_bytes
         if not (foreign & (token_lengths(self.host.vocabulary) > 0)).any():
@@ -85,6 +86,14 @@ class Alignment:
         ends = torch.tensor([self.host.longest_token(text) if text else -1 for text in texts])
         foreign[ends[ends >= 0]] = False
         return foreign
+
+    @cached_property
+    def is_cut(self) -> Tensor:
+        """Whether it is text that no host token stands for, for each small token, shape [vocab]."""
+        ids = self.host.vocabulary.ids_by_bytes
+        return torch.tensor(
+            [bool(text) and text not in ids for text in self.small.vocabulary.token_bytes]
+        )
 
     @cached_property
     def is_text(self) -> Tensor:
@@ -105,8 +114,9 @@ class Alignment:
         was asked what follows t, or else in those in which the host itself continues t. A run of
         white space may begin with two small tokens (`other_small`), and then gets a share of both.
         A small token that no host token begins with lends its probability to the host token with
-        which the host begins t. Without runs, and with nothing told, the result is the
-        distribution nearest to the host's (in KL) with the small model's first-token masses.
+        which the host begins t; one that is no host token itself lends to both (`share_of_longer`).
+        Without runs and such tokens, and with nothing told, the result is the distribution nearest
+        to the host's (in KL) with the small model's first-token masses.
 
         Of host tokens that no small token leads to the small model says nothing, above all of
         those that end a text: they keep the host's probability, and the small model's distribution
@@ -124,7 +134,7 @@ class Alignment:
         """
         first, other = self.first_small(token_ids), self.other_small(token_ids)
         known, known_as_other = host_probs * (first >= 0), host_probs * (other >= 0)
-        foreign = host_probs * self._is_foreign[token_ids]
+        foreign = host_probs * self.is_foreign[token_ids]
         first, other = first.clamp_min(0), other.clamp_min(0)
         text_mass = (probs @ self.is_text.to(probs.dtype))[:, None].clamp_min(1e-30)
         scale = (1.0 - foreign.sum(-1, keepdim=True)) / text_mass
@@ -143,22 +153,52 @@ class Alignment:
                 place = int(torch.searchsorted(lenders, token_id))
                 carried[position] += probs[position, place] * shares
                 probs[position, place] = 0.0
-        lent = probs / mass.clamp_min(1e-30)
+        places = torch.full((len(self.host.vocabulary),), -1)
+        places[token_ids] = torch.arange(len(token_ids))
+        alone = self._left_alone(probs, mass, host_probs, lenders, places)
+        lent = (probs - alone) / mass.clamp_min(1e-30)
         carried += known * lent[:, first] + known_as_other * lent[:, other]
-        return self._with_those_alone(carried, probs * (mass <= 0), lenders, token_ids)
+        return self._with_those_alone(carried, alone, lenders, places)
 
     def _with_those_alone(
-        self, carried: Tensor, alone: Tensor, small_ids: Tensor, token_ids: Tensor
+        self, carried: Tensor, alone: Tensor, small_ids: Tensor, places: Tensor
     ) -> Tensor:
-        """Add what small tokens lend that begin no candidate, shape [positions, small_ids]."""
-        place = torch.full((len(self.host.vocabulary),), -1)
-        place[token_ids] = torch.arange(len(token_ids))
+        """Add what small tokens lend to the host tokens that begin them; as for `_left_alone`."""
         lenders = torch.nonzero((alone >= LEAST_PROB).any(0))[:, 0]
-        takers = self.first_host(small_ids[lenders])
-        takers = torch.where(takers >= 0, place[takers.clamp_min(0)], -1)
+        takers = self._takers(small_ids[lenders], places)
         return carried.index_add_(
             -1, takers.clamp_min(0), alone[:, lenders] * (takers >= 0).to(alone.dtype)
         )
+
+    def _left_alone(
+        self, probs: Tensor, mass: Tensor, host_probs: Tensor, small_ids: Tensor, places: Tensor
+    ) -> Tensor:
+        """What small tokens lend to the host tokens that begin them, shape [positions, small_ids].
+
+        All that they have, where they begin no candidate.
+
+        Args:
+            probs: Of some small tokens, shape [positions, small_ids].
+            mass: The host's, of the candidates that each begins, of the same shape.
+            host_probs: As for `to_host`.
+            small_ids: The small tokens, shape [small_ids].
+            places: Of each host token among the candidates, -1 for none, shape [vocab of host].
+        """
+        alone = probs * (mass <= 0)
+        both_ways = ((mass > 0) & (probs >= LEAST_PROB)).any(0)
+        lenders = torch.nonzero(self.is_cut[small_ids] & both_ways)[:, 0]
+        takers = self._takers(small_ids[lenders], places)
+        lenders, takers = lenders[takers >= 0], takers[takers >= 0]
+        if len(lenders):
+            own = probs[:, lenders]
+            longer = share_of_longer(own, mass[:, lenders], host_probs[:, takers])
+            alone[:, lenders] = own * (1.0 - longer)
+        return alone
+
+    def _takers(self, small_ids: Tensor, places: Tensor) -> Tensor:
+        """Places of the candidates with which the host begins small tokens, -1 for none."""
+        takers = self.first_host(small_ids)
+        return torch.where(takers >= 0, places[takers.clamp_min(0)], -1)
 
     def begun_by(self, token_id: int, candidates: Candidates) -> Tensor:
         """Places of the candidates that a small token may begin."""
@@ -171,6 +211,22 @@ class Alignment:
         return lru_cache(1)(
             lambda c: (self.first_small(c.token_ids), self.other_small(c.token_ids))
         )
+
+
+def share_of_longer(probs: Tensor, longer: Tensor, shorter: Tensor) -> Tensor:
+    """Share of a small token, which is no host token, that goes to host tokens longer than it.
+
+    The host says how likely these are; the rest is of texts that it begins with a shorter token.
+    But of what it gives to that one only a part, unknown to it, is of texts that begin with the
+    small token, so that the longer ones have no less than their share beside it.
+
+    Args:
+        probs: Of the small token.
+        longer: The host's, of the tokens that it begins, of the same shape.
+        shorter: The host's, of the token with which the host begins it, of the same shape.
+    """
+    least = longer / (longer + shorter).clamp_min(1e-30)
+    return torch.maximum((longer / probs.clamp_min(1e-30)).clamp_max(1.0), least)
 
 
 def _is_begun(vocabulary: Vocabulary, by: Strings) -> Tensor:

@@ -78,6 +78,10 @@ def undecided(
         One less the share of the likeliest; 0 where there is at most one.
     """
     shares = host_probs[alignment.begun_by(token_id, candidates)]
+    if alignment.is_cut[token_id]:
+        # The host may begin it with a shorter token as well.
+        first = candidates.first_of(alignment.small.bytes_of(token_id), alignment.host)
+        shares = torch.cat([shares, host_probs[first : first + 1]]) if first >= 0 else shares
     total = float(shares.sum())
     return 1.0 - float(shares.max()) / total if total > 0 else 0.0
 
