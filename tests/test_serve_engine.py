@@ -21,6 +21,7 @@ from test_generate import host as host  # a fixture
 from torch import Tensor
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
+from trimtab.backends import cache_layers
 from trimtab.backends.chat import prompt_ids
 from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
@@ -28,7 +29,6 @@ from trimtab.backends.open import open_model
 from trimtab.backends.reading import LiveReading
 from trimtab.config import CarrierName, ServeConfig
 from trimtab.errors import AdapterError, InputError, ModelError
-from trimtab.serving import batch as batching
 from trimtab.serving import rows
 from trimtab.serving.adapters import Adapters
 from trimtab.serving.batch import Batch, check_host
@@ -129,7 +129,7 @@ def test_rows_of_any_length_and_age_read_as_if_alone(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Used up between two turns in which rows join or leave.
-    monkeypatch.setattr(batching, "SPARE_TOKENS", 2)
+    monkeypatch.setattr(cache_layers, "SPARE_TOKENS", 2)
     host = open_model(f"tiny:{family}?hidden=32", dtype="float32")
     if family in ("gemma2", "gemma3"):
         ids = torch.arange(200)[None]

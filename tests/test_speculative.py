@@ -298,7 +298,7 @@ def test_caches_hold_what_was_written_and_nothing_else(
         (live.caches(0).reference, pair.reference),
     ):
         states = model.hidden(torch.tensor([cached.tokens]))[0]
-        torch.testing.assert_close(torch.stack(cached.states), states, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(cached.states, states, atol=1e-4, rtol=1e-4)
 
 
 def expert_of(pair: Pair) -> HFModel:

@@ -107,7 +107,8 @@ class ExpertAhead:
         self._exact_tokens = min(self._exact_tokens, kept)
         if read > self._exact_tokens:
             kept = self._exact_tokens
-        self._cached.tokens, self._cached.states = list(tokens[: max(kept, read)]), []
+        self._cached.tokens = list(tokens[: max(kept, read)])
+        self._cached.states = self._cached.states[:0]
         self._cached.cut(kept)
         if read <= kept:
             return

@@ -154,7 +154,7 @@ class Live:
     ) -> Plan:
         """Contexts in the small models' tokens."""
         reference, vocabulary = self._pair.reference, self._pair.vocabulary
-        encode = reference.encode if start is None else reference.encode_following
+        encode = caches.text(self._pair, follows=start is not None).encode
         start = reference.context_ids() if start is None else start
         if self.is_one_vocabulary and host_ids is not None:
             ways = [[Cover(tuple(ids), b"")] for ids in host_ids]

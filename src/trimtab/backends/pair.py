@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from trimtab.backends.growing_text import GrowingText, cuts_before_words
 from trimtab.backends.heads import read_unembedding
 from trimtab.backends.hf import HFModel, ModelFingerprint
 from trimtab.backends.open import is_in_llamacpp, one_device, open_model
@@ -78,6 +80,20 @@ class Pair:
     def expert_unembedding(self) -> Unembedding:
         """From the expert's hidden states to its logits; the reference's own for a LoRA."""
         return self._expert.unembedding
+
+    def growing_text(self, *, follows: bool) -> GrowingText:
+        """The tokenizer for a text that grows; one that follows other tokens, or begins."""
+        following = self._reference.encode_following
+        return GrowingText(
+            following if follows else self._reference.encode,
+            following if self._cuts_before_words else None,
+            self.vocabulary.token_bytes,
+        )
+
+    @cached_property
+    def _cuts_before_words(self) -> bool:
+        model = self._reference
+        return cuts_before_words(model.encode, model.encode_following, model.vocabulary)
 
     @contextmanager
     def as_expert(self, *, briefly: bool = False) -> Iterator[HFModel]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trimtab.align.covers import Cover
-from trimtab.backends.pair import PairStates
+from trimtab.backends.growing_text import GrowingText
+from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.token_tree import ModelCache, TokenTree
 from trimtab.unembedding import Unembedding
 
@@ -44,11 +45,25 @@ class PairCaches:
         both: Where one pass serves both, of the reference and then of the expert.
         reference: Elsewhere, of the reference.
         expert: Of the expert.
+        texts: How the tokenizer has cut the texts before: those that begin, by False, and those
+            that follow other tokens, by True.
     """
 
     both: ModelCache = field(default_factory=ModelCache)
     reference: ModelCache = field(default_factory=ModelCache)
     expert: ModelCache = field(default_factory=ModelCache)
+    texts: dict[bool, GrowingText] = field(default_factory=dict)
+
+    def text(self, pair: Pair, *, follows: bool) -> GrowingText:
+        """The pair's tokenizer, which need not cut anew what it has cut before.
+
+        Args:
+            pair: Always the same.
+            follows: The text follows other tokens.
+        """
+        if follows not in self.texts:
+            self.texts[follows] = pair.growing_text(follows=follows)
+        return self.texts[follows]
 
     def beside(self) -> "PairCaches":
         """Others that go on from the same contexts by themselves."""

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from trimtab.backends.cache_layers import JointCache
+from trimtab.backends.cache_layers import GrowingCache, JointCache, Room
 from trimtab.backends.hf import HFModel
 from trimtab.backends.llamacpp.model import EngineModel
 from trimtab.backends.llamacpp.trees import Line
 from trimtab.backends.prefix import common_length
+from trimtab.backends.tree_masks import masks_of
 
 JOINT_TOKENS = 4_096
 """Tokens of several trees, those in caches too, that a pass attends to at most: their keys and
@@ -34,47 +34,75 @@ class TokenTree:
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
+    # Tokens of the first sequence, a line: its nodes need no look-up.
+    _first: int = 0
 
     def add(self, sequence: Sequence[int]) -> int:
         """Add a sequence; the node of its last token."""
-        node = -1
-        for depth, token in enumerate(sequence):
-            key = (node, token)
-            if key not in self._children:
-                self._children[key] = len(self.tokens)
+        if not self.tokens:
+            self._first = len(sequence)
+            self.tokens, self.depths = list(sequence), list(range(self._first))
+            self.parents = list(range(-1, self._first - 1))
+        shared = common_length(self.tokens[: self._first], sequence)
+        node = shared - 1
+        for depth, token in enumerate(sequence[shared:], start=shared):
+            child = self.child(node, token)
+            if child is None:
+                child = self._children[node, token] = len(self.tokens)
                 self.tokens.append(token)
                 self.parents.append(node)
                 self.depths.append(depth)
-            node = self._children[key]
+            node = child
         return node
 
     def child(self, node: int, token: int) -> int | None:
         """The node of a token that follows a node, where the tree has it."""
+        after = node + 1
+        if after < self._first and self.tokens[after] == token:
+            return after
         return self._children.get((node, token))
 
     def line(self, node: int) -> list[int]:
         """Nodes from the first token of a sequence to this one."""
-        line = []
-        while node >= 0:
-            line.append(node)
+        first, others = self.parted(node)
+        return [*range(first), *others]
+
+    def parted(self, node: int) -> tuple[int, list[int]]:
+        """A node's line: how many nodes of the first sequence, and which others after them."""
+        others = []
+        while node >= self._first:
+            others.append(node)
             node = self.parents[node]
-        return line[::-1]
+        return node + 1, others[::-1]
 
     def trunk(self) -> int:
         """Number of nodes before the first that does not follow the one before: a line."""
-        for node, parent in enumerate(self.parents):
-            if parent != node - 1:
-                return parent + 1
+        for node in range(self._first, len(self.parents)):
+            if self.parents[node] != node - 1:
+                return self.parents[node] + 1
         return len(self.tokens)
 
-    def visible(self) -> Tensor:
-        """Which nodes each node may attend to: itself and its ancestors, [nodes, nodes]."""
-        seen = torch.eye(len(self.tokens), dtype=torch.bool)
-        trunk = self.trunk()
-        seen[:trunk, :trunk] = torch.ones(trunk, trunk, dtype=torch.bool).tril()
-        for node in range(trunk, len(self.tokens)):
-            if self.parents[node] >= 0:
-                seen[node] |= seen[self.parents[node]]
+    def visible(self, first: int = 0) -> Tensor:
+        """Which nodes each node from `first` on may attend to: itself and its ancestors.
+
+        Args:
+            first: At most the trunk's length.
+
+        Returns:
+            Shape [nodes - first, nodes].
+        """
+        nodes, trunk = len(self.tokens), self.trunk()
+        seen = torch.zeros(nodes - first, nodes, dtype=torch.bool)
+        seen[: trunk - first, :trunk] = torch.ones(trunk - first, trunk, dtype=torch.bool).tril(
+            first
+        )
+        for node in range(trunk, nodes):
+            parent, row = self.parents[node], seen[node - first]
+            if parent >= first:
+                row |= seen[parent - first]
+            else:
+                row[: parent + 1] = True
+            row[node] = True
         return seen
 
 
@@ -85,15 +113,16 @@ class ModelCache:
     Attributes:
         tokens: The tokens of the tree's trunk.
         cache: Keys and values of all its nodes, until the next tree is run.
-        states: Final hidden states of `tokens`, of all copies one after the other; none where only
-            lines are run.
+        states: Final hidden states of `tokens`, of all copies one after the other, shape
+            [tokens, copies * hidden]; none where only lines are run.
         line: What a model outside torch, which keeps keys and values itself, has read.
     """
 
     tokens: list[int] = field(default_factory=list)
-    cache: DynamicCache = field(default_factory=DynamicCache)
-    states: list[Tensor] = field(default_factory=list)
+    cache: GrowingCache = field(default_factory=GrowingCache)
+    states: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     line: Line = field(default_factory=Line)
+    _room: Room = field(default_factory=lambda: Room(overwrites=False))
 
     def shared_with(self, tree: TokenTree) -> int:
         """Cut the cache to the tokens that begin the tree's trunk; how many they are."""
@@ -112,20 +141,27 @@ class ModelCache:
         return shared
 
     def keep(self, tree: TokenTree, states: Tensor) -> Tensor:
-        """Keep the trunk's tokens and states; the states of all nodes, [nodes, hidden]."""
-        everything = torch.stack([*self.states, *states]) if self.states else states
-        trunk = tree.trunk()
-        self.tokens, self.states = tree.tokens[:trunk], list(everything[:trunk])
+        """Keep the trunk's tokens and states.
+
+        Returns:
+            The states of all nodes, [nodes, hidden].
+        """
+        everything, trunk = self._room.put(self.states, states), tree.trunk()
+        self.tokens, self.states = tree.tokens[:trunk], everything[:trunk]
         return everything
+
+    def go_on(self, tokens: Sequence[int], states: Tensor) -> None:
+        """Keep some more tokens of a line, whose keys and values the cache has already."""
+        self.tokens = [*self.tokens, *tokens]
+        self.states = self._room.put(self.states, states)
 
     def beside(self) -> "ModelCache":
         """Another that goes on from here by itself.
 
-        Keys and values are the same tensors: a cache that grows or is cut takes others.
+        Keys, values and states are the same tensors, until either of both goes on.
         """
-        cache = copy(self.cache)
-        cache.layers = [copy(layer) for layer in self.cache.layers]
-        return ModelCache(list(self.tokens), cache, list(self.states))
+        self._room = Room(overwrites=False)
+        return ModelCache(list(self.tokens), self.cache.beside(), self.states)
 
     def cut(self, length: int) -> None:
         """Forget the keys and values of all but the first nodes."""
@@ -181,7 +217,7 @@ def _parts_of(trees: Sequence[tuple[TokenTree, ModelCache]]) -> list["Part"]:
     for tree, cached in trees:
         past = cached.shared_with(tree)
         tokens, depths = tree.tokens[past:], tree.depths[past:]
-        parts.append(Part(tokens, depths, tree.visible()[past:], cached.cache))
+        parts.append(Part(tokens, depths, tree.visible(past), cached.cache))
     return parts
 
 
@@ -209,7 +245,7 @@ def run_line(
     new, depths = list(tokens[shared:]), list(range(shared, len(tokens)))
     visible = torch.ones(len(new), len(tokens), dtype=torch.bool).tril(shared)
     [states] = _forward_all(model, [Part(new, depths, visible, cached.cache)], copies)
-    cached.tokens, cached.states = [*cached.tokens, *new], [*cached.states, *states]
+    cached.go_on(new, states)
     return states[-1]
 
 
@@ -269,7 +305,9 @@ def _parts_after(trees: Sequence[Leaves]) -> list["Part"]:
             )
         visible = torch.zeros(len(leaves), nodes + len(leaves), dtype=torch.bool)
         for leaf, (node, _) in enumerate(leaves):
-            visible[leaf, [*tree.line(node), nodes + leaf]] = True
+            first, others = tree.parted(node)
+            visible[leaf, :first] = True
+            visible[leaf, [*others, nodes + leaf]] = True
         depths = [tree.depths[node] + 1 for node, _ in leaves]
         parts.append(Part([token for _, token in leaves], depths, visible, cached.cache))
     return parts
@@ -329,7 +367,7 @@ def _forward(model: HFModel, part: Part, copies: int) -> Tensor:
         states = model.model.base_model(
             input_ids=torch.tensor([list(part.tokens)] * copies, device=model.device),
             position_ids=torch.tensor([list(part.depths)] * copies, device=model.device),
-            attention_mask=_masks(model, part.visible, copies),
+            attention_mask=masks_of(model, part.visible, copies),
             past_key_values=part.cache,
             use_cache=True,
         ).last_hidden_state
@@ -343,30 +381,3 @@ def _emptied_if_broken_off(cache: DynamicCache) -> Iterator[None]:
         if_broken_off.callback(cache.layers.clear)
         yield
         if_broken_off.pop_all()
-
-
-def _masks(model: HFModel, visible: Tensor, copies: int) -> Tensor | dict[str, Tensor]:
-    """What each layer adds to its attention scores; by type of layer, where they differ in that.
-
-    transformers takes a mask of this shape as it is, and would let the layers that have a sliding
-    window look beyond it.
-    """
-    config = model.model.config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    whole = _added(model, visible, copies)
-    if not window or (types is not None and "sliding_attention" not in types):
-        return whole
-    # A node sees its ancestors alone, so the last ones before it are the nearest by depth.
-    behind = visible.flip(1).long().cumsum(1).flip(1)
-    near = _added(model, visible & (behind <= window), copies)
-    if types is None:
-        return near
-    return {kind: near if kind == "sliding_attention" else whole for kind in set(types)}
-
-
-def _added(model: HFModel, visible: Tensor, copies: int) -> Tensor:
-    dtype = model.model.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype)
-    mask.masked_fill_(~visible, torch.finfo(dtype).min)
-    return mask.to(model.device).expand(copies, 1, -1, -1)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -10,13 +10,10 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from trimtab.backends.cache_layers import Layer, layers_of
+from trimtab.backends.cache_layers import GrowingLayer, Layer, layers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import check_in_torch
 from trimtab.errors import ModelError
-
-SPARE_TOKENS = 64
-"""Room that a layer of the batch takes for tokens to come."""
 
 # Their frequencies follow from the longest row of a pass.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -145,32 +142,10 @@ class Batch:
 
 def _cache_of(layers: Iterable[Layer]) -> DynamicCache:
     cache = DynamicCache()
-    cache.layers.extend(DynamicLayer() if layer is None else _Roomy(*layer) for layer in layers)
+    cache.layers.extend(
+        DynamicLayer() if layer is None else GrowingLayer.of(*layer) for layer in layers
+    )
     return cache
-
-
-@final
-class _Roomy(DynamicLayer):
-    """A layer with room for the next tokens, where `DynamicLayer` copies all it has at each."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self._room, self._tokens = [keys, values], keys.shape[-2]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        del args, kwargs
-        begin, end = self._tokens, self._tokens + key_states.shape[-2]
-        if end > self._room[0].shape[-2]:
-            more = (0, 0, 0, end - begin + SPARE_TOKENS)
-            self._room = [pad(side[..., :begin, :], more) for side in self._room]
-        keys, values = self._room
-        keys[..., begin:end, :], values[..., begin:end, :] = key_states, value_states
-        self._tokens, self.keys, self.values = end, keys[..., :end, :], values[..., :end, :]
-        return self.keys, self.values
 
 
 def _joined(ours: Layer, theirs: tuple[Tensor, Tensor], length: int, copies: int) -> Layer:

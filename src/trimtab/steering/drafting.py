@@ -150,9 +150,8 @@ def _start(live: Live, written: Written) -> Sequence[int]:
 
 def _own_cover(live: Live, written: Written) -> Cover:
     """A text as the small models' tokenizer cuts it."""
-    reference = live.pair.reference
-    encode = reference.encode if written.start is None else reference.encode_following
-    return covers_of(readable(written.context), encode, live.pair.vocabulary)[0]
+    text = live.caches(0).text(live.pair, follows=written.start is not None)
+    return covers_of(readable(written.context), text.encode, live.pair.vocabulary)[0]
 
 
 def _text_after(live: Live, line: Sequence[int], room: int) -> str:

@@ -100,8 +100,8 @@ class SteeringProcessor(LogitsProcessor):
         asked = Rows(scores.float(), states[:, -1], contexts, questions)
         return self._mixture.logprobs(asked, self._weights)
 
-    def block(self, input_ids: Tensor, scores: Tensor) -> Iterator[Tensor]:
-        """Steer the scores, shape [places, vocab], of the last places of one row [1, seq].
+    def block(self, input_ids: Tensor, scores: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Steer the scores, each [1, vocab], of the last places of one row [1, seq].
 
         The last of the places is the one after input_ids. Each gets what a call of its own would
         have given it, except for the rounding of matrix products.
@@ -112,14 +112,14 @@ class SteeringProcessor(LogitsProcessor):
         """
         weights = self._weights
         if weights is None:
-            return iter((self(input_ids, scores),))
+            return iter((self(input_ids, *scores),))
         states = self._trace.take()[0, -len(scores) :]
         row = input_ids[0].cpu()
         text = self._spelled(row.tolist())
         ends = range(len(row) - len(scores) + 1, len(row) + 1)
-        each = [self._written(row, text, end) for end in ends]
+        each = self._written(row, text, ends)
         questions = self._ask_block(each, [last_text(row, text, end) for end in ends])
-        places = zip(scores.split(1), states.split(1), each, questions, strict=True)
+        places = zip(scores, states.split(1), each, questions, strict=True)
         # One by one: rows that are asked together share their candidates.
         return (
             one
@@ -133,15 +133,24 @@ class SteeringProcessor(LogitsProcessor):
     def written(self, input_ids: Tensor) -> Written:
         """What the expert is to go on from, of one row [1, seq] of a generation that has begun."""
         row = input_ids[0].cpu()
-        return self._written(row, self._spelled(row.tolist()), len(row))
+        text = self._spelled(row.tolist())
+        return self._written(row, text, range(len(row), len(row) + 1))[0]
 
-    def _written(self, row: Tensor, text: Sequence[bytes | None], end: int) -> Written:
+    def _written(
+        self, row: Tensor, text: Sequence[bytes | None], ends: Sequence[int]
+    ) -> list[Written]:
+        """What stands before some ends, ascending, of one row and its bytes."""
         start = self._prompt_tokens if self._chats else 0
-        ids = text_ids(row, text, start, end)
         small = self._chats[0].small_ids if self._chats else None
         message = self._chats[0].message if self._chats else range(0)
         said = text_before(text[message.start : message.stop])
-        return Written(text_before(text[start:end]), ids, small, said)
+        context, ids, found = b"", list[int](), list[Written]()
+        for end in ends:
+            context += text_before(text[start:end])
+            ids = [*ids, *text_ids(row, text, start, end)]
+            found.append(Written(context, ids, small, said))
+            start = end
+        return found
 
     def _is_forced(self, scores: Tensor) -> bool:
         """Whether there is nothing to steer: a token that is no text is forced, in all rows.
@@ -149,6 +158,9 @@ class SteeringProcessor(LogitsProcessor):
         Such as the language that a target begins with.
         """
         self._is_text = self._is_text.to(scores.device)
+        tops, likeliest = scores.max(-1)
+        if bool((self._is_text[likeliest] & (tops > -torch.inf)).any()):
+            return False
         return bool(scores.masked_fill(~self._is_text, -torch.inf).amax() == -torch.inf)
 
     def _spelled(self, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:

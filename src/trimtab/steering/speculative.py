@@ -128,7 +128,7 @@ class _Run:
             self._before(ids[:, : first + place], one[None])
             for place, one in enumerate(self._logits)
         ]
-        self._steered = self._steer.block(ids, torch.cat(raw))
+        self._steered = self._steer.block(ids, raw)
 
     def choose(self, draft: Draft, place: int) -> bool:
         """Write the token of one place; whether it is the drafted one, so that the next counts.
