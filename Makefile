@@ -47,7 +47,7 @@ test-llamacpp: $(VENV)/ready-llamacpp models
 # Logs are not collected: vLLM sets torch's to say everything.
 test-vllm: $(VLLM_VENV)/ready-vllm
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -p no:logging \
-		tests/test_vllm.py tests/test_vllm_parts.py
+		tests/test_vllm.py tests/test_vllm_parts.py tests/test_vllm_lora.py
 
 # Where there is a GPU and torch was built for it: the main job there, against the processor's.
 test-cuda: $(VENV)/ready-test

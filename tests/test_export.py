@@ -2,8 +2,11 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from peft import PeftModel
 from test_fit import DOMAIN, fitted, recorded, tuned, write_texts
 from test_gguf import write_gguf
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoModelForCausalLM, Cohere2Config, CohereConfig, PhiConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from trimtab.backends.hf import HFModel
@@ -27,11 +30,12 @@ from trimtab.errors import AdapterError, InputError, MissingDependencyError, Mod
 from trimtab.export import ExportResult, export
 from trimtab.exporting.fidelity import compare
 from trimtab.exporting.linear import LORA_RANKS, Lora, constant_reading, shift_of
-from trimtab.exporting.llamacpp import _ARCHITECTURES, read_lora
+from trimtab.exporting.llamacpp import _ARCHITECTURES, read_lora, reads_output
 from trimtab.exporting.peft import read_peft
 from trimtab.exporting.readme import ExportRecord
 from trimtab.mount import mount
 from trimtab.store.files import sha256_file
+from trimtab.types import Advance
 
 HOSTS = [
     "tiny:llama?vocab=bpe&tied=1",
@@ -247,13 +251,31 @@ def test_logits_that_are_capped_after_the_head_are_refused(
 
 
 def test_what_vllm_refuses_is_said(adapter: Path, tmp_path: Path) -> None:
-    gemma = exported(adapter, "tiny:gemma3", tmp_path / "gemma", to="peft").result
-    (said,) = [note for note in gemma.record.notes if note.startswith("vLLM")]
-    assert "258,048" in said and "transformers" in said and f"note: {said}" in gemma.summary()
-    llama = exported(adapter, "tiny:llama?vocab=bpe", tmp_path / "llama", to="peft").result
+    refused = {"tiny:gemma3": "gemma3_text", "tiny:gpt2?vocab=bpe": "gpt2"}
+    for ref, family in refused.items():
+        made = exported(adapter, ref, tmp_path / family, to="peft").result
+        (said,) = [note for note in made.record.notes if note.startswith("vLLM")]
+        assert f"refuses a LoRA on the head of {family} models" in said and "--to merged" in said
+        assert f"note: {said}" in made.summary()
+        readme = (tmp_path / family / "README.md").read_text()
+        assert "vllm serve" not in readme and "sglang" in readme
+    llama = exported(adapter, HOSTS[0], tmp_path / "llama", to="peft").result
     assert not any("vLLM" in note for note in llama.record.notes)
-    merged = exported(adapter, "tiny:gemma3", tmp_path / "merged", to="merged").result
-    assert any("vLLM's Gemma classes" in note for note in merged.record.notes)
+    assert "vllm serve HOST --enable-lora" in (tmp_path / "llama" / "README.md").read_text()
+
+
+def test_what_drops_the_head_of_a_merged_checkpoint_is_said(adapter: Path, tmp_path: Path) -> None:
+    gemma = exported(adapter, "tiny:gemma3", tmp_path / "gemma", to="merged").result
+    assert any("llama.cpp's converter drops" in note for note in gemma.record.notes)
+    readme = (tmp_path / "gemma" / "README.md").read_text()
+    assert "vllm serve FOLDER" in readme and "convert_hf_to_gguf" not in readme
+    ref = saved_model(CohereConfig(**TINY_SIZES, tie_word_embeddings=False), tmp_path / "host")
+    cohere = exported(adapter, ref, tmp_path / "cohere", to="merged")
+    assert any("drops it without a word" in note for note in cohere.result.record.notes)
+    readme = (tmp_path / "cohere" / "README.md").read_text()
+    assert "vllm serve" not in readme and "convert_hf_to_gguf" not in readme
+    measured = cohere.result.measured.export.max_logprob_nats
+    assert nats(loaded(cohere), cohere.logits) < 2 * measured + 1e-4
 
 
 def test_the_folder_says_what_it_is_and_is_never_replaced(adapter: Path, tmp_path: Path) -> None:
@@ -278,6 +300,28 @@ def test_the_folder_says_what_it_is_and_is_never_replaced(adapter: Path, tmp_pat
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="overwrites nothing"):
         exported(adapter, ref, tmp_path / "file", to="peft")
+
+
+def test_of_two_exports_into_one_folder_one_is_refused_and_the_other_is_whole(
+    adapter: Path, tmp_path: Path
+) -> None:
+    ref, out, refused = "tiny:qwen3?hidden=32", tmp_path / "out", list[str]()
+
+    @contextmanager
+    def while_writing(label: str, total: int) -> Iterator[Advance]:
+        del total
+        if label.startswith("writing"):
+            with pytest.raises(InputError, match="another run is writing") as error:
+                exported(adapter, ref, out, to="onnx")
+            refused.append(error.value.hint)
+        yield lambda _: None
+
+    told = {"adapter": adapter, "host": ref, "out": out, "to": "peft", "dtype": "float32"}
+    export(ExportConfig.model_validate(told), progress=while_writing)
+    assert len(refused) == 1 and "choose another" in refused[0]
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "export.json",
+    }  # fmt: skip
 
 
 def test_an_adapter_without_a_head_has_nothing_to_export(adapter: Path, tmp_path: Path) -> None:
@@ -388,6 +432,44 @@ def test_gguf_without_an_output_matrix_or_a_known_family_is_refused(
     with pytest.raises(ModelError, match="encoder-decoder"):
         exported(adapter, "tiny:t5", tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()
+
+
+def saved_model(config: Any, folder: Path) -> str:
+    """A tiny random model of a family that `tiny:` has not, with a byte tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer(parse_tiny("tiny:llama?vocab=bpe")).save_pretrained(folder)
+    return str(folder)
+
+
+TINY_SIZES: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 256, "eos_token_id": 257,
+    "pad_token_id": 258,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "arch"), [(CohereConfig, "command-r"), (Cohere2Config, "cohere2")]
+)
+def test_where_llama_cpp_takes_the_head_from_the_embedding_gguf_is_refused(
+    kind: Any, arch: str, tied: bool, adapter: Path, tmp_path: Path
+) -> None:
+    ref = saved_model(kind(**TINY_SIZES, tie_word_embeddings=tied), tmp_path / "host")
+    with pytest.raises(ModelError, match=f"from its embedding, as of every {arch} model") as said:
+        exported(adapter, ref, tmp_path / "out", to="gguf")
+    assert "--to peft or --to merged" in said.value.hint and not (tmp_path / "out").exists()
+    made = exported(adapter, ref, tmp_path / "out", to="peft")
+    assert made.host.unembedding.scale == 0.0625
+    measured = made.result.measured.export.max_logprob_nats
+    assert nats(with_peft(made), made.logits) < 2 * measured + 1e-4
+
+
+def test_which_of_llama_cpps_architectures_have_an_output_matrix() -> None:
+    without = {arch for arch in _ARCHITECTURES.values() if not reads_output(arch)}
+    assert without == {"command-r", "cohere2", "gemma", "gemma2"}
+    assert reads_output("of-a-later-llama.cpp")
 
 
 def test_llama_cpps_names_of_architectures_are_those_of_its_own_list() -> None:

@@ -273,16 +273,17 @@ def test_the_budget_holds_for_each_candidate(adapter: Path, endpoint: Endpoint) 
     endpoint.top, endpoint.several, endpoint.fresh = 0, False, True
     options: dict[str, Any] = {"api_tokenizer": HOST, "api_candidates": 6}
     assert not asked(endpoint, adapter, **options, seed=1).is_cut_short
-    each = endpoint.served[-1].tokens
+    each, who = endpoint.served[-1].tokens, endpoint.served[-7].tokens
     endpoint.served.clear()
-    cut = asked(endpoint, adapter, **options, api_budget_tokens=4 * each - 1)
-    assert len(endpoint.served) == 3 and endpoint.usage.tokens == 3 * each
+    # Each run asks first who answers, and then for candidates.
+    cut = asked(endpoint, adapter, **options, api_budget_tokens=who + 4 * each - 1)
+    assert len(endpoint.served) == 1 + 3 and endpoint.usage.tokens == who + 3 * each
     assert cut.is_cut_short and cut.texts[0]
     # What has come is kept, so that the same budget reaches further.
-    again = asked(endpoint, adapter, **options, api_budget_tokens=4 * each - 1)
-    assert len(endpoint.served) == 6 and not again.is_cut_short
-    whole = asked(endpoint, adapter, **options, api_budget_tokens=each)
-    assert len(endpoint.served) == 6 and whole.texts == again.texts
+    again = asked(endpoint, adapter, **options, api_budget_tokens=who + 4 * each - 1)
+    assert len(endpoint.served) == 2 + 6 and not again.is_cut_short
+    whole = asked(endpoint, adapter, **options, api_budget_tokens=who + each)
+    assert len(endpoint.served) == 3 + 6 and whole.texts == again.texts
 
 
 @pytest.mark.parametrize("several", [True, False])
@@ -395,8 +396,9 @@ def test_an_interrupted_job_goes_on_and_pays_nothing_twice(
     before = len(endpoint.seen)
     again = asked(endpoint, adapter, **options)
     assert again.texts == smooth.texts
-    assert len(endpoint.seen) == before
-    assert "used 0 calls, 0 prompt and 0 completion tokens" in again.notes[-1]
+    # Who answers is asked in each run.
+    assert len(endpoint.seen) == before + 1
+    assert f"used {endpoint.served[-1].in_words(1)}; " in again.notes[-1]
 
 
 def test_the_budget_ends_a_run_and_a_larger_one_goes_on(adapter: Path, endpoint: Endpoint) -> None:

@@ -128,19 +128,17 @@ def test_a_wrong_name_ends_a_job_and_the_same_command_goes_on(
     alone, calls = endpoint.usage, len(endpoint.served)
     endpoint.served.clear()
     half = calls // 2
-    endpoint.faults = [*[None] * half, "no-model"]
+    # Each run asks first who answers.
+    endpoint.faults = [None, *[None] * half, "no-model"]
     with pytest.raises(ModelError, match="the model 'not-toy' does not exist") as error:
         asked(endpoint, adapter, **job)
     assert "serves a model toy" in error.value.hint
-    begun = endpoint.usage
+    who, begun = endpoint.served[0], len(endpoint.served)
     found = asked(endpoint, adapter, **job)
     assert (found.texts, found.tokens) == (smooth.texts, smooth.tokens)
-    assert (endpoint.usage, len(endpoint.served)) == (alone, calls)
-    rest = Usage(
-        alone.prompt_tokens - begun.prompt_tokens,
-        alone.completion_tokens - begun.completion_tokens,
-    )
-    words = f"used {rest.in_words(calls - half)}; {half} answers from the cache"
+    assert (endpoint.usage, len(endpoint.served)) == (alone + who + who, calls + 2)
+    rest = sum(endpoint.served[begun:], Usage())
+    words = f"used {rest.in_words(calls - half + 1)}; {half} answers from the cache"
     assert found.notes[-1] == words
     with pytest.raises(ModelError, match="the model 'other' does not exist"):
         asked(endpoint, adapter, host="openai:other")

@@ -1,5 +1,7 @@
 """Export a mounted head for engines that run without Trimtab."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from trimtab.steering.mounted import Mounted
 from trimtab.store.adapter import HEAD_FILE
 from trimtab.store.adapter_schema import MANIFEST_NAME, AdapterManifest
 from trimtab.store.files import (
+    lock,
+    names_in,
     package_versions,
     replace_directory,
     sha256_file,
@@ -78,40 +82,61 @@ def export(
         What was written, and how exact it is; `summary()` says it in words.
 
     Raises:
-        InputError: There is something at `out` already.
+        InputError: There is something at `out` already, or another run is writing it.
         AdapterError: The adapter is broken, has no head, or its head does not fit this host.
         ModelError: The host cannot be opened, or the form cannot express the head on it.
         MissingDependencyError: The form needs a package that is not installed.
         StorageError: The disk is full or the folder cannot be written.
     """
-    _check_out(config.out)
-    manifest = read_manifest(config.adapter, read_again=True)
-    _check_head(manifest)
-    host = host or open_model(config.host, dtype=config.dtype, device_map="cpu", progress=progress)
-    check_in_torch(host, "trimtab export")
-    check_host(host, config.to)
-    mounted = mount(
-        MountConfig(
-            adapter=config.adapter, host=config.host, carriers=("head",), dtype=config.dtype
-        ),
-        host=host,
-        progress=progress,
-    )
-    assert mounted.head is not None
-    states = split_states(_states(host, mounted, progress))
-    job = Job(config, host, mounted.head, states, manifest.blend)
+    with _sole_writer(config.out):
+        manifest = read_manifest(config.adapter, read_again=True)
+        _check_head(manifest)
+        host = host or open_model(
+            config.host, dtype=config.dtype, device_map="cpu", progress=progress
+        )
+        check_in_torch(host, "trimtab export")
+        check_host(host, config.to)
+        mounted = mount(_head_alone(config), host=host, progress=progress)
+        assert mounted.head is not None
+        states = split_states(_states(host, mounted, progress))
+        job = Job(config, host, mounted.head, states, manifest.blend)
+        record, measured = _write(job, manifest, progress)
+    return ExportResult(config.out, record, measured, mounted.warnings)
+
+
+def _write(
+    job: Job, manifest: AdapterManifest, progress: Progress
+) -> tuple[ExportRecord, Measured]:
+    """Make the folder; what it says of itself, and how exact it is."""
+    config = job.config
     with replace_directory(config.out, marker=RECORD_NAME) as folder:
         with progress(f"writing {config.to}", 1) as advance:
             written = write(job, folder)
             advance(1)
-        record = _record(config, manifest, host, written, folder)
+        record = _record(config, manifest, job.host, written, folder)
         write_json(folder / RECORD_NAME, record.model_dump(mode="json"))
         write_atomic(folder / README_NAME, render_readme(record, written.usage).encode())
-    return ExportResult(config.out, record, written.measured, mounted.warnings)
+    return record, written.measured
+
+
+def _head_alone(config: ExportConfig) -> MountConfig:
+    return MountConfig(
+        adapter=config.adapter, host=config.host, carriers=("head",), dtype=config.dtype
+    )
+
+
+@contextmanager
+def _sole_writer(out: Path) -> Iterator[None]:
+    """Be the only run that writes the folder, which must be new or empty."""
+    _check_out(out)
+    with lock(out):
+        # Another export may have ended between the two.
+        _check_out(out)
+        yield
 
 
 def _check_out(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file() or names_in(out):
         raise InputError(
             f"there is something at {out} already, and an export overwrites nothing",
             hint="choose a new --out, or remove it first",

@@ -8,23 +8,39 @@ from trimtab.errors import ModelError
 from trimtab.exporting.linear import LORA_RANKS
 from trimtab.store.card import readable_bytes
 
+VLLM = "vLLM 0.32"
+"""The version whose source and behaviour the following was told from; it differs with versions."""
+
 VLLM_MAX_VOCABULARY = 258_048
-"""Rows of a head that vLLM 0.33 takes a LoRA for (vllm/lora/layers/logits_processor.py)."""
+"""Rows of a head that vLLM takes a LoRA for (vllm/lora/layers/logits_processor.py)."""
 
-_VLLM_WITH_HEAD = ("llama", "qwen3", "qwen3_moe")
-"""Families whose vLLM class is known to take a LoRA on the head; its Mistral and Gemma classes and
-that of GPT-2 do not, since the head is not among their embedding modules."""
-
-_GEMMA = (
-    "vLLM takes no LoRA on the head of Gemma (its classes offer none, and a head of more than"
-    f" {VLLM_MAX_VOCABULARY:,} rows is refused; {{ref}} has {{rows:,}}), and refuses a merged,"
-    " untied one: serve it with peft in transformers, or --to gguf of a GGUF host in llama.cpp"
+VLLM_WITH_HEAD = frozenset(
+    "apertus ernie4_5 exaone4 exaone_moe falcon_h1 granite granitemoe granitemoehybrid"
+    " granitemoeshared hyperclovax jamba lfm2 lfm2_moe llama llama4_text minicpm3 mixtral nemotron"
+    " nemotron_h phi3 qwen3 qwen3_moe".split()
 )
+"""Families whose class there names the head among what a LoRA may change (`embedding_modules`).
+Of all others a LoRA on the head is refused as it is loaded: Qwen 2.5, Mistral, Gemma, Cohere, and
+those that have no class of their own."""
+
+_INSTEAD = "serve a --to merged export there, or `trimtab serve --engine vllm`"
+_COHERE = ("cohere", "cohere2")
 
 
 def is_gemma(host: HFModel) -> bool:
-    """Whether a host is of the family whose head neither vLLM nor llama.cpp's converter changes."""
+    """Whether a host is of the family whose head llama.cpp's converter drops."""
     return _family(host).startswith("gemma")
+
+
+def is_cohere(host: HFModel) -> bool:
+    """Whether a host is of a family whose own head vLLM drops, and llama.cpp's converter too."""
+    return _family(host) in _COHERE
+
+
+def takes_lora_in_vllm(host: HFModel) -> bool:
+    """Whether vLLM takes a LoRA on the head of a host."""
+    is_small = len(host.unembedding.weight) <= VLLM_MAX_VOCABULARY
+    return is_small and _family(host) in VLLM_WITH_HEAD
 
 
 def _family(host: HFModel) -> str:
@@ -62,31 +78,28 @@ def check_host(host: HFModel, kind: ExportKind) -> None:
 
 
 def vllm_notes(host: HFModel, rank: int) -> Sequence[str]:
-    """Why vLLM will refuse a LoRA on this host's head, in plain words; empty if nothing is known.
+    """Why vLLM refuses a LoRA on this host's head, in plain words; empty where it takes it.
 
     Args:
         host: The host.
         rank: Rank of the LoRA with its padding.
     """
-    rows = len(host.unembedding.weight)
-    instead = "serve a --to merged export there"
-    if is_gemma(host):
-        return [_GEMMA.format(rows=rows, ref=host.ref)]
+    rows, family = len(host.unembedding.weight), _family(host)
     found = []
+    if family not in VLLM_WITH_HEAD:
+        found.append(
+            f"{VLLM} refuses a LoRA on the head of {family} models (its class for them does not"
+            " name the head among what a LoRA may change)"
+        )
     if rows > VLLM_MAX_VOCABULARY:
         found.append(
-            f"vLLM takes a LoRA on a head of at most {VLLM_MAX_VOCABULARY:,} rows, and {host.ref}"
-            f" has {rows:,}: {instead}"
-        )
-    family = _family(host)
-    if family not in _VLLM_WITH_HEAD:
-        found.append(
-            "vLLM takes a LoRA on the head of Llama and Qwen3 models; of the family"
-            f" {family} that is not known: if it refuses, {instead}"
+            f"{VLLM} takes a LoRA on a head of at most {VLLM_MAX_VOCABULARY:,} rows, and {host.ref}"
+            f" has {rows:,}"
         )
     if rank > LORA_RANKS[-1]:
-        found.append(f"vLLM takes ranks up to {LORA_RANKS[-1]}, and this one is {rank}: {instead}")
-    return found
+        found.append(f"{VLLM} takes ranks up to {LORA_RANKS[-1]}, and this one is {rank}")
+    instead = "use `trimtab serve --engine vllm` there" if is_cohere(host) else _INSTEAD
+    return [f"{reason}: {instead}" for reason in found]
 
 
 def merged_notes(host: HFModel, *, was_tied: bool) -> Sequence[str]:
@@ -96,16 +109,23 @@ def merged_notes(host: HFModel, *, was_tied: bool) -> Sequence[str]:
         host: The host.
         was_tied: Its head was its embedding.
     """
+    found = []
+    if is_cohere(host):
+        found.append(
+            f"transformers reads the head of this checkpoint; {VLLM} drops it without a word and"
+            " serves the bare host, as it takes the head of Cohere's models from the embedding, and"
+            " so does llama.cpp: use `trimtab serve --engine vllm`, or transformers"
+        )
     if not was_tied:
-        return ()
+        return found
     size = host.unembedding.weight.nbytes
-    found = [
+    found.append(
         f"{host.ref} shares its head with its embedding; this checkpoint has both"
         f" (tie_word_embeddings is false) and is larger by {readable_bytes(size)}"
-    ]
+    )
     if is_gemma(host):
         found.append(
-            "transformers reads it; vLLM's Gemma classes insist on a shared head and refuse it, and"
-            " llama.cpp's converter drops the head: for llama.cpp use --to gguf of a GGUF host"
+            "llama.cpp's converter drops this head of Gemma: for llama.cpp use --to gguf of a GGUF"
+            " host"
         )
     return found

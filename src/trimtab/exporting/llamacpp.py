@@ -30,6 +30,7 @@ _ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
     "gemma": "gemma",
+    "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
@@ -37,6 +38,7 @@ _ARCHITECTURES = {
     "phi3": "phi3",
     "granite": "granite",
     "cohere": "command-r",
+    "cohere2": "cohere2",
     "olmo2": "olmo2",
     "smollm3": "smollm3",
 }
@@ -56,10 +58,17 @@ def check_output(host: HFModel) -> bool:
     the embedding, and a LoRA on the embedding would change what the host reads.
 
     Raises:
-        ModelError: The host is tied and not given as a GGUF file, so that no untied copy of it
-            can be written.
+        ModelError: llama.cpp reads no output matrix of this architecture; or the host is tied and
+            not given as a GGUF file, so that no untied copy of it can be written.
     """
-    path = host_file(host)
+    arch, path = architecture(host), host_file(host)
+    if not reads_output(arch):
+        raise ModelError(
+            f"llama.cpp takes the head of {host.ref} from its embedding, as of every {arch} model,"
+            " also where the model has a head of its own: there is no output matrix that a LoRA"
+            " could name, and a GGUF file with one is refused there",
+            hint="use --to peft or --to merged in transformers, --to onnx, or `trimtab generate`",
+        )
     if path is not None:
         return all(tensor.name != _OUTPUT for tensor in _read(path).tensors)
     head, embedding = host.model.get_output_embeddings(), host.model.get_input_embeddings()
@@ -71,6 +80,16 @@ def check_output(host: HFModel) -> bool:
             " merged and convert that folder with llama.cpp's convert_hf_to_gguf.py",
         )
     return False
+
+
+def reads_output(arch: str) -> bool:
+    """Whether llama.cpp reads an output matrix from files of an architecture, as its list says.
+
+    Args:
+        arch: llama.cpp's name of the architecture; one that its list lacks is taken to have one.
+    """
+    names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    return arch not in names or gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[names[arch]]
 
 
 def architecture(host: HFModel) -> str:

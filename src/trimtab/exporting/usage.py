@@ -12,21 +12,27 @@ def host_name(ref: str) -> str:
     return "HOST" if ref.endswith(".gguf") or ref.startswith("tiny:") else ref
 
 
-def peft_usage(ref: str, rank: int, *, peft_alone: bool) -> str:
+def peft_usage(ref: str, rank: int, *, peft_alone: bool, in_vllm: bool) -> str:
     """Commands for peft, vLLM and SGLang.
 
     Args:
         ref: The host.
         rank: Rank with its padding.
-        peft_alone: Of no other engine it is known that it loads it.
+        peft_alone: No other engine loads it.
+        in_vllm: vLLM takes a LoRA on this host's head.
     """
     host = host_name(ref)
     parts = [_placeholders(host), "With peft:", _peft(host)]
+    if in_vllm and not peft_alone:
+        parts += [
+            "With vLLM, beside other LoRAs, chosen for each request by its name (`trimtab` for the"
+            "\nmodel). Let `--max-loras` be one more than the LoRAs that are served: the CPU build"
+            "\nof 0.32 gives requests without a LoRA the one in the last place.",
+            f"```sh\nvllm serve {host} --enable-lora --max-lora-rank {rank} --max-loras 2 \\\n"
+            "  --lora-modules trimtab=FOLDER\n```",
+        ]
     if not peft_alone:
         parts += [
-            "With vLLM, beside other LoRAs, chosen for each request by its name:",
-            f"```sh\nvllm serve {host} --enable-lora --max-lora-rank {rank} \\\n"
-            "  --lora-modules trimtab=FOLDER\n```",
             "With SGLang (0.5.23 has this; not tried):",
             f"```sh\npython -m sglang.launch_server --model-path {host} --enable-lora \\\n"
             f"  --max-lora-rank {rank} --lora-target-modules lm_head --lora-paths trimtab=FOLDER\n"
@@ -50,23 +56,24 @@ def _peft(host: str) -> str:
     )
 
 
-def merged_usage(*, transformers_alone: bool) -> str:
+def merged_usage(*, in_vllm: bool, in_llamacpp: bool) -> str:
     """Commands for a checkpoint with the head folded in.
 
     Args:
-        transformers_alone: Other engines are known to refuse it.
+        in_vllm: vLLM reads its head.
+        in_llamacpp: llama.cpp's converter does.
     """
-    others = (
-        "\n\nEvery engine that serves the host serves it: `vllm serve FOLDER`. For llama.cpp,"
-        " convert\nit with its own `convert_hf_to_gguf.py FOLDER`."
-    )
-    return (
+    found = (
         "FOLDER is this folder: an ordinary checkpoint.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
-        f"{'' if transformers_alone else others}"
     )
+    if in_vllm:
+        found += "\n\nvLLM, and every engine like it that serves the host: `vllm serve FOLDER`."
+    if in_llamacpp:
+        found += "\n\nFor llama.cpp convert it with its own `convert_hf_to_gguf.py FOLDER`."
+    return found
 
 
 def gguf_usage(ref: str, adapter: str, host_file: str | None) -> str:

@@ -13,7 +13,13 @@ from torch import Tensor
 from trimtab.backends.hf import HFModel
 from trimtab.carriers.head import MountedHead
 from trimtab.config import ExportConfig, ExportKind
-from trimtab.exporting.engines import is_gemma, merged_notes, vllm_notes
+from trimtab.exporting.engines import (
+    is_cohere,
+    is_gemma,
+    merged_notes,
+    takes_lora_in_vllm,
+    vllm_notes,
+)
 from trimtab.exporting.linear import ConstantReading, Lora, Shift, as_lora, shift_of
 from trimtab.exporting.llamacpp import (
     ADAPTER_NAME,
@@ -116,8 +122,12 @@ def _write_peft(job: Job, folder: Path) -> Written:
         "rank with its padding": padded.rank,
         "lora_bias": job.config.lora_bias,
     }
-    alone = job.config.lora_bias or is_gemma(host)
-    usage = peft_usage(host.ref, padded.rank, peft_alone=alone)
+    usage = peft_usage(
+        host.ref,
+        padded.rank,
+        peft_alone=job.config.lora_bias,
+        in_vllm=takes_lora_in_vllm(host),
+    )
     return Written(measured, settings, tuple(notes), usage)
 
 
@@ -188,7 +198,10 @@ def _write_merged(job: Job, folder: Path) -> Written:
             f"the weights are {settings['weights']}, to which the whole head is rounded; --dtype"
             " float32 writes them twice as large and without that loss"
         )
-    usage = merged_usage(transformers_alone=was_tied and is_gemma(host))
+    usage = merged_usage(
+        in_vllm=not is_cohere(host),
+        in_llamacpp=not is_cohere(host) and not (was_tied and is_gemma(host)),
+    )
     return Written(measured, settings, tuple(notes), usage)
 
 

@@ -108,8 +108,13 @@ class Client:
         self._clock, self._sleep = clock, sleep or SLEEP
         self._on_note = on_note
         self._key = key_of(address)
+        self._model: str | None = ""
         self._next_sec = -float("inf")
         self._http = httpx2.Client(timeout=manners.timeout_sec, headers=self._headers())
+
+    def keep_for(self, model: str | None) -> None:
+        """Use and keep answers of one of the models that have answered here; None: of none."""
+        self._model = model
 
     def close(self) -> None:
         """Close the connections."""
@@ -325,9 +330,9 @@ class Client:
         return text.replace(self._key, "[key]") if self._key else text
 
     def _kept(self, path: str, body: Mapping[str, Any], ordinal: int) -> Path | None:
-        if not self._manners.cache:
+        if not self._manners.cache or self._model is None:
             return None
-        asked = [_VERSION, self.address.url, path, body, ordinal]
+        asked = [_VERSION, self.address.url, path, body, ordinal, self._model]
         name = sha256_bytes(json.dumps(asked, sort_keys=True).encode())
         return trimtab_home() / "hosted" / "answers" / name[:2] / f"{name}.json"
 

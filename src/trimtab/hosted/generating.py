@@ -94,7 +94,7 @@ def generate_hosted(
         notes = [f"{config.host}: {words}", *own_draws(config, host.by, level)]
         if host.client.ledger.calls:
             asked = host.client.ledger.summary(price_of(config))
-            notes.append(f"asked once what {host.client.address.url} shows: {asked}")
+            notes.append(f"asked {host.client.address.url} what it is: {asked}")
         notes.append(f"at most {_plan(config, host, tasks, level).in_words(price_of(config))}")
         for note in notes:
             _tell(on_note, note)

@@ -1,6 +1,6 @@
 """Opening a host behind an API, and finding out what it can do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trimtab.config import HostedOptions, ProbeConfig
@@ -8,6 +8,7 @@ from trimtab.errors import InputError, ModelError
 from trimtab.hosted.address import Address
 from trimtab.hosted.client import Client, Manners
 from trimtab.hosted.host import HostedModel
+from trimtab.hosted.identity import Identity, identified
 from trimtab.hosted.ledger import Ledger, Price
 from trimtab.hosted.probing import capabilities_of
 from trimtab.hosted.tokens import open_known
@@ -40,16 +41,53 @@ def opened(
     tokens = open_known(options.api_tokenizer, progress) if options.api_tokenizer else None
     ledger = Ledger(options.api_budget_tokens)
     client = Client(address, manners_of(options), ledger, on_note=on_note)
-    named, by = options.api_tokenizer or "", None
+    named, by, top = options.api_tokenizer or "", None, options.api_top_logprobs
+
+    def look(*, again: bool) -> HostedModel:
+        found = capabilities_of(client, tokens, top=top, named=named, again=again)
+        return HostedModel(client, found, tokens)
+
     try:
-        top = options.api_top_logprobs
-        by = capabilities_of(client, tokens, top=top, named=named, again=probe_again)
-        yield HostedModel(client, by, tokens)
+        model = look(again=probe_again)
+        if options.api_cache:
+            model = _recognised(model, look, on_note)
+        by = model.by
+        yield model
     finally:
         client.close()
         # What a look has used is to be paid, however it has ended.
         if by is None and ledger.calls and on_note is not None:
             on_note(f"used {ledger.summary(price_of(options))}")
+
+
+def _recognised(
+    host: HostedModel, look: Callable[..., HostedModel], on_note: OnNote | None
+) -> HostedModel:
+    """Use and keep this model's answers alone; one that is not the former is looked at anew."""
+    client, is_looked_at = host.client, bool(host.client.ledger.calls)
+    found = identified(host)
+    if found.is_other and not is_looked_at:
+        host = look(again=True)
+        again = identified(host)
+        found = Identity(again.name, is_other=True)
+    client.keep_for(found.name)
+    for note in _notes(client.address, found):
+        if on_note is not None:
+            on_note(note)
+    return host
+
+
+def _notes(address: Address, found: Identity) -> Iterator[str]:
+    if found.is_other:
+        yield (
+            f"{address.url} does not answer as it did: it is taken for another model under the"
+            f" name {address.model}, and no answers kept of the former are used"
+        )
+    elif found.name is None:
+        yield (
+            "the budget does not allow the question that tells whether the model is the one whose"
+            " answers are kept: none are used, and none of this run are kept"
+        )
 
 
 def manners_of(options: HostedOptions) -> Manners:
