@@ -29,6 +29,7 @@ PAIRS = {
         Pair("qwen-0.5b-1.5b", f"{_QWEN}-0.5b-instruct", f"{_QWEN}-1.5b-instruct"),
         Pair("smollm2-gemma3", "smollm2-135m-instruct", "gemma-3-270m"),
         Pair("smollm2-qwen-0.5b", "smollm2-135m-instruct", f"{_QWEN}-0.5b-instruct"),
+        Pair("smollm2-qwen-1.5b", "smollm2-135m-instruct", f"{_QWEN}-1.5b-instruct"),
         Pair("gemma3-qwen-0.5b", "gemma-3-270m", f"{_QWEN}-0.5b-instruct"),
         Pair("gemma3-qwen-1.5b", "gemma-3-270m", f"{_QWEN}-1.5b-instruct"),
     )
