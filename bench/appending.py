@@ -66,7 +66,6 @@ STAGES = {
         "open the small model": "_open_base",
         "sort the text out": "_read_text",
         "read the text": "new_entries",
-        "join the entries": "joined",
         "write the memory": "write_memory",
         "fingerprints and manifest": "write_adapter",
     },

@@ -20,7 +20,7 @@ import numpy as np
 from bench.transfer.domains import DOMAINS, lay_out
 from bench.transfer.pairs import PAIRS, Pair, folder_name, model_ref, pair_of
 from bench.transfer.steps import LIGHT_ROWS, LIVE_ROWS
-from bench.transfer.suite import Run, adapter_of, prepare
+from bench.transfer.suite import FOLDER, Run, adapter_of, prepare
 from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
 from trimtab.evaluate import scores_by_row
@@ -30,7 +30,6 @@ from trimtab.store.expert import HeldOut, read_expert
 from trimtab.store.files import package_versions, write_json
 from trimtab.store.home import HOME_VARIABLE
 
-FOLDER = Path("build/transfer")
 STEERED = ("head", "memory", "head+memory", "live", "all")
 FIRST_TOKENS, TRIALS = 2_048, 5
 """Training tokens of the first trial, and how many trials there are to come near."""

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from joining import joined
 from safetensors.torch import load_file
 from test_generate import HOST, domain_text, made_adapter
 
 from trimtab.append import AppendResult, append
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
-from trimtab.carriers.memory import Memory, documents_of, joined, last_bytes, sources_of, unit_keys
+from trimtab.carriers.memory import Memory, documents_of, last_bytes, sources_of, unit_keys
 from trimtab.carriers.sources import place_of, travelling_names
 from trimtab.cli import main
 from trimtab.config import AppendConfig, FitConfig, MountConfig, RecordConfig

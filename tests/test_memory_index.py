@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joining import joined
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimtab.carriers.memory import Memory, contexts_before, joined, lay_out
+from trimtab.carriers.memory import Memory, contexts_before, lay_out
 from trimtab.carriers.search import (
     LISTED_ENTRIES,
     MAPPED_MATCH_WEIGHT,

@@ -9,14 +9,12 @@ from bench.transfer.domains import DOMAINS
 from bench.transfer.pairs import PAIRS, folder_name, pair_of
 from bench.transfer.results import RESULTS, add
 from bench.transfer.steps import DEFAULT_STEPS, STEPS
-from bench.transfer.suite import Run, prepare
+from bench.transfer.suite import FOLDER, Run, prepare
 from bench.transfer.table import table
 from trimtab.cli_errors import run_program
 from trimtab.progress import Display
 from trimtab.store.home import HOME_VARIABLE
 from trimtab.store.manifest import read_manifest
-
-FOLDER = Path("build/transfer")
 
 
 def main(words: Sequence[str] | None = None) -> None:

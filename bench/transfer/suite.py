@@ -17,6 +17,9 @@ from trimtab.evaluate import Evaluation
 from trimtab.progress import Display
 from trimtab.store.files import read_json
 
+FOLDER = Path("build/transfer")
+"""Of all runs, unless another is named."""
+
 
 @dataclass(frozen=True)
 class Run:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -116,23 +116,15 @@ def documents_of(text: Tensor) -> tuple[list[bytes], list[int]]:
     return documents, starts
 
 
-def joined(memory: Memory, more: Sequence[Memory]) -> Memory:
-    """A memory with the entries of others behind its own; its gates stay.
+def joined_text(memory: Memory, more: Sequence[Memory]) -> tuple[Tensor, Tensor, Sources]:
+    """All but the keys, a hundred times as large, of a memory with others' entries behind its own.
 
     Args:
         memory: The memory, which answers with what followed.
         more: Others of the same projection, with documents of their own.
-    """
-    text, positions, sources = joined_text(memory, more)
-    keys = torch.cat([memory.keys, *(other.keys for other in more)])
-    return replace(memory, keys=keys, text=text, positions=positions, sources=sources)
-
-
-def joined_text(memory: Memory, more: Sequence[Memory]) -> tuple[Tensor, Tensor, Sources]:
-    """What `joined` makes of all but the keys, which take nearly all the room.
 
     Returns:
-        Text, positions and documents of all the memories; as `joined` has them.
+        Text, positions and documents.
     """
     texts, positions, length = [memory.text], [memory.positions], len(memory.text)
     sources = sources_of(memory)

@@ -163,8 +163,8 @@ def write_memory(folder: Path, file: MemoryFile, more: Sequence[Memory] = ()) ->
     Args:
         folder: Of the adapter.
         file: The memory.
-        more: Others that are written behind it, as `joined` has them, without joining their keys
-            in RAM; the memory then answers with what followed.
+        more: Others that are written behind it (`joined_text`), without joining their keys in RAM;
+            the memory then answers with what followed.
     """
     memory, keys = file.memory, [file.memory.keys, *(other.keys for other in more)]
     if more:
