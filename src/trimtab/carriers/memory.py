@@ -117,7 +117,7 @@ def documents_of(text: Tensor) -> tuple[list[bytes], list[int]]:
 
 
 def joined_text(memory: Memory, more: Sequence[Memory]) -> tuple[Tensor, Tensor, Sources]:
-    """All but the keys, a hundred times as large, of a memory with others' entries behind its own.
+    """A memory with others' entries behind its own, but for the keys, which take nearly all room.
 
     Args:
         memory: The memory, which answers with what followed.
