@@ -17,10 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from bench.transfer.domains import DOMAINS, lay_out
-from bench.transfer.pairs import PAIRS, Pair, folder_name, model_ref, pair_of
+from bench.transfer.domains import DOMAINS
+from bench.transfer.pairs import PAIRS, Pair, model_ref, pair_of
 from bench.transfer.steps import LIGHT_ROWS, LIVE_ROWS
-from bench.transfer.suite import FOLDER, Run, adapter_of, prepare
+from bench.transfer.suite import (
+    FOLDER,
+    Run,
+    adapter_of,
+    folder_of,
+    lay_out_texts,
+    name_of,
+    prepare,
+)
 from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
 from trimtab.evaluate import scores_by_row
@@ -110,20 +118,22 @@ def measure(given: argparse.Namespace) -> None:
     """Make both adapters, steer the host with both, and write what was found."""
     display, pair = Display(), pair_of(given.pair, None, None)
     equal = Pair(f"equal-to-{pair.name}", given.same, pair.host)
+    name = name_of(given.seed, given.train_bytes)
     runs = {
         which: Run(
             one,
             given.domain,
             given.seed,
-            given.folder / folder_name(one.small) / given.domain / f"{name}{given.seed}",
+            folder_of(given.folder, one.small, given.domain, folder),
             given.test_tokens,
             scores_general=False,
+            train_bytes=given.train_bytes,
         )
-        for which, one, name in (("other", pair, "seed"), ("same", equal, "equal-seed"))
+        for which, one, folder in (("other", pair, name), ("same", equal, f"equal-{name}"))
     }
     other, same = runs["other"], runs["same"]
     prepare(other, display)
-    lay_out(DOMAINS[given.domain], same.texts, seed=given.seed)
+    lay_out_texts(same)
     found = compared(other, same, display)
     what = (__doc__ or "").split("\n")[0]
     write_json(given.out, {"schema": 1, "what": what} | found | {"packages": package_versions()})
@@ -175,6 +185,7 @@ def main() -> None:
     parser.add_argument("--domain", required=True, choices=list(DOMAINS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-tokens", type=int, default=10_000)
+    parser.add_argument("--train-bytes", type=int, help="training text, if not the domain's budget")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="the transfer suite's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.transfer.domains import DOMAINS
-from bench.transfer.pairs import PAIRS, folder_name, pair_of
+from bench.transfer.pairs import PAIRS, pair_of
 from bench.transfer.results import RESULTS, add
 from bench.transfer.steps import DEFAULT_STEPS, STEPS
-from bench.transfer.suite import FOLDER, Run, prepare
+from bench.transfer.suite import FOLDER, Run, folder_of, name_of, prepare
 from bench.transfer.table import table
 from trimtab.cli_errors import run_program
 from trimtab.progress import Display
@@ -28,6 +28,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="+", default=DEFAULT_STEPS, choices=list(STEPS))
     parser.add_argument("--view", default="test", help="test, or beginnings of the same texts")
     parser.add_argument("--test-tokens", type=int, default=20_000)
+    parser.add_argument("--train-bytes", type=int, help="training text, if not the domain's budget")
     parser.add_argument("--no-general", action="store_true", help="leave general text out")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -44,9 +45,16 @@ def _run(given: argparse.Namespace) -> None:
     pair, display = pair_of(given.pair, given.small, given.host), Display()
     for domain in given.domain:
         for seed in given.seed:
-            folder = given.folder / folder_name(pair.small) / domain / f"seed{seed}"
+            name = name_of(seed, given.train_bytes)
             run = Run(
-                pair, domain, seed, folder, given.test_tokens, given.view, not given.no_general
+                pair,
+                domain,
+                seed,
+                folder_of(given.folder, pair.small, domain, name),
+                given.test_tokens,
+                given.view,
+                scores_general=not given.no_general,
+                train_bytes=given.train_bytes,
             )
             prepare(run, display)
             tokens = read_manifest(run.adapter, verify=False).provenance.tokens

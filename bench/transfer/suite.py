@@ -5,12 +5,12 @@ was, and steps can be left for later.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trimtab
 from bench.transfer.domains import DOMAINS, lay_out
-from bench.transfer.pairs import Pair, model_ref
+from bench.transfer.pairs import Pair, folder_name, model_ref
 from trimtab import EvaluateConfig, FitConfig, RecordConfig, TuneConfig
 from trimtab.backends.hf import HFModel
 from trimtab.evaluate import Evaluation
@@ -35,6 +35,7 @@ class Run:
         view: Which part of the test texts is scored: `test`, or `beginnings` where the domain's
             test documents are the middles of their texts.
         scores_general: Whether general text is scored too.
+        train_bytes: How much text is there to learn from (default: the domain's budget).
     """
 
     pair: Pair
@@ -44,6 +45,7 @@ class Run:
     test_tokens: int
     view: str = "test"
     scores_general: bool = True
+    train_bytes: int | None = None
 
     @property
     def texts(self) -> Path:
@@ -125,9 +127,28 @@ class Run:
         return found
 
 
+def name_of(seed: int, train_bytes: int | None) -> str:
+    """The name of a run's folder."""
+    return f"seed{seed}" + (f"-{train_bytes}-bytes" if train_bytes else "")
+
+
+def folder_of(base: Path, small: str, domain: str, name: str) -> Path:
+    """The folder of runs of one small model on one domain."""
+    return base / folder_name(small) / domain / name
+
+
+def lay_out_texts(run: Run) -> None:
+    """Make the run's texts lie in its folder."""
+    domain = DOMAINS[run.domain]
+    budget = domain.budget
+    if run.train_bytes:
+        budget = replace(budget, train_bytes=run.train_bytes)
+    lay_out(domain, run.texts, seed=run.seed, budget=budget)
+
+
 def prepare(run: Run, display: Display) -> None:
     """Texts, expert, recording and adapter: everything that needs no host."""
-    lay_out(DOMAINS[run.domain], run.texts, seed=run.seed)
+    lay_out_texts(run)
     make_adapter(run, display)
 
 
