@@ -18,17 +18,9 @@ from typing import Any
 import numpy as np
 
 from bench.transfer.domains import DOMAINS
-from bench.transfer.pairs import PAIRS, Pair, model_ref, pair_of
+from bench.transfer.pairs import PAIRS, Pair, pair_of
 from bench.transfer.steps import LIGHT_ROWS, LIVE_ROWS
-from bench.transfer.suite import (
-    FOLDER,
-    Run,
-    adapter_of,
-    folder_of,
-    lay_out_texts,
-    name_of,
-    prepare,
-)
+from bench.transfer.suite import FOLDER, Run, adapter_of, lay_out_texts, prepare
 from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
 from trimtab.evaluate import scores_by_row
@@ -68,7 +60,7 @@ def stopped(run: Run, goal_bits: float, display: Display) -> Path:
     tokens = FIRST_TOKENS
     for _ in range(TRIALS):
         out = run.folder / "experts" / str(tokens)
-        expert = run.tuned(model_ref(run.pair.small), out, display, max_tokens=tokens)
+        expert = run.tuned(run.pair.small, out, display, max_tokens=tokens)
         one = held_out(expert)
         if one.bits_per_byte_before <= goal_bits:
             raise InputError(
@@ -118,18 +110,20 @@ def measure(given: argparse.Namespace) -> None:
     """Make both adapters, steer the host with both, and write what was found."""
     display, pair = Display(), pair_of(given.pair, None, None)
     equal = Pair(f"equal-to-{pair.name}", given.same, pair.host)
-    name = name_of(given.seed, given.train_bytes)
     runs = {
         which: Run(
             one,
             given.domain,
             given.seed,
-            folder_of(given.folder, one.small, given.domain, folder),
+            base,
             given.test_tokens,
             scores_general=False,
             train_bytes=given.train_bytes,
         )
-        for which, one, folder in (("other", pair, name), ("same", equal, f"equal-{name}"))
+        for which, one, base in (
+            ("other", pair, given.folder),
+            ("same", equal, given.folder / "equal"),
+        )
     }
     other, same = runs["other"], runs["same"]
     prepare(other, display)
@@ -149,7 +143,7 @@ def compared(other: Run, same: Run, display: Display) -> dict[str, Any]:
         same: The pair of one; its texts are laid out.
         display: Shows progress.
     """
-    first = other.folder / "expert"
+    first = other.lora(other.pair.small, display)
     equal = stopped(same, held_out(first).bits_per_byte_after, display)
     adapter_of(same, equal, display)
     of_other, of_same = scores(other, display), scores(same, display)

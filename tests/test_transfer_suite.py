@@ -37,16 +37,16 @@ def sentences(seed: int, count: int = 30) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("run")
+    pair = Pair("toy", "tiny:llama?hidden=32", "tiny:qwen3?hidden=32&vocab=bpe")
+    run = Run(pair, "toy", 0, tmp_path_factory.mktemp("run"), 10_000)
     counts = {"train": 6, "validation": 1, "test": 2, "general/prose": 2}
     for split, count in counts.items():
-        (folder / "texts" / split).mkdir(parents=True)
+        (run.texts / split).mkdir(parents=True)
         for number in range(count):
             seed = 100 * len(split) + number
             text = sentences(seed) if "/" not in split else f"Plain prose {number}. " * 12
-            (folder / "texts" / split / f"{number}.txt").write_text(text)
-    pair = Pair("toy", "tiny:llama?hidden=32", "tiny:qwen3?hidden=32&vocab=bpe")
-    return Run(pair, "toy", 0, folder, 10_000)
+            (run.texts / split / f"{number}.txt").write_text(text)
+    return run
 
 
 OFFLINE = [step for name, step in STEPS.items() if not name.endswith("knowledge")]
@@ -91,7 +91,7 @@ def test_an_expert_is_stopped_near_another_and_both_steer_one_host(
 ) -> None:
     make_adapter(run, Display())
     small = Pair("toy", "tiny:llama?hidden=24", run.pair.host)
-    same = replace(run, pair=small, folder=tmp_path / "same")
+    same = replace(run, pair=small, base=tmp_path)
     shutil.copytree(run.texts, same.texts)
     found = compared(run, same, Display())
     goal, near = (found["experts"][name]["held_out_bits_per_byte"] for name in ("other", "same"))

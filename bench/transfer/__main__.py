@@ -9,7 +9,7 @@ from bench.transfer.domains import DOMAINS
 from bench.transfer.pairs import PAIRS, pair_of
 from bench.transfer.results import RESULTS, add
 from bench.transfer.steps import DEFAULT_STEPS, STEPS
-from bench.transfer.suite import FOLDER, Run, folder_of, name_of, prepare
+from bench.transfer.suite import FOLDER, Run, prepare
 from bench.transfer.table import table
 from trimtab.cli_errors import run_program
 from trimtab.progress import Display
@@ -45,12 +45,11 @@ def _run(given: argparse.Namespace) -> None:
     pair, display = pair_of(given.pair, given.small, given.host), Display()
     for domain in given.domain:
         for seed in given.seed:
-            name = name_of(seed, given.train_bytes)
             run = Run(
                 pair,
                 domain,
                 seed,
-                folder_of(given.folder, pair.small, domain, name),
+                given.folder,
                 given.test_tokens,
                 given.view,
                 scores_general=not given.no_general,

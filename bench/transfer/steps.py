@@ -14,7 +14,7 @@ from bench.transfer.metrics import row_outcomes, row_tasks, share_right
 from bench.transfer.pairs import model_ref
 from bench.transfer.questions import domain_questions, general_questions, write_task
 from bench.transfer.results import Found
-from bench.transfer.suite import Run
+from bench.transfer.suite import EXPERT_RATE, Run
 from examples.demo import corpus
 from trimtab import FitConfig, GenerateConfig
 from trimtab.backends.hf import HFModel
@@ -33,7 +33,7 @@ LIGHT_ROWS = (
     *("head-shuffled", "memory-shuffled"),
 )
 LIVE_ROWS = ("reference", "expert", "proxy", "proxy-0.5", "mixture", "live", "all")
-LORA_LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LORA_LEARNING_RATES = (1e-4, 3e-4, EXPERT_RATE)
 """Of LoRA on the host; the best on the text that tuning held out is shown."""
 
 LORA_NAMES = {"host": "lora-host", "memory": "lora-host+memory"}
@@ -235,12 +235,8 @@ def _lora_answered(run: Run, asked: Mapping[str, Sequence[Choice]], display: Dis
 
 def _best_lora(run: Run, display: Display) -> Path:
     """LoRA at each learning rate, unless it is trained; the one that is best on held-out text."""
-    host = model_ref(run.pair.host)
-    experts = [
-        run.tuned(host, run.on_host / "lora-host" / f"{rate:g}", display, learning_rate=rate)
-        for rate in LORA_LEARNING_RATES
-    ]
-    return min(experts, key=_held_out_nats)
+    tuned = [run.lora(run.pair.host, display, rate) for rate in LORA_LEARNING_RATES]
+    return min(tuned, key=_held_out_nats)
 
 
 def _held_out_nats(expert: Path) -> float:

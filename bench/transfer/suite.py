@@ -20,6 +20,9 @@ from trimtab.store.files import read_json
 FOLDER = Path("build/transfer")
 """Of all runs, unless another is named."""
 
+EXPERT_RATE = 1e-3
+"""Learning rate of an expert: `tune`'s own for a LoRA."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -29,8 +32,8 @@ class Run:
         pair: The models.
         domain: Name of the domain.
         seed: Seed of the split and of all training.
-        folder: Folder of what needs no host (texts, expert, recording, adapter), which runs of one
-            small model share: one adapter steers all their hosts.
+        base: Folder of all runs. Those of one text share it, those of one small model share expert,
+            recording and adapter, which steers all their hosts, and those of one host its LoRAs.
         test_tokens: Score at most this many host tokens of test text.
         view: Which part of the test texts is scored: `test`, or `beginnings` where the domain's
             test documents are the middles of their texts.
@@ -41,7 +44,7 @@ class Run:
     pair: Pair
     domain: str
     seed: int
-    folder: Path
+    base: Path
     test_tokens: int
     view: str = "test"
     scores_general: bool = True
@@ -50,7 +53,16 @@ class Run:
     @property
     def texts(self) -> Path:
         """Where the run's texts lie."""
-        return self.folder / "texts"
+        return self._folder_of("texts")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything lies that needs no host."""
+        return self._folder_of(folder_name(self.pair.small))
+
+    def _folder_of(self, what: str) -> Path:
+        name = f"seed{self.seed}" + (f"-{self.train_bytes}-bytes" if self.train_bytes else "")
+        return self.base / what / self.domain / name
 
     @property
     def adapter(self) -> Path:
@@ -62,10 +74,15 @@ class Run:
         """Where everything lies that is made with the host or measured on it."""
         return self.folder / "hosts" / self.pair.name
 
+    def lora(self, model: str, display: Display, rate: float = EXPERT_RATE) -> Path:
+        """LoRA on a model at a learning rate, unless it is done; its folder."""
+        out = self._folder_of(folder_name(model)) / "lora" / f"{rate:g}"
+        return self.tuned(model, out, display, learning_rate=rate)
+
     def tuned(self, model: str, out: Path, display: Display, **settings: float) -> Path:
         """Tune a model on the training text, unless it is done; the expert's folder."""
         config = TuneConfig(
-            model=model,
+            model=model_ref(model),
             data=(str(self.texts / "train"),),
             against=(str(self.texts / "test"), str(self.texts / "validation")),
             out=out,
@@ -127,16 +144,6 @@ class Run:
         return found
 
 
-def name_of(seed: int, train_bytes: int | None) -> str:
-    """The name of a run's folder."""
-    return f"seed{seed}" + (f"-{train_bytes}-bytes" if train_bytes else "")
-
-
-def folder_of(base: Path, small: str, domain: str, name: str) -> Path:
-    """The folder of runs of one small model on one domain."""
-    return base / folder_name(small) / domain / name
-
-
 def lay_out_texts(run: Run) -> None:
     """Make the run's texts lie in its folder."""
     domain = DOMAINS[run.domain]
@@ -154,8 +161,7 @@ def prepare(run: Run, display: Display) -> None:
 
 def make_adapter(run: Run, display: Display) -> None:
     """Expert, recording and adapter from texts that are laid out."""
-    expert = run.tuned(model_ref(run.pair.small), run.folder / "expert", display)
-    adapter_of(run, expert, display)
+    adapter_of(run, run.lora(run.pair.small, display), display)
 
 
 def adapter_of(run: Run, expert: Path, display: Display) -> None:
