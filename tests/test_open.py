@@ -34,6 +34,17 @@ def test_a_folder_that_is_not_there(tmp_path):
     _refused("nothing.gguf", "there is no file or folder")
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8000/v1", "localhost:8000", "ftp://x"])
+def test_an_address_is_no_model_and_is_told_how_an_api_is_named(address):
+    with pytest.raises(ModelError, match="is an address") as caught:
+        open_model(address)
+    assert "--host openai:MODEL --api-url" in caught.value.hint
+
+
+def test_an_empty_name():
+    _refused("", "empty")
+
+
 def test_a_file_that_is_no_model(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"weights")
     _refused(tmp_path / "model.bin", "not a GGUF file")

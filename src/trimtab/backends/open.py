@@ -1,6 +1,7 @@
 """Open any model by what the user calls it."""
 
 import os
+import re
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
@@ -36,6 +37,9 @@ _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways in which accelerate spreads a model over several devices."""
 
 _HINT = "give a hub name, a local folder, a GGUF file, or tiny:llama"
+
+_ADDRESS = re.compile(r"[a-z]+://.*|[\w.-]+:\d+(/.*)?")
+"""Of a server; no model is called so."""
 
 
 def open_model(
@@ -106,8 +110,8 @@ def is_in_llamacpp(ref: str) -> bool:
 def _check_engine(ref: str, engines: bool, device_map: str | None) -> None:
     if not engines:
         raise ModelError(
-            f"{ref} would run in llama.cpp, and its weights are needed in torch here: hosts of"
-            " mount, generate, evaluate and fit run there",
+            f"{ref} would run in llama.cpp, and its weights are needed in torch here; in llama.cpp"
+            " run the hosts of mount, generate, evaluate and fit",
             hint=f"give the file itself: {ref.removeprefix(LLAMACPP_SCHEME)}",
         )
     if device_map is not None:
@@ -248,6 +252,14 @@ def _folder(ref: str, progress: Progress) -> Path:
         raise ModelError(
             f"{ref} runs behind an API, which shows no weights, and they are needed here",
             hint="hosts behind an API are for `trimtab generate` and `trimtab hosts probe`",
+        )
+    if not ref:
+        raise ModelError("the name of a model is empty", hint=_HINT)
+    if _ADDRESS.fullmatch(ref):
+        raise ModelError(
+            f"{ref} is an address, and a model's name is needed here",
+            hint="`trimtab hosts probe http://...` says what an API serves; generate takes it as"
+            " --host openai:MODEL --api-url ADDRESS",
         )
     path = Path(ref).expanduser()
     if path.is_dir():
