@@ -1,5 +1,6 @@
 """Exports of a real tiny adapter, loaded by the engines' own code and compared with ours."""
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,13 +14,21 @@ import torch
 import torch.nn.functional as F
 from gguf import MODEL_ARCH_NAMES, GGUFReader
 from peft import PeftModel
+from saving import saved
 from test_fit import DOMAIN, fitted, recorded, tuned, write_texts
 from test_gguf import write_gguf
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Cohere2Config, CohereConfig, PhiConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Cohere2MoeConfig,
+    CohereConfig,
+    PhiConfig,
+    PhimoeConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from trimtab.backends.hf import HFModel
+from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.open import open_model
 from trimtab.backends.tiny import parse_tiny, tiny_tokenizer
 from trimtab.blend import mixture_logprobs
@@ -46,6 +55,13 @@ HOSTS = [
     "tiny:gpt2?vocab=bpe",
     "tiny:t5",
 ]
+
+
+TINY_SIZES: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 256, "eos_token_id": 257,
+    "pad_token_id": 258,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +92,9 @@ def mounted_head(adapter: Path, host: HFModel) -> MountedHead:
     return mounted.head
 
 
-def exported(adapter: Path, ref: str, out: Path, **options: object) -> Exported:
-    host = open_model(ref, dtype="float32")
+def exported(adapter: Path, host: HFModel | str, out: Path, **options: object) -> Exported:
+    host = open_model(host, dtype="float32") if isinstance(host, str) else host
+    ref = host.ref
     told = {"adapter": adapter, "host": ref, "out": out, "dtype": "float32", **options}
     config = ExportConfig.model_validate(told)
     result = export(config, host=host)
@@ -98,14 +115,38 @@ def with_peft(made: Exported) -> Tensor:
         # peft says that tied heads and biases cannot be merged in place, and uses an old name.
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(fresh.model, str(made.result.folder)).eval()
+    return outputs(made, model).logits
+
+
+def outputs(made: Exported, model: Any) -> Any:
+    """What a model of transformers or of peft says to an export's tokens."""
     given = {"input_ids": made.token_ids}
-    if fresh.is_encoder_decoder:
+    if made.host.is_encoder_decoder:
         given = {
-            "input_ids": torch.tensor([[fresh.vocabulary.eos_id]]),
+            "input_ids": torch.tensor([[made.host.vocabulary.eos_id]]),
             "decoder_input_ids": made.token_ids,
         }
     with torch.no_grad():
-        return model(**given).logits
+        return model(**given, output_hidden_states=True)
+
+
+def test_an_encoder_decoder_is_opened_by_the_readmes_own_lines(
+    adapter: Path, tmp_path: Path
+) -> None:
+    ref = str(saved("tiny:t5", tmp_path / "t5"))
+    made = exported(adapter, ref, tmp_path / "out", to="peft")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(lines.replace("FOLDER", str(tmp_path / "out")), names)
+    theirs = outputs(made, names["model"].eval()).logits
+    torch.testing.assert_close(theirs, with_peft(made), atol=5e-5, rtol=1e-5)
+    assert "sglang" not in readme.lower() and "vllm serve" not in readme
+    (said,) = [note for note in made.result.record.notes if "vLLM" in note]
+    assert "serves no encoder-decoder" in said and "with peft" in said
+    assert "merged" not in said and "trimtab serve" not in said
 
 
 @pytest.mark.parametrize("ref", [HOSTS[0], "tiny:gpt2?vocab=bpe", "tiny:t5"])
@@ -200,6 +241,23 @@ def test_a_host_with_a_bias_of_its_own_is_merged_exactly(adapter: Path, tmp_path
     torch.testing.assert_close(made.host.model.lm_head.bias, model.lm_head.bias)
 
 
+def test_an_onnx_graph_takes_what_the_readme_calls_the_state_of_a_scaled_t5(
+    adapter: Path, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'trimtab[onnx]'")
+    made = exported(adapter, "tiny:t5", tmp_path / "out", to="onnx")
+    assert made.host.model.config.scale_decoder_outputs and made.host.unembedding.scale == 0.125
+    said = outputs(made, made.host.model)
+    hidden = said.decoder_hidden_states[-1][0]
+    graph = onnxruntime.InferenceSession(tmp_path / "out" / "head.onnx")
+    given = {"hidden": hidden, "logits": said.logits[0], "trust": torch.ones(len(hidden))}
+    found = graph.run(["steered_logits"], {name: of.numpy() for name, of in given.items()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), made.logits[0], atol=5e-5, rtol=1e-5)
+    assert float((made.logits - said.logits).abs().max()) > 0.1
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "its decoder's last hidden state" in readme and "input of its head" not in readme
+
+
 @pytest.mark.parametrize("ref", ["tiny:qwen3?hidden=32", "tiny:gemma2?hidden=32"])
 def test_an_onnx_graph_steers_and_mixes(ref: str, adapter: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'trimtab[onnx]'")
@@ -231,6 +289,33 @@ def test_an_onnx_graph_steers_and_mixes(ref: str, adapter: Path, tmp_path: Path)
     assert made.result.measured.export.max_logprob_nats < 1e-4
 
 
+class OtherHead(nn.Module):
+    """A head that is no linear module, as a quantiser's may be."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weight.T
+
+
+def test_of_a_head_that_no_lora_can_name_onnx_is_what_is_offered(
+    adapter: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnx", reason="pip install 'trimtab[onnx]'")
+    host = open_model("tiny:llama?vocab=bpe", dtype="float32")
+    host.model.lm_head = OtherHead(host.model.lm_head.weight)
+    host = adopt_model(host.ref, host.model, host.tokenizer)
+    for kind in ("peft", "merged"):
+        with pytest.raises(ModelError, match="no linear module of its own") as refused:
+            exported(adapter, host, tmp_path / kind, to=kind)
+        assert refused.value.hint == "use --to onnx"
+    made = exported(adapter, host, tmp_path / "onnx", to="onnx")
+    assert made.result.measured.export.max_logprob_nats < 1e-4
+    assert made.result.measured.head.mean_kl_nats > 1e-3
+
+
 def test_without_onnx_the_user_is_told(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,27 +340,44 @@ def test_what_vllm_refuses_is_said(adapter: Path, tmp_path: Path) -> None:
     for ref, family in refused.items():
         made = exported(adapter, ref, tmp_path / family, to="peft").result
         (said,) = [note for note in made.record.notes if note.startswith("vLLM")]
-        assert f"refuses a LoRA on the head of {family} models" in said and "--to merged" in said
+        assert f"takes no LoRA on the head of {family} models" in said and "--to merged" in said
         assert f"note: {said}" in made.summary()
         readme = (tmp_path / family / "README.md").read_text()
         assert "vllm serve" not in readme and "sglang" in readme
-    llama = exported(adapter, HOSTS[0], tmp_path / "llama", to="peft").result
-    assert not any("vLLM" in note for note in llama.record.notes)
-    assert "vllm serve HOST --enable-lora" in (tmp_path / "llama" / "README.md").read_text()
+    phimoe = saved_model(PhimoeConfig(**TINY_SIZES, num_local_experts=2), tmp_path / "phimoe")
+    for name, ref in (("HOST", HOSTS[0]), (phimoe, phimoe)):
+        made = exported(adapter, ref, tmp_path / "taken" / Path(name).name, to="peft").result
+        assert not any("vLLM" in note for note in made.record.notes)
+        assert f"vllm serve {name} --enable-lora" in (made.folder / "README.md").read_text()
 
 
-def test_what_drops_the_head_of_a_merged_checkpoint_is_said(adapter: Path, tmp_path: Path) -> None:
+def test_where_llama_cpp_drops_the_head_of_a_merged_checkpoint_it_is_said(
+    adapter: Path, tmp_path: Path
+) -> None:
     gemma = exported(adapter, "tiny:gemma3", tmp_path / "gemma", to="merged").result
     assert any("llama.cpp's converter drops" in note for note in gemma.record.notes)
     readme = (tmp_path / "gemma" / "README.md").read_text()
     assert "vllm serve FOLDER" in readme and "convert_hf_to_gguf" not in readme
-    ref = saved_model(CohereConfig(**TINY_SIZES, tie_word_embeddings=False), tmp_path / "host")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CohereConfig(**TINY_SIZES, tie_word_embeddings=False),
+        Cohere2MoeConfig(**TINY_SIZES, num_experts=2, tie_word_embeddings=False),
+    ],
+    ids=["cohere", "cohere2_moe"],
+)
+def test_where_vllm_drops_it_without_a_word_it_is_said(
+    config: Any, adapter: Path, tmp_path: Path
+) -> None:
+    ref = saved_model(config, tmp_path / "host")
     cohere = exported(adapter, ref, tmp_path / "cohere", to="merged")
     assert any("drops it without a word" in note for note in cohere.result.record.notes)
     readme = (tmp_path / "cohere" / "README.md").read_text()
     assert "vllm serve" not in readme and "convert_hf_to_gguf" not in readme
-    measured = cohere.result.measured.export.max_logprob_nats
-    assert nats(loaded(cohere), cohere.logits) < 2 * measured + 1e-4
+    lora = exported(adapter, ref, tmp_path / "peft", to="peft")
+    torch.testing.assert_close(loaded(cohere), with_peft(lora), atol=5e-5, rtol=1e-5)
 
 
 def test_the_folder_says_what_it_is_and_is_never_replaced(adapter: Path, tmp_path: Path) -> None:
@@ -339,7 +441,7 @@ def test_the_command_exports_and_says_how_exact(
         main([*words, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert end.value.code == 0 and "against the mounted head: mean KL" in said
-    assert "note: the head has a constant part" in said and "left out: the memory" in said
+    assert "note: the head shifts some logits by the same amount everywhere" in said and "left out: the memory" in said
     with pytest.raises(SystemExit) as end:
         main([*words[:4], "onnx", "--lora-bias", "--out", str(tmp_path / "other")])
     assert end.value.code == 2 and "it needs to peft" in capsys.readouterr().err
@@ -429,8 +531,9 @@ def test_gguf_without_an_output_matrix_or_a_known_family_is_refused(
     with pytest.raises(ModelError, match="shares its head with its embedding") as tied:
         exported(adapter, "tiny:qwen3?tied=1", tmp_path / "out", to="gguf")
     assert "convert_hf_to_gguf.py" in tied.value.hint
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        exported(adapter, "tiny:t5", tmp_path / "out", to="gguf")
+    for kind, ref in (("gguf", "tiny:t5"), ("merged", "tiny:marian")):
+        with pytest.raises(ModelError, match=f"encoder-decoder, which --to {kind} does not write"):
+            exported(adapter, ref, tmp_path / "out", to=kind)
     assert not (tmp_path / "out").exists()
 
 
@@ -440,13 +543,6 @@ def saved_model(config: Any, folder: Path) -> str:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny_tokenizer(parse_tiny("tiny:llama?vocab=bpe")).save_pretrained(folder)
     return str(folder)
-
-
-TINY_SIZES: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 256, "eos_token_id": 257,
-    "pad_token_id": 258,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -99,7 +99,7 @@ def test_llama_cpps_server_shows_what_the_model_says(
     (forced,) = model.encode(_READABLE.decode())
     with opened("openai:tiny", options) as host:
         assert host.by.completions and host.by.chat and host.tokens is not None
-        body = completion("tiny", Prefix("", None, ids), Wanted(1, 20))
+        body = completion("tiny", Prefix("", None, ids), Wanted(1, 20), host.by)
         body["logit_bias"] = [[forced, 100.0]]
         answers = host.client.ask(COMPLETIONS, body, lambda raw: read_answers(raw, logprobs=True))
         top = answers.choices[0].places[0].top

@@ -9,22 +9,26 @@ from trimtab.exporting.linear import LORA_RANKS
 from trimtab.store.card import readable_bytes
 
 VLLM = "vLLM 0.32"
-"""The version whose source and behaviour the following was told from; it differs with versions."""
+"""The version whose source and behaviour all of this was told from; it differs with versions."""
 
 VLLM_MAX_VOCABULARY = 258_048
 """Rows of a head that vLLM takes a LoRA for (vllm/lora/layers/logits_processor.py)."""
 
 VLLM_WITH_HEAD = frozenset(
-    "apertus ernie4_5 exaone4 exaone_moe falcon_h1 granite granitemoe granitemoehybrid"
-    " granitemoeshared hyperclovax jamba lfm2 lfm2_moe llama llama4_text minicpm3 mixtral nemotron"
-    " nemotron_h phi3 qwen3 qwen3_moe".split()
+    "apertus ernie4_5 exaone4 exaone_moe falcon_h1 granite granite_swa granitemoe granitemoe_swa"
+    " granitemoehybrid granitemoeshared hyperclovax inkling_text jamba lfm2 lfm2_moe llama minicpm3"
+    " mixtral nemotron nemotron_h phi3 phimoe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe".split()
 )
 """Families whose class there names the head among what a LoRA may change (`embedding_modules`).
 Of all others a LoRA on the head is refused as it is loaded: Qwen 2.5, Mistral, Gemma, Cohere, and
-those that have no class of their own."""
+those that have no class of their own. Llama 4's class names it, but the one around it, for text and
+images, which its checkpoints ask for, overlooks a LoRA on it without a word."""
+
+VLLM_WITHOUT_HEAD = frozenset(["cohere", "cohere2", "cohere2_moe"])
+"""Families whose class there takes logits from the embedding, whatever head a checkpoint has; of
+those that cap their logits, such as Gemma 2, `check_host` refuses a merged one."""
 
 _INSTEAD = "serve a --to merged export there, or `trimtab serve --engine vllm`"
-_COHERE = ("cohere", "cohere2")
 
 
 def is_gemma(host: HFModel) -> bool:
@@ -34,13 +38,7 @@ def is_gemma(host: HFModel) -> bool:
 
 def is_cohere(host: HFModel) -> bool:
     """Whether a host is of a family whose own head vLLM drops, and llama.cpp's converter too."""
-    return _family(host) in _COHERE
-
-
-def takes_lora_in_vllm(host: HFModel) -> bool:
-    """Whether vLLM takes a LoRA on the head of a host."""
-    is_small = len(host.unembedding.weight) <= VLLM_MAX_VOCABULARY
-    return is_small and _family(host) in VLLM_WITH_HEAD
+    return _family(host) in VLLM_WITHOUT_HEAD
 
 
 def _family(host: HFModel) -> str:
@@ -78,19 +76,18 @@ def check_host(host: HFModel, kind: ExportKind) -> None:
 
 
 def vllm_notes(host: HFModel, rank: int) -> Sequence[str]:
-    """Why vLLM refuses a LoRA on this host's head, in plain words; empty where it takes it.
+    """Why vLLM takes no LoRA on this host's head, in plain words; empty where it takes one.
 
     Args:
         host: The host.
         rank: Rank of the LoRA with its padding.
     """
+    if host.is_encoder_decoder:
+        return [f"{VLLM} serves no encoder-decoder of text such as {host.ref}: load it with peft"]
     rows, family = len(host.unembedding.weight), _family(host)
     found = []
     if family not in VLLM_WITH_HEAD:
-        found.append(
-            f"{VLLM} refuses a LoRA on the head of {family} models (its class for them does not"
-            " name the head among what a LoRA may change)"
-        )
+        found.append(f"{VLLM} takes no LoRA on the head of {family} models")
     if rows > VLLM_MAX_VOCABULARY:
         found.append(
             f"{VLLM} takes a LoRA on a head of at most {VLLM_MAX_VOCABULARY:,} rows, and {host.ref}"

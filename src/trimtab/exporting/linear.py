@@ -8,7 +8,7 @@ from torch import Tensor
 from trimtab.carriers.head import MountedHead
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks for which vLLM 0.33 has kernels; a LoRA is padded with zeros to the next of them."""
+"""Ranks that `engines.VLLM` has kernels for; a LoRA is padded with zeros to the next of them."""
 
 CONSTANT_RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Ridges, as shares of the mean square of a state's features, that the constant reading is

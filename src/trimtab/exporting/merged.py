@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trimtab.backends.hf import HFModel
+from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.errors import ModelError
 from trimtab.exporting.linear import Lora
 from trimtab.exporting.peft import bias_scale, head_name
@@ -21,16 +21,13 @@ ROWS_AT_ONCE = 8192
 
 
 def bias_name(host: HFModel) -> str | None:
-    """Name of a bias that the host adds to all its logits; None where it has none.
+    """Name of the bias of the host's head, with which a constant part is exact; None without one.
 
-    A head's own bias and Marian's `final_logits_bias` are such; with one, a constant part is exact.
+    Raises:
+        ModelError: The head is no module of its own.
     """
-    head = host.model.get_output_embeddings()
-    if isinstance(getattr(head, "bias", None), Tensor):
-        return f"{head_name(host)}.bias"
-    if isinstance(getattr(host.model, "final_logits_bias", None), Tensor):
-        return "final_logits_bias"
-    return None
+    name, head = head_name(host), host.model.get_output_embeddings()
+    return f"{name}.bias" if isinstance(getattr(head, "bias", None), Tensor) else None
 
 
 def write_merged(folder: Path, host: HFModel, lora: Lora, offset: Tensor | None) -> None:
@@ -42,13 +39,13 @@ def write_merged(folder: Path, host: HFModel, lora: Lora, offset: Tensor | None)
         folder: Where to; it exists.
         host: The host.
         lora: The matrix that is added.
-        offset: Added to the host's own bias, shape [vocab]; None adds nothing.
+        offset: Added to the bias of the host's head, shape [vocab]; None adds nothing.
 
     Raises:
         ModelError: The head is no module of its own.
         StorageError: The folder cannot be written.
     """
-    with _merged(host, lora, offset), storage_errors(folder):
+    with _merged(host, lora, offset), storage_errors(folder), quiet_transformers():
         host.model.save_pretrained(folder)
         host.tokenizer.save_pretrained(folder)
 
@@ -73,7 +70,7 @@ def read_merged(folder: Path, host: HFModel) -> Unembedding:
         )
     bias = found.get(bias_name(host) or "")
     scale = host.unembedding.scale
-    return Unembedding(weight, None if bias is None else bias.reshape(-1), scale)
+    return Unembedding(weight, bias, scale)
 
 
 @contextmanager
@@ -85,7 +82,7 @@ def _merged(host: HFModel, lora: Lora, offset: Tensor | None) -> Iterator[None]:
     configs = {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}
     ties = [(config, config.tie_word_embeddings) for config in configs.values()]
     kept = head.weight
-    bias, kept_bias = _bias(host), None
+    bias, kept_bias = head.bias, None
     try:
         head.weight = nn.Parameter(_added(kept.detach(), lora), requires_grad=False)
         for config, _ in ties:
@@ -93,7 +90,7 @@ def _merged(host: HFModel, lora: Lora, offset: Tensor | None) -> Iterator[None]:
         if offset is not None and bias is not None:
             kept_bias = bias.detach().clone()
             with torch.no_grad():
-                bias += (offset / bias_scale(host)).reshape(bias.shape).to(bias)
+                bias += (offset / bias_scale(host)).to(bias)
         yield
     finally:
         head.weight = kept
@@ -102,11 +99,6 @@ def _merged(host: HFModel, lora: Lora, offset: Tensor | None) -> Iterator[None]:
         if bias is not None and kept_bias is not None:
             with torch.no_grad():
                 bias.copy_(kept_bias)
-
-
-def _bias(host: HFModel) -> Tensor | None:
-    own = getattr(host.model.get_output_embeddings(), "bias", None)
-    return own if isinstance(own, Tensor) else getattr(host.model, "final_logits_bias", None)
 
 
 def _added(weight: Tensor, lora: Lora) -> Tensor:

@@ -66,7 +66,7 @@ def head_name(host: HFModel) -> str:
     if not name or not isinstance(head, torch.nn.Linear):
         raise ModelError(
             f"the head of {host.ref} is no linear module of its own, so that no LoRA can name it",
-            hint="use --to merged or --to onnx",
+            hint="use --to onnx",
         )
     return name
 

@@ -78,7 +78,7 @@ def render_readme(record: ExportRecord, usage: str) -> str:
 
 
 _ENGINES: dict[ExportKind, str] = {
-    "peft": "PEFT, vLLM and SGLang",
+    "peft": "PEFT",
     "gguf": "llama.cpp",
     "merged": "transformers",
     "onnx": "ONNX Runtime",

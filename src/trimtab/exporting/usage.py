@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from trimtab.exporting.engines import VLLM
+
 
 def host_name(ref: str) -> str:
     """What stands for the host in a command: its name, unless only Trimtab could read that.
@@ -12,22 +14,25 @@ def host_name(ref: str) -> str:
     return "HOST" if ref.endswith(".gguf") or ref.startswith("tiny:") else ref
 
 
-def peft_usage(ref: str, rank: int, *, peft_alone: bool, in_vllm: bool) -> str:
+def peft_usage(
+    ref: str, rank: int, *, is_encoder_decoder: bool, peft_alone: bool, in_vllm: bool
+) -> str:
     """Commands for peft, vLLM and SGLang.
 
     Args:
         ref: The host.
         rank: Rank with its padding.
+        is_encoder_decoder: The host is one.
         peft_alone: No other engine loads it.
         in_vllm: vLLM takes a LoRA on this host's head.
     """
     host = host_name(ref)
-    parts = [_placeholders(host), "With peft:", _peft(host)]
+    parts = [_placeholders(host), "With peft:", _peft(host, is_encoder_decoder)]
     if in_vllm and not peft_alone:
         parts += [
             "With vLLM, beside other LoRAs, chosen for each request by its name (`trimtab` for the"
             "\nmodel). Let `--max-loras` be one more than the LoRAs that are served: the CPU build"
-            "\nof 0.32 gives requests without a LoRA the one in the last place.",
+            f"\nof {VLLM} gives requests without a LoRA the one in the last place.",
             f"```sh\nvllm serve {host} --enable-lora --max-lora-rank {rank} --max-loras 2 \\\n"
             "  --lora-modules trimtab=FOLDER\n```",
         ]
@@ -48,10 +53,11 @@ def _placeholders(host: str) -> str:
     return f"{said}."
 
 
-def _peft(host: str) -> str:
+def _peft(host: str, is_encoder_decoder: bool) -> str:
+    auto = "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
     return (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'host = AutoModelForCausalLM.from_pretrained("{host}")\n'
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'host = {auto}.from_pretrained("{host}")\n'
         'model = PeftModel.from_pretrained(host, "FOLDER")\n```'
     )
 
@@ -98,7 +104,9 @@ def gguf_usage(ref: str, adapter: str, host_file: str | None) -> str:
     )
 
 
-def onnx_usage(file: str, strength: float, prior: float, share: float) -> str:
+def onnx_usage(
+    file: str, strength: float, prior: float, share: float, *, is_encoder_decoder: bool
+) -> str:
     """How to run the graph, and how to keep the evidence that `trimtab generate` keeps.
 
     Args:
@@ -106,10 +114,13 @@ def onnx_usage(file: str, strength: float, prior: float, share: float) -> str:
         strength: Its default strength.
         prior: Trust in the head before any evidence.
         share: Part of the trust that is dealt out anew at each token.
+        is_encoder_decoder: The host is one.
     """
+    whose = "its decoder's" if is_encoder_decoder else "its"
     return (
-        "Run the host with its last hidden state (the input of its head) and its logits as outputs,"
-        "\nand this graph after it, once a token:\n\n"
+        f"Run the host with {whose} last hidden state (`last_hidden_state` in transformers, before"
+        " anything\nscales it for the head) and its logits as outputs, and this graph after it,"
+        " once a token:\n\n"
         "```python\nimport numpy as np\nimport onnxruntime\n\n"
         f'graph = onnxruntime.InferenceSession("FOLDER/{file}")\n'
         "steered, logprobs = graph.run(\n"

@@ -17,7 +17,6 @@ from trimtab.exporting.engines import (
     is_cohere,
     is_gemma,
     merged_notes,
-    takes_lora_in_vllm,
     vllm_notes,
 )
 from trimtab.exporting.linear import ConstantReading, Lora, Shift, as_lora, shift_of
@@ -112,7 +111,8 @@ def _write_peft(job: Job, folder: Path) -> Written:
     write_peft(folder, host, padded, inside)
     found, bias = read_peft(folder, host)
     measured = _measured_lora(job, found, bias)
-    notes = [*_constant_notes(measured, constant), *vllm_notes(host, padded.rank)]
+    refused = vllm_notes(host, padded.rank)
+    notes = [*_constant_notes(measured, constant), *refused]
     if job.config.lora_bias:
         notes = [
             "the head's constant part is a lora_bias: peft loads it, vLLM and llama.cpp do not"
@@ -125,8 +125,9 @@ def _write_peft(job: Job, folder: Path) -> Written:
     usage = peft_usage(
         host.ref,
         padded.rank,
-        peft_alone=job.config.lora_bias,
-        in_vllm=takes_lora_in_vllm(host),
+        is_encoder_decoder=host.is_encoder_decoder,
+        peft_alone=job.config.lora_bias or host.is_encoder_decoder,
+        in_vllm=not refused,
     )
     return Written(measured, settings, tuple(notes), usage)
 
@@ -148,9 +149,10 @@ def _constant_notes(measured: Measured, constant: ConstantReading | None) -> Seq
     if constant is None:
         return ()
     return (
-        "the head has a constant part, which a matrix has not; it is carried by the feature of the"
-        f" host's state that varies least ({constant.rms_error:.2%} around 1). That costs a mean KL"
-        f" of {measured.export.mean_kl_nats:.2g} nats; without that part"
+        "the head shifts some logits by the same amount everywhere, which a matrix alone cannot; what"
+        " in the host's state is nearest to a constant stands in for it (off by"
+        f" {constant.rms_error:.2%} in the mean). That costs a mean KL of"
+        f" {measured.export.mean_kl_nats:.2g} nats; without that part"
         f" {measured.offset.mean_kl_nats:.2g} nats would be lost",
     )
 
@@ -222,7 +224,13 @@ def _write_onnx(job: Job, folder: Path) -> Written:
 
     measured = measure(host, job.shift, exported, job.states.judged)
     blend = job.blend
-    usage = onnx_usage(GRAPH_NAME, strength, 1 - blend.host_prior, blend.share)
+    usage = onnx_usage(
+        GRAPH_NAME,
+        strength,
+        1 - blend.host_prior,
+        blend.share,
+        is_encoder_decoder=host.is_encoder_decoder,
+    )
     return Written(measured, {"rank": len(job.shift.down)}, (), usage)
 
 
