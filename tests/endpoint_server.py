@@ -47,16 +47,20 @@ class Endpoint:
         chat: It answers messages.
         prefill: A chat goes on from the beginning of an answer.
         several: `n` is understood.
+        most: Continuations that one request gives, however many it asks for.
         readable: It writes whole characters only, as a trained model nearly always does.
         lenient: Asked for more log-probabilities than it shows, it says nothing and shows fewer.
         sharpness: Multiplies its logits, since a random model finds all tokens about alike.
         end_lead: By so much the logit of the end is above all others (default: as it is).
         fresh: Equal requests have draws of their own; otherwise one is answered as another.
         silent_end: Of the token that ends a text nothing is shown.
+        end_name: How the token that ends a text is shown (default: as the tokenizer names it).
+        lossy: Bytes that are no text by themselves are shown as U+FFFD.
         temperature: A request may say it.
         shortest: Least bound on an answer's length that it takes.
         behind: Address of a server that answers in the model's place, and shows no more than this.
         key: What it asks for; none lets everybody in.
+        tells: It repeats in each answer what it was sent.
         faults: What goes wrong, one a POST, in order; None for nothing.
         served: Tokens of each answer that was sent whole.
         lacking: Tokens of each answer that was sent without what was asked for.
@@ -72,16 +76,20 @@ class Endpoint:
     chat: bool = False
     prefill: bool = True
     several: bool = True
+    most: int | None = None
     readable: bool = False
     lenient: bool = False
     sharpness: float = 1.0
     end_lead: float | None = None
     fresh: bool = False
     silent_end: bool = False
+    end_name: str = ""
+    lossy: bool = False
     temperature: bool = True
     shortest: int = 1
     behind: str = ""
     key: str = ""
+    tells: bool = False
     faults: list[str | None] = field(default_factory=list)
     served: list[Usage] = field(default_factory=list)
     lacking: list[Usage] = field(default_factory=list)
@@ -152,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
             except _Refused as refusal:
                 self._send(refusal.status, {"error": {"message": str(refusal)}})
                 return
+            if self.shown.tells:
+                answer["debug"] = dict(self.headers)
             if fault is None or fault in LACKING:
                 usage = answer["usage"]
                 booked = self.shown.lacking if fault else self.shown.served
@@ -167,6 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
                 _empty_tops(choice["logprobs"])
         if fault == "slow":
             self.shown.asked_again.wait(PATIENCE_SEC)
+        if fault == "error":
+            answer = {"error": {"message": f"not for {dict(self.headers)}"}}
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -250,11 +262,11 @@ def _completions(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
     if echo and not shown.echo:
         raise _Refused(400, "echo is not supported")
     choices = []
-    for index in range(body.get("n", 1)):
+    for index in range(_count(shown, body)):
         tokens, logprobs, ended = continued(shown, ids, body, index)
         first = 0 if echo else len(ids)
         told = range(first, len(tokens) - (ended and shown.silent_end))
-        column = [_spelled(shown.model, tokens[i]) for i in told]
+        column = [_spelled(shown, tokens[i]) for i in told]
         parts = {
             "tokens": column,
             "token_logprobs": [float(logprobs[i - 1, tokens[i]]) if i else None for i in told],
@@ -283,7 +295,7 @@ def _chat(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
     text = shown.model.chat_text(messages)
     ids = prompt_ids(shown.model, text, markup=True) + shown.model.encode_following(begun)
     choices = []
-    for index in range(body.get("n", 1)):
+    for index in range(_count(shown, body)):
         tokens, logprobs, ended = continued(shown, ids, body, index)
         content = [
             {
@@ -318,6 +330,11 @@ def _messages(shown: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
         "stop_reason": "end_turn" if ended else "max_tokens",
         "usage": usage | {"input_tokens": len(ids), "output_tokens": len(new)},
     }
+
+
+def _count(shown: Endpoint, body: Mapping[str, Any]) -> int:
+    asked = int(body.get("n", 1))
+    return asked if shown.most is None else min(asked, shown.most)
 
 
 def _top(shown: Endpoint, asked: int | None) -> int:
@@ -371,20 +388,25 @@ def logits_of(shown: Endpoint, tokens: Sequence[int]) -> torch.Tensor:
     return logits
 
 
-def _spelled(model: HFModel, token_id: int) -> str:
+def _spelled(shown: Endpoint, token_id: int) -> str:
+    model = shown.model
     text = model.vocabulary.token_bytes[token_id]
     if text is None:
+        if shown.end_name and token_id in model.end_ids:
+            return shown.end_name
         return str(model.tokenizer.convert_ids_to_tokens(token_id))
     try:
         return text.decode()
     except UnicodeDecodeError:
+        if shown.lossy:
+            return "\ufffd"
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
 def _told(shown: Endpoint, token_id: int, logprobs: torch.Tensor) -> dict[str, Any]:
     text = shown.model.vocabulary.token_bytes[token_id]
     return {
-        "token": _spelled(shown.model, token_id),
+        "token": _spelled(shown, token_id),
         "logprob": float(logprobs[token_id]),
         "bytes": list(text) if text else None,
     }
@@ -396,7 +418,7 @@ def _best(logprobs: torch.Tensor, top: int) -> list[int]:
 
 def _likeliest(shown: Endpoint, logprobs: torch.Tensor, top: int) -> Iterator[tuple[str, float]]:
     for token_id in _best(logprobs, top):
-        yield _spelled(shown.model, token_id), float(logprobs[token_id])
+        yield _spelled(shown, token_id), float(logprobs[token_id])
 
 
 def text_of(model: HFModel, token_ids: Sequence[int]) -> str:

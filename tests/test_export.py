@@ -441,7 +441,10 @@ def test_the_command_exports_and_says_how_exact(
         main([*words, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert end.value.code == 0 and "against the mounted head: mean KL" in said
-    assert "note: the head shifts some logits by the same amount everywhere" in said and "left out: the memory" in said
+    assert (
+        "note: the head shifts some logits by the same amount everywhere" in said
+        and "left out: the memory" in said
+    )
     with pytest.raises(SystemExit) as end:
         main([*words[:4], "onnx", "--lora-bias", "--out", str(tmp_path / "other")])
     assert end.value.code == 2 and "it needs to peft" in capsys.readouterr().err

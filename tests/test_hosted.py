@@ -26,10 +26,11 @@ from trimtab.cli_errors import CUT_SHORT
 from trimtab.config import GenerateConfig
 from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.generate import GenerateResult, generate
-from trimtab.hosted.answers import Token
+from trimtab.hosted.answers import Place, Token, bytes_of
 from trimtab.hosted.blending import Before, Blender
 from trimtab.hosted.probing import LOOK_TOKENS
 from trimtab.hosted.tokens import ToldTokens, open_known
+from trimtab.hosted.writing import places_after
 from trimtab.steering.beside import open_beside
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.predictors import Steering
@@ -141,6 +142,52 @@ def test_an_api_that_draws_in_its_own_way_changes_no_greedy_choice(
     assert any("its own apply" in note for note in drawn.notes)
     understood = [b for _, _, b in endpoint.seen if b["model"] == "own" and "temperature" not in b]
     assert understood and {b["max_tokens"] for b in understood} <= {1, 16}
+
+
+@pytest.mark.parametrize("prompt", ["ä The rudder turns the", "The rudder turns"])
+def test_a_draft_whose_place_cannot_be_told_changes_no_choice(
+    adapter: Path, endpoint: Endpoint, prompt: str
+) -> None:
+    endpoint.lossy = endpoint.readable = True
+    options: dict[str, Any] = {"prompt": (prompt,), "max_new_tokens": 8, "strength": 2.0}
+    plain = asked(endpoint, adapter, **options)
+    calls = len(endpoint.seen)
+    drafted = asked(endpoint, adapter, draft_tokens=8, **options)
+    assert (drafted.texts, drafted.tokens) == (plain.texts, plain.tokens)
+    # One reads the prompt, the others read drafts.
+    assert sum(bool(body.get("echo")) for _, _, body in endpoint.seen[calls:]) > 1
+
+
+def test_the_places_after_a_text_are_those_after_all_of_it() -> None:
+    def places(*names: str) -> list[Place]:
+        return [Place(Token(bytes_of(name), -1.0, name), ()) for name in names]
+
+    draft = places(" the", " cat", " sat")
+    for before in (["<s>", "a", " fn"], ["a", " fn"], [" a fn"]):
+        context = "".join(name for name in before if name != "<s>").encode()
+        assert places_after(context, [*places(*before), *draft]) == draft
+    lost = "\ufffd"
+    for context, names in (
+        ("🚀 fn", (lost, lost, " fn")),
+        ("a 🚀", ("a", " ", lost)),
+        ("é", (lost, lost, "é")),
+        ("a</s>", ("a", "</s>")),
+        ("a fnx", ("a", " fn")),
+        ("a", (" a",)),
+    ):
+        assert not places_after(context.encode(), [*places(*names), *draft])
+    # A place is known where only what stands at it is lost.
+    assert len(places_after(b"a", places("a", lost, lost, " b"))) == 3
+
+
+@pytest.mark.parametrize("name", ["<｜end▁of▁sentence｜>", "[EOS]", "<done>"])
+@pytest.mark.parametrize("tokenizer", [None, HOST])
+def test_an_end_of_any_name_ends_a_text(
+    adapter: Path, endpoint: Endpoint, name: str, tokenizer: str | None
+) -> None:
+    endpoint.end_name, endpoint.end_lead = name, 20.0
+    found = asked(endpoint, adapter, api_tokenizer=tokenizer)
+    assert (found.texts, found.tokens) == (("",), (0,))
 
 
 def test_stop_strings_and_sampling(adapter: Path, endpoint: Endpoint) -> None:
@@ -267,6 +314,30 @@ def test_without_logprobs_the_small_models_choose(
     # The oracle scores each candidate by itself, token by token.
     scores = [slow_score(pair, PROMPTS[0], text) for text in texts]
     assert scores.index(max(scores)) == texts.index(found.texts[0])
+
+
+def test_a_server_that_gives_fewer_candidates_is_asked_for_the_others(
+    adapter: Path, endpoint: Endpoint
+) -> None:
+    endpoint.top, endpoint.most, endpoint.fresh = 0, 2, True
+    asked(endpoint, adapter, api_candidates=5)
+    sent = [body for _, _, body in endpoint.seen if body.get("max_tokens") == 8]
+    assert [body.get("n", 1) for body in sent] == [5, 3, 1]
+    # What has come is kept, each request by itself.
+    before = len(endpoint.served)
+    asked(endpoint, adapter, api_candidates=5)
+    assert len(endpoint.served) == before + 1
+
+
+def test_no_candidates_are_paid_that_the_small_models_cannot_read(
+    adapter: Path, endpoint: Endpoint
+) -> None:
+    endpoint.top = 0
+    asked(endpoint, adapter, api_candidates=2)
+    calls = len(endpoint.seen)
+    with pytest.raises(InputError, match="has positions for 2048") as error:
+        asked(endpoint, adapter, api_candidates=2, prompt=("m" * 2041,), api_cache=False)
+    assert error.value.hint and len(endpoint.seen) == calls
 
 
 def test_the_budget_holds_for_each_candidate(adapter: Path, endpoint: Endpoint) -> None:
@@ -486,8 +557,14 @@ def test_the_key_is_nowhere(
 ) -> None:
     monkeypatch.setenv("TRIMTAB_API_KEY", CANARY)
     monkeypatch.setenv("TRIMTAB_DEBUG", "1")
-    endpoint.key = CANARY
+    endpoint.key, endpoint.tells = CANARY, True
     said = [str(asked(endpoint, adapter))]
+    config = {"host": "openai:toy", "api_url": endpoint.url, "prompt": PROMPTS[1:2]}
+    # After the question who answers.
+    endpoint.faults = [None, "error"]
+    with sleeping([]):
+        generate(GenerateConfig.model_validate(config), on_note=said.append)
+    assert any("not for" in note and "[key]" in note for note in said)
     words = ["generate", "--host", "openai:toy", "--api-url", endpoint.url, "The keel"]
     words += ["--adapter", str(adapter), "--max-new-tokens", "2"]
     probe = ["hosts", "probe", "openai:toy", "--api-url", endpoint.url]

@@ -11,12 +11,14 @@ from test_generate import HOST, PROMPTS
 from test_generate import adapter as adapter  # a fixture
 from test_generate import host as host  # a fixture
 from test_hosted import asked
+from test_hosted_refusals import WHO, Answered, Body, looked_at, options, toy
 
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
 from trimtab.config import GenerateConfig
 from trimtab.generate import GenerateResult, generate
-from trimtab.hosted.identity import ATTEMPTS, SAME_NATS, Said, are_alike
+from trimtab.hosted.identity import ATTEMPTS, SAME_NATS, Said, are_alike, identified
+from trimtab.hosted.opening import opened
 
 OPTIONS: dict[str, Any] = {"api_tokenizer": HOST, "max_new_tokens": 5, "api_candidates": 3}
 
@@ -101,6 +103,37 @@ def test_a_refusal_of_the_question_is_looked_into(adapter: Path, endpoint: Endpo
     found, said = noted(endpoint, adapter, chat=True)
     assert "is taken for another model" in said
     assert "from the cache" not in found.notes[-1]
+
+
+def test_models_that_are_found_at_once_are_both_remembered() -> None:
+    nats, at_once = [-0.5], [-1.5]
+
+    def who(_path: str, body: Body) -> Answered | None:
+        if body.get("prompt") != WHO:
+            return None
+        told = nats[-1]
+        if at_once:
+            # While this run waits for its answer, another one is answered by another model.
+            nats.append(at_once.pop())
+            names.append(name_of_the_host())
+            nats.pop()
+        columns = {"tokens": [" a"], "token_logprobs": [told], "top_logprobs": [{" a": told}]}
+        return 200, {"choices": [{"text": " a", "logprobs": columns}]}
+
+    def name_of_the_host() -> str | None:
+        config = options(found)
+        with opened(config.host, config) as model:
+            return identified(model).name
+
+    names: list[str | None] = []
+    with toy(refuses=who) as found:
+        looked_at(found)
+        names.append(name_of_the_host())
+        assert len(set(names)) == 2
+        # Each answers nearly as before, and is known by the name of then.
+        for told, name in zip((-1.49, -0.51), names, strict=True):
+            nats.append(told)
+            assert name_of_the_host() == name
 
 
 def test_answers_are_alike_up_to_a_services_arithmetic() -> None:

@@ -260,6 +260,32 @@ def test_what_breaks_at_one_question_is_a_lack() -> None:
         assert by.top_completions == 1 and by.logit_bias == "none" and not by.chat
 
 
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [((404, "no such path"), "500: texts are down"), ((503, "so is it"), "503: so is it")],
+)
+def test_what_breaks_at_plain_texts_may_still_have_a_chat(refused: Answered, said: str) -> None:
+    def breaks(path: str, body: Body) -> Answered | None:
+        return (500, "texts are down") if path == "/v1/completions" else None
+
+    with toy(refuses=breaks) as found:
+        by = looked_at(found)
+        assert by.chat and by.top_chat == 1 and not by.completions
+    with toy(refuses=lambda path, body: breaks(path, body) or refused) as found:
+        with pytest.raises(ModelError, match=f"has failed 2 times: status {said}"):
+            looked_at(found)
+        assert {path for path, _ in found.seen} == {"/v1/completions", "/v1/chat/completions"}
+
+
+def test_what_cannot_be_reached_is_asked_one_question_alone() -> None:
+    notes: list[str] = []
+    with toy() as gone:
+        pass
+    with pytest.raises(ModelError, match="has failed 2 times: the connection failed"):
+        asked(gone, notes)
+    assert len(notes) == 1
+
+
 def test_what_breaks_at_every_question_ends_the_look(home: Path) -> None:
     with toy() as found:
         # It answers once and then no more.
@@ -374,12 +400,15 @@ def test_of_a_prompt_nothing_need_be_shown() -> None:
 ODD = {
     "parts": '{"choices": [{"message": {"content": [{"text": "a"}]}}]}',
     "half a character": r'{"choices": [{"text": "\ud800"}]}',
+    "nested": "[" * 200_000,
+    "nested less": '{"choices": [{"text": "a"}], "x": ' + "[" * 2000 + "]" * 2000 + "}",
+    "an error": '{"error": {"message": "the provider is full"}}',
+}
+UNUSUAL = {
     "half a character elsewhere": r'{"choices": [{"text": "a"}], "id": "\udc00"}',
     "an infinite count": '{"choices": [{"text": "a"}], "usage": {"prompt_tokens": 1e999}}',
     "less than nothing": '{"choices": [{"text": "a"}], "usage": {"prompt_tokens": -3}}',
     "an infinite number elsewhere": '{"choices": [{"text": "a"}], "created": 1e999}',
-    "nested": "[" * 200_000,
-    "nested less": '{"choices": [{"text": "a"}], "x": ' + "[" * 2000 + "]" * 2000 + "}",
 }
 
 
@@ -403,6 +432,23 @@ def test_odd_answers_are_asked_for_again(odd: str) -> None:
         assert error.value.message.encode()
 
 
+@pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_answers_are_taken_as_they_come(unusual: str) -> None:
+    with toy() as found:
+        looked_at(found, api_cache=True)
+        found.refuses = lambda _path, body: (
+            None if body["prompt"] == WHO else (200, unusual.encode())
+        )
+        notes: list[str] = []
+        assert asked(found, notes, api_cache=True).texts == ("a",)
+        assert not any("trying again" in note for note in notes)
+        # As a refusal, its words are printed.
+        found.refuses = lambda _path, _body: (400, unusual.encode())
+        with pytest.raises(ModelError, match="status 400") as error:
+            asked(found, prompt=("Another",))
+        assert error.value.message.encode()
+
+
 def test_odd_answers_are_broken() -> None:
     for text in (["a"], 3, "\ud800"):
         with pytest.raises(BrokenAnswer, match="the answer's text"):
@@ -410,8 +456,6 @@ def test_odd_answers_are_broken() -> None:
         with pytest.raises(BrokenAnswer, match="the answer's text"):
             read_messages({"content": [{"type": "text", "text": text}]})
     usage = {"prompt_tokens": float("inf")}
-    with pytest.raises(BrokenAnswer):
-        read_answers({"choices": [{"text": "a"}], "usage": usage}, logprobs=False)
     assert usage_of({"usage": usage}) is usage_of({"usage": 3}) is usage_of({}) is None
     assert usage_of({"usage": {"input_tokens": 3}}) == Usage(3, 0)
 

@@ -22,7 +22,7 @@ def encoding() -> tiktoken.Encoding:
     merges = [b"th", b"the", b" t", b" the", b"ke", b"el", b"keel"]
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {text: 256 + number for number, text in enumerate(merges)}
-    special = {"<|endoftext|>": len(ranks), "<|begin|>": len(ranks) + 1}
+    special = {"<|endoftext|>": len(ranks), "[stop]": len(ranks) + 1, "<|begin|>": len(ranks) + 2}
     pattern = r" ?\w+|\W"
     return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -49,6 +49,11 @@ def test_ids_of_what_an_api_shows(encoding: tiktoken.Encoding) -> None:
     assert known.id_of(Token(b" the", -1.0, " the", 3)) == the
     assert known.id_of(Token(None, -1.0, "<|begin|>")) == encoding.n_vocab - 1
     assert known.id_of(Token(b"unknown", -1.0, "unknown")) is None
+    # Taken for text by its name, which the tokenizer knows as one that stands for none.
+    assert known.id_of(Token(b"[stop]", -1.0, "[stop]")) == encoding.n_vocab - 2
+    # One that has ended a text, under a name of the API's own.
+    assert known.id_of(Token(None, -1.0, "<done>")) is None
+    assert known.id_of(Token(None, -1.0, "<done>", ends=True)) == encoding.n_vocab - 3
 
 
 def test_a_models_own_tokenizer_is_the_hosts() -> None:

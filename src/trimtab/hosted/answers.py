@@ -2,20 +2,23 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
+from trimtab.hosted.failures import words_of
 from trimtab.hosted.ledger import Usage
 
 _NO_TEXT = re.compile(
-    r"<\|[^|]*\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]"
+    r"<[|｜][^|｜]*[|｜]>|<\|\w+>|<\w+\|>|</?s>|<seed:\w+>"
+    r"|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[(?:/?INST|BOS|EOS|PAD|UNK)\]"
 )
 """How the common families spell tokens that stand for no text."""
 
 _END = re.compile(
-    r"</s>|<eos>|<end_of_turn>|<\|(?:endoftext|end_of_text|im_end|eot_id|eom_id|end|return|eot)\|>"
+    r"</s>|<eos>|<end_of_turn>|<turn\|>|<seed:eos>|\[EOS\]|<｜end▁of▁sentence｜>"
+    r"|<\|(?:endoftext|end_of_text|im_end|eot_id|eom_id|end|return|eot)\|>"
 )
 """And those among them that end a text or a turn."""
 
@@ -25,7 +28,7 @@ _BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, Overflow
 
 _OPENAI_COUNTS = ("prompt_tokens", "completion_tokens")
 _ANTHROPIC_COUNTS = ("input_tokens", "output_tokens")
-_BYTES = "bytes:"
+_BYTES = b"bytes:"
 _REPLACED = "�"
 
 
@@ -47,17 +50,19 @@ class Token:
         logprob: Natural-log probability.
         name: As the API spells it.
         token_id: The API's own number, where it tells.
+        ends: It was seen to end a text, whatever its name.
     """
 
     text: bytes | None
     logprob: float
     name: str = ""
     token_id: int | None = None
+    ends: bool = False
 
     @property
     def is_readable(self) -> bool:
         """It stands for text that is told, or is known to stand for none."""
-        return self.text is not None or is_no_text(self.name)
+        return self.text is not None or self.ends or is_no_text(self.name)
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,9 @@ class Answers:
 
     Attributes:
         choices: The continuations.
-        usage: Tokens that it took; None where the API does not say.
     """
 
     choices: tuple[Answer, ...]
-    usage: Usage | None
 
 
 def is_no_text(name: str) -> bool:
@@ -136,18 +139,13 @@ def read_answers(
     Raises:
         BrokenAnswer: Parts are missing or are of another kind.
     """
-    try:
-        choices = tuple(_choice(one, top, logprobs=logprobs) for one in raw["choices"])
-        usage = _usage(raw.get("usage"), *_OPENAI_COUNTS)
-    except BrokenAnswer:
-        raise
-    except _BROKEN as error:
-        raise BrokenAnswer(f"the answer lacks {error}") from error
+    with _taking_apart(raw):
+        choices = tuple(_choice(one, top, logprobs=logprobs) for one in raw.get("choices") or ())
     if not choices:
         raise BrokenAnswer("the answer holds no continuation")
     if logprobs and top and not all(_is_shown(one, echo=echo) for one in choices):
         raise MissingLogprobsError("the answer lacks the logprobs of a token")
-    return Answers(choices, usage)
+    return Answers(choices)
 
 
 def read_messages(raw: Mapping[str, Any]) -> Answers:
@@ -156,15 +154,30 @@ def read_messages(raw: Mapping[str, Any]) -> Answers:
     Raises:
         BrokenAnswer: Parts are missing or are of another kind.
     """
-    try:
+    with _taking_apart(raw):
         parts = [_text(part["text"]) for part in raw["content"] if part["type"] == "text"]
-        usage = _usage(raw.get("usage"), *_ANTHROPIC_COUNTS)
         ended = raw.get("stop_reason") not in ("max_tokens", None)
-        return Answers((Answer("".join(parts), (), ended),), usage)
+        return Answers((Answer("".join(parts), (), ended),))
+
+
+@contextmanager
+def _taking_apart(raw: Mapping[str, Any]) -> Iterator[None]:
+    """Say in words why an answer cannot be taken apart.
+
+    Raises:
+        BrokenAnswer: It cannot.
+    """
+    # Some services answer so, with status 200, where another service behind them has failed.
+    if raw.get("error") and not (raw.get("choices") or raw.get("content")):
+        raise BrokenAnswer(f"an error in place of an answer: {words_of(raw)}")
+    try:
+        yield
     except BrokenAnswer:
         raise
-    except _BROKEN as error:
+    except KeyError as error:
         raise BrokenAnswer(f"the answer lacks {error}") from error
+    except _BROKEN as error:
+        raise BrokenAnswer(f"the answer cannot be taken apart: {error}") from error
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage | None:
@@ -183,11 +196,35 @@ def _choice(raw: Mapping[str, Any], top: int | None, *, logprobs: bool) -> Answe
     places = _places(raw.get("logprobs"), top) if logprobs else ()
     if logprobs and text and not places:
         raise MissingLogprobsError("the answer lacks its logprobs")
-    ended = raw.get("finish_reason") not in ("length", None)
+    reason = raw.get("finish_reason")
+    ended = reason not in ("length", None)
     if ended and places and not places[-1].chosen.is_readable:
         # llama.cpp shows the end of a text as a token without a name.
         places = places[:-1]
+    elif reason == "stop" and places and _is_beyond(places[-1].chosen, text):
+        places = _ending(places, places[-1].chosen.name)
     return Answer(text, places, ended)
+
+
+def _is_beyond(last: Token, text: str) -> bool:
+    """Whether a token stands for no text, or is by its name no part of the answer's text."""
+    if last.text is None:
+        return True
+    # Some servers strip white space from a text; parts of characters are not in it as such.
+    name = last.name.strip()
+    return last.text == last.name.encode() and bool(name) and name not in text
+
+
+def _ending(places: Sequence[Place], name: str) -> tuple[Place, ...]:
+    """The same places, with tokens of a name as such that end a text."""
+
+    def told(token: Token) -> Token:
+        return replace(token, text=None, ends=True) if token.name == name else token
+
+    return tuple(
+        replace(place, chosen=told(place.chosen), top=tuple(map(told, place.top)))
+        for place in places
+    )
 
 
 def _text(value: object) -> str:
@@ -216,10 +253,10 @@ def _is_shown(answer: Answer, *, echo: bool) -> bool:
 def _places(raw: Mapping[str, Any] | None, most: int | None) -> tuple[Place, ...]:
     if not raw:
         return ()
-    if raw.get("content") is not None:
+    if "content" in raw:
         return tuple(
             _place(_token(one), [*map(_token, one["top_logprobs"] or ())], most)
-            for one in raw["content"]
+            for one in raw["content"] or ()
         )
     columns = zip(raw["tokens"], raw["token_logprobs"], raw["top_logprobs"], strict=True)
     return tuple(
@@ -252,7 +289,7 @@ def _token(raw: Mapping[str, Any]) -> Token:
 
 def _named(name: str, logprob: float, token_id: int | None = None) -> Token:
     if not math.isfinite(logprob):
-        raise ValueError(f"a finite logprob of {name!r}")
+        raise BrokenAnswer(f"the answer's logprob of {name!r} is not finite")
     return Token(bytes_of(name), float(logprob), name, token_id)
 
 
@@ -260,11 +297,11 @@ def bytes_of(name: str) -> bytes | None:
     """The bytes of a token by its name; None where it stands for none, or they are not told."""
     if is_no_text(name) or _REPLACED in name:
         return None
-    if name.startswith(_BYTES):
+    text = name.encode()
+    if text.startswith(_BYTES) and _ESCAPED.search(text):
         # Bytes that are no text by themselves, as OpenAI's completions spell them.
-        text = name.removeprefix(_BYTES).encode()
-        return _ESCAPED.sub(lambda escaped: bytes([int(escaped[1], 16)]), text)
-    return name.encode() or None
+        return _ESCAPED.sub(lambda escaped: bytes([int(escaped[1], 16)]), text.removeprefix(_BYTES))
+    return text or None
 
 
 def _usage(raw: Mapping[str, Any] | None, prompt: str, completion: str) -> Usage | None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -46,6 +47,12 @@ SLEEP: Callable[[float], None] = time.sleep
 MAX_ANSWER_BYTES = 1 << 28
 _IMPOSSIBLE = -1e4
 _SHOWN_CHARACTERS = 300
+_KEY = "[key]"
+"""Stands where a key was."""
+
+_KEY_CHARACTERS = 8
+"""No service's key is shorter; a placeholder such as "none" may well be a word of an answer."""
+
 _PASSING = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
 _OF_ALL_REQUESTS = frozenset((401, 402, 403))
 """Statuses of refusals that say nothing of what was asked."""
@@ -108,6 +115,7 @@ class Client:
         self._clock, self._sleep = clock, sleep or SLEEP
         self._on_note = on_note
         self._key = key_of(address)
+        self._key_in_json = _in_json(self._key)
         self._model: str | None = ""
         self._next_sec = -float("inf")
         self._http = httpx2.Client(timeout=manners.timeout_sec, headers=self._headers())
@@ -179,7 +187,7 @@ class Client:
         try:
             return read(raw)
         except BrokenAnswer as error:
-            return str(error)
+            return self._shown(str(error))
 
     def _whole(
         self,
@@ -196,21 +204,19 @@ class Client:
             found = read(raw)
         except BrokenAnswer as error:
             hint = CHANGED if isinstance(error, MissingLogprobsError) else ""
+            reason = self._shown(str(error))
             if usage is not None:
                 self.ledger.book(usage)
                 if not self.ledger.allows(estimate or Usage()):
                     raise ModelError(
-                        f"{error}, and the budget of tokens allows no other attempt",
+                        f"{reason}, and the budget of tokens allows no other attempt",
                         hint=hint or "give a larger --api-budget-tokens",
                     ) from None
             is_booked = usage is not None
-            raise PassingError(str(error), is_booked=is_booked, hint=hint) from None
+            raise PassingError(reason, is_booked=is_booked, hint=hint) from None
         self.ledger.book(usage, estimate)
         if kept is not None:
-            try:
-                _keep(kept, raw)
-            except BrokenAnswer as error:
-                raise PassingError(str(error), is_booked=True) from None
+            _keep(kept, raw)
         return found
 
     def _patiently(self, call: Callable[[], Parsed]) -> Parsed:
@@ -248,11 +254,10 @@ class Client:
     def _wait_sec(self, state: tenacity.RetryCallState) -> float:
         outcome = state.outcome
         error = outcome.exception() if outcome else None
-        if isinstance(error, PassingError) and error.wait_sec is not None:
-            return error.wait_sec
+        asked_sec = error.wait_sec if isinstance(error, PassingError) else None
         longest = min(LONGEST_WAIT_SEC, FIRST_WAIT_SEC * 2.0 ** (state.attempt_number - 1))
         # Clients that failed together are not to come back together.
-        return longest * random.uniform(0.5, 1.0)
+        return max(asked_sec or 0.0, longest * random.uniform(0.5, 1.0))
 
     def _count_failure(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -269,6 +274,8 @@ class Client:
         status, headers, content = self._exchange(method, path, body)
         if status != 200:
             raise self._refusal(status, headers, content)
+        if len(self._key) >= _KEY_CHARACTERS:
+            content = self._key_in_json.sub(_KEY.encode(), content)
         try:
             raw = json.loads(content, parse_constant=_finite)
         except ValueError:
@@ -298,15 +305,15 @@ class Client:
             raise PassingError(f"no answer in {self._manners.timeout_sec:g} s") from None
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
             raise ModelError(
-                f"{self.address.url} is no address of an API: {self._scrubbed(str(error))}",
+                f"{self.address.url} is no address of an API: {self._shown(str(error))}",
                 hint="give one such as http://127.0.0.1:8080/v1",
             ) from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            reason = self._scrubbed(str(error)) or type(error).__name__
+            reason = self._shown(str(error)) or type(error).__name__
             raise PassingError(f"the connection failed: {reason}") from None
 
     def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
-        said = self._scrubbed(message_of(content))[:_SHOWN_CHARACTERS]
+        said = self._shown(message_of(content))
         exhausted = status == 429 and "insufficient_quota" in content.decode("utf-8", "replace")
         if status in _PASSING and not exhausted:
             wait_sec = retry_after_sec(headers.get("retry-after"))
@@ -325,9 +332,11 @@ class Client:
             return version | ({"x-api-key": self._key} if self._key else {})
         return {"authorization": f"Bearer {self._key}"} if self._key else {}
 
-    def _scrubbed(self, text: str) -> str:
-        # A service may repeat in a refusal what it was sent.
-        return text.replace(self._key, "[key]") if self._key else text
+    def _shown(self, text: str) -> str:
+        """What a service says, for people."""
+        # It may repeat what it was sent.
+        text = text.replace(self._key, _KEY) if self._key else text
+        return text[:_SHOWN_CHARACTERS]
 
     def _kept(self, path: str, body: Mapping[str, Any], ordinal: int) -> Path | None:
         if not self._manners.cache or self._model is None:
@@ -342,20 +351,17 @@ def _finite(name: str) -> float | None:
     return _IMPOSSIBLE if name == "-Infinity" else None
 
 
-def _keep(path: Path, raw: Mapping[str, Any]) -> None:
-    """Write an answer.
+def _in_json(key: str) -> re.Pattern[bytes]:
+    """Finds a key of ASCII characters, any of which may be escaped."""
+    each = (rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key)
+    return re.compile("".join(each).encode())
 
-    Raises:
-        BrokenAnswer: It holds what no file of ours can hold.
-    """
-    try:
+
+def _keep(path: Path, raw: Mapping[str, Any]) -> None:
+    """Write an answer, unless it holds what no file of ours can hold."""
+    # An infinite number, half of a character, or too many levels.
+    with suppress(NumericalError, UnicodeEncodeError, RecursionError):
         write_json(path, {"schema": "trimtab-hosted-answer", "version": _VERSION, "raw": raw})
-    except NumericalError:
-        raise BrokenAnswer("the answer holds a number that is not finite") from None
-    except UnicodeEncodeError:
-        raise BrokenAnswer("the answer holds half of a character") from None
-    except RecursionError:
-        raise BrokenAnswer(f"the answer is {TOO_DEEP}") from None
 
 
 def _read_kept(path: Path) -> Mapping[str, Any] | None:

@@ -33,7 +33,10 @@ def planned_alone(host: HostedModel, tasks: Sequence[Task]) -> Plan:
 
 
 def planned_candidates(host: HostedModel, tasks: Sequence[Task], count: int) -> Plan:
-    """A request a prompt, or one a candidate."""
+    """A request a prompt, or one a candidate.
+
+    Those that a server leaves out are asked for once more, and are not foreseen.
+    """
     requests = 1 if host.by.several else count
     usage = planned_alone(host, tasks).usage
     return Plan(

@@ -3,7 +3,7 @@
 import json
 import time
 from email.utils import parsedate_to_datetime
-from typing import final
+from typing import Any, final
 
 from trimtab.errors import ModelError
 
@@ -65,11 +65,19 @@ def message_of(content: bytes) -> str:
     """An API's own words in a refusal, in one line that can be printed."""
     text = content.decode("utf-8", "replace")
     try:
-        raw = json.loads(text)
-        error = raw.get("error", raw) if isinstance(raw, dict) else raw
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
+        return words_of(json.loads(text))
     except (ValueError, RecursionError):
-        pass
+        return _in_one_line(text)
+
+
+def words_of(raw: Any) -> str:
+    """The same of a refusal's JSON."""
+    error = raw.get("error", raw) if isinstance(raw, dict) else raw
+    return _in_one_line(str(error.get("message", error) if isinstance(error, dict) else error))
+
+
+def _in_one_line(text: str) -> str:
+    """A text that can be printed."""
     # Halves of characters, which JSON can hold and nothing can print.
     text = text.encode("utf-8", "replace").decode()
     return " ".join(text.split()) or "without a reason"
@@ -85,5 +93,5 @@ def retry_after_sec(value: str | None) -> float | None:
         pass
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

@@ -20,7 +20,7 @@ from trimtab.hosted.host import HostedModel
 from trimtab.hosted.level import Level, check_sampling, in_words, level_of, own_draws
 from trimtab.hosted.opening import opened, price_of
 from trimtab.hosted.requests import Prefix, Wanted
-from trimtab.hosted.reranking import best_of
+from trimtab.hosted.reranking import best_of, check_room
 from trimtab.hosted.tokens import ToldTokens
 from trimtab.hosted.writing import Sampling, Task, Writer
 from trimtab.steering.beside import open_beside
@@ -88,6 +88,7 @@ def generate_hosted(
         check_sampling(config, host.by, level)
         pair = _open_pair(config, manifest, progress)
         tasks = [_task(config, prompt, host, pair) for prompt in config.prompt]
+        _check_room(tasks, pair, level)
         if config.api_draft_tokens:
             tasks = _with_drafts(config, tasks, pair, level)
         words = in_words(config, host.by, level)
@@ -217,17 +218,18 @@ class _Run:
 
     def _asked(self, prefix: Prefix, wanted: Wanted, number: int) -> tuple[list[str], bool]:
         """The host's continuations, and whether the budget has ended them."""
-        is_one = wanted.count == 1 or self._host.by.several
-        each = wanted if is_one else replace(wanted, count=1)
         # Without draws, equal prompts have equal answers, whatever the seed.
         is_drawn = bool(wanted.temperature) or not self._host.by.takes_temperature
-        first = _sampling(self._config, number).draw * _MOST_CANDIDATES if is_drawn else 0
+        ordinal = _sampling(self._config, number).draw * _MOST_CANDIDATES if is_drawn else 0
         texts = list[str]()
-        for ordinal in range(first, first + (1 if is_one else wanted.count)):
+        # Some servers give fewer than they are asked for, and say nothing.
+        while missing := wanted.count - len(texts):
+            each = replace(wanted, count=missing if self._host.by.several else 1)
             if not self._host.allows(prefix, each):
                 return texts, True
             choices = self._host.go_on(prefix, each, ordinal=ordinal).choices
-            texts += [choice.text for choice in (choices if is_one else choices[:1])]
+            texts += [choice.text for choice in choices[: each.count]]
+            ordinal += 1
         return texts, False
 
     def _say(self, number: int, text: str) -> None:
@@ -310,6 +312,14 @@ def _task(config: GenerateConfig, prompt: str, host: HostedModel, pair: Pair | N
     if host.tokens is not None and not config.chat:
         ids = (*host.tokens.context_ids(), *host.tokens.encode(prompt))
     return Task(prompt, config.chat, config.max_new_tokens, small_ids, ids)
+
+
+def _check_room(tasks: Sequence[Task], pair: Pair | None, level: Level) -> None:
+    """Refuse prompts after which candidates would be paid that nobody here can read."""
+    if pair is None or level != "text":
+        return
+    for task in tasks:
+        check_room(pair.reference, task.prompt, task.max_new_tokens, task.small_ids)
 
 
 def _small_ids(small: HFModel, message: str) -> list[int]:

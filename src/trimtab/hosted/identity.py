@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,6 +29,7 @@ LONGEST_TOKENS = 16
 """A model that takes no shorter bound on an answer is not asked: it thinks first, at a price."""
 
 _TOKENS, _TOP = 6, 5
+_LAST = "last.json"
 _SHOWING = ("logprobs", "top_logprobs")
 _TEXT, _MESSAGE = "The rudder turns", "Tell me about ships."
 
@@ -38,6 +39,8 @@ class Said(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    schema_version: Literal[1] = 1
+    """Changes whenever a field means something else."""
     asked: str
     """Fingerprint of the question, since services are asked in different words; however many
     log-probabilities are to be shown."""
@@ -48,17 +51,18 @@ class Said(BaseModel):
     where these are not shown."""
 
 
-class _Known(BaseModel):
-    """The models that have answered at an address."""
+class _Last(BaseModel):
+    """The model that has answered last at an address."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     schema_version: Literal[1] = 1
     """Changes whenever a field means something else."""
-    last: str = ""
-    """Name of the one that has answered last."""
-    models: dict[str, Said] = {}
-    """Their first answers, by name."""
+    name: str
+    """Told from its first answer."""
+
+
+Kept = TypeVar("Kept", Said, _Last)
 
 
 @dataclass(frozen=True)
@@ -85,23 +89,25 @@ def identified(host: HostedModel) -> Identity:
     wanted = _wanted(host.by)
     if wanted is None:
         return Identity("")
-    path = _path(host.client.address)
-    known = _read(path)
+    folder = _folder(host.client.address)
+    last, models = _last(folder), _models(folder)
     said, name = None, None
     for _ in range(ATTEMPTS):
         if not host.allows(_prefix(host.by), wanted):
             return Identity(None)
         said = _ask(host, wanted)
-        name = _name_among(said, known.models)
-        if name is not None or (said is not None and not known.models):
+        name = _name_among(said, models)
+        if name is not None or (said is not None and not models):
             break
     if said is None:
-        return Identity(None, is_other=True) if known.last else Identity("")
-    name = name or sha256_bytes(said.model_dump_json().encode())
-    if name != known.last:
-        models = {**known.models, name: known.models.get(name, said)}
-        write_json(path, _Known(last=name, models=models).model_dump(mode="json"))
-    return Identity(name, is_other=known.last not in ("", name))
+        return Identity(None, is_other=True) if last else Identity("")
+    if name is None:
+        name = sha256_bytes(said.model_dump_json().encode())
+        # A file for each: runs that find models at once take nothing from one another.
+        write_json(folder / f"{name}.json", said.model_dump(mode="json"))
+    if name != last:
+        write_json(folder / _LAST, _Last(name=name).model_dump(mode="json"))
+    return Identity(name, is_other=last not in ("", name))
 
 
 def are_alike(one: Said, other: Said) -> bool:
@@ -188,13 +194,24 @@ def _writable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _path(address: Address) -> Path:
+def _folder(address: Address) -> Path:
+    """Where the first answers of the models at an address are kept, by their names."""
     name = json.dumps([address.dialect, address.url, address.model])
-    return trimtab_home() / "hosted" / "models" / f"{sha256_bytes(name.encode())}.json"
+    return trimtab_home() / "hosted" / "models" / sha256_bytes(name.encode())
 
 
-def _read(path: Path) -> _Known:
+def _last(folder: Path) -> str:
+    found = _read(folder / _LAST, _Last)
+    return found.name if found else ""
+
+
+def _models(folder: Path) -> dict[str, Said]:
+    paths = (path for path in sorted(folder.glob("*.json")) if path.name != _LAST)
+    return {path.stem: said for path in paths if (said := _read(path, Said)) is not None}
+
+
+def _read(path: Path, kind: type[Kept]) -> Kept | None:
     try:
-        return _Known.model_validate(read_kept(path) or {})
+        return kind.model_validate(read_kept(path))
     except ValidationError:
-        return _Known()
+        return None

@@ -76,6 +76,7 @@ class _Prober:
         self._tops = sorted({top, *(t for t in TOPS if t < top)}, reverse=True)
         self._refusals: list[str] = []
         self._plain: Callable[[], Answers | str] | None = None
+        self._failure: FailedError | None = None
 
     def probe(self) -> Capabilities:
         """Ask everything."""
@@ -87,7 +88,7 @@ class _Prober:
             return found
         found = self._with_chat(self._with_completions(Capabilities(dialect="openai")))
         if not found.completions and not found.chat:
-            raise self._nothing()
+            raise self._failure or self._nothing()
         return found
 
     def _understood(self, by: Capabilities, prefix: Prefix) -> Capabilities | None:
@@ -105,7 +106,13 @@ class _Prober:
 
     def _with_completions(self, found: Capabilities) -> Capabilities:
         prefix = Prefix(_TEXT)
-        by = self._understood(found, prefix)
+        try:
+            by = self._understood(found, prefix)
+        except FailedError as error:
+            if not _is_there(error):
+                raise
+            # It may have a chat all the same.
+            self._failure, by = error, None
         if by is None:
             return found
         top, places = self._highest(by, prefix, 1)
@@ -233,7 +240,7 @@ class _Prober:
             return False
         if isinstance(error, RefusedError):
             return error.status == 403
-        return (error.status or 0) >= 500 and isinstance(self._plain(), Answers)
+        return _is_there(error) and isinstance(self._plain(), Answers)
 
     def _question(
         self,
@@ -267,6 +274,11 @@ class _Prober:
             f"{self._client.address.url} answers neither texts nor messages: {said}",
             hint=f"check the address, and that it serves a model {self._model}",
         )
+
+
+def _is_there(error: FailedError) -> bool:
+    """Whether a server has answered, though with a failure of its own."""
+    return (error.status or 0) >= 500
 
 
 def _tells_prompt(by: Capabilities) -> bool:

@@ -10,7 +10,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair
 from trimtab.backends.token_tree import ModelCache, TokenTree, run_tree
 from trimtab.backends.tree_check import check_tree
-from trimtab.errors import ModelError
+from trimtab.errors import InputError, ModelError
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,33 @@ def best_of(pair: Pair, prompt: str, texts: Sequence[str], small_ids: Sequence[i
     """
     with pair.as_expert() as expert:
         return chosen(judged(expert, prompt, texts, small_ids))
+
+
+def check_room(
+    small: HFModel, prompt: str, max_new_tokens: int, small_ids: Sequence[int] | None
+) -> None:
+    """Refuse candidates that a small model would have no positions for, before they are asked for.
+
+    Args:
+        small: Expert or reference.
+        prompt: What they go on from.
+        max_new_tokens: Of the longest candidate, by the host's tokenizer; by the small model's it
+            may have more, which only its text can tell.
+        small_ids: In a chat, what the small model reads before the answer.
+
+    Raises:
+        InputError: There are too few positions.
+    """
+    limit = small.max_tokens
+    ids = [*small.context_ids(), *small.encode(prompt)] if small_ids is None else small_ids
+    if limit is None or len(ids) + max_new_tokens <= limit:
+        return
+    room = limit - len(ids)
+    raise InputError(
+        f"the expert is to read a prompt of {len(ids)} tokens and candidates of up to"
+        f" {max_new_tokens}, and {small.ref} has positions for {limit}",
+        hint=f"use --max-new-tokens {room} or less" if room > 0 else "give a shorter prompt",
+    )
 
 
 def chosen(candidates: Sequence[Judged]) -> int:

@@ -57,13 +57,14 @@ class KnownTokens:
 
     def id_of(self, token: Token) -> int | None:
         """The token id of what an API shows; None for what this tokenizer does not have."""
+        named = self.ids_by_name.get(token.name)
         if token.text is None:
-            return self.ids_by_name.get(token.name)
+            return self.vocabulary.eos_id if named is None and token.ends else named
         texts = self.vocabulary.token_bytes
         if token.token_id is not None and 0 <= token.token_id < len(texts):
             if texts[token.token_id] == token.text:
                 return token.token_id
-        return self.vocabulary.ids_by_bytes.get(token.text)
+        return self.vocabulary.ids_by_bytes.get(token.text, named)
 
 
 @final

@@ -91,6 +91,25 @@ class Sampling:
         return int(torch.multinomial(scores[0].softmax(-1), 1))
 
 
+def places_after(context: bytes, places: Sequence[Place]) -> Sequence[Place]:
+    """The places after a context; none where that cannot be told for certain.
+
+    Args:
+        context: A text.
+        places: Of the same text, and of what follows it.
+    """
+    text = b""
+    for number, place in enumerate(places):
+        if text == context:
+            return places[number:]
+        token = place.chosen
+        # Bytes may have been lost with what has no text, unless it stands before all text.
+        if not token.text and (text or not token.is_readable):
+            return ()
+        text += token.text or b""
+    return ()
+
+
 @final
 class Writer:
     """Writes one continuation.
@@ -248,12 +267,8 @@ class Writer:
         if not draft:
             return ()
         places, _ = self._send(self._prefix(draft), Wanted(1, top, echo=True))
-        size = 0
-        for number, place in enumerate(places):
-            if size == len(before.context) and place.chosen.text:
-                return places[number : number + room + 1] if place.top else ()
-            size += len(place.chosen.text or b"")
-        return ()
+        found = places_after(before.context, places)[: room + 1]
+        return found if found and found[0].top else ()
 
     def _send(self, prefix: Prefix, wanted: Wanted) -> tuple[Sequence[Place], bool]:
         if not self._host.allows(prefix, wanted):
