@@ -149,8 +149,8 @@ def _constant_notes(measured: Measured, constant: ConstantReading | None) -> Seq
     if constant is None:
         return ()
     return (
-        "the head shifts some logits by the same amount everywhere, which a matrix alone cannot; what"
-        " in the host's state is nearest to a constant stands in for it (off by"
+        "the head shifts some logits by the same amount everywhere, which a matrix alone cannot;"
+        " what in the host's state is nearest to a constant stands in for it (off by"
         f" {constant.rms_error:.2%} in the mean). That costs a mean KL of"
         f" {measured.export.mean_kl_nats:.2g} nats; without that part"
         f" {measured.offset.mean_kl_nats:.2g} nats would be lost",
