@@ -16,8 +16,10 @@ from trimtab.cli import main
 from trimtab.config import GenerateConfig, ProbeConfig
 from trimtab.errors import InputError, ModelError, TrimtabError
 from trimtab.generate import GenerateResult, generate
+from trimtab.hosted.address import SERVICES, Address, missing_key
 from trimtab.hosted.answers import BrokenAnswer, read_answers, read_messages, usage_of
 from trimtab.hosted.capabilities import Capabilities
+from trimtab.hosted.failures import target_of
 from trimtab.hosted.ledger import Usage
 from trimtab.hosted.level import check_sampling, own_draws
 from trimtab.hosted.opening import opened
@@ -160,7 +162,7 @@ def test_a_model_that_thinks_first_is_opened_and_asked_as_it_wants() -> None:
 def test_a_longer_look_keeps_to_the_budget() -> None:
     with toy(refuses=thinks) as found:
         found.usage = {"prompt_tokens": 600, "completion_tokens": 0}
-        with pytest.raises(InputError, match="no shorter answers than 128 tokens"):
+        with pytest.raises(InputError, match="with answers of 128 tokens"):
             looked_at(found, api_budget_tokens=700)
         answered = [body for path, body in found.seen if thinks(path, body) is None]
         assert len(answered) == 1
@@ -300,12 +302,12 @@ def test_a_budget_holds_where_nothing_is_counted() -> None:
         looked_at(found)
         found.seen.clear()
         prompts = tuple(f"The keel {number}" for number in range(9))
-        done = asked(found, prompt=prompts, max_new_tokens=20, api_budget_tokens=60)
+        done = asked(found, prompt=prompts, max_new_tokens=20, api_budget_tokens=70)
         assert done.is_cut_short
-        # A prompt is estimated at five tokens.
+        # A token is taken for one byte.
         assert len(found.seen) == 2
         assert "2 calls with estimated tokens, which the API did not count" in done.notes[-2]
-        assert "used 2 calls, 10 prompt and 40 completion tokens" in done.notes[-2]
+        assert "used 2 calls, 24 prompt and 40 completion tokens" in done.notes[-2]
 
 
 def test_a_bill_is_told_whatever_ends_a_run() -> None:
@@ -489,6 +491,98 @@ def test_what_lists_no_models_is_told_so(listed: Any) -> None:
         probe(ProbeConfig(host=url))
     is_list = isinstance(listed, list)
     assert ("serves 0 models" if is_list else "without a list of models") in str(error.value)
+
+
+class _Elsewhere(BaseHTTPRequestHandler):
+    """Answers what `status` and `location` say, to everything."""
+
+    status: int = 404
+    location: str = ""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        if self.location:
+            self.send_header("location", self.location)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+
+@pytest.mark.parametrize(
+    ("ending", "model", "hint"),
+    [
+        ("", "", "end in their version (ROOT/v1), and that it lists its models under /models"),
+        ("/v1/chat/completions", "", "leave /chat/completions off the address: ROOT/v1"),
+        ("/v1/completions", "toy", "leave /completions off the address: ROOT/v1"),
+        ("/v1", "toy", "check the address, and that it serves a model toy"),
+    ],
+)
+def test_an_address_that_is_none_of_an_api_has_a_hint(ending: str, model: str, hint: str) -> None:
+    with listening(_Elsewhere) as url:
+        root = url.removesuffix("/v1")
+        given = {"host": root + ending}
+        if model:
+            given = {"host": f"openai:{model}", "api_url": root + ending}
+        with pytest.raises(ModelError) as error:
+            probe(ProbeConfig.model_validate(given))
+    assert hint.replace("ROOT", root) in error.value.hint and "?" not in error.value.hint
+
+
+@pytest.mark.parametrize("given", ["http", "openai:toy"])
+def test_a_redirect_says_where_it_points_without_secrets(given: str) -> None:
+    class Handler(_Elsewhere):
+        status, location = 302, "https://u:hunter2@127.0.0.1:9/login/v1?key=hunter2#hunter2"
+
+    with listening(Handler) as url:
+        config = {"host": url} if given == "http" else {"host": given, "api_url": url}
+        with pytest.raises(ModelError) as error:
+            probe(ProbeConfig.model_validate(config))
+    said = str(error.value)
+    assert "redirects to https://127.0.0.1:9/login/v1 (status 302), and redirects are not" in said
+    assert "hunter2" not in said
+
+
+def test_where_a_redirect_points() -> None:
+    assert target_of("http://h:1/v1", "/login?next=a") == "http://h:1/login"
+    assert target_of("http://h/v1", "there") == "http://h/v1/there"
+    assert target_of("http://h/v1", "http://[") == "an address that cannot be read"
+
+
+def test_a_services_own_address_is_not_asked_without_a_key_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = Address.of("openai:toy", None)
+    assert "without a key" in missing_key(own) and "OPENAI_API_KEY" in missing_key(own)
+    assert not missing_key(Address.of("openai:toy", "http://127.0.0.1:9/v1"))
+    notes: list[str] = []
+    with toy() as found, monkeypatch.context() as patch:
+        # As if the service's own address were this server's.
+        patch.setitem(SERVICES, "openai", (found.url, "OPENAI_API_KEY"))
+        probe(ProbeConfig(host="openai:toy"), on_note=notes.append)
+    assert len(notes) == 1 and f"{found.url} is asked without a key" in notes[0]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-some")
+    assert not missing_key(own)
+
+
+@pytest.mark.parametrize("host", ["tiny:llama", "http://127.0.0.1:9/v1"])
+def test_an_address_that_nothing_would_use_is_refused(
+    host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["hosts", "probe", host, "--api-url", "http://127.0.0.1:9/v1"])
+    assert end.value.code == 2
+    assert "--api-url is for a host openai:MODEL or anthropic:MODEL" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["hosts", "probe", "openai:toy", "--api-price-in", "1"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "give both --api-price-in and --api-price-out, or neither" in said
 
 
 def test_a_probe_tells_why_it_waits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,13 +63,16 @@ def adapter(small: Path) -> Path:
     folder = small.parent
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TRIMTAB_HOME", str(folder / "home"))
+        # What is held out follows from names, and with a folder's chance name some experts turn
+        # out so that a few of torch's states are off by a hundred times the usual rounding.
+        patched.chdir(folder)
         for number in range(4):
             (folder / f"{number}.txt").write_text(domain_text(number))
         (folder / "plain.md").write_text("Plain prose, about nothing in particular. " * 8)
-        tuning = {"model": str(small), "data": (str(folder / "*.txt"),), "learning_rate": 3e-2}
+        tuning = {"model": str(small), "data": ("*.txt",), "learning_rate": 3e-2}
         tuning |= {"window_tokens": 128, "held_out": 0.25, "validations": 1, "dtype": "float32"}
         tune(TuneConfig.model_validate({**tuning, "out": folder / "expert"}))
-        recording = {"expert": folder / "expert", "general": (str(folder / "*.md"),)}
+        recording = {"expert": folder / "expert", "general": ("*.md",)}
         recording |= {"window_tokens": 256, "stride_tokens": 192, "dtype": "float32"}
         record(RecordConfig.model_validate({**recording, "out": folder / "recording"}))
         fitting = {"recording": folder / "recording", "rank": 8, "epochs": 1, "key_size": 16}

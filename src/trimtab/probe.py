@@ -41,11 +41,12 @@ def probe(
     if not is_hosted(config.host) and not config.host.startswith(("http://", "https://")):
         return ProbeResult(config.host, _local(config.host, progress))
     # Imported here: what it needs is in an extra.
+    from trimtab.hosted.address import ANY_MODEL
     from trimtab.hosted.opening import opened, price_of, served_model
 
     if not is_hosted(config.host):
         url = config.host
-        values = config.model_dump() | {"api_url": url, "host": "openai:?"}
+        values = config.model_dump() | {"api_url": url, "host": f"openai:{ANY_MODEL}"}
         config = ProbeConfig.model_validate(values)
         name = f"openai:{served_model(config, on_note=on_note)}"
         config = ProbeConfig.model_validate(values | {"host": name})

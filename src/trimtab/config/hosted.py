@@ -19,6 +19,16 @@ def is_hosted(host: str) -> bool:
     return host.startswith(API_SCHEMES)
 
 
+def check_api_url(host: str, api_url: str | None) -> None:
+    """Refuse an address that nothing would use.
+
+    Raises:
+        ValueError: It is given for another host.
+    """
+    if api_url is not None and not is_hosted(host):
+        raise ValueError("--api-url is for a host openai:MODEL or anthropic:MODEL")
+
+
 class HostedOptions(Config):
     """What a verb asks of a model behind an API."""
 
@@ -71,7 +81,7 @@ class HostedOptions(Config):
         given = values if isinstance(values, dict) else {}
         url, host = given.get("api_url"), given.get("host")
         if isinstance(url, str) and not url.startswith(_WEB):
-            raise ValueError("api_url: expected an address that begins with http:// or https://")
+            raise ValueError("--api-url: expected an address that begins with http:// or https://")
         addresses = [a for a in (url, host) if isinstance(a, str) and a.startswith(_WEB)]
         if any(sign in address for address in addresses for sign in "@?#"):
             raise ValueError(
@@ -83,7 +93,7 @@ class HostedOptions(Config):
     @model_validator(mode="after")
     def _both_prices(self) -> "HostedOptions":
         if (self.api_price_in is None) != (self.api_price_out is None):
-            raise ValueError("give both api_price_in and api_price_out, or neither")
+            raise ValueError("give both --api-price-in and --api-price-out, or neither")
         return self
 
 
@@ -92,3 +102,8 @@ class ProbeConfig(HostedOptions):
 
     host: str
     """Host as for generate, or the address of an API that serves one model."""
+
+    @model_validator(mode="after")
+    def _api_is_used(self) -> "ProbeConfig":
+        check_api_url(self.host, self.api_url)
+        return self

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from trimtab.config.base import CarrierName, Config, Dtype, check_named
-from trimtab.config.hosted import HostedOptions, is_hosted
+from trimtab.config.hosted import HostedOptions, check_api_url
 
 DRAFT_TOKENS = 8
 """Tokens that an expert drafts ahead at most, unless told otherwise; it stops earlier where it is
@@ -119,8 +119,7 @@ class GenerateConfig(HostedOptions, _Generation):
 
     @model_validator(mode="after")
     def _api_is_used(self) -> "GenerateConfig":
-        if self.api_url is not None and not is_hosted(self.host):
-            raise ValueError("api_url is for a host openai:MODEL or anthropic:MODEL")
+        check_api_url(self.host, self.api_url)
         return self
 
 

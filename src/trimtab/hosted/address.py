@@ -1,6 +1,7 @@
 """Where a model behind an API is served, its key, and what to do when it does not answer."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -13,6 +14,12 @@ SERVICES: Mapping[str, tuple[str, str]] = {
     "anthropic": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
 }
 """By dialect: the service's own address, and the variable with its key, sent nowhere else."""
+
+ANY_MODEL = "?"
+"""Stands for a model whose name is asked for."""
+
+_QUESTIONS = re.compile(r"(/chat)?/completions$|/messages$|/models$")
+_VERSION = re.compile(r"/v\d\w*(/|$)")
 
 CHANGED = (
     "what this API shows has changed since it was looked at: look again with `trimtab hosts probe`"
@@ -68,14 +75,37 @@ def key_of(address: Address) -> str:
     return key
 
 
+def missing_key(address: Address) -> str:
+    """What to say where a service's own address is asked without a key; empty elsewhere."""
+    own_url, variable = SERVICES[address.dialect]
+    if address.url != own_url or key_of(address):
+        return ""
+    return (
+        f"{own_url} is asked without a key, which it is likely to refuse: put one into the variable"
+        f" {variable} or {KEY_VARIABLE}"
+    )
+
+
+def of_the_address(address: Address) -> str:
+    """What to do where nothing answers under an address as an API does."""
+    if ending := _QUESTIONS.search(address.url):
+        return f"leave {ending[0]} off the address: {address.url.removesuffix(ending[0])}"
+    serves = f"it serves a model {address.model}"
+    if address.model == ANY_MODEL:
+        serves = "it lists its models under /models"
+    is_whole = _VERSION.search(address.url)
+    ends = "" if is_whole else f", which most APIs end in their version ({address.url}/v1)"
+    return f"check the address{ends}, and that {serves}"
+
+
 def remedy(status: int, address: Address) -> str:
     """What to do after a refusal with some HTTP status."""
     if status in (401, 403):
         own_url, variable = SERVICES[address.dialect]
         named = f" or {variable}" if address.url == own_url else ""
         return f"put a key that this API accepts into the variable {KEY_VARIABLE}{named}"
-    if status == 404:
-        return f"check the address, and that it serves a model {address.model}"
+    if status in (404, 405):
+        return of_the_address(address)
     if status in (402, 429):
         return "add credit, or wait; the same command goes on with the answers that have come"
     return "see `trimtab hosts probe` for what this API understands"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, final
 from trimtab.errors import MissingDependencyError, ModelError, NumericalError
 from trimtab.hosted.address import CHANGED, Address, after_failures, key_of, remedy
 from trimtab.hosted.answers import Answers, BrokenAnswer, MissingLogprobsError, usage_of
+from trimtab.hosted.counting import Counts
 from trimtab.hosted.failures import (
     TOO_DEEP,
     FailedError,
@@ -20,6 +21,7 @@ from trimtab.hosted.failures import (
     RefusedError,
     message_of,
     retry_after_sec,
+    target_of,
 )
 from trimtab.hosted.ledger import Ledger, Usage
 from trimtab.store.files import sha256_bytes, write_json
@@ -111,6 +113,8 @@ class Client:
         """
         self.address = address
         self.ledger = ledger
+        self.counts = Counts()
+        self.doubts_tokens = False
         self._manners = manners
         self._clock, self._sleep = clock, sleep or SLEEP
         self._on_note = on_note
@@ -123,6 +127,16 @@ class Client:
     def keep_for(self, model: str | None) -> None:
         """Use and keep answers of one of the models that have answered here; None: of none."""
         self._model = model
+
+    def doubt_tokens(self, why: str) -> None:
+        """Count no longer by the tokenizer that was named, and say why, once."""
+        if self._on_note is not None and not self.doubts_tokens:
+            self._on_note(
+                f"the tokenizer that --api-tokenizer names seems not to be this host's: {why};"
+                " name the host's own, or leave it out: tokens are then told from what the API"
+                " shows"
+            )
+        self.doubts_tokens = True
 
     def close(self) -> None:
         """Close the connections."""
@@ -156,6 +170,7 @@ class Client:
             with suppress(BrokenAnswer):
                 found = read(raw)
                 self.ledger.kept_calls += 1
+                self.counts.learn(body, usage_of(raw))
                 return found
         return self._patiently(lambda: self._whole(path, body, read, kept, estimate))
 
@@ -183,7 +198,7 @@ class Client:
             if refusal.status in _OF_ALL_REQUESTS | _PASSING:
                 raise
             return refusal.message
-        self.ledger.book(usage_of(raw), estimate)
+        self._book(body, usage_of(raw), estimate)
         try:
             return read(raw)
         except BrokenAnswer as error:
@@ -206,7 +221,7 @@ class Client:
             hint = CHANGED if isinstance(error, MissingLogprobsError) else ""
             reason = self._shown(str(error))
             if usage is not None:
-                self.ledger.book(usage)
+                self._book(body, usage)
                 if not self.ledger.allows(estimate or Usage()):
                     raise ModelError(
                         f"{reason}, and the budget of tokens allows no other attempt",
@@ -214,10 +229,16 @@ class Client:
                     ) from None
             is_booked = usage is not None
             raise PassingError(reason, is_booked=is_booked, hint=hint) from None
-        self.ledger.book(usage, estimate)
+        self._book(body, usage, estimate)
         if kept is not None:
             _keep(kept, raw)
         return found
+
+    def _book(
+        self, body: Mapping[str, Any], usage: Usage | None, estimate: Usage | None = None
+    ) -> None:
+        self.ledger.book(usage, estimate)
+        self.counts.learn(body, usage)
 
     def _patiently(self, call: Callable[[], Parsed]) -> Parsed:
         def paced() -> Parsed:
@@ -313,6 +334,14 @@ class Client:
             raise PassingError(f"the connection failed: {reason}") from None
 
     def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
+        if 300 <= status < 400 and "location" in headers:
+            url = self._shown(target_of(self.address.url, headers["location"]))
+            return RefusedError(
+                f"{self.address.url} redirects to {url} (status {status}), and redirects are not"
+                " followed",
+                hint="where you trust that address, give it, up to its version, in place of this",
+                status=status,
+            )
         said = self._shown(message_of(content))
         exhausted = status == 429 and "insufficient_quota" in content.decode("utf-8", "replace")
         if status in _PASSING and not exhausted:

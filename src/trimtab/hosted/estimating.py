@@ -1,29 +1,40 @@
-"""What a run of an API will take at most, before its first request."""
+"""What a run of an API will take, before its first request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.hosted.host import HostedModel
-from trimtab.hosted.ledger import Price, Usage
+from trimtab.hosted.ledger import Price, Usage, counted
 from trimtab.hosted.writing import Task
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bounds of a run.
+    """What a run takes at most; of prompts about, where the host's tokens cannot be counted.
 
     Attributes:
         calls: Most requests, without those that are repeated.
-        usage: Most tokens; of prompts an estimate, where the host's tokenizer is not known.
+        usage: Most tokens; of prompts an estimate, as above.
     """
 
     calls: int
     usage: Usage
 
-    def in_words(self, price: Price | None) -> str:
-        """The bounds, and what they cost where the price is known."""
-        words = self.usage.in_words(self.calls)
-        return words if price is None else f"{words}, {price.in_words(self.usage)}"
+    def in_words(self, price: Price | None, way: str = "") -> str:
+        """The bounds, and what they cost where the price is known.
+
+        Args:
+            price: For a million tokens.
+            way: How tokens of prompts were estimated (default: they were counted).
+        """
+        cost = "" if price is None else f", {price.in_words(self.usage)}"
+        if not way:
+            return f"at most {self.usage.in_words(self.calls)}{cost}"
+        written, read = self.usage.completion_tokens, self.usage.prompt_tokens
+        return (
+            f"at most {counted(self.calls, 'call')} and {written:,} completion tokens, about"
+            f" {read:,} prompt tokens{cost} ({way})"
+        )
 
 
 def planned_alone(host: HostedModel, tasks: Sequence[Task]) -> Plan:

@@ -4,6 +4,7 @@ import json
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any, final
+from urllib.parse import urljoin, urlsplit
 
 from trimtab.errors import ModelError
 
@@ -81,6 +82,16 @@ def _in_one_line(text: str) -> str:
     # Halves of characters, which JSON can hold and nothing can print.
     text = text.encode("utf-8", "replace").decode()
     return " ".join(text.split()) or "without a reason"
+
+
+def target_of(url: str, location: str) -> str:
+    """Where a redirect points, without what may be a secret: user name, query and fragment."""
+    try:
+        found = urlsplit(urljoin(f"{url}/", location))
+        port = f":{found.port}" if found.port else ""
+    except ValueError:
+        return "an address that cannot be read"
+    return _in_one_line(f"{found.scheme}://{found.hostname or ''}{port}{found.path}")
 
 
 def retry_after_sec(value: str | None) -> float | None:

@@ -12,7 +12,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.backends.live import Live
 from trimtab.backends.pair import Pair
 from trimtab.config import GenerateConfig
-from trimtab.errors import AdapterError, InputError
+from trimtab.errors import AdapterError, InputError, ModelError
 from trimtab.hosted.blending import Blender
 from trimtab.hosted.context import expert_draft
 from trimtab.hosted.estimating import Plan, planned_alone, planned_candidates, planned_steps
@@ -73,8 +73,8 @@ def generate_hosted(
         config: Host, prompts, adapter and sampling.
         progress: Shows the opening and the tokens.
         on_text: Gets the text of each prompt.
-        on_note: Gets what is used and what it will cost at most, before the first request, and
-            what it has cost, at the end.
+        on_note: Gets what is used and what it will cost, before the first request, and what it has
+            cost, at the end.
 
     Raises:
         AdapterError: The adapter has no expert, or other carriers are named.
@@ -96,7 +96,8 @@ def generate_hosted(
         if host.client.ledger.calls:
             asked = host.client.ledger.summary(price_of(config))
             notes.append(f"asked {host.client.address.url} what it is: {asked}")
-        notes.append(f"at most {_plan(config, host, tasks, level).in_words(price_of(config))}")
+        plan = _plan(config, host, tasks, level)
+        notes.append(plan.in_words(price_of(config), host.way_of_counting(chat=config.chat)))
         for note in notes:
             _tell(on_note, note)
         run = _Run(config, host, pair, manifest, on_text)
@@ -283,9 +284,19 @@ def _open_pair(
 ) -> Pair | None:
     if manifest is None or config.adapter is None:
         return None
-    return open_beside(
-        manifest, config.adapter, small=config.small, dtype=config.dtype, progress=progress
-    )
+    try:
+        return open_beside(
+            manifest, config.adapter, small=config.small, dtype=config.dtype, progress=progress
+        )
+    except ModelError as error:
+        if config.small:
+            raise
+        # Head and memory, which need no small model, cannot steer here.
+        raise ModelError(
+            error.message,
+            hint="name the place where it lies with --small: a host behind an API is steered by"
+            " the expert alone",
+        ) from error
 
 
 def _with_drafts(

@@ -7,15 +7,10 @@ from trimtab.errors import ModelError
 from trimtab.hosted.answers import Answers, read_answers, read_messages
 from trimtab.hosted.capabilities import Capabilities
 from trimtab.hosted.client import Client, Reader
+from trimtab.hosted.counting import BYTES_A_TOKEN, SPECIAL_TOKENS, TEMPLATE_TOKENS, misfit
 from trimtab.hosted.ledger import Usage
 from trimtab.hosted.requests import Prefix, Wanted, length, path_and_body
 from trimtab.hosted.tokens import KnownTokens
-
-BYTES_A_TOKEN = 3
-"""Fewer than most texts have, where a host's tokenizer is not known: an estimate is to be high."""
-
-TEMPLATE_TOKENS = 40
-"""More than most chat templates put around a message."""
 
 
 @final
@@ -45,13 +40,31 @@ class HostedModel:
             ModelError: As `Client.ask`; or it no longer shows what it showed when it was probed.
         """
         path, body = path_and_body(self.client.address.model, prefix, wanted, self.by)
-        return self.client.ask(
+        found = self.client.ask(
             path,
             body,
             self.reader(wanted),
             ordinal=ordinal,
             estimate=self.estimate(prefix, wanted),
         )
+        self.check_tokens(prefix, found)
+        return found
+
+    def check_tokens(self, prefix: Prefix, answers: Answers) -> None:
+        """Warn where an answer shows that the tokenizer is not the host's.
+
+        Args:
+            prefix: What the host was sent just now.
+            answers: What it has answered.
+        """
+        if self.tokens is None or self.client.doubts_tokens:
+            return
+        is_chat = prefix.message is not None
+        told = None if prefix.token_ids is not None else self.client.counts.told(chat=is_chat)
+        if told is not None and told[0] != _sent(prefix):
+            told = None
+        if why := misfit(self.tokens, told, answers, chat=is_chat):
+            self.client.doubt_tokens(why)
 
     def reader(self, wanted: Wanted, *, is_look: bool = False) -> Reader:
         """What takes the answer apart.
@@ -77,27 +90,54 @@ class HostedModel:
 
     def count(self, text: str) -> int:
         """Tokens of a text, or more than it is likely to have."""
-        if self.tokens is not None:
-            return len(self.tokens.encode(text))
-        return len(text.encode()) // BYTES_A_TOKEN + 1
+        if (tokens := self._trusted) is not None:
+            return len(tokens.encode(text))
+        return int(len(text.encode()) / self.client.counts.bytes_a_token) + 1
 
     def count_read(self, text: str, *, chat: bool) -> int:
-        """Tokens that it reads where it is sent a text or a message, or more than is likely."""
-        if chat:
-            return self.count(text) + TEMPLATE_TOKENS
-        begins = 1 if self.tokens is None else len(self.tokens.context_ids())
-        return self.count(text) + begins
+        """Tokens that it reads where it is sent a text or a message; or about as many."""
+        if self._trusted is None:
+            return self.client.counts.likely(text, chat=chat)
+        return self.count(text) + self._around(chat=chat)
+
+    def way_of_counting(self, *, chat: bool) -> str:
+        """How tokens of prompts are counted, in words; empty where the count is exact."""
+        if self._trusted is not None:
+            return "not knowing the chat's template" if chat else ""
+        each = self.client.counts.bytes_a_token
+        said = ", as the API counts" if each < BYTES_A_TOKEN else ""
+        template = "; not knowing the chat's template" if chat else ""
+        return f"a token taken for {each:.1f} bytes{said}{template}"
 
     def allows(self, prefix: Prefix, wanted: Wanted) -> bool:
         """Whether a call stays within the budget."""
         return self.client.ledger.allows(self.estimate(prefix, wanted))
 
     def estimate(self, prefix: Prefix, wanted: Wanted) -> Usage:
-        """What a call takes at most, or more than is likely."""
-        ids, text = prefix.token_ids, (prefix.message or "") + prefix.text
-        is_chat = prefix.message is not None
-        prompt = len(ids) if ids is not None else self.count_read(text, chat=is_chat)
+        """What a call takes at most, as far as that can be known."""
+        text, is_chat = _sent(prefix), prefix.message is not None
+        if prefix.token_ids is not None:
+            prompt = len(prefix.token_ids)
+        elif self._trusted is not None:
+            prompt = self.count_read(text, chat=is_chat)
+        else:
+            prompt = self.client.counts.most(text, chat=is_chat)
         return Usage(prompt, length(wanted, self.by) * wanted.count)
+
+    @property
+    def _trusted(self) -> KnownTokens | None:
+        """Its tokenizer, if what the API says goes with it."""
+        return None if self.client.doubts_tokens else self.tokens
+
+    def _around(self, *, chat: bool) -> int:
+        """Tokens that it reads around a text or a message, by its own tokenizer."""
+        least = TEMPLATE_TOKENS
+        if not chat:
+            least = 1 if self.tokens is None else len(self.tokens.context_ids())
+        if (told := self.client.counts.told(chat=chat)) is None:
+            return least
+        around = told[1] - self.count(told[0])
+        return max(0, around) if chat else min(max(least, around), SPECIAL_TOKENS)
 
     def check_way(self, *, chat: bool) -> None:
         """Refuse a way of asking that the API does not have.
@@ -114,3 +154,8 @@ class HostedModel:
                 f"{self.client.address.url} continues no texts, it answers messages only",
                 hint="use --chat",
             )
+
+
+def _sent(prefix: Prefix) -> str:
+    """All that is sent as text."""
+    return (prefix.message or "") + prefix.text

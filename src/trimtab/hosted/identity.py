@@ -176,7 +176,10 @@ def _ask(host: HostedModel, wanted: Wanted) -> Said | None:
     path, body = path_and_body(host.client.address.model, prefix, wanted, host.by)
     read = host.reader(wanted, is_look=True)
     found = host.client.try_once(path, body, read, estimate=host.estimate(prefix, wanted))
-    return _said(path, body, found.choices[0]) if isinstance(found, Answers) else None
+    if not isinstance(found, Answers):
+        return None
+    host.check_tokens(prefix, found)
+    return _said(path, body, found.choices[0])
 
 
 def _said(path: str, body: Mapping[str, Any], answer: Answer) -> Said:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from trimtab.config import HostedOptions, ProbeConfig
 from trimtab.errors import InputError, ModelError
-from trimtab.hosted.address import Address
+from trimtab.hosted.address import Address, missing_key
 from trimtab.hosted.client import Client, Manners
 from trimtab.hosted.host import HostedModel
 from trimtab.hosted.identity import Identity, identified
@@ -31,7 +31,8 @@ def opened(
         options: How it is reached and called.
         probe_again: Ask what it can do, whatever was found before.
         progress: Shows the opening of a tokenizer.
-        on_note: Gets why a request is sent again, and what a look has used that came to no end.
+        on_note: Gets why a request is sent again, what seems to be wrong with key or tokenizer, and
+            what a look has used that came to no end.
 
     Raises:
         ModelError: It cannot be reached, or refuses key or model.
@@ -41,6 +42,8 @@ def opened(
     tokens = open_known(options.api_tokenizer, progress) if options.api_tokenizer else None
     ledger = Ledger(options.api_budget_tokens)
     client = Client(address, manners_of(options), ledger, on_note=on_note)
+    if on_note is not None and (note := missing_key(address)):
+        on_note(note)
     named, by, top = options.api_tokenizer or "", None, options.api_top_logprobs
 
     def look(*, again: bool) -> HostedModel:

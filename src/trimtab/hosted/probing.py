@@ -5,6 +5,7 @@ from typing import Any, final
 
 from trimtab.align.strings import is_whole
 from trimtab.errors import InputError, ModelError
+from trimtab.hosted.address import of_the_address
 from trimtab.hosted.answers import Answers, Place, text_of
 from trimtab.hosted.asking import asked_otherwise, named_otherwise
 from trimtab.hosted.capabilities import (
@@ -16,7 +17,7 @@ from trimtab.hosted.capabilities import (
 from trimtab.hosted.client import Client
 from trimtab.hosted.failures import FailedError, RefusedError
 from trimtab.hosted.host import HostedModel
-from trimtab.hosted.ledger import Usage
+from trimtab.hosted.ledger import Usage, counted
 from trimtab.hosted.requests import Prefix, Wanted, path_and_body
 from trimtab.hosted.tokens import KnownTokens
 
@@ -255,11 +256,11 @@ class _Prober:
         estimate = host.estimate(prefix, wanted)
 
         def asked() -> Answers | str:
-            # Questions with the shortest answers are in the bound that was checked before.
-            if by.shortest_tokens > 1 and not self._client.ledger.allows(estimate):
+            # The bound that was checked before is of short answers and the usual tokens.
+            if not self._client.ledger.allows(estimate):
                 raise InputError(
-                    f"{self._client.address.url} takes no shorter answers than"
-                    f" {by.shortest_tokens} tokens; looking at it with these takes more than"
+                    f"looking at {self._client.address.url}, with answers of"
+                    f" {counted(by.shortest_tokens, 'token')}, may take more than"
                     " --api-budget-tokens allows",
                     hint="give a larger budget, or look once without one: `trimtab hosts probe`",
                 )
@@ -272,7 +273,7 @@ class _Prober:
         said = self._refusals[-1] if self._refusals else "nothing"
         return ModelError(
             f"{self._client.address.url} answers neither texts nor messages: {said}",
-            hint=f"check the address, and that it serves a model {self._model}",
+            hint=of_the_address(self._client.address),
         )
 
 
