@@ -112,6 +112,20 @@ def serving(endpoint: Endpoint) -> Iterator[Endpoint]:
         yield endpoint
 
 
+class Quiet(BaseHTTPRequestHandler):
+    """Says nothing of its requests, and answers a POST as a GET."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        raise NotImplementedError
+
+
 @contextmanager
 def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Serve on a free port of this machine alone; gives the address up to the version."""

@@ -4,13 +4,12 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_server import Quiet, listening
 from endpoint_server import home as home  # a fixture
-from endpoint_server import listening
 
 from trimtab.config import GenerateConfig, ProbeConfig
 from trimtab.errors import InputError, ModelError
@@ -41,14 +40,7 @@ def served() -> Iterator[tuple[str, Script]]:
     """An address, and what it answers, one a request."""
     script: Script = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            self.do_GET()
-
+    class Handler(Quiet):
         def do_GET(self) -> None:
             status, headers, content = script.pop(0)
             self.send_response(status)

@@ -4,13 +4,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_server import Quiet, listening
 from endpoint_server import home as home  # a fixture
-from endpoint_server import listening
 
 from trimtab.cli import main
 from trimtab.config import GenerateConfig, ProbeConfig
@@ -79,10 +78,7 @@ class Toy:
 def toy(kind: type[Toy] = Toy, **values: Any) -> Iterator[Toy]:
     found = kind(**values)
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
+    class Handler(Quiet):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             found.seen.append((self.path, body))
@@ -462,14 +458,11 @@ def test_odd_answers_are_broken() -> None:
     assert usage_of({"usage": {"input_tokens": 3}}) == Usage(3, 0)
 
 
-class _Listed(BaseHTTPRequestHandler):
+class _Listed(Quiet):
     """Names its models, and fails at the first request."""
 
     listed: Any = None
     failures: int = 1
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         kind = type(self)
@@ -493,18 +486,11 @@ def test_what_lists_no_models_is_told_so(listed: Any) -> None:
     assert ("serves 0 models" if is_list else "without a list of models") in str(error.value)
 
 
-class _Elsewhere(BaseHTTPRequestHandler):
+class _Elsewhere(Quiet):
     """Answers what `status` and `location` say, to everything."""
 
     status: int = 404
     location: str = ""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        self.do_GET()
 
     def do_GET(self) -> None:
         self.send_response(self.status)

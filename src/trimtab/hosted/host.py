@@ -96,9 +96,9 @@ class HostedModel:
 
     def count_read(self, text: str, *, chat: bool) -> int:
         """Tokens that it reads where it is sent a text or a message; or about as many."""
-        if self._trusted is None:
+        if (tokens := self._trusted) is None:
             return self.client.counts.likely(text, chat=chat)
-        return self.count(text) + self._around(chat=chat)
+        return len(tokens.encode(text)) + self._around(tokens, chat=chat)
 
     def way_of_counting(self, *, chat: bool) -> str:
         """How tokens of prompts are counted, in words; empty where the count is exact."""
@@ -129,14 +129,12 @@ class HostedModel:
         """Its tokenizer, if what the API says goes with it."""
         return None if self.client.doubts_tokens else self.tokens
 
-    def _around(self, *, chat: bool) -> int:
+    def _around(self, tokens: KnownTokens, *, chat: bool) -> int:
         """Tokens that it reads around a text or a message, by its own tokenizer."""
-        least = TEMPLATE_TOKENS
-        if not chat:
-            least = 1 if self.tokens is None else len(self.tokens.context_ids())
+        least = TEMPLATE_TOKENS if chat else len(tokens.context_ids())
         if (told := self.client.counts.told(chat=chat)) is None:
             return least
-        around = told[1] - self.count(told[0])
+        around = told[1] - len(tokens.encode(told[0]))
         return max(0, around) if chat else min(max(least, around), SPECIAL_TOKENS)
 
     def check_way(self, *, chat: bool) -> None:
