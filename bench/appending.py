@@ -5,13 +5,13 @@ r"""What appending text to a memory is worth and costs, beside an adapter that i
 
 Three memories of one expert: of the first text; the same with more text appended; and of all text,
 recorded and fitted anew. Each is scored on the same test text. With `--entries` the first memory
-is also repeated up to so many entries, as in bench.memory_opening, and grows by the same text.
+is also made so large with drawn entries, as in bench.memory_opening, and grows by the same text.
 
     python -m bench.appending --adapter FOLDER --more DATA... --host MODEL --folder FOLDER \
         --out RESULT [--entries 1000000] [--threads 1]
 
 How long it takes alone, part by part, for an adapter that is there and for one whose memory is
-repeated up to `--entries`: each of DATA is appended to either, and the grown adapter is mounted
+made as large as `--entries`: each of DATA is appended to either, and the grown adapter is mounted
 twice. What the larger memory takes longer is what grows with it. The folder may be used again, for
 another version of the code: the large memory and its lists are then there already.
 """

@@ -1,9 +1,12 @@
 r"""What it takes to open a large memory, and to ask it: made anew in RAM, or kept and mapped.
 
     python -m bench.memory_opening --adapter FOLDER --entries 1000000 --folder FOLDER --out RESULT
+        [--host MODEL]
 
-The adapter gives its text, repeated, and the form of its keys; the keys themselves are drawn, in
-groups. With `--host` the adapter itself is mounted on that host as well. Each
+The adapter gives its token strings, of which the text is drawn, so that hardly two entries are
+followed by the same bytes, and the form of its keys; the keys themselves are drawn, in
+groups. With `--host` the first mount's look at what followed each entry is measured with that
+host's tokenizer, and the adapter itself is mounted as well. Each
 measurement is in a process of its own. RAM is what a process adds to what it had before: its own,
 and pages of mapped files, which the system can take back at any time.
 """
@@ -13,7 +16,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +27,21 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trimtab.backends.open import open_model
-from trimtab.carriers.memory import Memory, contexts_before, documents_of, lay_out
+from trimtab.carriers.memory import Memory, contexts_before, lay_out
 from trimtab.carriers.search import MAPPED_MATCH_WEIGHT, build_index, look_up
 from trimtab.carriers.sources import Sources
 from trimtab.cli_errors import run_program
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
 from trimtab.mount import mount
+from trimtab.steering.seat import following
 from trimtab.store.adapter import (
     HEAD_FILE,
     MEMORY_FILE,
     MOUNT_FILE,
     MemoryFile,
     read_memory,
+    read_mount,
     write_memory,
 )
 from trimtab.store.card import write_adapter
@@ -51,7 +56,6 @@ GROUPS = 20_000
 SPREAD = 1.0
 """Length of what is added to a group's unit vector."""
 
-ENTRY_BYTES = 4
 QUESTIONS = 64
 DRAWN = 65_536
 
@@ -59,7 +63,7 @@ DRAWN = 65_536
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--host", help="mount the adapter itself there, too")
+    parser.add_argument("--host", help="mount there, too")
     parser.add_argument("--entries", type=int, default=1_000_000, help="keys [1000000]")
     parser.add_argument("--folder", type=Path, required=True, help="for large files")
     parser.add_argument("--threads", type=int, default=1, help="[1]")
@@ -71,7 +75,9 @@ def main() -> None:
 
 def measure(given: argparse.Namespace) -> None:
     os.environ[HOME_VARIABLE] = str(given.folder / "home")
-    grown = given.folder / f"memory-{given.entries}.adapter"
+    # Of tokenizers.
+    os.environ["RAYON_NUM_THREADS"] = str(given.threads)
+    grown = given.folder / f"memory-{given.entries}-drawn.adapter"
     if not grown.is_dir():
         grow(given.adapter, grown, given.entries)
         # A file must have lain still for this long to be kept in mind.
@@ -85,6 +91,7 @@ def measure(given: argparse.Namespace) -> None:
         steps = {"in RAM": partial(open_memory, grown, is_kept=False)} | steps
     if given.host:
         steps |= {
+            "what followed": partial(look_at_followed, grown, given.host),
             "mount, index made": partial(mounted, given.adapter, given.host, is_kept=False),
             "mount, kept": partial(mounted, given.adapter, given.host, is_kept=True),
         }
@@ -107,16 +114,15 @@ def grow(adapter: Path, out: Path, entries: int) -> None:
     if carried is None or carried.values != "hard":
         raise AdapterError(f"{adapter} carries no hard memory", hint="fit one with a memory")
     file = read_memory(adapter, manifest)
-    found = b"\n".join(documents_of(file.memory.text)[0])
-    size = ENTRY_BYTES * entries
-    text, starts = lay_out([(found * (1 + size // len(found)))[:size]])
+    document, ends = drawn_text(read_mount(adapter)[0].strings, entries)
+    text, starts = lay_out([document])
     with replace_directory(out) as folder:
         memory = Memory(
             drawn_keys(folder / "keys", entries, file.memory.keys.shape[1]),
             file.memory.projection,
             file.memory.mean,
             text,
-            starts[0] + ENTRY_BYTES * torch.arange(entries),
+            starts[0] + ends,
             sources=Sources(("text",), tuple(starts)),
         )
         write_memory(folder, MemoryFile(memory, file.probe_features))
@@ -128,6 +134,16 @@ def grow(adapter: Path, out: Path, entries: int) -> None:
         carriers["memory"] = carried.model_copy(update={"entries": entries})
         emptied = {n: c.model_copy(update={"files": ()}) for n, c in carriers.items()}
         write_adapter(folder, manifest.model_copy(update={"carriers": emptied, "files": {}}))
+
+
+def drawn_text(strings: Sequence[bytes], entries: int) -> tuple[bytes, Tensor]:
+    """Token strings in any order, one more than entries, and where each but the last ends."""
+    # Zero bytes part documents.
+    chosen = [string for string in strings if string and b"\0" not in string]
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.randint(len(chosen), (entries + 1,), generator=generator)
+    lengths = torch.tensor([len(string) for string in chosen])[drawn]
+    return b"".join(chosen[number] for number in drawn.tolist()), lengths.cumsum(0)[:-1]
 
 
 def drawn_keys(scratch: Path, entries: int, size: int) -> Tensor:
@@ -198,6 +214,22 @@ def _questions(memory: Memory) -> tuple[Tensor, Tensor]:
     noise = torch.randn(QUESTIONS, size, generator=torch.Generator().manual_seed(2))
     places = torch.arange(QUESTIONS) * (len(memory) // QUESTIONS) + 7
     return chosen + noise / size**0.5, contexts_before(memory.text, memory.positions[places] - 1)
+
+
+def look_at_followed(adapter: Path, host: str) -> dict[str, Any]:
+    """What a first mount does with each entry: the host's token that begins what followed it."""
+    model, memory = open_model(host), read_memory(adapter, read_manifest(adapter)).memory
+    # The peak so far is that of the host's opening.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, before_mb, clock = _ram_mb(), _told("VmRSS"), _Clock()
+    following(memory, model)
+    clock.lap("what followed")
+    after = _ram_mb()
+    return {
+        "laps": clock.laps,
+        "ram_mb": {name: after[name] - before[name] for name in after},
+        "largest_ram_mb": _told("VmHWM") - before_mb,
+    }
 
 
 def mounted(adapter: Path, host: str, *, is_kept: bool) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from trimtab.steering.explain import (
     parts,
 )
 from trimtab.steering.predictors import Rows, Steering, predicted
-from trimtab.steering.proposals import first_tokens, followed
 from trimtab.steering.rows import base_of, families, prior_of, with_memory
+from trimtab.steering.seat import following
 from trimtab.store.adapter_schema import Blend
 
 BLEND = Blend()
@@ -177,7 +177,7 @@ def host() -> HFModel:
 
 
 def seated(host: HFModel, whole: Memory) -> MountedMemory:
-    values = first_tokens(followed(whole), host.encode)[:, None]
+    values = following(whole, host)[:, None]
     reading = Reading(draw(6, 16, seed=7), torch.zeros(6))
     return MountedMemory(whole, build_index(whole), reading, values, torch.ones(values.shape))
 

@@ -12,13 +12,21 @@ from test_fit import DOMAIN, SMALL, fitted, recorded, tuned, write_texts
 from trimtab.align.strings import Strings
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_head, open_model
-from trimtab.carriers.memory import VALUE_BYTES, Memory, contexts_before, documents_of
+from trimtab.carriers.memory import (
+    VALUE_BYTES,
+    Memory,
+    contexts_before,
+    documents_of,
+    lay_out,
+)
 from trimtab.carriers.recall import Answer
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
 from trimtab.mount import is_kept, mount, mount_with_control
+from trimtab.steering import proposals
 from trimtab.steering.mounted import Mounted
-from trimtab.steering.proposals import first_tokens, followed, propose
+from trimtab.steering.proposals import followed, propose
+from trimtab.steering.seat import following
 from trimtab.store.adapter import read_head
 from trimtab.store.files import write_json
 from trimtab.store.home import trimtab_home
@@ -305,9 +313,9 @@ def test_a_soft_entry_is_a_distribution_over_the_hosts_tokens() -> None:
     memory = soft_memory(
         b" the tab", [b" t", b" the", b" ship", b"", b"\xff"], [0.3, 0.3, 0.2, 0.1, 0.1]
     )
-    following = first_tokens(followed(memory), host.encode)
-    assert following.tolist() == [ids[b" the"]]
-    said = propose(memory, following, Strings(host.vocabulary))
+    after = following(memory, host)
+    assert after.tolist() == [ids[b" the"]]
+    said = propose(memory, after, Strings(host.vocabulary))
     dense: dict[int, float] = {}
     for value, share in zip(said.values[0].tolist(), said.shares[0].tolist(), strict=True):
         dense[value] = dense.get(value, 0.0) + share
@@ -318,11 +326,36 @@ def test_a_soft_entry_is_a_distribution_over_the_hosts_tokens() -> None:
 
 def test_what_followed_ends_with_its_document() -> None:
     memory = soft_memory(b"ab", [b"a"], [1.0])
-    assert followed(memory) == [b"ab"]
+    assert [block.tolist() for block in followed(memory)] == [[b"ab"]]
     long = soft_memory(b"x" * 100, [b"a"], [1.0])
-    assert followed(long) == [b"x" * VALUE_BYTES]
-    nothing = first_tokens([b"", b"\xc3"], lambda text: [7] if text else [])
-    assert nothing.tolist() == [-1, -1]
+    assert [block.tolist() for block in followed(long)] == [[b"x" * VALUE_BYTES]]
+
+
+@pytest.mark.parametrize("block", [2, 7, 1_000])
+@pytest.mark.parametrize("prefix_space", [False, True])
+def test_what_followed_many_entries_is_what_each_would_say(
+    block: int, prefix_space: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposals, "BLOCK_ENTRIES", block)
+    host = open_model("tiny:llama?vocab=bpe")
+    host = replace(host, vocabulary=replace(host.vocabulary, prefix_space=prefix_space))
+    texts = [" the häll the hull, the häll".encode(), b"\xc3", 40 * b"the hull ", b"a\0 b"]
+    text, starts = lay_out(texts)
+    ends = [(start, start + len(one)) for start, one in zip(starts, texts, strict=True)]
+    positions = torch.tensor([p for first, last in ends for p in range(first, last + 1)])
+    memory = replace(soft_memory(b"", [b"a"], [1.0]), text=text, positions=positions)
+    raw, expected = text.numpy().tobytes(), []
+    for position in positions.tolist():
+        after = raw[position : position + VALUE_BYTES].split(b"\0")[0]
+        if prefix_space:
+            expected.append(host.strings.longest_token(after))
+        else:
+            ids = host.encode(after.decode("utf-8", "ignore")) if after else []
+            expected.append(ids[0] if ids else -1)
+    assert following(memory, host).tolist() == expected
+    assert {-1} < set(expected)
+    empty = replace(memory, positions=positions[:0])
+    assert following(empty, host).shape == (0,)
 
 
 def test_a_host_that_reads_the_text_itself_makes_keys_of_its_own_states(
@@ -336,9 +369,9 @@ def test_a_host_that_reads_the_text_itself_makes_keys_of_its_own_states(
         ids = host.encode(document.decode())
         read = host.hidden(torch.tensor([host.context_ids() + ids]))[0, len(host.context_ids()) :]
         end = start
-        for token_id, following, state in zip(ids, ids[1:], read, strict=False):
+        for token_id, next_id, state in zip(ids, ids[1:], read, strict=False):
             end += len(host.vocabulary.token_bytes[token_id] or b"")
-            places[end] = (following, state)
+            places[end] = (next_id, state)
     assert memory.positions.tolist() == sorted(places)
     states = torch.stack([places[end][1] for end in memory.positions.tolist()]).detach()
     expected = torch.nn.functional.normalize((states - memory.mean) @ memory.projection.T, dim=-1)

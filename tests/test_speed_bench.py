@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +14,19 @@ from bench.speed import results, run, shapes, text
 from bench.speed.decoding import Tally, ratio
 from bench.speed.lockstep import ProxyModels, proxy_tuned
 from bench.speed.material import grown
-from bench.speed.models import shared_copy
+from bench.speed.models import Models, shared_copy, with_lora
 from bench.speed.results import Outcome, check_machine, keep
 from bench.speed.roofline import Peaks, Size, Work, counted
 from bench.speed.rows import PAIRS, ROWS, Settings
 from bench.speed.run import Asked, measure
+from bench.speed.stages import Stages
 from bench.speed.table import RESULTS, details_path, table
 from bench.speed.timing import Clock, Figure, Stopwatch
 from trimtab.backends.open import open_model
 from trimtab.carriers.memory import Memory
 from trimtab.errors import InputError
 from trimtab.progress import Display
-from trimtab.store.files import read_json
+from trimtab.store.files import read_json, write_json
 
 TINY = "tiny:llama?vocab=bpe"
 LEAST = Settings(
@@ -67,16 +69,27 @@ def test_sizes_alone_can_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(outcome.figure.low > 0 for outcome in found.values())
 
 
-def test_every_row_runs_is_kept_and_shown(tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all that the rows of the tiny pair need is made once."""
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture
+def asked(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """All rows of the tiny pair, with little text and a home of the test's own."""
     monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
-    # What it takes to start Python is measured elsewhere.
-    monkeypatch.setattr(run, "cli_help", lambda: Figure(2.0, 1.5, 2.5))
     modules = {name: path for name, path in text._python_files().items() if name < "c"}
     monkeypatch.setattr(text, "_python_files", lambda: modules)
     monkeypatch.setattr(text, "TEST_FILES", 2)
-    out, display = tmp_path / "speed.json", Display(Console(quiet=True))
-    asked = Asked(list(ROWS), PAIRS["tiny"], LEAST, tmp_path / "made", display)
-    measure(asked, lambda found: keep(out, HERE, found, PEAKS), quick=True)
+    return Asked(list(ROWS), PAIRS["tiny"], LEAST, made, Display(Console(quiet=True)))
+
+
+def test_every_row_runs_is_kept_and_shown(asked: Asked, tmp_path: Path, monkeypatch) -> None:
+    # What it takes to start Python is measured elsewhere.
+    monkeypatch.setattr(run, "cli_help", lambda: Figure(2.0, 1.5, 2.5))
+    out = tmp_path / "speed.json"
+    measure(asked, lambda found: keep(out, HERE, found), quick=True)
     found, details = read_json(out, ""), read_json(details_path(out), "")["rows"]
     assert found.keys() == {"schema", "machine", "rows"} and found["rows"].keys() == ROWS.keys()
     for name, row in found["rows"].items():
@@ -87,6 +100,9 @@ def test_every_row_runs_is_kept_and_shown(tmp_path: Path, monkeypatch) -> None:
     for name in ("head", "live-plain", "lockstep-proxy", "peft-lora"):
         assert details[name]["passes_per_token"]["host"] == 1
     assert details["live-plain"]["passes_per_token"]["pair"] == 1
+    assert details["mount"]["probe_sec"] > 0
+    repetitions = {name: one["repetitions"] for name, one in details.items()}
+    assert repetitions == dict.fromkeys(ROWS, 2) | {"fit": 1, "cli-help": 7}
     shown = table(out, "results/speed.json")
     assert shown.endswith("File: `results/speed.json`.")
     assert all(f"| {name} |" in shown for name in ROWS)
@@ -95,8 +111,8 @@ def test_every_row_runs_is_kept_and_shown(tmp_path: Path, monkeypatch) -> None:
 
 def test_rows_are_merged_and_machines_are_not(tmp_path: Path) -> None:
     out, once = tmp_path / "speed.json", Figure(1.0, 0.9, 1.1)
-    keep(out, HERE, {"head": Outcome(once, "qwen", "", once)}, PEAKS)
-    keep(out, HERE, {"fit": Outcome(once, "qwen", "", once, Work(1e9, 1e10))}, PEAKS)
+    keep(out, HERE, {"head": Outcome(once, "qwen", "", once, 3)})
+    keep(out, HERE, {"fit": Outcome(once, "qwen", "", once, 1, Work(1e9, 1e10))})
     rows = read_json(out, "")["rows"]
     assert rows["head"] == asdict(once) | {"unit": "time ratio"} and rows["fit"]["unit"] == "sec"
     assert read_json(details_path(out), "")["rows"]["fit"]["least_sec"] == 1.0
@@ -105,6 +121,116 @@ def test_rows_are_merged_and_machines_are_not(tmp_path: Path) -> None:
         check_machine(out, HERE | {"threads": 2})
     assert details_path(RESULTS).name == "speed-details.json"
     assert set(results.machine(PEAKS, "float32")) > set(HERE)
+
+
+SLOWER = HERE | {"peak_bytes_per_sec": 5e8, "peak_flops_per_sec": 5e9}
+
+
+def test_a_row_keeps_the_machine_that_it_met(tmp_path: Path) -> None:
+    out, once = tmp_path / "speed.json", Figure(1.0, 0.9, 1.1)
+    host = {"host_must_move_bytes": 1e9, "host_must_compute_flops": 1e9, "host_sec_per_token": 2.0}
+    keep(out, HERE, {"head": Outcome(once, "qwen", "", once, 3, Work(1e9, 1e9), host)})
+    assert "Peaks: 1.0 GB/s of a matrix times a vector, 10 GFLOP/s of a matrix product. " in table(
+        out
+    )
+    keep(out, SLOWER, {"cli-help": Outcome(once, "", "", once, 7)})
+    details = read_json(details_path(out), "")["rows"]
+    assert (details["head"]["machine"], details["cli-help"]["machine"]) == (HERE, SLOWER)
+    shown = table(out)
+    assert "the bare host: 1,000 MB a token, 2000 ms, 50% of the roofline" in shown
+    assert "10 GFLOP/s of a matrix product (head); 0.5 GB/s" in shown
+    assert f"| 100% | {details['head']['date']} |" in shown
+
+
+def test_rows_that_do_not_name_their_machine_are_of_the_files(tmp_path: Path) -> None:
+    out, once = tmp_path / "speed.json", Figure(1.0, 0.9, 1.1)
+    keep(out, HERE, {"head": Outcome(once, "qwen", "", once, 2, Work(1e9, 1e9))})
+    details = read_json(details_path(out), "")
+    del details["rows"]["head"]["machine"], details["rows"]["head"]["repetitions"]
+    write_json(details_path(out), details)
+    assert "Peaks: 1.0 GB/s of a matrix times a vector, 10 GFLOP/s" in table(out)
+    # As many repetitions as are usual are believed of it.
+    assert keep(out, SLOWER, {"head": Outcome(once, "qwen", "", once, 2)}) == {"head": 3}
+    keep(out, SLOWER, {"cli-help": Outcome(once, "", "", once, 7)})
+    assert read_json(details_path(out), "")["rows"]["head"]["machine"] == HERE
+
+
+def test_a_row_gives_way_to_none_that_was_measured_less(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+
+    def kept(value: float, repetitions: int, name: str = "head") -> float:
+        figure = Figure(value, value, value)
+        keep(out, HERE, {name: Outcome(figure, "qwen", "", figure, repetitions)})
+        return read_json(out, "")["rows"]["head"]["value"]
+
+    assert [kept(1.0, 1), kept(2.0, 3), kept(3.0, 1), kept(4.0, 3)] == [1.0, 2.0, 2.0, 4.0]
+    before = out.read_bytes()
+    # As after the first of more repetitions, where a run may be ended.
+    assert keep(
+        out, SLOWER, {"head": Outcome(Figure(5.0, 5.0, 5.0), "", "", Figure(5.0, 5.0, 5.0), 1)}
+    ) == {"head": 3}
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "expected"),
+    [
+        (0.9, 1.0, 1.02, "at most 1.02: met |"),
+        (0.9, 1.0, 1.03, "at most 1.02: met within noise |"),
+        (1.0, 1.03, 1.04, "at most 1.02: **missed** within noise |"),
+        (1.03, 1.04, 1.05, "at most 1.02: **missed** |"),
+    ],
+)
+def test_a_goal_within_the_spread_is_said_to_be(
+    low: float, value: float, high: float, expected: str, tmp_path: Path
+) -> None:
+    out, figure = tmp_path / "speed.json", Figure(value, low, high)
+    keep(out, HERE, {"head": Outcome(figure, "qwen", "", figure, 3)})
+    assert expected in table(out)
+
+
+def test_plain_steering_has_a_bound_by_bytes_and_one_by_time(tmp_path: Path) -> None:
+    out, figure = tmp_path / "speed.json", Figure(1.8, 1.75, 1.85)
+    more = {"host_must_move_bytes": 100.0, "small_over_host": 0.4, "host_must_compute_flops": 1.0}
+    more |= {"host_sec_per_token": 1.0}
+    keep(out, HERE, {"live-plain": Outcome(figure, "qwen", "", figure, 3, Work(130.0, 1.0), more)})
+    shown = table(out)
+    assert "by the bytes that must be moved 0.30, so 1.68: **missed**;" in shown
+    assert "by its time, overhead included 0.40, so 1.89: met\n" in shown
+
+
+def test_mounting_leaves_the_users_home_alone(asked: Asked, tmp_path: Path) -> None:
+    models = Models(asked.material(asked.pair, quick=True))
+    others = tmp_path / "home" / "mounts" / "another-process"
+
+    def mounts_too(_module: object, _given: object) -> None:
+        others.mkdir(parents=True, exist_ok=True)
+
+    trunk: Any = models.host.model.base_model
+    trunk.register_forward_pre_hook(mounts_too)
+    figure, probe_sec = Stages(models, tmp_path / "scratch").mount
+    assert figure.low > 0 and probe_sec > 0
+    assert list(others.parent.iterdir()) == [others]
+
+
+def test_what_is_made_of_another_source_has_another_name(asked: Asked) -> None:
+    models = Models(asked.material(asked.pair, quick=True))
+    material = models.material
+    sources = material.adapter / "manifest.json", material.recording / "recording.json"
+    before = material.large_adapter(models.small), material.long_recording(models.small)
+    kept = [source.read_bytes() for source in sources]
+    for source, data in zip(sources, kept, strict=True):
+        source.write_bytes(data + b"\n")
+    after = material.large_adapter(models.small), material.long_recording(models.small)
+    for source, data in zip(sources, kept, strict=True):
+        source.write_bytes(data)
+    assert not set(before) & set(after)
+    assert before == (material.large_adapter(models.small), material.long_recording(models.small))
+
+
+def test_a_lora_beside_the_host_is_in_the_hosts_arithmetic() -> None:
+    model = with_lora(open_model(TINY, dtype="bfloat16").model)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
 def test_lock_step_is_what_three_models_say_without_caches() -> None:

@@ -58,8 +58,7 @@ def _run(given: argparse.Namespace) -> None:
         torch.set_num_threads(given.threads)
         faiss.omp_set_num_threads(given.threads)
     dtype = resolve_dtype("auto")
-    peaks = Peaks.measured(dtype)
-    here = machine(peaks, str(dtype).removeprefix("torch."))
+    here = machine(Peaks.measured(dtype), str(dtype).removeprefix("torch."))
     if given.fresh:
         out.unlink(missing_ok=True)
         details_path(out).unlink(missing_ok=True)
@@ -73,13 +72,20 @@ def _run(given: argparse.Namespace) -> None:
     _say_downloads(asked)
 
     def note(found: Mapping[str, Outcome]) -> None:
-        keep(out, here, found, peaks)
+        stay = keep(out, here, found)
         for name, outcome in found.items():
-            figure = outcome.figure
-            print(f"{name}: {figure.value:.3g} ({figure.low:.3g} - {figure.high:.3g})", flush=True)
+            figure, times = outcome.figure, f"measured {_times(outcome.repetitions)}"
+            if name in stay:
+                times += f"; the file keeps its own, measured {_times(stay[name])}"
+            spread = f"{figure.low:.3g} - {figure.high:.3g}"
+            print(f"{name}: {figure.value:.3g} ({spread}), {times}", flush=True)
 
     measure(asked, note, quick=given.quick)
     print(table(out))
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _say_downloads(asked: Asked) -> None:

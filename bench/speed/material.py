@@ -30,7 +30,7 @@ from trimtab.store.adapter import (
 )
 from trimtab.store.adapter_schema import MANIFEST_NAME
 from trimtab.store.card import write_adapter
-from trimtab.store.files import replace_directory, write_json
+from trimtab.store.files import replace_directory, sha256_file, write_json
 from trimtab.store.manifest import read_manifest
 from trimtab.store.recording import Recording, file_entry, shard_entry, write_shard
 from trimtab.store.recording_schema import DOCUMENTS_NAME, SplitEntry, shard_name
@@ -135,7 +135,8 @@ class Material:
     def large_adapter(self, small: HFModel) -> Path:
         """The same head beside a memory of many entries (see `grown`)."""
         entries = self.settings.memory_entries
-        out = self.folder / f"memory-{entries}.adapter"
+        source = _told_apart(self.adapter / MANIFEST_NAME)
+        out = self.folder / f"memory-{entries}-{source}.adapter"
         if (out / MANIFEST_NAME).is_file():
             return out
         manifest = read_manifest(self.adapter)
@@ -160,13 +161,18 @@ class Material:
         each state pair is one that was recorded.
         """
         tokens = self.settings.fit_tokens
-        out = self.folder / f"recording-{tokens}"
+        out = self.folder / f"recording-{tokens}-{_told_apart(self.recording / RECORDING_NAME)}"
         if (out / RECORDING_NAME).is_file():
             return out
         source = Recording.open(self.recording)
         with replace_directory(out, marker=RECORDING_NAME) as folder:
             _lengthen(source, folder, *_columns(source, small, self.pair, tokens))
         return out
+
+
+def _told_apart(manifest: Path) -> str:
+    """What a source's manifest puts into the name of all that is made of the source."""
+    return sha256_file(manifest)[:12]
 
 
 def grown(memory: Memory, small: HFModel, pair: Pair, entries: int) -> Memory:

@@ -75,19 +75,8 @@ class Models:
 
     @cached_property
     def lora_host(self) -> PreTrainedModel:
-        """The host with a LoRA beside its linear layers, as a server of several LoRAs runs it.
-
-        The LoRA's weights are random, and small: how long it takes does not depend on them.
-        """
-        model: Any = shared_copy(self.host.model)
-        settings = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        with _without_warnings():
-            wrapped = get_peft_model(model, settings)
-        with torch.no_grad():
-            for name, weight in wrapped.named_parameters():
-                if "lora_B" in name:
-                    weight.normal_(std=1e-4)
-        return model.eval()
+        """The host with a LoRA beside its linear layers, as a server of several LoRAs runs it."""
+        return with_lora(self.host.model)
 
     @cached_property
     def mounted(self) -> Mounted:
@@ -116,6 +105,23 @@ def _without_warnings() -> Iterator[None]:
         # PEFT asks transformers for a property that transformers is about to rename.
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+def with_lora(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model with the same weights, and a LoRA beside its linear layers.
+
+    The LoRA's weights are random, and small: how long it takes does not depend on them.
+    """
+    copied: Any = shared_copy(model)
+    settings = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    with _without_warnings():
+        # Else a bfloat16 model's LoRA is in float32, and each of its products a conversion slower.
+        wrapped = get_peft_model(copied, settings, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=1e-4)
+    return copied.eval()
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import torch
 
 from bench.cost.cpu_flops import processor
 from bench.speed.roofline import Peaks, Work
-from bench.speed.rows import ROWS
+from bench.speed.rows import ROWS, Settings
 from bench.speed.table import details_path
 from bench.speed.timing import Figure
 from trimtab.errors import InputError
@@ -31,6 +31,7 @@ class Outcome:
         pair: Of models.
         note: What the figure does not say of itself.
         sec: Seconds of a unit of work: a new token, a recorded token, or the whole.
+        repetitions: How often the figure was measured, of which it is the median.
         work: What such a unit must move and compute; None where that says nothing.
         more: Other figures.
     """
@@ -39,14 +40,17 @@ class Outcome:
     pair: str
     note: str
     sec: Figure
+    repetitions: int
     work: Work | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
-    def details(self, peaks: Peaks) -> dict[str, Any]:
-        """For the file of details."""
+    def details(self, here: Mapping[str, Any]) -> dict[str, Any]:
+        """For the file of details, with the machine as this run found it."""
         found: dict[str, Any] = {"pair": self.pair, "note": self.note, "sec": asdict(self.sec)}
-        found |= {"date": datetime.now(UTC).date().isoformat(), **self.more}
+        found |= {"date": datetime.now(UTC).date().isoformat(), "repetitions": self.repetitions}
+        found |= {"machine": dict(here), **self.more}
         if self.work:
+            peaks = Peaks(here["peak_bytes_per_sec"], here["peak_flops_per_sec"])
             least_sec = self.work.least_sec(peaks)
             found |= {"must_move_bytes": self.work.bytes, "must_compute_flops": self.work.flops}
             found |= {"least_sec": least_sec, "roofline_share": least_sec / self.sec.value}
@@ -84,24 +88,40 @@ def check_machine(path: Path, found: Mapping[str, Any]) -> None:
         )
 
 
-def keep(
-    path: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome], peaks: Peaks
-) -> None:
-    """Put rows into the results, in place of older ones of the same name.
+def keep(path: Path, here: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> Mapping[str, int]:
+    """Put rows into the results, in place of older ones that were not measured more often.
 
     Args:
         path: The results; the details lie beside it.
-        found: The machine.
+        here: The machine, as this run found it.
         outcomes: By row.
-        peaks: Of the machine, in this run.
+
+    Returns:
+        Repetitions of the older rows that stay, by row.
     """
-    rows = read_json(path, "speed results")["rows"] if path.is_file() else {}
-    rows |= {
-        name: asdict(outcome.figure) | {"unit": ROWS[name].unit}
-        for name, outcome in outcomes.items()
-    }
+    kept: dict[str, Any] = {"machine": here, "rows": {}}
+    if path.is_file():
+        kept = read_json(path, "speed results")
     beside = details_path(path)
     details = read_json(beside, "speed details")["rows"] if beside.is_file() else {}
-    details |= {name: outcome.details(peaks) for name, outcome in outcomes.items()}
-    write_json(path, {"schema": SCHEMA, "machine": dict(found), "rows": rows})
+    for one in details.values():
+        # Rows of files that are older than this entry are of the machine that the file names.
+        one.setdefault("machine", kept["machine"])
+    counts = {name: _repetitions(row, details.get(name, {})) for name, row in kept["rows"].items()}
+    stay = {n: counts[n] for n, one in outcomes.items() if one.repetitions < counts.get(n, 0)}
+    new = {name: outcome for name, outcome in outcomes.items() if name not in stay}
+    if not new:
+        return stay
+    rows = kept["rows"] | {
+        name: asdict(outcome.figure) | {"unit": ROWS[name].unit} for name, outcome in new.items()
+    }
+    details |= {name: outcome.details(here) for name, outcome in new.items()}
+    write_json(path, {"schema": SCHEMA, "machine": dict(here), "rows": rows})
     write_json(beside, {"schema": SCHEMA, "rows": details})
+    return stay
+
+
+def _repetitions(row: Mapping[str, Any], details: Mapping[str, Any]) -> int:
+    """How often a row was measured; what an older file does not say is taken to be the usual."""
+    usual = 1 if row["low"] == row["high"] else Settings().repetitions
+    return details.get("repetitions", usual)

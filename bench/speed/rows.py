@@ -30,10 +30,13 @@ class Row:
     low: float | None = None
     high: float | None = None
 
-    def is_met(self, value: float) -> bool | None:
-        """Whether a value reaches the goal; None where there is none."""
-        if self.low is None and self.high is None:
-            return None
+    @property
+    def has_bound(self) -> bool:
+        """A value can meet the goal or miss it."""
+        return self.low is not None or self.high is not None
+
+    def is_met(self, value: float) -> bool:
+        """Whether a value is within the bounds."""
         over = self.low is None or value >= self.low
         return over and (self.high is None or value <= self.high)
 

@@ -12,7 +12,7 @@ from bench.speed.models import Models
 from bench.speed.results import Outcome
 from bench.speed.roofline import Size
 from bench.speed.rows import DECODING, DEMO_ROW, PAIRS, Pair, Settings
-from bench.speed.stages import WINDOW_TOKENS, Stages, cli_help, record_work
+from bench.speed.stages import CLI_TURNS, WINDOW_TOKENS, Stages, cli_help, record_work
 from bench.speed.timing import Figure
 from trimtab.progress import Display
 
@@ -62,7 +62,7 @@ def measure(asked: Asked, keep: Keep, *, quick: bool) -> None:
     """Measure rows, cheap ones first, and tell of each as soon as it is known."""
     if "cli-help" in asked.rows:
         figure = cli_help()
-        keep({"cli-help": Outcome(figure, "", "python -m trimtab --help", figure)})
+        keep({"cli-help": Outcome(figure, "", "python -m trimtab --help", figure, CLI_TURNS)})
     if DEMO_ROW in asked.rows:
         demo = asked.pair if asked.pair.name == "tiny" else PAIRS["demo"]
         models = Models(asked.material(demo, quick=quick))
@@ -117,6 +117,7 @@ def _outcome(models: Models, way: Way, tallies: Mapping[str, Tally]) -> Outcome:
         models.material.pair.name,
         note,
         Figure.of(tally.sec_per_token),
+        len(tally.sec_per_token),
         work_of(way, tally, context),
         more,
     )
@@ -143,32 +144,33 @@ def _record(stages: Stages, models: Models) -> Outcome:
         f" windows: {found.tokens:,} tokens, those that both models read counted twice, in"
         f" {found.positions / found.tokens:.2f} positions each (context and padding)"
     )
-    work = record_work(models.pair, found)
-    return Outcome(found.ratio, models.material.pair.name, note, found.sec_per_token, work)
+    work, times = record_work(models.pair, found), models.material.settings.repetitions
+    return Outcome(found.ratio, models.material.pair.name, note, found.sec_per_token, times, work)
 
 
 def _mount(stages: Stages, models: Models) -> Outcome:
     work = stages.mount_work(models.small.model, models.host.model)
-    figure, probe_sec = stages.mount
+    (figure, probe_sec), settings = stages.mount, models.material.settings
     note = (
-        f"{models.material.settings.anchors:,} anchors, vocabulary"
+        f"{settings.anchors:,} anchors, vocabulary"
         f" {len(models.host.vocabulary):,} x {models.host.unembedding.weight.shape[1]}, with head"
-        " and memory, without the opening of the host and without its one pass over the probe text,"
-        " which is kept"
+        " and memory, without the opening of the host and without its pass over the probe text"
+        " (probe_sec), which is made once for each host and kept"
     )
-    more = {"probe_sec": probe_sec} if probe_sec else {}
-    return Outcome(figure, models.material.pair.name, note, figure, work, more)
+    more, times = {"probe_sec": probe_sec}, settings.repetitions
+    return Outcome(figure, models.material.pair.name, note, figure, times, work, more)
 
 
 def _fit(stages: Stages, models: Models) -> Outcome:
     work, settings = stages.fit_work(models.small.model), models.material.settings
     note = f"{settings.fit_tokens:,} tokens of real text under recorded states drawn at random"
-    return Outcome(stages.fit, models.material.pair.name, note, stages.fit, work)
+    return Outcome(stages.fit, models.material.pair.name, note, stages.fit, 1, work)
 
 
 def _fit_over_lora(stages: Stages, models: Models) -> Outcome:
     figure = stages.fit.over(stages.training_sec(stages.training.host))
-    return Outcome(figure, models.material.pair.name, _lora_note(models), stages.fit)
+    times = models.material.settings.repetitions
+    return Outcome(figure, models.material.pair.name, _lora_note(models), stages.fit, times)
 
 
 def _pipeline(stages: Stages, models: Models) -> Outcome:
@@ -181,7 +183,8 @@ def _pipeline(stages: Stages, models: Models) -> Outcome:
         "record_sec_per_read_token": stages.record.sec_per_token.value,
         "fit_sec": stages.fit.value,
     }
-    return Outcome(figure, models.material.pair.name, _lora_note(models), sec, None, more)
+    times = models.material.settings.repetitions
+    return Outcome(figure, models.material.pair.name, _lora_note(models), sec, times, None, more)
 
 
 def _lora_note(models: Models) -> str:

@@ -1,6 +1,7 @@
 """Making and mounting an adapter, timed: record, mount, fit, and LoRA on the host beside them."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from trimtab.errors import InputError
 from trimtab.mount import mount
 from trimtab.soft_targets import run_reference
 from trimtab.store.expert import HELD_OUT_NAME, TRAIN_NAME
-from trimtab.store.home import trimtab_home
+from trimtab.store.home import HOME_VARIABLE
 from trimtab.store.recording import Recording
 from trimtab.store.recording_schema import EXPERT_SPLITS
 from trimtab.text.corpus import load_documents
@@ -191,25 +193,25 @@ class Stages:
 
     @cached_property
     def mount(self) -> tuple[Figure, float]:
-        """Seat head and memory, and how long the host's pass over the probe text took before.
+        """Seat head and memory, and how long the host's pass over the probe text takes beside.
 
         That pass is made once for each host and kept; all else is done anew each time, from the
-        reading of the adapter and the fingerprint of the host on.
+        reading of the adapter and the fingerprint of the host on. In a home of its own the first
+        seating, which warms up, makes that pass, whatever else the machine has mounted before.
         """
-        host, home = self._models.host, trimtab_home() / "mounts"
-        watch, before = Stopwatch(), set(home.glob("*"))
-        samples = []
-        for number in range(self._settings.repetitions + 1):
-            config = MountConfig(
-                adapter=self._material.adapter, host=self._material.host_ref, seed=1_000 + number
-            )
-            # A host of the same weights that has kept nothing of itself.
-            fresh = replace(host)
-            sec = timed(partial(mount, config, host=fresh, progress=watch.progress))
-            samples += [sec] if number else []
-            for path in set(home.glob("*")) - before:
-                path.unlink()
-        return Figure.of(samples), watch.sec("reading the probe text")
+        host, adapter = self._models.host, self._material.adapter
+        samples, probe_secs = [], []
+        with self._folder() as home, patch.dict(os.environ, {HOME_VARIABLE: str(home)}):
+            for number in range(self._settings.repetitions + 1):
+                config = MountConfig(
+                    adapter=adapter, host=self._material.host_ref, seed=1_000 + number
+                )
+                # A host of the same weights that has kept nothing of itself.
+                fresh, watch = replace(host), Stopwatch()
+                sec = timed(partial(mount, config, host=fresh, progress=watch.progress))
+                probe_secs.append(watch.sec("reading the probe text"))
+                samples.append(sec - probe_secs[-1])
+        return Figure.of(samples[1:]), probe_secs[0]
 
     @cached_property
     def fit(self) -> Figure:

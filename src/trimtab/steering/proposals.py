@@ -1,9 +1,11 @@
 """What a memory's entries propose, in the tokens of whoever asks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trimtab.align.strings import Strings
@@ -11,6 +13,9 @@ from trimtab.carriers.memory import VALUE_BYTES, Memory
 
 FOLLOWED_SHARE = 0.5
 """Share of a soft entry that goes to what followed; see `propose`."""
+
+BLOCK_ENTRIES = 16_384
+"""Entries that are looked at at once, so that many take no more room than few."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +31,29 @@ class Proposals:
     shares: Tensor
 
 
-def followed(memory: Memory) -> list[bytes]:
-    """The bytes after each entry, at most VALUE_BYTES, to the document's end."""
-    raw = memory.text.numpy().tobytes()
-    return [raw[p : p + VALUE_BYTES].split(b"\0")[0] for p in memory.positions.tolist()]
+def followed(memory: Memory) -> Iterator[NDArray[np.bytes_]]:
+    """The bytes after each entry, at most VALUE_BYTES, to the document's end; block by block."""
+    for positions in memory.positions.split(BLOCK_ENTRIES):
+        # A text ends with zero bytes, as each of its documents does.
+        places = (positions[:, None] + torch.arange(VALUE_BYTES)).clamp_max(len(memory.text) - 1)
+        read = memory.text[places]
+        read[(read == 0).cumsum(1) > 0] = 0
+        # Which leaves out zeros at the end.
+        yield read.numpy().view(f"S{VALUE_BYTES}")[:, 0]
 
 
-def first_tokens(texts: Sequence[bytes], encode: Callable[[str], Sequence[int]]) -> Tensor:
-    """First token of each text as a tokenizer cuts it, -1 for none, shape [texts]."""
-    first: dict[bytes, int] = {}
-    for text in texts:
-        if text not in first:
-            ids = encode(text.decode("utf-8", "ignore")) if text else []
-            first[text] = ids[0] if ids else -1
-    return torch.tensor([first[text] for text in texts], dtype=torch.long)
+def first_tokens(memory: Memory, first: Callable[[Sequence[bytes]], Sequence[int]]) -> Tensor:
+    """The token that begins what followed each entry, -1 for none, shape [entries].
+
+    Args:
+        memory: The entries.
+        first: The token that begins each of some texts, which are different ones, -1 for none.
+    """
+    found = [torch.zeros(0, dtype=torch.long)]
+    for block in followed(memory):
+        texts, places = np.unique(block, return_inverse=True)
+        found.append(torch.tensor(first(texts.tolist()))[torch.from_numpy(places)])
+    return torch.cat(found)
 
 
 def propose(memory: Memory, following: Tensor, strings: Strings) -> Proposals:
@@ -64,12 +78,18 @@ def propose(memory: Memory, following: Tensor, strings: Strings) -> Proposals:
     if memory.soft_ids is None or memory.soft_probs is None:
         return Proposals(values, torch.ones(values.shape))
     first = torch.tensor([strings.first_token(text) for text in memory.soft_strings])
-    texts = memory.soft_strings
-    begins = [
-        [texts[i] != b"" and after.startswith(texts[i]) for i in row]
-        for after, row in zip(followed(memory), memory.soft_ids.tolist(), strict=True)
-    ]
-    soft = torch.where(torch.tensor(begins), values, first[memory.soft_ids.long()])
+    begins = torch.cat(list(_begins(memory, memory.soft_ids)))
+    soft = torch.where(begins, values, first[memory.soft_ids.long()])
     hard = torch.full(values.shape, FOLLOWED_SHARE)
     shares = torch.cat([hard, (1.0 - FOLLOWED_SHARE) * memory.soft_probs.float()], 1)
     return Proposals(torch.cat([values, soft], 1), shares)
+
+
+def _begins(memory: Memory, soft_ids: Tensor) -> Iterator[Tensor]:
+    """Whether each of an entry's strings begins what followed it; blocks of `soft_ids`' shape."""
+    texts = memory.soft_strings
+    for block, ids in zip(followed(memory), soft_ids.split(BLOCK_ENTRIES), strict=True):
+        rows = zip(block.tolist(), ids.tolist(), strict=True)
+        yield torch.tensor(
+            [[texts[i] != b"" and after.startswith(texts[i]) for i in row] for after, row in rows]
+        )

@@ -1,7 +1,8 @@
 """What seats an adapter's carriers on one host: readings of its states, and its tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ from trimtab.anchors import (
     pair_anchors,
 )
 from trimtab.backends.hf import HFModel
+from trimtab.backends.tokenizers import encode_all_following
 from trimtab.calibration import PairedStates
 from trimtab.carriers.memory import Memory
 from trimtab.config import MountConfig
 from trimtab.errors import AdapterError
 from trimtab.steering.host_keys import shuffled
 from trimtab.steering.host_states import HostStates, same_bytes
-from trimtab.steering.proposals import first_tokens, followed, propose
+from trimtab.steering.proposals import first_tokens, propose
 from trimtab.store.adapter import HeadFile, MemoryFile, Probe
 from trimtab.store.seats import HostKeys, Seats
 
@@ -82,7 +84,7 @@ def find_seats(
     if memory:
         entries = memory.memory
         memory_reading = seat.read(entries.projection, entries.mean, memory.probe_features)
-        said = propose(entries, _following(entries, host), host.strings)
+        said = propose(entries, following(entries, host), host.strings)
     return Seats(
         state_map,
         seat.paired_positions,
@@ -104,20 +106,25 @@ def grown_seats(seats: Seats, memory: Memory, host: HFModel) -> Seats:
     """
     assert seats.values is not None and seats.shares is not None
     more = replace(memory, positions=memory.positions[len(seats.values) :])
-    said = propose(more, _following(more, host), host.strings)
+    said = propose(more, following(more, host), host.strings)
     values, shares = (
         torch.cat(both) for both in ((seats.values, said.values), (seats.shares, said.shares))
     )
     return replace(seats, values=values, shares=shares)
 
 
-def _following(memory: Memory, host: HFModel) -> Tensor:
+def following(memory: Memory, host: HFModel) -> Tensor:
     """Host token that begins what followed each entry, -1 for none, shape [entries]."""
-    texts = followed(memory)
-    if not host.vocabulary.prefix_space:
-        return first_tokens(texts, host.encode)
-    # Such a tokenizer reads every text as the beginning of one and puts a space before it.
-    return torch.tensor([host.strings.longest_token(text) for text in texts], dtype=torch.long)
+    return first_tokens(memory, partial(_first_of_each, host))
+
+
+def _first_of_each(host: HFModel, texts: Sequence[bytes]) -> list[int]:
+    if host.vocabulary.prefix_space:
+        # Such a tokenizer reads every text as the beginning of one and puts a space before it.
+        return [host.strings.longest_token(text) for text in texts]
+    whole = [text.decode("utf-8", "ignore") for text in texts]
+    read = encode_all_following(host.tokenizer, whole, host.vocabulary)
+    return [ids[0] if text and ids else -1 for text, ids in zip(texts, read, strict=True)]
 
 
 def _map(anchors: Anchors, host: HFModel, config: MountConfig) -> StateMap:
