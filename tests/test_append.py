@@ -326,13 +326,36 @@ def test_what_is_the_users_own_stays(adapter: Path, new_text: Path) -> None:
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "home", "new"]
 
 
-def test_terms_change_without_new_text(adapter: Path, new_text: Path) -> None:
-    grow(adapter, new_text)
-    before = read_manifest(adapter)
-    changed = grow(adapter, new_text, data_licence="MIT")
+@pytest.mark.parametrize("name", ["adapter", "beside"])
+def test_terms_change_without_new_text(name: str, adapter: Path, new_text: Path) -> None:
+    out = adapter.parent / name
+    grow(adapter, new_text, out=out)
+    before = read_manifest(out)
+    changed = grow(adapter, new_text, out=out, data_licence="MIT")
     assert changed.manifest.licences.data == "MIT" and changed.entries == 0
+    assert read_manifest(out) == changed.manifest
     assert changed.manifest.carriers == before.carriers
+    assert changed.manifest.files[MEMORY_FILE] == before.files[MEMORY_FILE]
     assert changed.manifest.provenance == before.provenance
+
+
+def test_a_copy_without_new_text_is_made_once(adapter: Path, new_text: Path) -> None:
+    grow(adapter, new_text)
+    out = adapter.parent / "copy"
+    first = grow(adapter, new_text, out=out)
+    assert first.manifest.carriers == read_manifest(adapter).carriers
+    again = grow(adapter, new_text, out=out)
+    assert (again.manifest, again.documents, again.known) == (first.manifest, 0, 4)
+
+
+def test_a_memory_that_grew_after_its_manifest_was_read_is_said(
+    adapter: Path, new_text: Path
+) -> None:
+    before = read_manifest(adapter)
+    grow(adapter, new_text)
+    with pytest.raises(AdapterError, match="entries, the manifest says") as said:
+        read_memory(adapter, before)
+    assert "run the same command again" in said.value.hint
 
 
 def test_lists_of_the_small_models_keys_are_not_those_of_a_host(

@@ -190,10 +190,20 @@ def test_a_recording_is_that_of_the_processor(adapter: Path, tmp_path: Path) -> 
         torch.testing.assert_close(there[name], here[name], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("encoding", ["sparse", "sampled"])
-def test_other_encodings(adapter: Path, encoding: str, tmp_path: Path) -> None:
-    given = {"expert": adapter.parent / "expert", "encoding": encoding, "out": tmp_path / "it"}
-    record(RecordConfig.model_validate(given | {"general": (str(adapter.parent / "*.md"),)}))
+@pytest.mark.parametrize("encoding", ["exact", "sparse", "sampled"])
+def test_shards_written_behind_the_passes_are_the_same(
+    adapter: Path, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"expert": adapter.parent / "expert", "encoding": encoding, "shard_tokens": 512}
+    given |= {"general": (str(adapter.parent / "*.md"),)}
+    record(RecordConfig.model_validate(given | {"out": tmp_path / "behind"}))
+    monkeypatch.setattr(sys.modules["trimtab.record"], "_is_on_gpu", lambda _: False)
+    record(RecordConfig.model_validate(given | {"out": tmp_path / "in turn"}))
+    names = [path.name for path in (tmp_path / "behind").iterdir()]
+    assert len(names) > 6
+    for name in names:
+        one, other = (tmp_path / way / name for way in ("behind", "in turn"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_training_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -19,6 +21,7 @@ from trimtab.store.files import (
     lock,
     names_in,
     package_versions,
+    put_back,
     read_json,
     replace_directory,
     sha256_bytes,
@@ -120,6 +123,76 @@ def test_write_spares_a_live_runs_temporary_file(tmp_path: Path) -> None:
         write_atomic(path, b"second")
         assert first.exists()
     assert path.read_bytes() == b"first"
+
+
+IN_ANOTHER_CONTAINER = """
+import os, pathlib, sys
+from trimtab.store import files
+# As where processes are counted otherwise: here there is none of this number.
+os.getpid = lambda: 2**22 + 1
+
+def ready():
+    print("ready", flush=True)
+    sys.stdin.read()
+
+path = pathlib.Path(sys.argv[1])
+"""
+
+
+@contextmanager
+def other_container(code: str, path: Path) -> Iterator[None]:
+    """Run code that calls ready() in the middle, where it stays until the context ends."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", IN_ANOTHER_CONTAINER + code, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdout and child.stdout.readline() == "ready\n"
+        yield
+    assert child.returncode == 0
+
+
+def test_writers_in_other_containers_are_spared(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    code = "with files.writing_atomically(path) as temp: temp.write_bytes(b'theirs'); ready()"
+    with other_container(code, path):
+        write_atomic(path, b"ours")
+        assert len(names(tmp_path)) == 2
+    assert path.read_bytes() == b"theirs"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_a_folder_that_another_container_replaces_is_not_put_back(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    with replace_directory(path) as temp:
+        write_json(temp / "manifest.json", {"content": "old"})
+    code = """
+rename = os.rename
+def stop(a, b):
+    rename(a, b)
+    if pathlib.Path(a) == path: ready()
+os.rename = stop
+with files.replace_directory(path) as temp:
+    files.write_json(temp / "manifest.json", {"content": "new"})
+"""
+    with other_container(code, path):
+        put_back(path)
+        assert not path.exists()
+    assert read_json(path / "manifest.json", "manifest") == {"content": "new"}
+    assert names(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("run", ["0123456789abcdef", "01234567-89abcdef"])
+def test_what_nobody_holds_is_cleared_whose_process_id_lives_again(
+    run: str, tmp_path: Path
+) -> None:
+    left = tmp_path / f".a.bin.tmp-{os.getppid()}-{run}"
+    left.mkdir()
+    (left / "a.bin").write_bytes(b"half")
+    write_atomic(tmp_path / "a.bin", b"new")
+    assert names(tmp_path) == ["a.bin"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from trimtab.store.adapter import read_head, read_memory, read_mount
 from trimtab.store.manifest import read_manifest
 from trimtab.store.recording import Recording
 from trimtab.tune import tune
-from trimtab.types import silent
+from trimtab.types import Advance, silent
 from trimtab.vocab import Vocabulary
 
 SMALL = "tiny:llama?hidden=48&vocab=bpe"
@@ -81,7 +83,7 @@ def tuned(texts: Path, method: str, *, model: str = SMALL) -> Path:
     return tune(TuneConfig.model_validate(config)).folder
 
 
-def recorded(expert: Path, encoding: str = "exact") -> Path:
+def recorded(expert: Path, encoding: str = "exact", **options: object) -> Path:
     config = {
         "expert": expert,
         "out": expert.parent / f"{expert.name}-{encoding}",
@@ -89,7 +91,7 @@ def recorded(expert: Path, encoding: str = "exact") -> Path:
         "encoding": encoding,
         "dtype": "float32",
     }
-    return record(RecordConfig.model_validate(config)).folder
+    return record(RecordConfig.model_validate(config | options)).folder
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +272,24 @@ def test_other_settings_in_the_same_folder_lose_nothing(
     with pytest.raises(InputError, match="fitted with other settings"):
         fitted(recordings["sparse"], tmp_path / "a", carriers=("head",))
     assert payload(tmp_path / "a") == before
+
+
+def test_a_second_fit_of_a_folder_waits_for_the_first(lora_recording: Path, tmp_path: Path) -> None:
+    recording = recorded(lora_recording.parent / "lora", "compact")
+    config = {"recording": recording, "out": tmp_path / "a", **QUICK}
+    begun: list[str] = []
+
+    @contextmanager
+    def meanwhile(label: str, total: int) -> Iterator[Advance]:
+        begun.append(label)
+        if len(begun) == 1:
+            with pytest.raises(InputError, match="another run is writing"):
+                fitted(recording, tmp_path / "a", rank=5)
+        yield lambda _: None
+
+    fit(FitConfig.model_validate(config), progress=meanwhile)
+    assert begun
+    assert read_manifest(tmp_path / "a").provenance.fit["rank"] == 4
 
 
 @pytest.mark.parametrize("encoding", ["exact", "sparse", "sampled"])
@@ -524,6 +544,60 @@ def test_an_expert_that_was_tuned_whole_is_no_lora_to_copy(
 ) -> None:
     with pytest.raises(InputError, match="expert carrier is a copy"):
         fitted(recordings["exact"], tmp_path / "a", carriers=("expert",))
+
+
+@pytest.fixture
+def movable(lora_recording: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A recording and its expert, which a test may harm."""
+    expert = Path(shutil.copytree(lora_recording.parent / "lora", tmp_path / "expert"))
+    recording = Path(shutil.copytree(lora_recording, tmp_path / "recording"))
+    told = json.loads((recording / "recording.json").read_text())
+    told["config"]["expert"] = str(expert)
+    (recording / "recording.json").write_text(json.dumps(told))
+    return recording, expert
+
+
+@pytest.mark.parametrize("harm", ["tuned anew", "gone", "changed"])
+def test_the_expert_that_is_carried_is_the_one_that_was_recorded(
+    harm: str, movable: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recording, expert = movable
+    if harm == "tuned anew":
+        other = json.loads((expert / "expert.json").read_text()) | {"seed": 7}
+        (expert / "expert.json").write_text(json.dumps(other))
+    elif harm == "gone":
+        shutil.rmtree(expert)
+    else:
+        weights = expert / "lora" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    found, error = {
+        "tuned anew": ("holds another expert, expected the one", RecordingError),
+        "gone": ("holds no expert, expected the one", RecordingError),
+        "changed": ("was changed", InputError),
+    }[harm]
+    with pytest.raises(error, match=found):
+        fitted(recording, tmp_path / "a", carriers=("expert",))
+    assert not (tmp_path / "a").exists()
+    made = fitted(recording, tmp_path / "a", carriers=("memory",)).manifest
+    inputs = json.loads((recording / "recording.json").read_text())["inputs"]
+    assert made.provenance.inputs["expert"] == inputs["expert"]
+    assert bool(made.provenance.tune) == bool(made.metrics) == (harm == "changed")
+
+
+def test_a_finished_adapter_needs_no_expert(movable: tuple[Path, Path], tmp_path: Path) -> None:
+    recording, expert = movable
+    made = fitted(recording, tmp_path / "a", carriers=("expert",))
+    shutil.rmtree(expert)
+    assert fitted(recording, tmp_path / "a", carriers=("expert",)).manifest == made.manifest
+
+
+def test_text_too_short_for_keys_is_said(lora_recording: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("q~")
+    expert, options = lora_recording.parent / "lora", {"data": (str(tmp_path / "short"),)}
+    recording = recorded(expert, out=tmp_path / "recording", **options)
+    with pytest.raises(RecordingError, match=r"places to remember: 1\)") as said:
+        fitted(recording, tmp_path / "a", carriers=("memory",))
+    assert "more text" in said.value.hint
 
 
 def test_targets_that_do_not_fit_are_computed_in_each_pass(

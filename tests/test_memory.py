@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from joining import joined
 from torch import Tensor
 
 from trimtab.anchors import Reading
@@ -18,6 +19,7 @@ from trimtab.carriers.memory import (
     contexts_before,
     documents_of,
     lay_out,
+    varies,
     whitening,
 )
 from trimtab.carriers.recall import Answer, MountedMemory
@@ -31,9 +33,12 @@ from trimtab.carriers.search import (
     TEMPERATURE,
     Finds,
     Found,
+    Index,
     build_index,
+    byte_order,
     listed_keys,
     look_up,
+    merged_byte_order,
     nearest_keys,
 )
 
@@ -94,6 +99,17 @@ def test_whitened_states_have_unit_covariance() -> None:
         float(variances[: HIDDEN - KEY].sum()), rel=1e-2
     )
     assert whitening(states, 99)[0].shape == (HIDDEN, HIDDEN)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5_000])
+def test_states_that_do_not_differ_are_told_from_those_that_do(count: int) -> None:
+    alike = draw(1, HIDDEN, seed=4).expand(count, HIDDEN)
+    assert not varies(alike)
+    # One number of one state, by as little as float16 can say.
+    stored = alike[:1].half()
+    other = stored.clone()
+    other[:, 0] *= 1 + 2**-10
+    assert varies(torch.cat([stored, other]).float()) == bool(count)
 
 
 def slow_match(ours: bytes, theirs: bytes) -> int:
@@ -165,6 +181,34 @@ def test_a_small_memory_gives_all_its_entries() -> None:
     assert sorted(found.entries[0, :3].tolist()) == [0, 1, 2]
     torch.testing.assert_close(found.weights.sum(1), torch.ones(2))
     assert float(found.weights[:, 3:].sum()) == 0
+
+
+def repeated(following: bytes, times: int) -> Memory:
+    """A memory of one context, said so many times, and of what followed each."""
+    context = b"in the same words"
+    text, starts = lay_out([(context + following) * times])
+    positions = starts[0] + torch.arange(1, times + 1) * (len(context) + 1) - 1
+    keys = torch.nn.functional.normalize(draw(times, KEY, seed=8), dim=-1).half()
+    return Memory(keys, torch.eye(KEY), torch.zeros(KEY), text, positions)
+
+
+@pytest.mark.parametrize("times", [10, 64, 65, 200])
+def test_appended_text_is_found_among_many_equal_contexts(times: int) -> None:
+    old, new = repeated(b"o", times), repeated(b"n", 3)
+    whole = joined(old, [new])
+    index = build_index(whole)
+    asked = contexts_before(whole.text, whole.positions[-1:])
+    weight = torch.full((1,), MAPPED_MATCH_WEIGHT)
+    found = look_up(whole, index, None, asked, weight, finds="bytes")
+    entries = found.entries[0].tolist()
+    assert len(set(entries)) == min(BYTE_NEIGHBOURS, times + 3)
+    assert {0, times + 2} <= set(entries)
+    assert (found.matched_bytes == CONTEXT_BYTES).all()
+    said = [chr(int(whole.text[whole.positions[entry]])) for entry in entries]
+    assert said.count("n") / len(said) == pytest.approx(3 / (times + 3), abs=1 / len(said))
+    grown = Index(index.keys, *merged_byte_order(whole, *byte_order(old)))
+    again = look_up(whole, grown, None, asked, weight, finds="bytes")
+    assert torch.equal(again.entries, found.entries)
 
 
 def test_a_large_memory_is_searched_by_lists_and_loses_little() -> None:

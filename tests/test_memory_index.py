@@ -1,6 +1,10 @@
 """The search over a large memory as it is kept on disk: the same as made anew, exact, or remade."""
 
 import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from trimtab.carriers.search import (
     look_up,
     merged_byte_order,
 )
+from trimtab.processes import Piece, do_pieces
 from trimtab.store.index import (
     index_path,
     kept_index,
@@ -33,7 +38,7 @@ from trimtab.store.index import (
     read_index,
     write_index,
 )
-from trimtab.types import silent
+from trimtab.types import Advance, silent
 
 KEY = 16
 
@@ -203,6 +208,35 @@ def test_an_index_is_made_once(memory: Memory, tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == stamp
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     assert torch.equal(ask(memory, first).entries, ask(memory, again).entries)
+
+
+def test_two_processes_make_one_index_at_once(memory: Memory, tmp_path: Path) -> None:
+    path, begun = tmp_path / "home" / "kept.safetensors", [tmp_path / "0", tmp_path / "1"]
+
+    def make(number: int) -> Piece:
+        @contextmanager
+        def together(label: str, total: int) -> Iterator[Advance]:
+            # Both have looked for an index, and neither has written one.
+            begun[number].touch()
+            deadline = time.monotonic() + 60
+            while not all(each.exists() for each in begun):
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            yield lambda _: None
+
+        def do(advance: Advance) -> None:
+            index = kept_index(memory, path, together)
+            begun[number].with_suffix(f".{os.getpid()}").write_bytes(index.contexts.tobytes())
+
+        return Piece(do, 1)
+
+    do_pieces([make(0), make(1)], lambda _: None, 2)
+    made = list(tmp_path.glob("*.*"))
+    assert len({each.suffix for each in made}) == len(made) == 2
+    contexts = byte_order(memory)[0].tobytes()
+    assert {each.read_bytes() for each in made} == {contexts}
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert read_index(path, memory) is not None
 
 
 def test_small_memories_are_searched_exactly_and_not_kept(tmp_path: Path) -> None:

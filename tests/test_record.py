@@ -2,13 +2,16 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import numpy as np
 import pytest
@@ -20,11 +23,12 @@ from safetensors.torch import load_file
 from trimtab.backends.pair import open_pair
 from trimtab.config import FitConfig, RecordConfig, TuneConfig
 from trimtab.encoding import Samples, TopK, decode_samples, decode_topk
-from trimtab.errors import InputError, NumericalError, RecordingError
+from trimtab.errors import InputError, NumericalError, RecordingError, StorageError
 from trimtab.fit import fit
 from trimtab.record import record
 from trimtab.soft_targets import Heads, run_passages, state_columns
-from trimtab.store.recording import COMMON_COLUMNS, Recording, column_names
+from trimtab.store.files import write_json
+from trimtab.store.recording import COMMON_COLUMNS, Recording, column_names, write_shard
 from trimtab.store.recording_schema import SPLITS
 from trimtab.text.corpus import load_documents
 from trimtab.text.passages import (
@@ -418,6 +422,55 @@ record(RecordConfig.model_validate_json(sys.argv[1]), progress=slow)
     assert Recording.open(config.out).manifest.encoding.kind == encoding
 
 
+@pytest.mark.parametrize("encoding", ["exact", "sparse", "sampled"])
+def test_shards_written_behind_the_passes_are_the_same(
+    encoding: str, expert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, bool]] = []
+
+    def spied(path: Path, columns: Mapping[str, torch.Tensor]) -> None:
+        written.append((path.name, current_thread() is main_thread()))
+        write_shard(path, columns)
+
+    monkeypatch.setattr(sys.modules["trimtab.record"], "write_shard", spied)
+    options = {"encoding": encoding, "processes": 1}
+    one = opened(expert, texts, tmp_path / "one", **options)
+    monkeypatch.setattr(sys.modules["trimtab.record"], "_is_on_gpu", lambda _: True)
+    other = opened(expert, texts, tmp_path / "other", **options)
+    assert contents(one.folder) == contents(other.folder)
+    half = len(written) // 2
+    assert half > 4 and {is_main for _, is_main in written[half:]} == {False}
+    assert [name for name, _ in written[:half]] == [name for name, _ in written[half:]]
+
+
+def test_a_full_disk_behind_the_passes_is_said_and_what_was_written_is_kept(
+    exact: Recording, expert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["trimtab.record"], "_is_on_gpu", lambda _: True)
+    config = recorded(expert, texts, tmp_path / "recording", processes=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as limited:
+        begun: list[Path] = []
+
+        def limit(path: Path, columns: Mapping[str, torch.Tensor]) -> None:
+            begun.append(path)
+            if len(begun) == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+            write_shard(path, columns)
+
+        limited.setattr(sys.modules["trimtab.record"], "write_shard", limit)
+        try:
+            with pytest.raises(StorageError, match="cannot write"):
+                record(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = {path: path.stat().st_mtime_ns for path in config.out.glob("*.safetensors")}
+    assert len(kept) == 2
+    record(config)
+    assert contents(config.out) == contents(exact.folder)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
 @given(
     st.lists(st.integers(1, 700), min_size=1, max_size=30),
     st.integers(2, 300),
@@ -571,6 +624,22 @@ def test_a_broken_list_of_documents_is_refused(copy: Path) -> None:
     for split in ("train", "general"):
         with pytest.raises(RecordingError, match="list of documents"):
             recording.documents(split)
+
+
+def test_an_unfinished_run_names_the_shard_that_is_broken(
+    exact: Recording, expert: Path, texts: Path, copy: Path
+) -> None:
+    (copy / "recording.json").unlink()
+    partial = {"config": exact.manifest.config, "inputs": exact.manifest.inputs}
+    partial |= {"packages": exact.manifest.packages}
+    write_json(copy / "partial.json", partial)
+    (copy / "train-00001.safetensors").write_bytes(b"broken")
+    with pytest.raises(RecordingError, match=r"train-00001\.safetensors") as said:
+        record(recorded(expert, texts, copy))
+    assert "delete that file" in said.value.hint
+    (copy / "train-00001.safetensors").unlink()
+    record(recorded(expert, texts, copy))
+    assert contents(copy) == contents(exact.folder)
 
 
 def test_a_column_of_another_encoding_is_refused(exact: Recording) -> None:

@@ -16,7 +16,17 @@ ALLOWED_LARGER: dict[str, str] = {}
 
 # Each layer may import itself and the layers above it in this list, never one below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "few_rows", "machine", "processes", "types", "vocab", "unembedding"),
+    (
+        "errors",
+        "behind",
+        "config",
+        "few_rows",
+        "machine",
+        "processes",
+        "types",
+        "vocab",
+        "unembedding",
+    ),
     (
         "acceptance",
         "align",

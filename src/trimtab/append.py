@@ -100,13 +100,15 @@ def append(config: AppendConfig, *, progress: Progress = silent) -> AppendResult
             hint="choose another --out",
         )
     with lock(out):
-        manifest = read_manifest(config.adapter)
-        _check_memory(config.adapter, manifest)
+        source, manifest = config.adapter, read_manifest(config.adapter)
+        _check_memory(source, manifest)
         base = _open_base(config, manifest, progress)
-        file = read_memory(config.adapter, manifest)
+        file = read_memory(source, manifest)
         text = _read_text(config, base, file.memory)
         if not in_place and (out / MANIFEST_NAME).exists():
-            return text.result(out, _made_before(out, manifest, text), entries=0)
+            # It holds the text; terms may be new.
+            source, manifest = out, _made_before(out, manifest, text)
+            file, text, in_place = read_memory(out, manifest), replace(text, new=()), True
         if in_place and not text.new and config.data_licence in (None, manifest.licences.data):
             return text.result(out, manifest, entries=0)
         with replace_directory(out) as folder:
@@ -115,8 +117,8 @@ def append(config: AppendConfig, *, progress: Progress = silent) -> AppendResult
             if text.new:
                 windows = _windows(manifest)
                 added.append(new_entries(base, file.memory, text.new, windows, kept, progress))
-            _check_unchanged(config.adapter, manifest)
-            _copy_others(config.adapter, manifest, folder)
+            _check_unchanged(source, manifest)
+            _copy_others(source, manifest, folder)
             write_memory(folder, file, added)
             entries = sum(map(len, added))
             whole = _grown(config, manifest, text, len(file.memory) + entries)
@@ -224,10 +226,13 @@ def _bytes(base: HFModel, token_ids: Sequence[int]) -> bytes:
 
 
 def _made_before(out: Path, manifest: AdapterManifest, text: _Text) -> AdapterManifest:
-    found = read_manifest(out)
+    """What the same call has left in its folder: the memory with the text, if any is new."""
+    found, memory = read_manifest(out), manifest.files[MEMORY_FILE]
     before = found.memory.grown_from[:1] if found.memory else ()
-    of_this = [earlier.sha256 for earlier in before] == [manifest.files[MEMORY_FILE].sha256]
-    if of_this and text.sha256 in found.provenance.inputs.values():
+    has_grown = [earlier.sha256 for earlier in before] == [memory.sha256]
+    if has_grown and text.sha256 in found.provenance.inputs.values():
+        return found
+    if not text.new and found.files.get(MEMORY_FILE) == memory:
         return found
     raise InputError(
         f"{out} holds an adapter that was made otherwise",

@@ -29,6 +29,7 @@ from trimtab.fitting.recorded import (
     reference_logits,
     with_states,
 )
+from trimtab.fitting.recorded_expert import recorded_expert, recorded_lora
 from trimtab.store.adapter import (
     EXPERT_FOLDER,
     HeadFile,
@@ -50,7 +51,7 @@ from trimtab.store.adapter_schema import (
     Provenance,
 )
 from trimtab.store.card import write_adapter
-from trimtab.store.expert import EXPERT_NAME, ExpertManifest, read_expert
+from trimtab.store.expert import ExpertManifest
 from trimtab.store.files import lock, package_versions, replace_directory, sha256_file
 from trimtab.store.manifest import MANIFEST_NAME, read_manifest
 from trimtab.store.recording import COMMON_COLUMNS, Recording
@@ -96,40 +97,52 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
         progress: Shows the head's passes and the memory's look-ups.
 
     Raises:
-        RecordingError: The recording is unfinished, changed, or of another version.
+        RecordingError: The recording is unfinished, changed, or of another version, or its expert
+            is to be carried and is not there any more.
         ModelError: The small model cannot be opened or is not the recorded one.
-        InputError: Another adapter lies in the output folder.
+        InputError: Another adapter lies in the output folder, or another run is writing there.
         NumericalError: The head's loss is not finite.
     """
     recording = Recording.open(config.recording)
     host = _open_host(config, progress)
-    provenance = _provenance(config, recording, host)
-    if (config.out / MANIFEST_NAME).exists():
-        manifest = read_manifest(config.out)
-        settings = _ONCE_FIXED | manifest.provenance.fit
-        same = settings == provenance.fit and manifest.provenance.inputs == provenance.inputs
-        if same and manifest.blend == Blend():
-            return FitResult(config.out, manifest)
+    expert = recorded_expert(recording)
+    provenance = _provenance(config, recording, expert, host)
+    with lock(config.out):
+        made = _made_before(config.out, provenance)
+        if made is not None:
+            return FitResult(config.out, made)
+        if "expert" in config.carriers:
+            # Here too, since it is copied when all else has been fitted.
+            recorded_lora(recording)
+        work = _Work.prepare(config, recording, provenance, progress)
+        with replace_directory(config.out, unfinished=(UNFINISHED_NAME,)) as folder:
+            manifest = AdapterManifest(
+                name=config.name or config.out.resolve().stem or "adapter",
+                base_model=recording.manifest.base,
+                carriers=_write_carriers(work, host, folder, progress),
+                metrics=_expert_metrics(expert),
+                licences=Licences(
+                    adapter=config.licence, data=config.data_licence, models=config.model_licence
+                ),
+                provenance=provenance,
+            )
+            manifest = write_adapter(folder, manifest)
+    return FitResult(config.out, manifest)
+
+
+def _made_before(out: Path, provenance: Provenance) -> AdapterManifest | None:
+    """What the same fit has left in its folder; None if nothing lies there yet."""
+    if not (out / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(out)
+    settings = _ONCE_FIXED | manifest.provenance.fit
+    same = settings == provenance.fit and manifest.provenance.inputs == provenance.inputs
+    if not same or manifest.blend != Blend():
         raise InputError(
-            f"{config.out} holds an adapter that was fitted with other settings or defaults",
+            f"{out} holds an adapter that was fitted with other settings or defaults",
             hint="choose another --out, or delete that folder",
         )
-    work = _Work.prepare(config, recording, provenance, progress)
-    unfinished = (UNFINISHED_NAME,)
-    with lock(config.out), replace_directory(config.out, unfinished=unfinished) as folder:
-        carriers = _write_carriers(work, host, folder, progress)
-        manifest = AdapterManifest(
-            name=config.name or config.out.resolve().stem or "adapter",
-            base_model=recording.manifest.base,
-            carriers=carriers,
-            metrics=_expert_metrics(recording),
-            licences=Licences(
-                adapter=config.licence, data=config.data_licence, models=config.model_licence
-            ),
-            provenance=provenance,
-        )
-        manifest = write_adapter(folder, manifest)
-    return FitResult(config.out, manifest)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -197,16 +210,18 @@ def _beginning(columns: Columns, rows: int) -> Columns:
     return kept
 
 
-def _provenance(config: FitConfig, recording: Recording, host: HFModel | None) -> Provenance:
+def _provenance(
+    config: FitConfig, recording: Recording, expert: ExpertManifest | None, host: HFModel | None
+) -> Provenance:
     recorded = recording.manifest
     settings = config.model_dump(mode="json", exclude=_FREE_SETTINGS)
-    inputs = {"recording": sha256_file(config.recording / "recording.json")}
+    inputs = {
+        "recording": sha256_file(config.recording / "recording.json"),
+        "expert": recorded.inputs["expert"],
+    }
     if host:
         settings["host"] = _portable(host)
         inputs["host"] = host.fingerprint.unembedding_sha256
-    expert = _expert_of(recording)
-    if expert:
-        inputs["expert"] = sha256_file(Path(str(recorded.config["expert"])) / EXPERT_NAME)
     return Provenance(
         tune=expert.config.model_dump(mode="json", exclude=_PLACES) if expert else {},
         record={k: v for k, v in recorded.config.items() if k not in {"expert", "out"}},
@@ -218,15 +233,8 @@ def _provenance(config: FitConfig, recording: Recording, host: HFModel | None) -
     )
 
 
-def _expert_of(recording: Recording) -> ExpertManifest | None:
-    """What `tune` wrote, if the expert still lies where it was recorded from."""
-    folder = Path(str(recording.manifest.config["expert"]))
-    return read_expert(folder, verify=False) if (folder / EXPERT_NAME).exists() else None
-
-
-def _expert_metrics(recording: Recording) -> dict[str, JsonValue]:
+def _expert_metrics(expert: ExpertManifest | None) -> dict[str, JsonValue]:
     """What tuning did to the held-out text, as `tune` measured it."""
-    expert = _expert_of(recording)
     if expert is None or expert.held_out is None:
         return {}
     return {"expert_held_out": expert.held_out.model_dump(mode="json")}
@@ -357,14 +365,7 @@ def _head_file(head: Head, base: HFModel, general_states: Tensor) -> HeadFile:
 
 
 def _copy_expert(recording: Recording, folder: Path) -> ExpertCarrier:
-    source = Path(str(recording.manifest.config["expert"])) / "lora"
-    if not source.is_dir():
-        raise InputError(
-            f"{source} is not there, and the expert carrier is a copy of it",
-            hint="restore the expert's folder, tune with --method lora or qlora, or leave expert"
-            " out of --carriers",
-        )
-    target = folder / EXPERT_FOLDER
+    source, target = recorded_lora(recording), folder / EXPERT_FOLDER
     target.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(source / name, target / name)

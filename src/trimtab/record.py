@@ -1,24 +1,23 @@
 """Record what an expert and its reference think at every position of a text."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from trimtab.backends.chat import Rendered, chat_renderer
 from trimtab.backends.pair import Pair, PairStates, open_pair
+from trimtab.behind import Do, one_behind
 from trimtab.compact import SAMPLE_ROWS, StateCode, code_for
 from trimtab.config import RecordConfig
 from trimtab.encoding import bits_needed
 from trimtab.errors import InputError
 from trimtab.processes import Piece, do_pieces, process_count
 from trimtab.soft_targets import (
+    Encoder,
     Heads,
-    compact_columns,
-    encode_states,
     passage_columns,
     run_passages,
     run_reference,
@@ -170,7 +169,7 @@ def _run(config: RecordConfig, asked: RecordingRun, progress: Progress) -> Recor
     if config.encoding == "compact":
         code = _code(config, pair, heads, splits["train"], progress)
     encoding = _encoding(config, heads, code)
-    _write_shards(config, pair, _Encoder(heads, encoding, code), splits, progress)
+    _write_shards(config, pair, Encoder(heads, encoding, code), splits, progress)
     documents = {name: split.listed() for name, split in splits.items()}
     write_json(config.out / DOCUMENTS_NAME, documents)
     moved = _write_head(config, heads)
@@ -227,25 +226,6 @@ def _encoding(config: RecordConfig, heads: Heads, code: StateCode | None) -> Enc
         count_bits = bits_needed(config.top_k)
         return SampledEncoding(draws=config.top_k, id_bits=id_bits, count_bits=count_bits)
     return ExactEncoding()
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """From a shard's states to its columns."""
-
-    heads: Heads
-    encoding: Encoding
-    code: StateCode | None
-
-    def columns(
-        self, states: Callable[[Advance], PairStates], seed: int, advance: Advance
-    ) -> dict[str, Tensor]:
-        """Run both models and encode; what takes longer is what is told of."""
-        if self.code is None:
-            return encode_states(states(advance), self.heads, self.encoding, seed=seed)
-        assert isinstance(self.encoding, CompactEncoding)
-        found = states(lambda _: None)
-        return compact_columns(found, self.code, self.encoding, advance=advance)
 
 
 def _code(
@@ -346,7 +326,7 @@ def _cut(
 def _write_shards(
     config: RecordConfig,
     pair: Pair,
-    encoder: _Encoder,
+    encoder: Encoder,
     splits: Mapping[Split, _SplitWork],
     progress: Progress,
 ) -> None:
@@ -356,16 +336,18 @@ def _write_shards(
 
         columns = passage_columns(split.documents, shard)
         seed = shard_seed(config.seed, path.name)
-        encoded = encoder.columns(states, seed, lambda rows: advance(2 * rows))
-        write_shard(path, columns | encoded)
+        encoded = encoder.run(states, seed, lambda rows: advance(2 * rows))
+        finish(lambda: write_shard(path, columns | encoded()))
 
     def of_one(path: Path, split: _SplitWork, shard: Sequence[Passage], advance: Advance) -> None:
+        columns = passage_columns(split.documents, shard)
         states = run_reference(pair.reference, split.documents, shard, advance=advance)
-        write_shard(path, passage_columns(split.documents, shard) | state_columns(states))
+        finish(lambda: write_shard(path, columns | state_columns(states)))
 
     models = {name: 2 if name in EXPERT_SPLITS else 1 for name in splits}
     total = sum(models[name] * split.tokens for name, split in splits.items())
-    with progress("recording (tokens, each model's)", total) as advance:
+    title = "recording (tokens, each model's)"
+    with progress(title, total) as advance, _finishing(config, pair) as finish:
         missing: list[Piece] = []
         sizes: list[int] = []
         for name, split in splits.items():
@@ -381,6 +363,19 @@ def _write_shards(
         missing.sort(key=lambda piece: -piece.size)
         count = process_count(sorted(sizes, reverse=True), config.processes)
         do_pieces(missing, advance, count)
+
+
+def _finishing(config: RecordConfig, pair: Pair) -> AbstractContextManager[Do]:
+    """When shards are encoded and written: at once, or while the next one's states are made."""
+    if _is_on_gpu(pair) and config.encoding != "compact":
+        return one_behind()
+    # On a processor both would want the same cores. And compact encoding takes so much longer than
+    # the passes that nothing is left to gain.
+    return nullcontext(lambda work: work())
+
+
+def _is_on_gpu(pair: Pair) -> bool:
+    return pair.reference.unembedding.weight.is_cuda
 
 
 def _write_head(config: RecordConfig, heads: Heads) -> MovedHead | None:

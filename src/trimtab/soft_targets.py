@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -304,6 +305,38 @@ def encode_states(
     elif isinstance(encoding, SampledEncoding):
         columns |= sampled_columns(states, heads, draws=encoding.draws, seed=seed)
     return columns
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """From a shard's states to its columns.
+
+    Attributes:
+        heads: Both unembeddings.
+        encoding: Form of the soft targets.
+        code: What a compact recording's shards are encoded with; None in any other.
+    """
+
+    heads: Heads
+    encoding: Encoding
+    code: StateCode | None
+
+    def run(
+        self, states: Callable[[Advance], PairStates], seed: int, advance: Advance
+    ) -> Callable[[], dict[str, Tensor]]:
+        """Run both models, and give what encodes their states.
+
+        Args:
+            states: Runs them; told of positions as they are done.
+            seed: Of the sampled encoding.
+            advance: Told of positions as they are run, or encoded where that takes longer.
+        """
+        if self.code is None:
+            found = states(advance)
+            return lambda: encode_states(found, self.heads, self.encoding, seed=seed)
+        assert isinstance(self.encoding, CompactEncoding)
+        found = states(lambda _: None)
+        return partial(compact_columns, found, self.code, self.encoding, advance=advance)
 
 
 def shard_seed(seed: int, name: str) -> int:

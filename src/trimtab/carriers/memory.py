@@ -17,6 +17,9 @@ CONTEXT_BYTES = 16
 VALUE_BYTES = 32
 """Bytes after an entry that are read to find the token that followed."""
 
+_LEAST_VARIANCE = 1e-12
+"""Of states, as a part of their mean square: float32 rounds a mean by as much."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -60,13 +63,23 @@ class Memory:
         return (hidden - self.mean) @ self.projection.T
 
 
+def varies(states: Tensor) -> bool:
+    """Whether states differ by more than rounding; others have no directions to whiten.
+
+    Args:
+        states: Shape [positions, hidden].
+    """
+    variance = (states - states.mean(0)).square().sum()
+    return bool(variance > _LEAST_VARIANCE * states.square().sum())
+
+
 def whitening(states: Tensor, key_size: int) -> tuple[Tensor, Tensor]:
     """Principal directions of the states, scaled to unit variance.
 
     Unwhitened cosines are ruled by the few directions in which all states vary most.
 
     Args:
-        states: Shape [positions, hidden].
+        states: Shape [positions, hidden]; they vary.
         key_size: Directions to keep, at most hidden.
 
     Returns:

@@ -297,15 +297,23 @@ def _cosines(memory: Memory, entries: Tensor, features: Tensor) -> Tensor:
 
 
 def _by_bytes(memory: Memory, index: Index, contexts: Tensor) -> Tensor:
-    """In byte order the entries with the longest common context lie around the question's own."""
-    some = len(index.entries)
+    """In byte order the entries with the longest common context lie around the question's own.
+
+    Where more have the question's own than are looked for, these are spread evenly over them, the
+    first and the last among them: equal contexts lie in the order of the text, so that the last
+    are what was appended.
+    """
+    some, asked = len(index.entries), as_strings(contexts)
     count = min(BYTE_NEIGHBOURS, some)
-    place = torch.from_numpy(np.searchsorted(index.contexts, as_strings(contexts)))
+    place = torch.from_numpy(np.searchsorted(index.contexts, asked, side="left"))
+    end = torch.from_numpy(np.searchsorted(index.contexts, asked, side="right"))
     room = min(2 * count, some)
     first = (place - count).clamp(0, some - room)
     around = index.entries[first[:, None] + torch.arange(room)]
-    longest = _matched_bytes(memory, around, contexts).topk(count, dim=1).indices
-    return around.gather(1, longest)
+    longest = first[:, None] + _matched_bytes(memory, around, contexts).topk(count, dim=1).indices
+    equal = (end - place)[:, None]
+    spread = place[:, None] + torch.arange(count) * (equal - 1) // max(1, count - 1)
+    return index.entries[torch.where(equal > count, spread, longest)]
 
 
 def _matched_bytes(memory: Memory, entries: Tensor, contexts: Tensor) -> Tensor:

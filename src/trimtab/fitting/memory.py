@@ -9,7 +9,14 @@ from torch import Tensor
 from trimtab.anchors import Reading
 from trimtab.backends.hf import HFModel
 from trimtab.carriers.gate import fit_gate
-from trimtab.carriers.memory import Memory, contexts_before, lay_out, unit_keys, whitening
+from trimtab.carriers.memory import (
+    Memory,
+    contexts_before,
+    lay_out,
+    unit_keys,
+    varies,
+    whitening,
+)
 from trimtab.carriers.recall import MountedMemory
 from trimtab.carriers.search import build_index
 from trimtab.carriers.sources import Sources, travelling_names
@@ -52,7 +59,8 @@ def fit_memory(
 
     Raises:
         InputError: Soft values from a recording that has no probabilities.
-        RecordingError: The recording holds no position to remember, or none to learn a gate from.
+        RecordingError: The recording holds no position to remember, or none that differ, or none to
+            learn a gate from.
     """
     train = splits["train"]
     answered = train["next_ids"] >= 0
@@ -62,6 +70,12 @@ def fit_memory(
             hint="record longer documents, or leave memory out of --carriers",
         )
     states = train["reference_hidden"][answered].float()
+    if not varies(states):
+        raise RecordingError(
+            "the recording holds too little text to make keys of: the reference's states do not"
+            f" differ (places to remember: {len(states)})",
+            hint="record more text, or leave memory out of --carriers",
+        )
     projection, mean = whitening(states, config.key_size)
     keys = unit_keys(states, projection, mean)
     memory = entries_of(base.vocabulary, train, keys, _names(names, train))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from trimtab.backends.hf import HFModel
-from trimtab.carriers.memory import Memory, documents_of, unit_keys, whitening
+from trimtab.carriers.memory import Memory, documents_of, unit_keys, varies, whitening
 from trimtab.errors import AdapterError
 from trimtab.steering.host_states import host_states
 from trimtab.store.seats import HostKeys
@@ -25,18 +25,19 @@ def host_keys(memory: Memory, host: HFModel, progress: Progress) -> HostKeys:
         progress: Shows the pass.
 
     Raises:
-        AdapterError: The memory's text is no two tokens of the host in a row.
+        AdapterError: The memory's text is no two tokens of the host in a row, or its states do not
+            differ.
     """
     documents, starts = documents_of(memory.text)
     states = host_states(host, documents, "reading the memory's text", progress)
     index = states.document_index
     followed = torch.nonzero(index[1:] == index[:-1])[:, 0]
-    if not len(followed):
+    hidden = states.hidden[followed].float()
+    if not len(followed) or not varies(hidden):
         raise AdapterError(
             "the memory's text is too short for keys of the host's own",
             hint="leave out --host-keys",
         )
-    hidden = states.hidden[followed].float()
     projection, mean = whitening(hidden, memory.keys.shape[1])
     keys = unit_keys(hidden, projection, mean)
     positions = torch.tensor(starts)[index[followed]] + states.byte_ends[followed]

@@ -211,10 +211,17 @@ def read_memory(folder: Path, manifest: AdapterManifest) -> MemoryFile:
     """Read memory/memory.safetensors, with the gates from the manifest.
 
     Raises:
-        AdapterError: The file is missing or lacks a tensor, or the gate reads other features.
+        AdapterError: The file is missing or lacks a tensor, holds another number of entries than
+            the manifest says, or the gate reads other features.
     """
     found = _load(folder / MEMORY_FILE)
     carrier = manifest.memory
+    if carrier and len(found["keys"]) != carrier.entries:
+        raise AdapterError(
+            f"{folder / MEMORY_FILE} holds {len(found['keys'])} entries, the manifest says"
+            f" {carrier.entries}: another run may have changed the adapter just now",
+            hint="run the same command again; if it says so again, fetch the adapter again",
+        )
     for gate in (carrier.gate, carrier.own_gate, carrier.bytes_gate) if carrier else ():
         if gate.features and gate.features != GATE_FEATURES:
             raise AdapterError(

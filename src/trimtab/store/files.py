@@ -4,8 +4,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,16 +13,20 @@ from typing import Any
 
 from trimtab.errors import InputError, NumericalError, TrimtabError
 from trimtab.store.storage_errors import storage_errors
+from trimtab.store.temporary import (
+    all_beside,
+    beside,
+    held,
+    is_at,
+    is_temporary,
+    remove_abandoned,
+    temporary_folder,
+)
 
 LOCK_NAME = ".lock"
 """File in an output folder that its one writer holds."""
 
 _PACKAGES = ("trimtab", "torch", "transformers", "peft", "safetensors", "numpy")
-# Tells this process's temporary files from those of a killed one that had the same process id,
-# which is the rule in containers.
-_RUN = secrets.token_hex(4)
-_OWNER = r"(?P<pid>\d+)-(?P<run>[0-9a-f]{8})-[0-9a-f]{8}"
-_TEMPORARY = re.compile(rf"\..+\.tmp-{_OWNER}")
 
 
 @contextmanager
@@ -43,24 +45,13 @@ def writing_atomically(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(_leftovers(target, "tmp"))
+        remove_abandoned(all_beside(target, "tmp"))
         # A folder, because some libraries (safetensors) put temporary files beside the file.
-        with _temporary_folder(target) as folder:
+        with temporary_folder(target) as folder:
             yield folder / target.name
             _settle(folder)
             os.replace(folder / target.name, target)
         _sync(target.parent)
-
-
-@contextmanager
-def _temporary_folder(target: Path) -> Iterator[Path]:
-    folder = _beside(target, "tmp")
-    with ExitStack() as ending:
-        # Twice: Ctrl-C may break off one removal, as it may the making.
-        for _ in range(2):
-            ending.callback(shutil.rmtree, folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -95,10 +86,10 @@ def replace_directory(
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         put_back(target)
-        _remove(_leftovers(target, "old"))
+        remove_abandoned(all_beside(target, "old"))
         _refuse_foreign(path, marker, unfinished)
-        _remove(_leftovers(target, "tmp"))
-        with _temporary_folder(target) as temp:
+        remove_abandoned(all_beside(target, "tmp"))
+        with temporary_folder(target) as temp:
             yield temp
             if target.exists():
                 shutil.copymode(target, temp)
@@ -127,8 +118,9 @@ def names_in(folder: Path) -> list[str]:
     would make a folder of ours look like another's.
     """
     entries = folder.iterdir() if folder.is_dir() else ()
-    names = sorted(entry.name for entry in entries if entry.name != LOCK_NAME)
-    return [name for name in names if not _TEMPORARY.fullmatch(name)]
+    return sorted(
+        entry.name for entry in entries if entry.name != LOCK_NAME and not is_temporary(entry)
+    )
 
 
 def refuse_others(folder: Path, others: Sequence[str], lacking: str) -> None:
@@ -160,9 +152,10 @@ def _swap(temp: Path, target: Path) -> None:
         # What begins with a dot is the user's own (a .git, say), which no writer of ours makes.
         if name.startswith(".") and not (temp / name).exists():
             _copy(target / name, temp / name)
-    old = _beside(target, "old")
-    os.rename(target, old)
-    os.rename(temp, target)
+    old = beside(target, "old")
+    with held(target, fcntl.LOCK_SH):
+        os.rename(target, old)
+        os.rename(temp, target)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -179,42 +172,11 @@ def put_back(path: Path) -> None:
     target = Path(os.path.realpath(path))
     if target.exists() or not target.parent.is_dir():
         return
-    leftovers = _leftovers(target, "old")
-    if leftovers:
-        os.rename(max(leftovers, key=lambda entry: entry.stat().st_mtime), target)
-
-
-def _beside(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name}.{role}-{os.getpid()}-{_RUN}-{secrets.token_hex(4)}")
-
-
-def _leftovers(target: Path, role: str) -> list[Path]:
-    name = re.escape(f".{target.name}.{role}-")
-    return _abandoned(target.parent, re.compile(name + _OWNER))
-
-
-def _abandoned(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    found = ((pattern.fullmatch(entry.name), entry) for entry in folder.iterdir())
-    return sorted(
-        entry for match, entry in found if match and not _lives(int(match["pid"]), run=match["run"])
-    )
-
-
-def _remove(entries: Sequence[Path]) -> None:
-    for entry in entries:
-        shutil.rmtree(entry, ignore_errors=True)
-
-
-def _lives(pid: int, *, run: str) -> bool:
-    if pid == os.getpid():
-        return run == _RUN
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    for entry in sorted(all_beside(target, "old"), key=os.path.getmtime, reverse=True):
+        with held(entry, fcntl.LOCK_EX) as is_abandoned:
+            if is_abandoned:
+                os.rename(entry, target)
+                return
 
 
 def _sync(path: Path) -> None:
@@ -257,10 +219,10 @@ def lock(folder: Path) -> Iterator[None]:
         # Also beside files that are whole: a kill may come between a file's taking its name and
         # the removal of the folder that it was written in.
         with storage_errors(folder):
-            _remove(_abandoned(folder, _TEMPORARY))
+            remove_abandoned([entry for entry in folder.iterdir() if is_temporary(entry)])
         yield
     finally:
-        if _is_at(descriptor, folder / LOCK_NAME):
+        if is_at(descriptor, folder / LOCK_NAME):
             (folder / LOCK_NAME).unlink(missing_ok=True)
             if is_new:
                 # It refuses a folder that holds anything.
@@ -282,16 +244,9 @@ def _locked(folder: Path) -> int:
                     hint="wait until it ends, or choose another output folder",
                 ) from error
             # The former owner may have removed the file between our opening and locking it.
-            if _is_at(descriptor, folder / LOCK_NAME):
+            if is_at(descriptor, folder / LOCK_NAME):
                 unless_held.pop_all()
                 return descriptor
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -100,7 +100,7 @@ def shard_entry(path: Path, split: Split, *, rows: int) -> ShardEntry:
             found = shard.get_slice("token_ids").get_shape()[0]
             states = _STATES[shard.get_slice("reference_hidden").get_dtype()]
     except (OSError, SafetensorError, KeyError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, hint=_BROKEN) from error
     if found != rows:
         raise RecordingError(f"{path} holds {found} positions, expected {rows}", hint=_BROKEN)
     size = path.stat().st_size
@@ -371,5 +371,5 @@ def _check_file(path: Path, sha256: str | None, size: int) -> None:
         )
 
 
-def _unreadable(path: Path, error: Exception) -> RecordingError:
-    return RecordingError(f"cannot read the shard {path}: {error}", hint=RECORD_AGAIN)
+def _unreadable(path: Path, error: Exception, hint: str = RECORD_AGAIN) -> RecordingError:
+    return RecordingError(f"cannot read the shard {path}: {error}", hint=hint)

@@ -72,11 +72,13 @@ def tokenised(
     share = None if max_tokens is None else max(1, max_tokens // 16)
     token_ids: dict[int, NDArray[np.int32]] = {}
     taken: dict[int, int] = {}
+    total = 0
     for index in order:
-        if max_tokens is not None and sum(taken.values()) >= max_tokens:
+        if max_tokens is not None and total >= max_tokens:
             break
         token_ids[index] = np.asarray(encode(documents[index]), dtype=np.int32)
         taken[index] = len(token_ids[index][:share])
+        total += taken[index]
     kept = _filled(taken, {index: len(ids) for index, ids in token_ids.items()}, max_tokens)
     return [
         DocumentTokens(documents[index].name, token_ids[index][: kept[index]])
