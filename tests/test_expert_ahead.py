@@ -1,5 +1,6 @@
 """What the expert expects of tokens to come, from a copy in bfloat16, against the expert itself."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pair_passes import FAMILIES, pair_of
+from transformers import DynamicCache
 
+from trimtab.backends.cache_layers import Layer, layers_of
 from trimtab.backends.expert_ahead import FEW_UNREAD, ExpertAhead, copied_bytes
 from trimtab.backends.open import open_model
 from trimtab.backends.pair import Pair
@@ -161,6 +164,26 @@ def test_a_pass_that_is_broken_off_leaves_nothing_behind(ahead_too: bool, folder
         ahead.logits_after([*tokens, 9], caches),
         pair.expert_logits(torch.tensor([[*tokens, 9]]))[0, -1],
     )
+
+
+def test_taking_what_is_exact_may_be_broken_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pair_of("llama", folder)
+    ahead, caches, text = ExpertAhead(pair), PairCaches(), list(range(3, 12))
+    read(pair, text[:5], caches)
+    ahead.logits_after([*text[:5], 20], caches)
+    read(pair, text, caches)
+
+    def broken_off(cache: DynamicCache) -> Iterator[Layer]:
+        yield layers_of(cache)[0]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trimtab.backends.expert_ahead.layers_of", broken_off)
+        ahead.logits_after([*text, 20], caches)
+    exact = pair.expert_logits(torch.tensor([[*text, 20]]))[0, -1]
+    assert is_near(ahead.logits_after([*text, 20], caches), exact)
 
 
 def test_two_models_draft_as_they_are() -> None:

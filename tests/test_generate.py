@@ -40,7 +40,7 @@ from trimtab.record import record
 from trimtab.steering.evidence import Mixture, ReadPrompt, readable
 from trimtab.steering.mounted import Mounted
 from trimtab.steering.predictors import Rows, Steering, blend_at, predicted
-from trimtab.steering.processor import mixture_of, open_live
+from trimtab.steering.processor import mixture_of, open_live, steered_by
 from trimtab.steering.rows import families, row_of, with_memory
 from trimtab.steering.scoring import score_document
 from trimtab.store.adapter_schema import Blend
@@ -358,6 +358,18 @@ def test_a_batch_gives_what_its_prompts_give_alone(
             assert torch.equal(row[-6:], alone[0, -6:])
 
 
+def test_a_prompt_has_its_own_candidates_in_any_batch(
+    host: HFModel, mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.steering.field.CANDIDATES", len(host.vocabulary))
+    monkeypatch.setattr("trimtab.steering.field.ROW_CANDIDATES", 4)
+    with steered(host, mounted) as model:
+        together = model.generate(**inputs(host, *PROMPTS), **SCORES)
+        alone = model.generate(**inputs(host, PROMPTS[1]), **SCORES)
+    for one, other in zip(together.scores, alone.scores, strict=True):
+        torch.testing.assert_close(one[1], other[0], atol=1e-4, rtol=1e-4)
+
+
 def test_several_sequences_of_a_prompt_share_its_evidence(host: HFModel, mounted: Mounted) -> None:
     with steered(host, mounted) as model:
         result = model.generate(
@@ -661,6 +673,56 @@ def test_a_long_prompt_uses_the_room_that_is_left() -> None:
         run(None, "a", "\x01" * 2049, host="tiny:llama?hidden=8&layers=1")
 
 
+def test_a_text_that_outgrows_the_small_model_ends_there(
+    adapter: Path, host: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(*prompts: str, **options: object) -> tuple[GenerateResult, list[str]]:
+        config = {"host": HOST, "prompt": prompts, "adapter": adapter, "dtype": "float32"}
+        config |= {"carriers": ("expert",), "max_new_tokens": 16, **options}
+        notes: list[str] = []
+        settings = GenerateConfig.model_validate(config)
+        return generate(settings, host=host, on_note=notes.append), notes
+
+    whole, unsaid = written(*PROMPTS[:2])
+    positions = len(PROMPTS[0]) + 6
+    # The host is open, and has positions for more.
+    monkeypatch.setattr("trimtab.backends.tiny.MAX_POSITIONS", positions)
+    found, notes = written(*PROMPTS[:2])
+    assert not unsaid and found.texts[1] == whole.texts[1] and found.tokens[1] == 16
+    assert 0 < found.tokens[0] < 16 and whole.texts[0].startswith(found.texts[0])
+    assert len((PROMPTS[0] + found.texts[0]).encode()) > positions
+    [note] = notes
+    assert note.startswith(f"the continuation of prompt 1 ends after {found.tokens[0]} tokens")
+    assert f"has positions for {positions} and no more" in note and found.notes == (note,)
+    for draft_tokens in (0, 5):
+        alone, notes = written(PROMPTS[0], draft_tokens=draft_tokens)
+        assert (alone.texts[0], alone.tokens[0]) == (found.texts[0], found.tokens[0])
+        assert len(notes) == 1
+    with pytest.raises(ModelError, match=f"which reads at most {positions}"):
+        written(PROMPTS[1], PROMPTS[0] * 2)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"eos_token_id": None, "num_return_sequences": 2}]
+)
+def test_rows_that_outgrow_the_small_model_leave_the_others_alone(
+    host: HFModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, asked = decided_live(host), {"max_new_tokens": 8, "do_sample": False, **options}
+    asked["do_sample"] = "num_return_sequences" in options
+    with steered_by(host, Mixture(Steering(("live",), live=live))) as outgrown:
+        torch.manual_seed(1)
+        whole = host.model.generate(**inputs(host, *PROMPTS[:2]), **asked)
+        assert not outgrown.rows
+        config: Any = live.pair.reference.model.config
+        monkeypatch.setattr(config, "max_position_embeddings", len(PROMPTS[0]) + 3)
+        torch.manual_seed(1)
+        found = host.model.generate(**inputs(host, *PROMPTS[:2]), **asked)
+    rows = len(whole) // 2
+    assert torch.equal(found[rows:], whole[rows:]) or "num_return_sequences" in options
+    assert outgrown.rows and found.shape[1] == whole.shape[1]
+
+
 def test_what_cannot_be_generated_is_refused(adapter: Path) -> None:
     with pytest.raises(InputError, match="prompt 2 is empty"):
         run(None, "a", "")
@@ -698,6 +760,12 @@ def test_carriers_that_are_not_there_are_listed(
     [
         {"guidance_scale": 1.5},
         {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 1},
+        {"penalty_alpha": 0.6},
+        {"dola_layers": "high"},
+        {"use_mtp": True},
+        {"constraints": [1]},
+        {"force_words_ids": [[84]]},
         {"generation_config": GenerationConfig(guidance_scale=2.0)},
         {"inputs_embeds": torch.zeros(1, 2, 32)},
     ],
@@ -835,6 +903,15 @@ def test_the_experts_caches_change_nothing(host: HFModel, mounted: Mounted, live
         steering = model.generate(ids, **options)
     alone = together.sequences[1, -4:].tolist()
     assert steering.sequences[0, -4:].tolist() == alone
+
+
+def test_a_generation_keeps_the_caches_of_its_own_rows_alone(host: HFModel) -> None:
+    live = decided_live(host)
+    with steered_by(host, Mixture(Steering(("live",), live=live))):
+        for prompts in (PROMPTS, PROMPTS[:2]):
+            host.model.generate(**inputs(host, *prompts), max_new_tokens=2, do_sample=False)
+    # Of a row that was forgotten nothing has been read.
+    assert [bool(live.caches(row).reference.tokens) for row in range(3)] == [True, True, False]
 
 
 def test_the_small_models_read_a_prompt_once(host: HFModel, mounted: Mounted) -> None:

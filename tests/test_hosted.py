@@ -93,6 +93,24 @@ def test_told_tokens_and_text_prompts_are_nearly_the_local_host(
     assert found.texts[0][:4] == known.texts[0][:4]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_that_outgrows_the_small_model_ends_there(
+    chat: bool, adapter: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint.completions, endpoint.chat, endpoint.readable = not chat, chat, True
+    options = {"api_tokenizer": HOST, "api_top_logprobs": 20, "chat": chat, "max_new_tokens": 12}
+    whole = asked(endpoint, adapter, **options)
+    before = len("<user><eos><assistant>" if chat else "") + len(PROMPTS[0])
+    monkeypatch.setattr("trimtab.backends.tiny.MAX_POSITIONS", before + 5)
+    found = asked(endpoint, adapter, **options)
+    assert 0 < found.tokens[0] < whole.tokens[0] == 12
+    assert whole.texts[0].startswith(found.texts[0])
+    assert found.notes[-1].startswith(
+        f"the continuation of prompt 1 ends after {found.tokens[0]} tokens"
+    )
+    assert not any("ends after" in note for note in whole.notes)
+
+
 def test_strength_zero_and_no_adapter_are_the_host(
     adapter: Path, host: HFModel, endpoint: Endpoint
 ) -> None:

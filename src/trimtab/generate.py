@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from trimtab.backends.chat import chat_ids, prompt_ids
 from trimtab.backends.hf import HFModel, quiet_transformers
@@ -16,7 +16,15 @@ from trimtab.backends.padding import check_padding
 from trimtab.config import DRAFT_TOKENS, CarrierName, GenerateConfig, MountConfig, is_hosted
 from trimtab.errors import AdapterError, InputError
 from trimtab.mount import mount
-from trimtab.steering.processor import DEFAULT_CARRIERS, check_carriers, open_live
+from trimtab.steering.outgrown import Outgrown, outgrown_note
+from trimtab.steering.processor import (
+    DEFAULT_CARRIERS,
+    chats_of,
+    check_carriers,
+    mixture_of,
+    open_live,
+    steered_by,
+)
 from trimtab.steering.processor import steered as steered
 from trimtab.store.manifest import read_manifest
 from trimtab.text.stream import TextStream
@@ -32,7 +40,8 @@ class GenerateResult:
         tokens: How many tokens each took, the end token not counted.
         wall_sec: Time that the generation took, without opening and mounting.
         level: Of a host behind an API: what was used of it, in words.
-        notes: Of a host behind an API: what it took at most and in fact.
+        notes: What else is to be said: of a host behind an API what it took at most and in fact;
+            of a text that its small model could read no further, that it ends there.
         is_cut_short: Of a host behind an API: the budget of tokens has ended a text.
     """
 
@@ -65,7 +74,7 @@ def generate(
     A host behind an API (openai:MODEL, anthropic:MODEL) is asked over the network.
 
     A continuation ends at max_new_tokens, at an end token, at a stop string (which is cut off),
-    or where the host's positions end.
+    or where the positions of the host end, or those of the expert that steers it.
 
     Args:
         config: Host, prompts, adapter and sampling.
@@ -73,14 +82,16 @@ def generate(
         progress: Shows the opening, the mounting and the tokens.
         on_text: Gets each piece of text as soon as it is certain; the pieces of a prompt
             together are its text.
-        on_note: Gets what a host behind an API is used for, and what that costs.
+        on_note: Gets what a host behind an API is used for, and what that costs; and each other
+            note of the result.
 
     Raises:
         InputError: A prompt is empty or too long, a stop string is empty, or carriers are named
             without an adapter.
         AdapterError: The adapter is broken or lacks a carrier.
         ModelError: The host cannot be opened, has no chat template and is to chat, or reads the
-            padding that prompts of different lengths need.
+            padding that prompts of different lengths need; or a prompt is longer than the expert
+            can read.
     """
     _check_words(config)
     if is_hosted(config.host):
@@ -92,20 +103,24 @@ def generate(
     limit = _new_tokens(host, prompts, config.max_new_tokens)
     check_padding(host, prompts)
     with (
-        _ready(config, host, carriers, progress) as model,
+        _ready(config, host, carriers, progress) as outgrown,
         progress("generating (tokens)", limit) as advance,
         quiet_transformers(),
         torch.random.fork_rng(devices=_used_gpus()),
     ):
         start_sec = time.monotonic()
-        follower = _Follower(host, config, on_text, advance)
+        follower = _Follower(host, config, on_text, advance, outgrown)
         torch.manual_seed(config.seed)
-        model.generate(
+        host.model.generate(
             **host.padded(prompts),
             generation_config=_settings(config, host, limit),
             stopping_criteria=[follower],
         )  # pyright: ignore[reportCallIssue]
-    return follower.result(time.monotonic() - start_sec)
+        result = follower.result(time.monotonic() - start_sec)
+    for note in result.notes:
+        if on_note is not None:
+            on_note(note)
+    return result
 
 
 def _used_gpus() -> range:
@@ -176,9 +191,10 @@ def _is_text(prompt: str) -> bool:
 @contextmanager
 def _ready(
     config: GenerateConfig, host: HFModel, carriers: Sequence[CarrierName], progress: Progress
-) -> Iterator[PreTrainedModel]:
+) -> Iterator[Outgrown]:
+    """Steer the host's `generate` inside the context as is asked for."""
     if config.adapter is None or not config.strength:
-        yield host.model
+        yield Outgrown()
         return
     seat = {"adapter": config.adapter, "host": config.host, "dtype": config.dtype}
     seat |= {"carriers": tuple(carriers), "host_keys": config.host_keys}
@@ -193,15 +209,10 @@ def _ready(
             progress=progress,
             draft_tokens=DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens,
         )
-    with steered(
-        host,
-        mounted,
-        carriers=carriers,
-        strength=config.strength,
-        live=live,
-        messages=config.prompt if config.chat else (),
-    ) as model:
-        yield model
+    mixture = mixture_of(host, mounted, carriers, config.strength, live)
+    chats = chats_of(host, mixture, config.prompt if config.chat else ())
+    with steered_by(host, mixture, chats) as outgrown:
+        yield outgrown
 
 
 def _new_tokens(host: HFModel, prompts: Sequence[Sequence[int]], asked: int) -> int:
@@ -246,7 +257,12 @@ class _Follower(StoppingCriteria):
     """Reads each new token: gives out text, and ends a row at an end token or a stop string."""
 
     def __init__(
-        self, host: HFModel, config: GenerateConfig, on_text: OnText | None, advance: Advance
+        self,
+        host: HFModel,
+        config: GenerateConfig,
+        on_text: OnText | None,
+        advance: Advance,
+        outgrown: Outgrown,
     ) -> None:
         self._token_bytes = host.vocabulary.token_bytes
         # A target is a text of its own: the space that a tokenizer puts first is not in it.
@@ -256,14 +272,17 @@ class _Follower(StoppingCriteria):
         self._streams = [TextStream(config.stop) for _ in config.prompt]
         self._tokens = [0 for _ in config.prompt]
         self._done = [False for _ in config.prompt]
+        self._notes: list[str] = []
         self._on_text = on_text
         self._advance = advance
+        self._outgrown = outgrown
 
     def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
         del scores, options
         for row, token_id in enumerate(input_ids[:, -1].tolist()):
             if not self._done[row]:
                 self._read(row, token_id)
+                self._end_outgrown(row)
         self._advance(1)
         return torch.tensor(self._done, device=input_ids.device)
 
@@ -278,6 +297,12 @@ class _Follower(StoppingCriteria):
         self._say(row, self._streams[row].add(text))
         self._done[row] = self._streams[row].stopped
 
+    def _end_outgrown(self, row: int) -> None:
+        if row in self._outgrown.rows and self._outgrown.small and not self._done[row]:
+            self._done[row] = True
+            note = outgrown_note(self._outgrown.small, row + 1, self._tokens[row])
+            self._notes.append(note)
+
     def _say(self, row: int, text: str) -> None:
         if text and self._on_text is not None:
             self._on_text(row, text)
@@ -286,6 +311,5 @@ class _Follower(StoppingCriteria):
         """Give out what was held back, and put the result together."""
         for row, stream in enumerate(self._streams):
             self._say(row, stream.finish())
-        return GenerateResult(
-            tuple(stream.text for stream in self._streams), tuple(self._tokens), wall_sec
-        )
+        texts = tuple(stream.text for stream in self._streams)
+        return GenerateResult(texts, tuple(self._tokens), wall_sec, notes=tuple(self._notes))

@@ -131,6 +131,28 @@ def numbered_through(asked: Sequence[Sequence[Asked]], sizes: Sequence[int]) -> 
     ]
 
 
+def dealt(
+    probs: Tensor,
+    leaves: Sequence[Sequence[tuple[int, int]]],
+    asked: Sequence[Sequence[Asked]],
+) -> list[list[Tensor]]:
+    """To each part what it has asked, of what was said after all parts' leaves.
+
+    Args:
+        probs: A model's probabilities after the leaves, shape [all leaves, vocab].
+        leaves: By part, each a node and the token after it.
+        asked: By part.
+
+    Returns:
+        By part, probabilities of shape [vocab].
+    """
+    found = probs.split([len(some) for some in leaves])
+    return [
+        [told[some.index((one.node, one.token_id))] for one in of_part]
+        for of_part, some, told in zip(asked, leaves, found, strict=True)
+    ]
+
+
 def deal_out(
     alignment: Alignment,
     asked: Sequence[Asked],

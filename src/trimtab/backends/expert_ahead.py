@@ -17,7 +17,7 @@ from trimtab.backends.pair import Pair
 from trimtab.backends.pair_passes import run_expert_line, serves_both
 from trimtab.backends.prefix import common_length
 from trimtab.backends.reading import PairCaches
-from trimtab.backends.token_tree import ModelCache, run_line
+from trimtab.backends.token_tree import ModelCache, emptied_if_broken_off, run_line
 from trimtab.backends.tree_check import PROBE, is_about
 
 FEW_UNREAD = 8
@@ -112,11 +112,12 @@ class ExpertAhead:
         self._cached.cut(kept)
         if read <= kept:
             return
-        for number, layer in enumerate(layers_of(exact.cache)):
-            if layer is not None:
-                # The second row is the expert's.
-                keys, values = (side[1:, :, kept:read].bfloat16() for side in layer)
-                self._cached.cache.update(keys, values, number)
+        with emptied_if_broken_off(self._cached.cache):
+            for number, layer in enumerate(layers_of(exact.cache)):
+                if layer is not None:
+                    # The second row is the expert's.
+                    keys, values = (side[1:, :, kept:read].bfloat16() for side in layer)
+                    self._cached.cache.update(keys, values, number)
         self._exact_tokens = read
 
 

@@ -18,6 +18,7 @@ from trimtab.align.replies import (
     asked_to_tell,
     carry_replies,
     deal_out,
+    dealt,
     numbered_through,
     still_undecided,
 )
@@ -42,7 +43,6 @@ from trimtab.backends.reading import (
 from trimtab.backends.token_tree import TokenTree
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
-from trimtab.errors import ModelError
 from trimtab.unembedding import Unembedding
 
 DOUBT = 0.03
@@ -135,14 +135,20 @@ class Live:
         Raises:
             ModelError: As `read`.
         """
-        return self._read(
-            [
-                self._planned(
-                    [row.context], [row.host_ids], [row.host_last], row.start, self.caches(row.row)
-                )
-                for row in rows
-            ]
-        )
+        return self._read([self._planned_row(row, self.caches(row.row)) for row in rows])
+
+    def can_read(self, row: RowText) -> bool:
+        """Whether both models have positions for a row's whole text."""
+        small = self._pair.reference
+        before = small.context_ids() if row.start is None else row.start
+        # No text has more tokens than bytes and, at its beginning, a tokenizer's own space.
+        if small.max_tokens is None or len(before) + len(row.context) < small.max_tokens:
+            return True
+        caches = self._rows.get(row.row) or PairCaches()
+        return self._planned_row(row, caches).longest <= small.max_tokens
+
+    def _planned_row(self, row: RowText, caches: PairCaches) -> Plan:
+        return self._planned([row.context], [row.host_ids], [row.host_last], row.start, caches)
 
     def _planned(
         self,
@@ -153,9 +159,9 @@ class Live:
         caches: PairCaches,
     ) -> Plan:
         """Contexts in the small models' tokens."""
-        reference, vocabulary = self._pair.reference, self._pair.vocabulary
+        vocabulary = self._pair.vocabulary
         encode = caches.text(self._pair, follows=start is not None).encode
-        start = reference.context_ids() if start is None else start
+        start = self._pair.reference.context_ids() if start is None else start
         if self.is_one_vocabulary and host_ids is not None:
             ways = [[Cover(tuple(ids), b"")] for ids in host_ids]
         else:
@@ -167,13 +173,6 @@ class Live:
             [cover for cover in found if cover.tokens or (start and (cover.rest or begins))]
             for found in ways
         ]
-        longest = len(start) + max((len(c.tokens) for ways in covers for c in ways), default=0)
-        if reference.max_tokens is not None and longest > reference.max_tokens:
-            raise ModelError(
-                f"the text has {longest} tokens of {reference.ref}, which reads at most"
-                f" {reference.max_tokens}",
-                hint="give a shorter text, or use --carriers head,memory",
-            )
         tree = TokenTree()
         ends = [[tree.add([*start, *c.tokens]) for c in ways] for ways in covers]
         return Plan(tree, covers, ends, lasts, caches)
@@ -190,6 +189,11 @@ class Live:
     def forget(self, row: int) -> None:
         """Let go of what both models keep of a row that has ended."""
         self._rows.pop(row, None)
+
+    def forget_from(self, first: int) -> None:
+        """Let go of what both models keep of all rows but those before the first of these."""
+        for row in [row for row in self._rows if row >= first]:
+            self.forget(row)
 
     def score(
         self,
@@ -338,6 +342,8 @@ class Live:
 
     def _read(self, plans: Sequence[Plan]) -> list[LiveReading]:
         """Let both models pass over what is planned."""
+        for plan in plans:
+            plan.check(self._pair.reference)
         some = [plan for plan in plans if plan.tree.tokens]
         states = iter(run_pair(self._pair, [(plan.tree, plan.caches) for plan in some]))
         nothing = PairStates(torch.zeros(0, 1), torch.zeros(0, 1))
@@ -381,17 +387,4 @@ class Live:
         states = states_after(self._pair, [part.reading for part in parts], leaves)
         both: dict[Who, Tensor] = {who: getattr(states, who) for who in WHO}
         logits = logits_of_both({who: self._head(who) for who in WHO}, both)
-        return {who: _dealt(logits[who].softmax(-1), leaves, asked) for who in WHO}
-
-
-def _dealt(
-    probs: Tensor,
-    leaves: Sequence[Sequence[tuple[int, int]]],
-    asked: Sequence[Sequence[Asked]],
-) -> list[list[Tensor]]:
-    """To each part what it has asked, of what was said after all parts' leaves."""
-    found = probs.split([len(some) for some in leaves])
-    return [
-        [told[some.index((one.node, one.token_id))] for one in of_part]
-        for of_part, some, told in zip(asked, leaves, found, strict=True)
-    ]
+        return {who: dealt(logits[who].softmax(-1), leaves, asked) for who in WHO}

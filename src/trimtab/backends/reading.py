@@ -10,8 +10,10 @@ from torch import Tensor
 
 from trimtab.align.covers import Cover
 from trimtab.backends.growing_text import GrowingText
+from trimtab.backends.hf import HFModel
 from trimtab.backends.pair import Pair, PairStates
 from trimtab.backends.token_tree import ModelCache, TokenTree
+from trimtab.errors import ModelError
 from trimtab.unembedding import Unembedding
 
 FEW_NODES = 64
@@ -147,6 +149,24 @@ class Plan(NamedTuple):
     ends: list[list[int]]
     host_lasts: Sequence[int | None]
     caches: PairCaches
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest way to read a context, with those before it."""
+        return max(self.tree.depths, default=-1) + 1
+
+    def check(self, small: HFModel) -> None:
+        """Refuse contexts for which a small model has too few positions.
+
+        Raises:
+            ModelError: They are longer.
+        """
+        if small.max_tokens is not None and self.longest > small.max_tokens:
+            raise ModelError(
+                f"the text has {self.longest} tokens of {small.ref}, which reads at most"
+                f" {small.max_tokens}",
+                hint="give a shorter text, or use --carriers head,memory",
+            )
 
 
 class Part(NamedTuple):

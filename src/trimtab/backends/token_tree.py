@@ -357,13 +357,13 @@ def _forward_joint(model: HFModel, parts: Sequence[Part], copies: int) -> list[T
     states = _forward(model, Part(tokens, depths, visible, joint), copies)
     with ExitStack() as whole:
         for cache in caches:
-            whole.enter_context(_emptied_if_broken_off(cache))
+            whole.enter_context(emptied_if_broken_off(cache))
         joint.deal_out()
     return list(states.split(sizes))
 
 
 def _forward(model: HFModel, part: Part, copies: int) -> Tensor:
-    with torch.no_grad(), _emptied_if_broken_off(part.cache):
+    with torch.no_grad(), emptied_if_broken_off(part.cache):
         states = model.model.base_model(
             input_ids=torch.tensor([list(part.tokens)] * copies, device=model.device),
             position_ids=torch.tensor([list(part.depths)] * copies, device=model.device),
@@ -375,7 +375,7 @@ def _forward(model: HFModel, part: Part, copies: int) -> Tensor:
 
 
 @contextmanager
-def _emptied_if_broken_off(cache: DynamicCache) -> Iterator[None]:
+def emptied_if_broken_off(cache: DynamicCache) -> Iterator[None]:
     """Leave no cache of which some layers hold a token more than others, as after Ctrl-C."""
     with ExitStack() as if_broken_off:
         if_broken_off.callback(cache.layers.clear)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.align.strings import is_whole
 from trimtab.backends.live import Live
-from trimtab.backends.reading import LiveReading
+from trimtab.backends.reading import LiveReading, RowText
 from trimtab.blend import mixture_logprobs
 from trimtab.hosted.answers import Place, Token
 from trimtab.hosted.tokens import KnownTokens, ToldTokens, expected_texts, shown_ids
@@ -128,6 +128,11 @@ class Blender:
         self._weights = self._mixture.weights_after(
             fair_evidence(torch.stack(scores, 1), torch.tensor(chosen), was_shown)
         )
+
+    def can_read(self, before: Before) -> bool:
+        """Whether the small models can read what stands before a place."""
+        context, ids = readable(before.context), before.host_ids or ()
+        return self._live.can_read(RowText(0, context, ids, start=before.start))
 
     def options(self, before: Before, top: Sequence[Token]) -> Options:
         """What may come next, steered.

@@ -25,6 +25,7 @@ from trimtab.hosted.tokens import ToldTokens
 from trimtab.hosted.writing import Sampling, Task, Writer
 from trimtab.steering.beside import open_beside
 from trimtab.steering.evidence import Mixture
+from trimtab.steering.outgrown import outgrown_note
 from trimtab.steering.predictors import Steering
 from trimtab.store.adapter_schema import AdapterManifest
 from trimtab.store.manifest import read_manifest
@@ -106,20 +107,31 @@ def generate_hosted(
                 done = run.all(level, tasks, advance)
         finally:
             # What was used is to be paid, however the run has ended.
-            after = [f"used {host.client.ledger.summary(price_of(config))}"]
-            _tell(on_note, after[0])
-        is_cut_short = any(one.is_cut_short for one in done)
-        if is_cut_short:
-            goes_on = ": the same command with a larger one goes on" if config.api_cache else ""
-            after.append(f"stopped by the budget of tokens{goes_on}")
-            _tell(on_note, after[1])
+            used = f"used {host.client.ledger.summary(price_of(config))}"
+            _tell(on_note, used)
+        after = _ends(config, done, pair)
+        for note in after:
+            _tell(on_note, note)
     return HostedResult(
         tuple(one.text for one in done),
         tuple(one.tokens for one in done),
         words,
-        (*notes, *after),
-        is_cut_short,
+        (*notes, used, *after),
+        any(one.is_cut_short for one in done),
     )
+
+
+def _ends(config: GenerateConfig, done: Sequence["_Done"], pair: Pair | None) -> list[str]:
+    """Why texts ended that neither the host nor the adapter has ended."""
+    notes = [
+        outgrown_note(pair.reference, number, one.tokens)
+        for number, one in enumerate(done, start=1)
+        if pair and one.is_outgrown
+    ]
+    if any(one.is_cut_short for one in done):
+        goes_on = ": the same command with a larger one goes on" if config.api_cache else ""
+        notes.append(f"stopped by the budget of tokens{goes_on}")
+    return notes
 
 
 @dataclass(frozen=True)
@@ -130,11 +142,13 @@ class _Done:
         text: What was written.
         tokens: How many tokens it took.
         is_cut_short: The budget has ended it.
+        is_outgrown: It has become longer than the small models can read.
     """
 
     text: str
     tokens: int
     is_cut_short: bool = False
+    is_outgrown: bool = False
 
 
 @final
@@ -173,7 +187,7 @@ class _Run:
         for piece in writer.pieces(advance):
             self._say(number, piece)
         self._say(number, stream.finish())
-        return _Done(stream.text, writer.tokens, writer.is_cut_short)
+        return _Done(stream.text, writer.tokens, writer.is_cut_short, writer.is_outgrown)
 
     def _blender(self) -> Blender:
         assert self._manifest is not None

@@ -150,6 +150,7 @@ class Writer:
         self._is_ended = False
         self._is_steered_next = False
         self.is_cut_short = False
+        self.is_outgrown = False
 
     @property
     def tokens(self) -> int:
@@ -160,7 +161,7 @@ class Writer:
         """Write to the end; gives pieces of text as they become certain.
 
         Raises:
-            ModelError: The API refuses, or the text is too long for the small models.
+            ModelError: The API refuses, or the prompt is too long for the small models.
         """
         self._weigh_prompt()
         while not self._is_done() and not self.is_cut_short:
@@ -172,7 +173,7 @@ class Writer:
 
     def _is_done(self) -> bool:
         full = self.tokens >= self._task.max_new_tokens
-        return self._is_ended or full or self._stream.stopped
+        return self._is_ended or full or self._stream.stopped or self.is_outgrown
 
     def _follow(self, places: Sequence[Place], advance: Advance) -> Generator[str, None, bool]:
         """Choose at each place as long as the host's text is the chosen one; whether it all is."""
@@ -193,6 +194,7 @@ class Writer:
                 self._is_ended = True
                 return False
             self._written.append(option)
+            self.is_outgrown = not self._blender.can_read(self._before())
             self._is_steered_next = False
             advance(1)
             yield self._stream.add(option.text or b"")

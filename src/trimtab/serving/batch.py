@@ -13,10 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trimtab.backends.cache_layers import GrowingLayer, Layer, layers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import check_in_torch
+from trimtab.backends.positions import positions_follow_length
 from trimtab.errors import ModelError
-
-# Their frequencies follow from the longest row of a pass.
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def check_host(host: HFModel) -> None:
@@ -37,7 +35,7 @@ def check_host(host: HFModel) -> None:
         others = {type(layer) for layer in DynamicCache(config=config).layers} - set(known)
         if others or getattr(host.model, "_is_stateful", False):
             found = "has layers that keep more than keys and values of single tokens"
-        elif _rope_types(config) & set(_LENGTH_DEPENDENT):
+        elif positions_follow_length(host):
             found = "has positions that depend on the longest text of a batch"
     if found:
         raise ModelError(
@@ -45,13 +43,6 @@ def check_host(host: HFModel) -> None:
             hint="serve a decoder-only host with plain or sliding-window attention; `trimtab"
             " generate` runs the others",
         )
-
-
-def _rope_types(config: object) -> set[str]:
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Models with several kinds of layers have parameters for each.
-    tables = [given, *(value for value in given.values() if isinstance(value, dict))]
-    return {str(table.get("rope_type", table.get("type", ""))) for table in tables}
 
 
 @final

@@ -23,9 +23,10 @@ _SLACK = 8
 REPEATED_BYTES = 8
 """Bytes that are looked up for each token of a draft: more than most tokens have."""
 
-Propose = Callable[[Sequence[int], Tensor], tuple[int, Tensor | None]]
+Propose = Callable[[Sequence[int], Tensor], tuple[int, Tensor | None] | None]
 """From the tokens drafted so far and the expert's logits over the host's tokens, shape [vocab], to
-the next one and what it was drawn from, shape [vocab]; None for the likeliest."""
+the next one and what it was drawn from, shape [vocab], None for the likeliest; or to None where no
+token that the expert knows may follow."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ class Drafter:
             width = min(len(padded), len(logits))
             padded[:width] = logits[:width]
             padded[~self._may_follow] = -torch.inf
-            token_id, proposal = propose(draft.token_ids, padded)
+            proposed = propose(draft.token_ids, padded)
+            if proposed is None:
+                break
+            token_id, proposal = proposed
             draft.token_ids.append(token_id)
             draft.proposals.append(proposal)
             sure *= float((padded[token_id] - padded.logsumexp(0)).exp())

@@ -4,12 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteriaList,
 )
 
 from trimtab.align.strings import token_lengths
@@ -17,12 +20,14 @@ from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
+from trimtab.backends.positions import positions_follow_length
 from trimtab.config import DRAFT_TOKENS, CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
 from trimtab.steering.beside import open_beside
 from trimtab.steering.drafting import Drafter
 from trimtab.steering.evidence import Mixture
 from trimtab.steering.mounted import Mounted
+from trimtab.steering.outgrown import EndsOutgrown, Outgrown
 from trimtab.steering.predictors import Steering
 from trimtab.steering.rows import blend_on, row_of
 from trimtab.steering.scores import SteeringProcessor, Trace
@@ -39,15 +44,31 @@ _REFUSED = (
     "assistant_model",
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
+    "use_mtp",
     "custom_generate",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
     "guidance_scale",
     "inputs_embeds",
 )
 
-# These keep more than tokens and scores of a step, or remember the steps before.
-_PLAIN_INPUTS = frozenset(
-    ("logits_processor", "past_key_values", "position_ids", "synced_gpus", "custom_generate")
+# All that a drafted generation takes beside settings: anything else is for the model itself, or
+# remembers the steps before.
+_DRAFTED_INPUTS = frozenset(
+    (
+        "inputs",
+        "input_ids",
+        "attention_mask",
+        "generation_config",
+        "stopping_criteria",
+        "prefix_allowed_tokens_fn",
+        "streamer",
+    )
 )
+
+# These keep more than tokens and scores of a step.
 _PLAIN_DECODING = (
     "num_beams",
     "num_return_sequences",
@@ -59,6 +80,15 @@ _PLAIN_DECODING = (
     "token_healing",
     "watermarking_config",
 )
+
+# What asks for nothing, beside 0: hub files of Gemma 2 and 3 name a hybrid cache, which
+# transformers takes for none.
+_SAME_AS_NONE = {
+    "guidance_scale": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "cache_implementation": "hybrid",
+}
 
 
 @contextmanager
@@ -77,7 +107,8 @@ def steered(
     left are covered; assisted decoding, guidance, custom decoding, `inputs_embeds` and
     `generate_batch` are not. How far the adapter is trusted follows from how well it predicts
     each prompt (`prompt_weights`). At strength 0 the model is untouched, bit for bit. Plain calls
-    of the model are never steered.
+    of the model are never steered. Where the expert steers, a row ends when its text has become
+    longer than the small models can read.
 
     Of an encoder-decoder the target is steered: carriers read the target so far and never the
     source, and all that is no text, a target's end above all, stays as likely as the host has it.
@@ -103,11 +134,19 @@ def steered(
             yield opened.model
             return
         mixture = mixture_of(opened, mounted, carriers, strength, live)
-        beside = mixture.steering.live
-        small = beside.pair.reference if beside else None
-        chats = [chat_prompt(opened, message, small) for message in messages]
-        with steered_by(opened, mixture, chats):
+        with steered_by(opened, mixture, chats_of(opened, mixture, messages)):
             yield opened.model
+
+
+def chats_of(host: HFModel, mixture: Mixture, messages: Sequence[str]) -> list[ChatPrompt]:
+    """Users' messages as the host and the small models that steer it read them.
+
+    Raises:
+        ModelError: The host has no chat template.
+    """
+    live = mixture.steering.live
+    small = live.pair.reference if live else None
+    return [chat_prompt(host, message, small) for message in messages]
 
 
 def open_live(
@@ -198,13 +237,18 @@ def _adopted(host: Host) -> Iterator[HFModel]:
 
 
 @contextmanager
-def steered_by(host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt] = ()) -> Iterator[None]:
+def steered_by(
+    host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt] = ()
+) -> Iterator[Outgrown]:
     """Steer a host's `generate` inside the context by carriers that are seated on it already.
 
     Args:
         host: The host.
         mixture: What steers.
         chats: What each prompt answers, where these are chats.
+
+    Yields:
+        Which rows of the last call ended since the small models can read no further.
 
     Raises:
         ModelError: As `steered`.
@@ -216,21 +260,30 @@ def steered_by(host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt] = ()
             hint="leave the other context first",
         )
     plain, trace = model.generate, Trace()
+    live = mixture.steering.live
+    outgrown = Outgrown(live.pair.reference if live else None)
 
     def generate(*args: Any, **options: Any) -> Any:
         _check_decoding(model, args, options)
         mask = options.get(
             "decoder_attention_mask" if host.is_encoder_decoder else "attention_mask"
         )
-        ours, live = SteeringProcessor(host, mixture, trace, mask, chats), mixture.steering.live
+        ours = SteeringProcessor(host, mixture, trace, mask, chats)
         if live and live.draft_tokens and _may_draft(host, args, options):
             streamer = options.pop("streamer", None)
             options["custom_generate"] = Speculation(
                 ours, Drafter(live, host), host.max_tokens, streamer
             )
-        given = options.pop("logits_processor", None) or ()
+        processors = options.pop("logits_processor", None) or ()
+        criteria = options.pop("stopping_criteria", None) or ()
         with trace.running():
-            return plain(*args, logits_processor=LogitsProcessorList([ours, *given]), **options)
+            return plain(
+                *args,
+                logits_processor=LogitsProcessorList([ours, *processors]),
+                # First, so that the others may know of the rows that end.
+                stopping_criteria=StoppingCriteriaList([EndsOutgrown(ours, outgrown), *criteria]),
+                **options,
+            )
 
     base: Any = model.base_model
     # OPT's head passes its base model over and calls the decoder in it.
@@ -238,7 +291,7 @@ def steered_by(host: HFModel, mixture: Mixture, chats: Sequence[ChatPrompt] = ()
     handle = trunk.register_forward_hook(trace.hook)
     try:
         model.generate = generate
-        yield
+        yield outgrown
     finally:
         handle.remove()
         vars(model).pop("generate", None)
@@ -264,27 +317,37 @@ def _may_draft(host: HFModel, args: Sequence[Any], options: Mapping[str, Any]) -
     model: Any = host.model
     configs = [*args[1:2], options.get("generation_config"), model.generation_config]
     ids = options.get("input_ids", options.get("inputs", args[0] if args else None))
-    mask = options.get("attention_mask")
     one_row = isinstance(ids, Tensor) and ids.shape[0] == 1 and ids.shape[1] > 0
-    padded = mask is not None and not bool((mask == 1).all())
     given = {name for name, value in options.items() if value is not None}
-    if not one_row or padded or host.is_encoder_decoder or given & _PLAIN_INPUTS:
+    known = given <= _DRAFTED_INPUTS | vars(GenerationConfig()).keys()
+    if not one_row or not known or _is_padded(ids, configs, options) or host.is_encoder_decoder:
         return False
     # What a recurrent layer has read cannot be taken back.
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    keeps = options.get("use_cache", _first("use_cache", configs)) in (None, True)
+    keeps = _value("use_cache", configs, options) in (None, True)
     others = any(_asked(name, configs, options) for name in _PLAIN_DECODING)
-    return keeps and not others and not model._is_stateful and cache.is_croppable
+    by_token = not model._is_stateful and not positions_follow_length(host)
+    return keeps and not others and by_token and cache.is_croppable
 
 
-def _first(name: str, configs: Sequence[Any]) -> Any:
-    values = (getattr(config, name, None) for config in configs)
+def _is_padded(ids: Tensor, configs: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether a prompt has padding: by its mask, or by what transformers takes for it without."""
+    mask, pad = options.get("attention_mask"), _value("pad_token_id", configs, options)
+    if mask is not None:
+        return not bool((mask == 1).all())
+    if pad is None:
+        return False
+    ends = _value("eos_token_id", configs, options)
+    is_end = ends is not None and bool((torch.as_tensor(ends) == pad).any())
+    return not is_end and bool((ids == pad).any())
+
+
+def _value(name: str, configs: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    values = (options.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
 
 
 def _asked(name: str, configs: Sequence[Any], options: Mapping[str, Any]) -> bool:
-    value = options.get(name)
-    value = _first(name, configs) if value is None else value
-    # A guidance of 1 is none, and so is one beam; but True is no number here.
-    is_none = value is None or (isinstance(value, int | float) and value in (0, 1))
-    return value is True or not is_none
+    value = _value(name, configs, options)
+    is_plain = isinstance(value, int | float | str)
+    return value is not None and not (is_plain and value in (0, _SAME_AS_NONE.get(name)))

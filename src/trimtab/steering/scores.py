@@ -97,7 +97,7 @@ class SteeringProcessor(LogitsProcessor):
         if self._is_forced(scores):
             return scores
         contexts, questions = self._read(rows, spelled, input_ids.shape[1] - self._prompt_tokens)
-        asked = Rows(scores.float(), states[:, -1], contexts, questions)
+        asked = Rows(scores.float(), states[:, -1], contexts, questions, strangers=True)
         return self._mixture.logprobs(asked, self._weights)
 
     def block(self, input_ids: Tensor, scores: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -129,6 +129,16 @@ class SteeringProcessor(LogitsProcessor):
             )
             for one, state, place, question in places
         )
+
+    def outgrown(self, input_ids: Tensor) -> list[int]:
+        """Rows [rows, seq] of a generation that has begun which the expert can read no further."""
+        live = self._mixture.steering.live
+        if live is None:
+            return []
+        rows = self._rows(input_ids)
+        spelled = [self._spelled(row.tolist()) for row in rows]
+        texts = self._small_texts(rows, spelled, input_ids.shape[1] - self._prompt_tokens)
+        return [number for number, text in enumerate(texts) if not live.can_read(text)]
 
     def written(self, input_ids: Tensor) -> Written:
         """What the expert is to go on from, of one row [1, seq] of a generation that has begun."""
@@ -176,43 +186,43 @@ class SteeringProcessor(LogitsProcessor):
         self, rows: Sequence[Tensor], spelled: Sequence[Sequence[bytes | None]], new_tokens: int
     ) -> tuple[tuple[bytes, ...], tuple[tuple[LiveReading, range], ...]]:
         """The text before each row's next token, and how the expert has read it."""
-        starts = [len(text) - new_tokens if self._chats else 0 for text in spelled]
-        ids = [
-            text_ids(row, text, start, len(text))
-            for row, text, start in zip(rows, spelled, starts, strict=True)
-        ]
-        # Where a prompt ends says nothing about how the host would read what follows it.
-        lasts = [
-            last_text(row, text, len(text)) if new_tokens else None
-            for row, text in zip(rows, spelled, strict=True)
-        ]
-        answers = [text_before(text[start:]) for text, start in zip(spelled, starts, strict=True)]
-        if not self._chats:
-            return tuple(answers), self._ask(answers, ids, lasts)
         contexts = tuple(
-            text_before(text[chat.message.start : chat.message.stop]) + answer
-            for text, chat, answer in zip(spelled, self._chats, answers, strict=True)
+            text_before(text[chat.message.start : chat.message.stop])
+            + text_before(text[len(text) - new_tokens :])
+            if chat
+            else text_before(text)
+            for text, chat in zip(spelled, self._chat_of(len(rows)), strict=True)
         )
-        return contexts, self._ask(answers, ids, lasts)
-
-    def _ask(
-        self,
-        contexts: Sequence[bytes],
-        host_ids: Sequence[Sequence[int]],
-        host_lasts: Sequence[int | None],
-    ) -> tuple[tuple[LiveReading, range], ...]:
-        """Let the expert read on, where there is one: row i continues row i of the call before."""
         live = self._mixture.steering.live
         if live is None:
-            return ()
-        starts = [chat.small_ids for chat in self._chats] or [None] * len(contexts)
-        texts = [
-            RowText(row, readable(context), ids, last, start)
-            for row, (context, ids, last, start) in enumerate(
-                zip(contexts, host_ids, host_lasts, starts, strict=True)
-            )
-        ]
-        return tuple((reading, range(1)) for reading in live.read_rows(texts))
+            return contexts, ()
+        texts = self._small_texts(rows, spelled, new_tokens)
+        if new_tokens:
+            # Rows that have ended are asked with the others, and nothing comes of what is said.
+            texts = [
+                text if live.can_read(text) else RowText(text.row, b"", (), start=text.start)
+                for text in texts
+            ]
+        return contexts, tuple((reading, range(1)) for reading in live.read_rows(texts))
+
+    def _small_texts(
+        self, rows: Sequence[Tensor], spelled: Sequence[Sequence[bytes | None]], new_tokens: int
+    ) -> list[RowText]:
+        """What the small models are to read: row i continues row i of the call before."""
+        texts = []
+        for row, text, chat in zip(rows, spelled, self._chat_of(len(rows)), strict=True):
+            start = len(text) - new_tokens if chat else 0
+            # Where a prompt ends says nothing about how the host would read what follows it.
+            last = last_text(row, text, len(text)) if new_tokens else None
+            answer, ids = readable(text_before(text[start:])), text_ids(row, text, start, len(text))
+            texts.append(RowText(len(texts), answer, ids, last, chat.small_ids if chat else None))
+        return texts
+
+    def _chat_of(self, rows: int) -> Sequence[ChatPrompt | None]:
+        """What each row answers: a prompt's sequences, or its beams, follow each other."""
+        if not self._chats:
+            return [None] * rows
+        return [chat for chat in self._chats for _ in range(rows // len(self._chats))]
 
     def _ask_block(
         self, places: Sequence[Written], host_lasts: Sequence[int | None]
@@ -243,6 +253,9 @@ class SteeringProcessor(LogitsProcessor):
     def _weigh(self, prompts: Sequence[ReadPrompt]) -> Tensor:
         """Trust in each predictor by each prompt, shape [predictors, prompts]."""
         live = self._mixture.steering.live
+        if live:
+            # A batch before may have had more rows.
+            live.forget_from(len(prompts))
         keys = [tuple(prompt.token_ids.tolist()) for prompt in prompts]
         known: dict[tuple[int, ...], Tensor] = {}
         for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):

@@ -148,10 +148,16 @@ class _Run:
         self.ids = torch.cat([self.ids, _row([token_id], self.ids)], 1)
         return token_id == drafted
 
-    def propose(self, drafted: Sequence[int], logits: Tensor) -> tuple[int, Tensor | None]:
-        """Choose a draft's next token as this run would, were the expert all that counts."""
+    def propose(self, drafted: Sequence[int], logits: Tensor) -> tuple[int, Tensor | None] | None:
+        """Choose a draft's next token as this run would, were the expert all that counts.
+
+        Returns:
+            As for `Propose`.
+        """
         ids: Any = torch.cat([self.ids, _row(drafted, self.ids)], 1)
         scores = self._after(ids, self._before(ids, logits[None].to(ids.device)))[0]
+        if not bool(scores.isfinite().any()):
+            return None
         if not self._config.do_sample:
             return int(scores.argmax()), None
         probs = scores.softmax(-1)
