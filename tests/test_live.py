@@ -513,10 +513,12 @@ def two_step_oracle(model: HFModel, context: bytes, texts: list[bytes]) -> Tenso
     is_text = torch.tensor([bool(text) for text in model.vocabulary.token_bytes])
     first = model.logits(torch.tensor([start]))[0, -1].double().masked_fill(~is_text, -torch.inf)
     first = first.softmax(-1)
+    begun = sorted({text[:1] for text in texts})
+    rows = torch.tensor([[*start, of_bytes[byte]] for byte in begun])
+    afters = dict(zip(begun, model.logits(rows)[:, -1].double().softmax(-1), strict=True))
     probs = []
     for text in texts:
-        begun = [*start, of_bytes[text[:1]]]
-        after = model.logits(torch.tensor([begun]))[0, -1].double().softmax(-1)
+        after = afters[text[:1]]
         if len(text) == 2:
             within = after[of_bytes[text[1:]]]
         else:
