@@ -25,6 +25,9 @@ LEAST_POSSIBLE = 1e-3
 HOST_TOKENS = 256
 """Likeliest host tokens among which those are sought that a small token leads to."""
 
+_Share = tuple[float, Sequence[int]]
+"""A probability, and the places of the candidates that it belongs to."""
+
 
 def rest_to_host(
     alignment: Alignment, probs: Tensor, rest: bytes, host_probs: Tensor, candidates: Candidates
@@ -45,7 +48,7 @@ def rest_to_host(
     total = float(probs[ids].sum())
     if total <= 0:
         return host_probs
-    carried = torch.zeros_like(host_probs)
+    shares = list[_Share]()
     led_to = _led_to(alignment, rest, host_probs, candidates)
     for prob, place in _likeliest(probs[ids] / total):
         token_id = int(ids[place])
@@ -55,7 +58,8 @@ def rest_to_host(
         if not places or float(host_probs[places].sum()) <= 0:
             first = candidates.first_of(suffix, alignment.host)
             places = [first] if first >= 0 else []
-        carried += prob * _dealt_out(places, host_probs)
+        shares.append((prob, places))
+    carried = _dealt_out(shares, host_probs)
     # What was not followed one by one, and the end of a text, are left to the host's own view.
     followed, foreign = float(carried.sum()), host_probs.clone()
     foreign[candidates.order] = 0.0
@@ -113,7 +117,7 @@ def after_token(
     own = host_probs[begun]
     by_host = torch.zeros_like(host_probs)
     by_host[begun] = own / own.sum().clamp_min(1e-30)
-    shares, followed, impossible = torch.zeros_like(host_probs), 0.0, 0.0
+    shares, followed, impossible = list[_Share](), 0.0, 0.0
     for prob, following in _likeliest(probs):
         followed += prob
         text = lead + small.bytes_of(following)
@@ -123,11 +127,11 @@ def after_token(
         places = _going_on(small, (token_id, following), text, candidates)
         if (first := candidates.first_of(text, alignment.host)) >= 0:
             places = [*{*places, first}]
-        shares += prob * _dealt_out(places, host_probs)
+        shares.append((prob, places))
     possible = 1.0 - impossible
     if possible < LEAST_POSSIBLE:
         return by_host
-    return (shares + max(1.0 - followed, 0.0) * by_host) / possible
+    return (_dealt_out(shares, host_probs) + max(1.0 - followed, 0.0) * by_host) / possible
 
 
 def _going_on(
@@ -152,13 +156,16 @@ def _likeliest(probs: Tensor) -> list[tuple[float, int]]:
     return list(zip(top.values.tolist(), near[top.indices].tolist(), strict=True))
 
 
-def _dealt_out(places: Sequence[int], host_probs: Tensor) -> Tensor:
-    """Shares of some candidates as the host sees them: alike where it excludes all of them."""
-    shares, within = torch.zeros_like(host_probs), torch.tensor(places, dtype=torch.long)
+def _dealt_out(shares: Sequence[_Share], host_probs: Tensor) -> Tensor:
+    """Each share dealt out to its candidates as the host sees them: alike where it excludes all."""
+    counts = torch.tensor([len(places) for _, places in shares], dtype=torch.long)
+    share = torch.arange(len(shares)).repeat_interleave(counts)
+    within = torch.tensor([i for _, places in shares for i in places], dtype=torch.long)
     own = host_probs[within]
-    total = float(own.sum())
-    shares[within] = own / total if total > 0 else 1.0 / max(len(places), 1)
-    return shares
+    total = own.new_zeros(len(shares)).index_add(0, share, own)[share]
+    part = torch.where(total > 0, own / total, 1.0 / counts[share])
+    probs = own.new_tensor([prob for prob, _ in shares])
+    return torch.zeros_like(host_probs).index_add(0, within, probs[share] * part)
 
 
 def _all_led_to(
