@@ -330,7 +330,7 @@ class HFModel:
     def _inputs(
         self, token_ids: Tensor, encoder_ids: Tensor | None, attention_mask: Tensor | None
     ) -> dict[str, Tensor]:
-        self._check_length(token_ids.shape[1])
+        self.check_length(token_ids.shape[1])
         device = self.device
         token_ids = token_ids.to(device)
         mask = None if attention_mask is None else attention_mask.to(device)
@@ -345,7 +345,8 @@ class HFModel:
             }
         return {name: value for name, value in given.items() if value is not None}
 
-    def _check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int) -> None:
+        """Refuse a text of more tokens than the model has positions for, with an InputError."""
         limit = self.max_tokens
         if limit is not None and tokens > limit:
             preamble = f", {len(self.preamble)} of them the preamble," if self.preamble else ""

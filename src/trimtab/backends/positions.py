@@ -1,4 +1,7 @@
-"""Models whose positions are not those of single tokens."""
+"""Models whose positions or caches are not those of single tokens."""
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trimtab.backends.hf import HFModel
 
@@ -8,6 +11,16 @@ _LENGTH_DEPENDENT = {"dynamic", "longrope"}
 def positions_follow_length(model: HFModel) -> bool:
     """Whether a model rotates all tokens of a pass by frequencies for the longest text in it."""
     return bool(_rope_types(model.model.config.get_text_config(decoder=True)) & _LENGTH_DEPENDENT)
+
+
+def keeps_single_tokens(model: HFModel) -> bool:
+    """Whether all that a decoder-only model keeps of a text is keys and values of its tokens.
+
+    Recurrent layers keep more, and so do those that attend in chunks.
+    """
+    layers = DynamicCache(config=model.model.config.get_text_config(decoder=True)).layers
+    others = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    return not others and not getattr(model.model, "_is_stateful", False)
 
 
 def _rope_types(config: object) -> set[str]:

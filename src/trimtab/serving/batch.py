@@ -7,13 +7,12 @@ from typing import final
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, DynamicLayer
 
 from trimtab.backends.cache_layers import GrowingLayer, Layer, layers_of
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import check_in_torch
-from trimtab.backends.positions import positions_follow_length
+from trimtab.backends.positions import keeps_single_tokens, positions_follow_length
 from trimtab.errors import ModelError
 
 
@@ -26,17 +25,13 @@ def check_host(host: HFModel) -> None:
             outside torch.
     """
     check_in_torch(host, "trimtab serve")
-    config = host.model.config.get_text_config(decoder=True)
     found = None
     if host.is_encoder_decoder:
         found = "is an encoder-decoder"
-    else:
-        known = (DynamicLayer, DynamicSlidingWindowLayer)
-        others = {type(layer) for layer in DynamicCache(config=config).layers} - set(known)
-        if others or getattr(host.model, "_is_stateful", False):
-            found = "has layers that keep more than keys and values of single tokens"
-        elif positions_follow_length(host):
-            found = "has positions that depend on the longest text of a batch"
+    elif not keeps_single_tokens(host):
+        found = "has layers that keep more than keys and values of single tokens"
+    elif positions_follow_length(host):
+        found = "has positions that depend on the longest text of a batch"
     if found:
         raise ModelError(
             f"{host.ref} {found}, and answers to several requests could not share its passes",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.backends.branches import branch_states
 from trimtab.backends.hf import HFModel
 from trimtab.blend import evidence_weights, mixture_logprobs
 from trimtab.steering.evidence import (
@@ -141,7 +142,8 @@ def score_text(
         Log-probabilities in nats, shape [len(token_ids) - first], and the weights after the last.
     """
     ids, read_ids = torch.tensor(token_ids), token_ids[:-1]
-    read = ReadPrompt(ids[:-1], _pieces(host, read_ids), _states(host, [read_ids])[0])
+    [states] = branch_states(host, read_ids, [()])
+    read = ReadPrompt(ids[:-1], _pieces(host, read_ids), states)
     share, found = mixture.steering.blend.share, []
     weights = mixture.prior if weights is None else weights
     for positions, said in _read_on(host, mixture, read, first - 1):
@@ -188,11 +190,7 @@ def _read(
     host: HFModel, context_ids: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """The host's states of the context with each answer, but for its last token."""
-    rows = [(*context_ids, *answer[:-1]) for answer in answers]
-    # Alternatives of one token each are asked after the same text.
-    distinct = list(dict.fromkeys(rows))
-    found = dict(zip(distinct, _states(host, distinct), strict=True))
-    return [found[row] for row in rows]
+    return branch_states(host, context_ids, [answer[:-1] for answer in answers])
 
 
 def _said(
@@ -233,13 +231,3 @@ def _said(
 
 def _pieces(host: HFModel, token_ids: Sequence[int]) -> tuple[bytes | None, ...]:
     return tuple(host.vocabulary.token_bytes[i] for i in token_ids)
-
-
-def _states(host: HFModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The host's states of each row, which are run as one batch, padded on the right."""
-    longest = max(len(row) for row in rows)
-    # What stands on the right of a token changes nothing for a decoder: no mask is needed.
-    padded = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
-    with torch.inference_mode():
-        states = host.hidden(padded.to(host.device))
-    return [found[: len(row)] for found, row in zip(states, rows, strict=True)]
