@@ -227,7 +227,7 @@ def test_the_hosts_part_of_a_draw_is_its_whole_distribution(
 ) -> None:
     endpoint.top, endpoint.echo, endpoint.sharpness, endpoint.fresh = 5, False, 20.0, True
     endpoint.end_lead, endpoint.silent_end = -1.0, silent_end
-    prompt, draws = "The m", 400
+    prompt, draws = "The m", 240
     expected, shown = steered(adapter, host, endpoint, prompt)
     found = asked(
         endpoint, adapter, prompt=(prompt,) * draws, max_new_tokens=1, temperature=1.0,

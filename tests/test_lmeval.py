@@ -158,7 +158,7 @@ def test_the_bare_host_answers_as_lm_evals_own_model(
     ref: str, adapter: Path, tmp_path: Path
 ) -> None:
     # A real host is slow here, and each of its questions is four passes of some hundred tokens.
-    asked = 12 if ref == HOST else 3
+    asked = 6 if ref == HOST else 3
     task = write_task("mmlu-dev", questions(asked), tmp_path / "task")
     host = open_model(ref, dtype="float32")
     figures, resps = of_harness(host, task)

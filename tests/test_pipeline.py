@@ -64,7 +64,7 @@ def pretrained(ref: str, folder: Path) -> str:
     """A weak language model of general text."""
     settings = TuneConfig(
         model=ref, data=(str(files("trimtab") / "data" / "probe"),), out=folder, method="full",
-        learning_rate=6e-3, epochs=5, window_tokens=128, batch_windows=8, validations=1,
+        learning_rate=6e-3, epochs=3, window_tokens=128, batch_windows=8, validations=1,
         dtype="float32", seed=SEED,
     )  # fmt: skip
     tune(settings)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from trimtab.metrics import DocumentScore
 from trimtab.progress import Display
 from trimtab.steering.kept import Kept, read_scores, write_scores
 from trimtab.steering.scoring import RowScore, ScoredDocument
+from trimtab.text.probe import probe_documents
 
 WORDS = (
     "keel rudder tiller anchor hull mast bulwark mooring bowline harbour capstan topsail".split()
@@ -47,6 +49,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             text = sentences(seed) if "/" not in split else f"Plain prose {number}. " * 12
             (run.texts / split / f"{number}.txt").write_text(text)
     return run
+
+
+@pytest.fixture(autouse=True)
+def _few_general_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every head, seat and expert reads all of them, a byte a token.
+    monkeypatch.setattr(
+        import_module("trimtab.record"), "probe_documents", lambda: probe_documents()[::8]
+    )
 
 
 OFFLINE = [step for name, step in STEPS.items() if not name.endswith("knowledge")]

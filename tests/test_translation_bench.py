@@ -1,6 +1,7 @@
 """The translation bench's own parts: parallel sentences, and scores with their errors."""
 
 import statistics
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bench.translation.data import SETS, TEST_CHAPTERS, Data, _sample, _training
 from bench.translation.run import EVALUATED, ROWS
 from trimtab.errors import InputError
 from trimtab.store.files import read_json, write_json
+from trimtab.text.probe import probe_documents
 
 
 def test_sentences_are_paired_where_both_sides_have_as_many() -> None:
@@ -76,8 +78,13 @@ def test_without_sacrebleu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert "trimtab[translation]" in error.value.hint
 
 
-def test_the_bench_runs_all_its_steps_and_goes_on(tmp_path: Path) -> None:
+def test_the_bench_runs_all_its_steps_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("sacrebleu")
+    monkeypatch.setattr(
+        import_module("trimtab.record"), "probe_documents", lambda: probe_documents()[::8]
+    )
     data = Data(tmp_path / "data")
     data.folder.mkdir()
     write_texts(data.train, [f"La barre {n} tourne le navire. " * 12 for n in range(12)])
