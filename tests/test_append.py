@@ -19,6 +19,7 @@ from test_generate import HOST, domain_text, made_adapter
 from trimtab.append import AppendResult, append
 from trimtab.backends.hf import HFModel
 from trimtab.backends.open import open_model
+from trimtab.carriers.gate import GATE_FEATURES
 from trimtab.carriers.memory import Memory, documents_of, last_bytes, sources_of, unit_keys
 from trimtab.carriers.sources import place_of, travelling_names
 from trimtab.cli import main
@@ -32,6 +33,8 @@ from trimtab.record import record
 from trimtab.steering.host_states import WINDOW_TOKENS
 from trimtab.steering.mounted import Mounted
 from trimtab.store.adapter import MEMORY_FILE, MemoryFile, read_memory, write_memory
+from trimtab.store.adapter_schema import Gate
+from trimtab.store.card import write_adapter
 from trimtab.store.home import trimtab_home
 from trimtab.store.index import Listed, index_path, lists_before, no_entries, write_index
 from trimtab.store.manifest import read_manifest
@@ -177,6 +180,28 @@ def test_a_copy_grows_and_the_adapter_stays(
     with pytest.raises(InputError, match="holds an adapter that was made otherwise"):
         grow(adapter, new_text / "even" / "20.txt", out=out)
     assert read_manifest(out) == first.manifest
+
+
+def test_another_adapter_of_the_same_memory_is_left_alone(
+    adapter: Path, new_text: Path, tmp_path: Path
+) -> None:
+    grown, copied = tmp_path / "grown", tmp_path / "copied"
+    for folder in (grown, copied):
+        if folder == grown:
+            grow(adapter, new_text, out=grown)
+        else:
+            # Here no text is new.
+            grow(adapter, new_text)
+            shutil.copytree(adapter, copied)
+        manifest = read_manifest(folder)
+        assert manifest.memory
+        gate = Gate(features=GATE_FEATURES, weights=(0.0,) * len(GATE_FEATURES))
+        memory = manifest.memory.model_copy(update={"gate": gate})
+        carriers = {**manifest.carriers, "memory": memory}
+        other = write_adapter(folder, manifest.model_copy(update={"carriers": carriers}))
+        with pytest.raises(InputError, match="holds an adapter that was made otherwise"):
+            grow(adapter, new_text, out=folder, data_licence="CC0-1.0")
+        assert read_manifest(folder) == other
 
 
 def test_what_a_grown_memory_is_kept_as_is_what_is_made_anew(

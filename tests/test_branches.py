@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, OpenAIGPTConfig, OPTConfig
 from transformers.models.auto.configuration_auto import PreTrainedConfig
 
 from trimtab.backends.branches import branch_states
@@ -69,7 +69,10 @@ def test_models_that_keep_more_than_tokens_read_each_text() -> None:
         **SIZES, intermediate_size=64, num_attention_heads=2, max_position_embeddings=64,
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     )  # fmt: skip
-    for config in (recurrent, scaled):
+    without_cache = OpenAIGPTConfig(
+        vocab_size=259, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0
+    )
+    for config in (recurrent, scaled, without_cache):
         assert check(of_config(config), (60, 61, 62)) == [4 * (3 + 3)]
 
 

@@ -164,6 +164,20 @@ def test_writers_in_other_containers_are_spared(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.bin"]
 
 
+def test_where_a_file_system_has_no_locks_nothing_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / f".a.tmp-1-{'0' * 16}"
+    left.mkdir()
+
+    def without(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", without)
+    write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and left.is_dir()
+
+
 def test_a_folder_that_another_container_replaces_is_not_put_back(tmp_path: Path) -> None:
     path = tmp_path / "adapter"
     with replace_directory(path) as temp:

@@ -34,6 +34,7 @@ from trimtab.steering.host_states import host_states, same_bytes
 from trimtab.steering.predictors import Steering
 from trimtab.steering.scoring import score_document
 from trimtab.store.adapter import read_head, read_memory, read_mount
+from trimtab.store.files import lock
 from trimtab.store.manifest import read_manifest
 from trimtab.store.recording import Recording
 from trimtab.tune import tune
@@ -589,6 +590,13 @@ def test_a_finished_adapter_needs_no_expert(movable: tuple[Path, Path], tmp_path
     made = fitted(recording, tmp_path / "a", carriers=("expert",))
     shutil.rmtree(expert)
     assert fitted(recording, tmp_path / "a", carriers=("expert",)).manifest == made.manifest
+
+
+def test_a_finished_adapter_needs_no_lock(lora_recording: Path, tmp_path: Path) -> None:
+    made = fitted(lora_recording, tmp_path / "a", carriers=("head",))
+    # As where nothing can be written any more.
+    with lock(tmp_path / "a"):
+        assert fitted(lora_recording, tmp_path / "a", carriers=("head",)).manifest == made.manifest
 
 
 def test_text_too_short_for_keys_is_said(lora_recording: Path, tmp_path: Path) -> None:

@@ -698,6 +698,8 @@ def test_a_text_that_outgrows_the_small_model_ends_there(
         alone, notes = written(PROMPTS[0], draft_tokens=draft_tokens)
         assert (alone.texts[0], alone.tokens[0]) == (found.texts[0], found.tokens[0])
         assert len(notes) == 1
+    just_all, notes = written(PROMPTS[0], max_new_tokens=found.tokens[0])
+    assert just_all.tokens == found.tokens[:1] and not notes
     with pytest.raises(ModelError, match=f"which reads at most {positions}"):
         written(PROMPTS[1], PROMPTS[0] * 2)
 

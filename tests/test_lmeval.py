@@ -24,7 +24,7 @@ from trimtab.backends.open import open_model
 from trimtab.carriers import search
 from trimtab.cli import main
 from trimtab.config import CarrierName, EvaluateConfig
-from trimtab.errors import InputError
+from trimtab.errors import InputError, ModelError
 from trimtab.evaluate import evaluate
 from trimtab.lmeval.tasks import read_task
 from trimtab.steering.answers import score_answers, score_text
@@ -252,6 +252,23 @@ def test_progress_is_told_request_by_request(
     written = [asked("generate_until", f"The {word}", stops) for word in WORDS[:3]]
     assert len(model.generate_until(written)) == 3
     assert told == {"answers": [1] * 5, "texts": [1] * 2, "continuations": [1] * 3}
+
+
+@needs_harness
+def test_an_answer_that_is_cut_short_is_refused(
+    host: HFModel, mounted: Mounted, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    from trimtab.lmeval.model import SteeredLM
+
+    config: Any = live.pair.reference.model.config
+    model = SteeredLM(host, mixture_of(host, mounted, ALL, 1.0, live))
+    arguments = "The keel turns", {"until": ["\n\n\n"], "max_gen_toks": 12}
+    asked = Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0)
+    monkeypatch.setattr(config, "max_position_embeddings", 18)
+    with pytest.raises(ModelError, match="has positions for 18 tokens"):
+        model.generate_until([asked])
 
 
 def test_a_task_that_brings_code_or_a_hub_is_refused(tmp_path: Path) -> None:

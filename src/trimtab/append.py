@@ -21,7 +21,7 @@ from trimtab.fitting.appending import Windows, new_entries
 from trimtab.fitting.recorded import document_bytes
 from trimtab.store.adapter import MEMORY_FILE, read_memory, write_memory
 from trimtab.store.adapter_schema import AdapterManifest, Earlier, Provenance
-from trimtab.store.card import write_adapter
+from trimtab.store.card import CARD_NAME, write_adapter
 from trimtab.store.files import lock, package_versions, replace_directory, sha256_bytes
 from trimtab.store.home import trimtab_home
 from trimtab.store.manifest import MANIFEST_NAME, read_manifest
@@ -228,16 +228,28 @@ def _bytes(base: HFModel, token_ids: Sequence[int]) -> bytes:
 def _made_before(out: Path, manifest: AdapterManifest, text: _Text) -> AdapterManifest:
     """What the same call has left in its folder: the memory with the text, if any is new."""
     found, memory = read_manifest(out), manifest.files[MEMORY_FILE]
-    before = found.memory.grown_from[:1] if found.memory else ()
-    has_grown = [earlier.sha256 for earlier in before] == [memory.sha256]
-    if has_grown and text.sha256 in found.provenance.inputs.values():
-        return found
-    if not text.new and found.files.get(MEMORY_FILE) == memory:
-        return found
+    if _but_for_text(found) == _but_for_text(manifest):
+        before = found.memory.grown_from[:1] if found.memory else ()
+        has_grown = [earlier.sha256 for earlier in before] == [memory.sha256]
+        if has_grown and text.sha256 in found.provenance.inputs.values():
+            return found
+        if not text.new and found.files[MEMORY_FILE] == memory:
+            return found
     raise InputError(
         f"{out} holds an adapter that was made otherwise",
         hint="choose another --out, or delete that folder",
     )
+
+
+def _but_for_text(manifest: AdapterManifest) -> tuple[object, ...]:
+    """What appending leaves as it is."""
+    own = {MEMORY_FILE, CARD_NAME}
+    files = {name: entry for name, entry in manifest.files.items() if name not in own}
+    carriers = dict(manifest.carriers)
+    if manifest.memory:
+        memory = manifest.memory.model_copy(update={"entries": 0, "grown_from": ()})
+        carriers["memory"] = memory
+    return manifest.base_model, carriers, manifest.blend, files
 
 
 def _check_unchanged(folder: Path, manifest: AdapterManifest) -> None:

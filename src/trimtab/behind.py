@@ -12,9 +12,9 @@ Do = Callable[[Callable[[], object]], object]
 def one_behind() -> Iterator[Do]:
     """Give a function that has each piece of work done while its caller goes on.
 
-    A call waits for the piece before, so that no more than one is under way, whatever it holds in
-    memory. What a piece raises, the next call raises, or the end of the context. Where that is left
-    early, as by Ctrl-C, the piece under way is done to its end all the same.
+    A call waits for the piece before, so that no more than one is under way beside what its caller
+    makes next. What a piece raises, the next call raises, or the end of the context. Where that is
+    left early, as by Ctrl-C, the piece under way is done to its end all the same.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         under_way = list[Future[object]]()

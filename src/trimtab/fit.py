@@ -107,7 +107,12 @@ def fit(config: FitConfig, *, progress: Progress = silent) -> FitResult:
     host = _open_host(config, progress)
     expert = recorded_expert(recording)
     provenance = _provenance(config, recording, expert, host)
+    # Before the lock, for a finished adapter may lie where nothing can be written.
+    made = _made_before(config.out, provenance)
+    if made is not None:
+        return FitResult(config.out, made)
     with lock(config.out):
+        # Another run may have made it meanwhile.
         made = _made_before(config.out, provenance)
         if made is not None:
             return FitResult(config.out, made)

@@ -116,7 +116,7 @@ def generate(
             generation_config=_settings(config, host, limit),
             stopping_criteria=[follower],
         )  # pyright: ignore[reportCallIssue]
-        result = follower.result(time.monotonic() - start_sec)
+        result = follower.result(time.monotonic() - start_sec, limit)
     for note in result.notes:
         if on_note is not None:
             on_note(note)
@@ -272,7 +272,7 @@ class _Follower(StoppingCriteria):
         self._streams = [TextStream(config.stop) for _ in config.prompt]
         self._tokens = [0 for _ in config.prompt]
         self._done = [False for _ in config.prompt]
-        self._notes: list[str] = []
+        self._ended_outgrown: list[int] = []
         self._on_text = on_text
         self._advance = advance
         self._outgrown = outgrown
@@ -298,18 +298,24 @@ class _Follower(StoppingCriteria):
         self._done[row] = self._streams[row].stopped
 
     def _end_outgrown(self, row: int) -> None:
-        if row in self._outgrown.rows and self._outgrown.small and not self._done[row]:
+        if row in self._outgrown.rows and not self._done[row]:
             self._done[row] = True
-            note = outgrown_note(self._outgrown.small, row + 1, self._tokens[row])
-            self._notes.append(note)
+            self._ended_outgrown.append(row)
 
     def _say(self, row: int, text: str) -> None:
         if text and self._on_text is not None:
             self._on_text(row, text)
 
-    def result(self, wall_sec: float) -> GenerateResult:
-        """Give out what was held back, and put the result together."""
+    def result(self, wall_sec: float, limit: int) -> GenerateResult:
+        """Give out what was held back, and put the result of at most some tokens together."""
         for row, stream in enumerate(self._streams):
             self._say(row, stream.finish())
         texts = tuple(stream.text for stream in self._streams)
-        return GenerateResult(texts, tuple(self._tokens), wall_sec, notes=tuple(self._notes))
+        small = self._outgrown.small
+        notes = tuple(
+            outgrown_note(small, row + 1, self._tokens[row])
+            for row in self._ended_outgrown
+            # Else it has all the tokens that were asked for.
+            if small and self._tokens[row] < limit
+        )
+        return GenerateResult(texts, tuple(self._tokens), wall_sec, notes=notes)

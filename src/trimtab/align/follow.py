@@ -157,7 +157,12 @@ def _likeliest(probs: Tensor) -> list[tuple[float, int]]:
 
 
 def _dealt_out(shares: Sequence[_Share], host_probs: Tensor) -> Tensor:
-    """Each share dealt out to its candidates as the host sees them: alike where it excludes all."""
+    """Each share dealt out to its candidates as the host sees them: alike where it excludes all.
+
+    Args:
+        shares: Each share with its candidates' places; of none, nothing is dealt out.
+        host_probs: The host's own over the candidates, shape [candidates], float on the CPU.
+    """
     counts = torch.tensor([len(places) for _, places in shares], dtype=torch.long)
     share = torch.arange(len(shares)).repeat_interleave(counts)
     within = torch.tensor([i for _, places in shares for i in places], dtype=torch.long)

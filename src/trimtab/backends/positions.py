@@ -1,5 +1,7 @@
 """Models whose positions or caches are not those of single tokens."""
 
+from inspect import signature
+
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -14,10 +16,12 @@ def positions_follow_length(model: HFModel) -> bool:
 
 
 def keeps_single_tokens(model: HFModel) -> bool:
-    """Whether all that a decoder-only model keeps of a text is keys and values of its tokens.
+    """Whether what a decoder-only model keeps of a text is keys and values of its tokens alone.
 
-    Recurrent layers keep more, and so do those that attend in chunks.
+    Recurrent layers keep more; a few old families (GPT, XLM) take no cache and keep nothing.
     """
+    if "past_key_values" not in signature(model.model.base_model.forward).parameters:
+        return False
     layers = DynamicCache(config=model.model.config.get_text_config(decoder=True)).layers
     others = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     return not others and not getattr(model.model, "_is_stateful", False)

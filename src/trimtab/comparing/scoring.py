@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
@@ -19,6 +19,7 @@ from trimtab.config import GenerateConfig
 from trimtab.generate import generate
 from trimtab.steering.answers import answer_evidence
 from trimtab.steering.evidence import Mixture
+from trimtab.steering.outgrown import refuse_outgrown
 from trimtab.steering.predictors import Steering
 from trimtab.steering.processor import steered_by
 from trimtab.steering.scoring import score_document
@@ -179,9 +180,12 @@ def _generated(
         host=subject.model.ref, prompt=(prompt,), max_new_tokens=limit, stop=stop
     )
     model = subject.model
-    steering = nullcontext() if subject.steering is None else steered_by(model, subject.mixture)
-    with steering:
+    if subject.steering is None:
         return generate(config, host=model, progress=progress).texts[0]
+    with steered_by(model, subject.mixture) as outgrown:
+        [text] = generate(config, host=model, progress=progress).texts
+    refuse_outgrown(outgrown)
+    return text
 
 
 def timed_use(subject: Subject, text: str, progress: Progress) -> Use:

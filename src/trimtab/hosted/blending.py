@@ -131,7 +131,9 @@ class Blender:
 
     def can_read(self, before: Before) -> bool:
         """Whether the small models can read what stands before a place."""
-        context, ids = readable(before.context), before.host_ids or ()
+        context, ids = readable(before.context), before.host_ids
+        assert ids is not None or not self._live.is_one_vocabulary
+        ids = ids or ()
         return self._live.can_read(RowText(0, context, ids, start=before.start))
 
     def options(self, before: Before, top: Sequence[Token]) -> Options:

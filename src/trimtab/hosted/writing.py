@@ -194,10 +194,10 @@ class Writer:
                 self._is_ended = True
                 return False
             self._written.append(option)
-            self.is_outgrown = not self._blender.can_read(self._before())
             self._is_steered_next = False
             advance(1)
             yield self._stream.add(option.text or b"")
+            self.is_outgrown = not (self._is_done() or self._blender.can_read(self._before()))
             if self._is_done() or not self._is_same(option, place.chosen):
                 return False
         return True

@@ -13,6 +13,7 @@ from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
 from trimtab.steering.answers import AnswerScore, alternatives_nats, score_answers, score_text
 from trimtab.steering.evidence import Mixture
+from trimtab.steering.outgrown import Outgrown, refuse_outgrown
 from trimtab.steering.processor import steered_by
 from trimtab.types import Advance, Progress, silent
 
@@ -81,6 +82,7 @@ class SteeredLM(HFLM):
         self._host = host
         self._mixture = mixture
         self._progress = progress
+        self._outgrown = Outgrown()
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True
@@ -158,6 +160,11 @@ class SteeredLM(HFLM):
         """Continuations, each up to the first of its stop strings."""
         del disable_tqdm
         mixture = self._mixture
-        steering = nullcontext() if mixture is None else steered_by(self._host, mixture)
-        with self._shown("continuations", len(requests)), steering:
+        steering = nullcontext(Outgrown()) if mixture is None else steered_by(self._host, mixture)
+        with self._shown("continuations", len(requests)), steering as self._outgrown:
             return super().generate_until(requests, disable_tqdm=True)
+
+    def _model_generate(self, *args: Any, **options: Any) -> Any:
+        found = super()._model_generate(*args, **options)
+        refuse_outgrown(self._outgrown)
+        return found

@@ -29,7 +29,7 @@ def check_host(host: HFModel) -> None:
     if host.is_encoder_decoder:
         found = "is an encoder-decoder"
     elif not keeps_single_tokens(host):
-        found = "has layers that keep more than keys and values of single tokens"
+        found = "keeps more or less of a text than keys and values of single tokens"
     elif positions_follow_length(host):
         found = "has positions that depend on the longest text of a batch"
     if found:

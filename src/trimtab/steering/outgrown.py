@@ -7,17 +7,18 @@ import torch
 from transformers import StoppingCriteria
 
 from trimtab.backends.hf import HFModel
+from trimtab.errors import ModelError
 from trimtab.steering.scores import SteeringProcessor
 
 
 @final
 @dataclass(frozen=True)
 class Outgrown:
-    """Rows of the last call of a steered `generate` that ended so.
+    """Rows of the last call of a steered `generate` whose text is longer than the models can read.
 
     Attributes:
         small: The reference that runs beside the host; None where none does.
-        rows: Numbers of the rows.
+        rows: Numbers of the rows; also of such as had ended before and are padded.
     """
 
     small: HFModel | None = None
@@ -47,6 +48,21 @@ class EndsOutgrown(StoppingCriteria):
         ends = torch.zeros(len(input_ids), dtype=torch.bool)
         ends[found] = True
         return ends.to(input_ids.device)
+
+
+def refuse_outgrown(outgrown: Outgrown) -> None:
+    """Refuse what the last call wrote if a text was cut short, where nobody would be told.
+
+    Raises:
+        ModelError: A text is longer than the small models can read.
+    """
+    small = outgrown.small
+    if small and outgrown.rows:
+        raise ModelError(
+            f"an answer with its prompt is longer than {small.ref} can read, which reads along and"
+            f" has positions for {small.max_tokens} tokens",
+            hint="ask for shorter answers, give shorter prompts, or use --carriers head,memory",
+        )
 
 
 def outgrown_note(small: HFModel, number: int, tokens: int) -> str:

@@ -20,7 +20,7 @@ from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
-from trimtab.backends.positions import positions_follow_length
+from trimtab.backends.positions import keeps_single_tokens, positions_follow_length
 from trimtab.config import DRAFT_TOKENS, CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
 from trimtab.steering.beside import open_beside
@@ -326,7 +326,7 @@ def _may_draft(host: HFModel, args: Sequence[Any], options: Mapping[str, Any]) -
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     keeps = _value("use_cache", configs, options) in (None, True)
     others = any(_asked(name, configs, options) for name in _PLAIN_DECODING)
-    by_token = not model._is_stateful and not positions_follow_length(host)
+    by_token = keeps_single_tokens(host) and not positions_follow_length(host)
     return keeps and not others and by_token and cache.is_croppable
 
 

@@ -172,11 +172,19 @@ def put_back(path: Path) -> None:
     target = Path(os.path.realpath(path))
     if target.exists() or not target.parent.is_dir():
         return
-    for entry in sorted(all_beside(target, "old"), key=os.path.getmtime, reverse=True):
+    for entry in sorted(all_beside(target, "old"), key=_changed_at, reverse=True):
         with held(entry, fcntl.LOCK_EX) as is_abandoned:
             if is_abandoned:
                 os.rename(entry, target)
                 return
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        # Another run has cleared it away.
+        return 0.0
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Folders beside what is to be written, until it is whole; what ended runs left is cleared away."""
 
+import errno
 import fcntl
 import os
 import re
@@ -15,6 +16,7 @@ Role = Literal["tmp", "old"]
 
 # Older versions wrote a dash among the digits.
 _OWNER = r"\d+-[0-9a-f]{8}-?[0-9a-f]{8}"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _TEMPORARY = re.compile(rf"\..+\.tmp-{_OWNER}")
 
 
@@ -63,7 +65,8 @@ def remove_abandoned(entries: Sequence[Path]) -> None:
 def held(folder: Path, kind: int) -> Iterator[bool]:
     """Hold a folder: together with others who use it, or alone to clear it away.
 
-    A hold ends with its process, and is seen in other containers, where process ids say nothing.
+    A hold ends with its process, and is seen by all of a machine, also in other containers, where
+    process ids say nothing. Where a file system has no locks, nothing is cleared away.
 
     Args:
         folder: The folder, which may be gone.
@@ -77,12 +80,21 @@ def held(folder: Path, kind: int) -> Iterator[bool]:
     """
     with ExitStack() as ending:
         is_held = False
-        with suppress(FileNotFoundError, BlockingIOError):
+        with suppress(FileNotFoundError, NotADirectoryError, BlockingIOError):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             ending.callback(os.close, descriptor)
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            is_held = is_at(descriptor, folder)
+            is_held = _take(descriptor, kind) and is_at(descriptor, folder)
         yield is_held
+
+
+def _take(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return kind == fcntl.LOCK_SH
+        raise
+    return True
 
 
 def is_at(descriptor: int, path: Path) -> bool:
