@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    OpenAIGPTConfig,
 )
 
 from trimtab.backends.chat import prompt_ids
@@ -489,6 +490,18 @@ def test_what_only_the_model_knows_runs_plain(monkeypatch: pytest.MonkeyPatch) -
     expected = written(host, pair, 0, token_type_ids=kinds)
     monkeypatch.setattr(Drafter, "draft", lambda *_: pytest.fail("drafted"))
     found = written(host, pair, 5, token_type_ids=kinds)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_a_host_that_takes_no_cache_runs_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = open_model(HOST, dtype="float32").tokenizer
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        host = adopt_model("gpt", AutoModelForCausalLM.from_config(config), tokenizer)
+    expected = written(host, sure_pair(SMALL), 0, max_new_tokens=4)
+    monkeypatch.setattr(Drafter, "draft", lambda *_: pytest.fail("drafted"))
+    found = written(host, sure_pair(SMALL), 5, max_new_tokens=4)
     assert torch.equal(found.sequences, expected.sequences)
 
 

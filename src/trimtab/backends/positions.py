@@ -15,12 +15,17 @@ def positions_follow_length(model: HFModel) -> bool:
     return bool(_rope_types(model.model.config.get_text_config(decoder=True)) & _LENGTH_DEPENDENT)
 
 
+def takes_cache(model: HFModel) -> bool:
+    """Whether a model goes on from what it has read; a few old families (GPT, XLM) cannot."""
+    return "past_key_values" in signature(model.model.base_model.forward).parameters
+
+
 def keeps_single_tokens(model: HFModel) -> bool:
     """Whether what a decoder-only model keeps of a text is keys and values of its tokens alone.
 
-    Recurrent layers keep more; a few old families (GPT, XLM) take no cache and keep nothing.
+    Recurrent layers keep more.
     """
-    if "past_key_values" not in signature(model.model.base_model.forward).parameters:
+    if not takes_cache(model):
         return False
     layers = DynamicCache(config=model.model.config.get_text_config(decoder=True)).layers
     others = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}

@@ -20,7 +20,7 @@ from trimtab.anchors import Reading
 from trimtab.backends.chat import ChatPrompt, chat_prompt
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
-from trimtab.backends.positions import keeps_single_tokens, positions_follow_length
+from trimtab.backends.positions import positions_follow_length, takes_cache
 from trimtab.config import DRAFT_TOKENS, CarrierName, Dtype
 from trimtab.errors import AdapterError, ModelError
 from trimtab.steering.beside import open_beside
@@ -326,8 +326,8 @@ def _may_draft(host: HFModel, args: Sequence[Any], options: Mapping[str, Any]) -
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     keeps = _value("use_cache", configs, options) in (None, True)
     others = any(_asked(name, configs, options) for name in _PLAIN_DECODING)
-    by_token = keeps_single_tokens(host) and not positions_follow_length(host)
-    return keeps and not others and by_token and cache.is_croppable
+    goes_on = takes_cache(host) and cache.is_croppable and not model._is_stateful
+    return keeps and not others and goes_on and not positions_follow_length(host)
 
 
 def _is_padded(ids: Tensor, configs: Sequence[Any], options: Mapping[str, Any]) -> bool:

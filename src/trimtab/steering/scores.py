@@ -133,7 +133,7 @@ class SteeringProcessor(LogitsProcessor):
     def outgrown(self, input_ids: Tensor) -> list[int]:
         """Rows [rows, seq] of a generation that has begun which the expert can read no further."""
         live = self._mixture.steering.live
-        if live is None:
+        if live is None or live.pair.reference.max_tokens is None:
             return []
         rows = self._rows(input_ids)
         spelled = [self._spelled(row.tolist()) for row in rows]
