@@ -264,7 +264,10 @@ def run_vocabulary(spaces: int) -> Vocabulary:
     )
 
 
-def test_a_run_of_spaces_is_one_longer_where_no_word_takes_its_last() -> None:
+def test_a_run_of_spaces_is_one_longer_where_no_word_takes_its_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trimtab.align.follow.FORESEEN_PROB", 2.0)
     takes, leaves = (Strings(run_vocabulary(n), runs_before_words(n)) for n in (0, 1))
     assert leaves.leaves == {b" "} and takes.leaves == frozenset()
     # The small "  " stands before " x" where the host's "   " stands before "x", and conversely.
@@ -462,6 +465,71 @@ def test_a_longer_candidate_does_not_take_what_the_host_reads_otherwise() -> Non
     probs, host_probs = torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.tensor([0.1, 0.6, 0.2, 0.1])
     found = after_token(Alignment(small, host), 0, probs, host_probs, candidates)
     torch.testing.assert_close(found, torch.tensor([0.0, 0.75, 0.25, 0.0]))
+
+
+def test_blank_lines_before_a_word_are_the_hosts_to_tell_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trimtab.align.follow.FORESEEN_PROB", 2.0)
+    texts = (b"}", b"\n", b"\n\n", b"x", b"a", b" ", b"\t")
+
+    def encode(text: str) -> list[int]:
+        return [texts.index(p.encode()) for p in re.findall(r"\n+(?=\nx)|\n+|.", text)]
+
+    small, host = (
+        Strings(Vocabulary(texts), encode),
+        Strings(Vocabulary((*texts, b"}\n", b"}\n\n"))),
+    )
+    assert small.leaves == {b"\n"}
+    assert small.ways_to_begin(b"}\n\n") == {(0, 1), (0, 2)}
+    assert small.ways_to_begin(b"}\n") == {(0, 1)} and small.ways_to_begin(b"}") == {(0,)}
+    # "\n" stands before a word for one line's end or for two, "\n\n" for two alone.
+    probs = torch.tensor([0.0, 0.9, 0.1, 0.0, 0.0, 0.0, 0.0])
+    host_probs = torch.tensor([0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.3, 0.6])
+    candidates = Candidates.of(torch.arange(9), host.vocabulary)
+    found = after_token(Alignment(small, host), 0, probs, host_probs, candidates)
+    torch.testing.assert_close(found, torch.tensor([*7 * [0.0], 0.3, 0.7]))
+
+
+def test_a_host_that_sees_more_coming_is_heard() -> None:
+    # The small tokenizer reads "jun" as one token, unless "k" follows; the host reads "hern" as one
+    # token, unless "ie" follows.
+    texts = (b"j", b"unk", b"jun", b"k", b"hern", b"ie", b"t")
+    small_texts = [text.decode() for text in texts]
+    host_texts = (b"j", b"jun", b"kt", b"junk", b"her", b"hern", b"nie")
+
+    def read(text: str) -> list[int]:
+        return [small_texts.index(p) for p in re.findall(r"j(?=unk)|unk|jun|hern|ie|.", text)]
+
+    def read_by_host(text: str) -> list[int]:
+        parts = re.findall(r"jun(?=kt)|her(?=nie)|kt|junk|jun|hern|nie|.", text)
+        return [host_texts.index(part.encode()) for part in parts]
+
+    def encode_or_nothing(text: str) -> list[int]:
+        try:
+            return read(text)
+        except ValueError:
+            return []
+
+    small = Strings(Vocabulary(texts), encode_or_nothing)
+    host = Strings(Vocabulary(host_texts), read_by_host)
+    both, candidates = Alignment(small, host), Candidates.of(torch.arange(7), host.vocabulary)
+    assert both.may_read_otherwise and not Alignment(host, host).may_read_otherwise
+    assert both.first_small(torch.tensor([1])).tolist() == [2]
+    expects = torch.tensor([0.05, 0.9, 0.0, 0.05, 0.0, 0.0, 0.0])
+    assert undecided(both, 0, expects, candidates) == pytest.approx(1 - 0.05 / (0.1 + 0.045))
+    found = after_token(both, 0, torch.eye(7)[1], expects, candidates)
+    oracle = torch.tensor([0.05 * 0.05, 0.05 * 0.9, 0.0, 0.05, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(found, oracle / oracle.sum())
+    expects = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.98, 1e-4, 0.0])
+    assert undecided(both, 4, expects, candidates) > 0.99
+    # Asked what follows "hern", the small model says "ie", and the host reads "hernie" as "her".
+    found = after_token(both, 4, torch.eye(7)[5], expects, candidates)
+    assert float(found[4]) == pytest.approx(1.0)
+    # After "ju" the small "jun" means the host's "n", but a host that is sure of "nie" is heard.
+    rest = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    found = rest_to_host(both, rest, b"ju", torch.tensor([*6 * [0.0], 1.0]), candidates)
+    assert float(found[6]) == pytest.approx(1.0)
 
 
 def test_what_is_not_followed_is_dealt_out_as_the_host_sees_it(

@@ -215,6 +215,7 @@ BYTES = (b"a", b"b", b"c")
 NO_LIMITS = {
     "follow.FOLLOWED_SHARE": 0.0,
     "follow.FOLLOWED_TOKENS": 1_000,
+    "follow.FORESEEN_PROB": 2.0,
     "replies.MAX_ASKED": 1_000,
     "replies.MIN_UNDECIDED": 1e-12,
 }

@@ -450,7 +450,7 @@ def test_a_host_with_longer_tokens_is_told_by_the_small_models(
     # Byte models beside host tokens of one and two bytes: two steps of theirs say all, exactly.
     for name, value in (("replies.MAX_ASKED", 512), ("replies.MIN_UNDECIDED", 0.0)):
         monkeypatch.setattr(f"trimtab.align.{name}", value)
-    for name, value in (("FOLLOWED_TOKENS", 512), ("FOLLOWED_SHARE", 0.0)):
+    for name, value in (("FOLLOWED_TOKENS", 512), ("FOLLOWED_SHARE", 0.0), ("FORESEEN_PROB", 2.0)):
         monkeypatch.setattr(f"trimtab.align.follow.{name}", value)
     monkeypatch.setattr("trimtab.backends.live.DOUBT", 0.0)
     models = [open_model(f"tiny:llama?seed={seed}", dtype="float32") for seed in (1, 2)]

@@ -33,6 +33,16 @@ class Alignment:
     host: Strings
 
     @cached_property
+    def may_read_otherwise(self) -> bool:
+        """Whether what follows may change how a tokenizer reads bytes that it was asked about.
+
+        Not where one tokenizer serves both, which then reads them alike in both, nor where the
+        longest token is taken for want of a tokenizer.
+        """
+        asked = self.small.encode is not None or self.host.encode is not None
+        return asked and self.small.vocabulary.ids_by_bytes != self.host.vocabulary.ids_by_bytes
+
+    @cached_property
     def first_small(self) -> FirstTokens:
         """For each host token, the small token that begins it; -1 if none."""
         return FirstTokens(self.host.vocabulary, self.small.first_of_each)

@@ -5,6 +5,7 @@ repeats the end of the context, and one whose host tokens the small model itself
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,30 @@ LEAST_POSSIBLE = 1e-3
 HOST_TOKENS = 256
 """Likeliest host tokens among which those are sought that a small token leads to."""
 
-_Share = tuple[float, Sequence[int]]
-"""A probability, and the places of the candidates that it belongs to."""
+OTHERWISE = 0.05
+"""Weight of a host token that agrees with a small one in bytes, but not by the tokenizers.
+
+These are asked about the bytes alone, and what follows may change their answer: SmolLM2 reads `jun`
+as one token, and `junktiv` as `j`, `unk`, `tiv`; Gemma reads `hern` as one token, and `hernie` as
+`her`, `nie`. A host that is sure of such a token sees it coming.
+"""
+
+FORESEEN_PROB = 0.01
+"""Least probability of such a token."""
+
+
+class _Share(NamedTuple):
+    """A probability, and the places of the candidates that it belongs to.
+
+    Attributes:
+        prob: The probability.
+        places: Candidates that the tokenizers lead to.
+        others: Candidates that they would have to read otherwise (`OTHERWISE`).
+    """
+
+    prob: float
+    places: Sequence[int]
+    others: Sequence[int] = ()
 
 
 def rest_to_host(
@@ -50,6 +73,7 @@ def rest_to_host(
         return host_probs
     shares = list[_Share]()
     led_to = _led_to(alignment, rest, host_probs, candidates)
+    foreseen = _foreseen(alignment, host_probs, candidates)
     for prob, place in _likeliest(probs[ids] / total):
         token_id = int(ids[place])
         suffix = alignment.small.bytes_of(token_id)[len(rest) :]
@@ -58,7 +82,7 @@ def rest_to_host(
         if not places or float(host_probs[places].sum()) <= 0:
             first = candidates.first_of(suffix, alignment.host)
             places = [first] if first >= 0 else []
-        shares.append((prob, places))
+        shares.append(_Share(prob, places, _others(suffix, places, foreseen)))
     carried = _dealt_out(shares, host_probs)
     # What was not followed one by one, and the end of a text, are left to the host's own view.
     followed, foreign = float(carried.sum()), host_probs.clone()
@@ -70,7 +94,7 @@ def rest_to_host(
 def undecided(
     alignment: Alignment, token_id: int, host_probs: Tensor, candidates: Candidates
 ) -> float:
-    """How unsure a host is which of its tokens comes, given the small token that begins it.
+    """How unsure it is which of a host's tokens comes, given the small token that begins it.
 
     Args:
         alignment: Of both vocabularies.
@@ -79,15 +103,18 @@ def undecided(
         candidates: The candidates.
 
     Returns:
-        One less the share of the likeliest; 0 where there is at most one.
+        One less the share of the likeliest that the tokenizers lead to; 0 where there is no other.
     """
-    shares = host_probs[alignment.begun_by(token_id, candidates)]
+    text = alignment.small.bytes_of(token_id)
+    places = alignment.begun_by(token_id, candidates).tolist()
     if alignment.is_cut[token_id]:
         # The host may begin it with a shorter token as well.
-        first = candidates.first_of(alignment.small.bytes_of(token_id), alignment.host)
-        shares = torch.cat([shares, host_probs[first : first + 1]]) if first >= 0 else shares
-    total = float(shares.sum())
-    return 1.0 - float(shares.max()) / total if total > 0 else 0.0
+        first = candidates.first_of(text, alignment.host)
+        places += [first] if first >= 0 else []
+    own = host_probs[places]
+    others = _others(text, places, _foreseen(alignment, host_probs, candidates))
+    total = float(own.sum()) + OTHERWISE * float(host_probs[others].sum())
+    return 1.0 - (float(own.max()) if len(own) else 0.0) / total if total > 0 else 0.0
 
 
 def after_token(
@@ -118,6 +145,7 @@ def after_token(
     by_host = torch.zeros_like(host_probs)
     by_host[begun] = own / own.sum().clamp_min(1e-30)
     shares, followed, impossible = list[_Share](), 0.0, 0.0
+    foreseen = _foreseen(alignment, host_probs, candidates)
     for prob, following in _likeliest(probs):
         followed += prob
         text = lead + small.bytes_of(following)
@@ -127,7 +155,7 @@ def after_token(
         places = _going_on(small, (token_id, following), text, candidates)
         if (first := candidates.first_of(text, alignment.host)) >= 0:
             places = [*{*places, first}]
-        shares.append((prob, places))
+        shares.append(_Share(prob, places, _others(text, places, foreseen)))
     possible = 1.0 - impossible
     if possible < LEAST_POSSIBLE:
         return by_host
@@ -137,14 +165,34 @@ def after_token(
 def _going_on(
     small: Strings, tokens: tuple[int, int], text: bytes, candidates: Candidates
 ) -> list[int]:
-    """Places of the candidates that a small tokenizer begins with two tokens, whose text it is."""
+    """Places of the candidates that a small tokenizer may begin with two tokens, as spelled."""
     # The end of a text is no continuation that a longer host token could have.
     if not small.bytes_of(tokens[1]):
         return []
     return [
         int(candidates.order[place])
         for place in candidates.beginning_with(text)
-        if small.first_tokens(candidates.texts[place]) == tokens
+        if tokens in small.ways_to_begin(candidates.texts[place])
+    ]
+
+
+def _foreseen(
+    alignment: Alignment, host_probs: Tensor, candidates: Candidates
+) -> list[tuple[bytes, int]]:
+    """Texts and places of the candidates that a host is sure enough of to see more coming."""
+    if not alignment.may_read_otherwise:
+        return []
+    likely = torch.nonzero(host_probs[candidates.order] >= FORESEEN_PROB)[:, 0].tolist()
+    places = candidates.order[likely].tolist()
+    return [(candidates.texts[i], place) for i, place in zip(likely, places, strict=True)]
+
+
+def _others(text: bytes, places: Sequence[int], foreseen: Sequence[tuple[bytes, int]]) -> list[int]:
+    """Places of those that begin with a text, or with which it begins, but for `places`."""
+    return [
+        place
+        for own, place in foreseen
+        if (own.startswith(text) or text.startswith(own)) and place not in places
     ]
 
 
@@ -163,13 +211,19 @@ def _dealt_out(shares: Sequence[_Share], host_probs: Tensor) -> Tensor:
         shares: Each share with its candidates' places; of none, nothing is dealt out.
         host_probs: The host's own over the candidates, shape [candidates], float on the CPU.
     """
-    counts = torch.tensor([len(places) for _, places in shares], dtype=torch.long)
+    counts = torch.tensor([len(one.places) + len(one.others) for one in shares], dtype=torch.long)
     share = torch.arange(len(shares)).repeat_interleave(counts)
-    within = torch.tensor([i for _, places in shares for i in places], dtype=torch.long)
-    own = host_probs[within]
+    of_each = [place for one in shares for place in (*one.places, *one.others)]
+    weights = [
+        weight
+        for one in shares
+        for weight in (*len(one.places) * [1.0], *len(one.others) * [OTHERWISE])
+    ]
+    within = torch.tensor(of_each, dtype=torch.long)
+    own = host_probs[within] * host_probs.new_tensor(weights)
     total = own.new_zeros(len(shares)).index_add(0, share, own)[share]
     part = torch.where(total > 0, own / total, 1.0 / counts[share])
-    probs = own.new_tensor([prob for prob, _ in shares])
+    probs = own.new_tensor([one.prob for one in shares])
     return torch.zeros_like(host_probs).index_add(0, within, probs[share] * part)
 
 

@@ -136,6 +136,17 @@ class Strings:
         """The first two tokens of a text likewise, or as many as there are."""
         return self._first(text)
 
+    def ways_to_begin(self, text: bytes) -> frozenset[tuple[int, ...]]:
+        """The first two tokens of a text likewise, as it ends there and as a word follows it.
+
+        The last of a run of white space may go to that word: SmolLM2 reads a brace and two line
+        ends as two tokens, and before a word as three.
+        """
+        found = {self.first_tokens(text)}
+        if text[-1:] in SPACES and text[-1:] in self.leaves:
+            found.add(self.first_tokens(text + b"x"))
+        return frozenset(found)
+
     @cached_property
     def _first(self) -> Callable[[bytes], tuple[int, ...]]:
         return lru_cache(KEPT_ANSWERS)(self._ask_first)
