@@ -489,20 +489,25 @@ def test_blank_lines_before_a_word_are_the_hosts_to_tell_apart(
     candidates = Candidates.of(torch.arange(9), host.vocabulary)
     found = after_token(Alignment(small, host), 0, probs, host_probs, candidates)
     torch.testing.assert_close(found, torch.tensor([*7 * [0.0], 0.3, 0.7]))
+    # A run by itself likewise: "\n" and once more "\n" is the host's "\n\n" before a word.
+    probs = torch.tensor([0.0, 0.9, 0.0, 0.1, 0.0, 0.0, 0.0])
+    host_probs = torch.tensor([0.0, 0.3, 0.6, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0])
+    found = after_token(Alignment(small, host), 1, probs, host_probs, candidates)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.1, 0.9, *6 * [0.0]]))
 
 
 def test_a_host_that_sees_more_coming_is_heard() -> None:
     # The small tokenizer reads "jun" as one token, unless "k" follows; the host reads "hern" as one
     # token, unless "ie" follows.
-    texts = (b"j", b"unk", b"jun", b"k", b"hern", b"ie", b"t")
-    small_texts = [text.decode() for text in texts]
-    host_texts = (b"j", b"jun", b"kt", b"junk", b"her", b"hern", b"nie")
+    texts = (b"j", b"unk", b"jun", b"k", b"hern", b"ie", b"t", None)
+    small_texts = [text.decode() for text in texts if text]
+    host_texts = (b"j", b"jun", b"kt", b"junk", b"her", b"hern", b"nie", b"n", b"nk")
 
     def read(text: str) -> list[int]:
         return [small_texts.index(p) for p in re.findall(r"j(?=unk)|unk|jun|hern|ie|.", text)]
 
     def read_by_host(text: str) -> list[int]:
-        parts = re.findall(r"jun(?=kt)|her(?=nie)|kt|junk|jun|hern|nie|.", text)
+        parts = re.findall(r"jun(?=kt)|her(?=nie)|kt|junk|jun|hern|nie|nk|.", text)
         return [host_texts.index(part.encode()) for part in parts]
 
     def encode_or_nothing(text: str) -> list[int]:
@@ -513,23 +518,46 @@ def test_a_host_that_sees_more_coming_is_heard() -> None:
 
     small = Strings(Vocabulary(texts), encode_or_nothing)
     host = Strings(Vocabulary(host_texts), read_by_host)
-    both, candidates = Alignment(small, host), Candidates.of(torch.arange(7), host.vocabulary)
+    both, candidates = Alignment(small, host), Candidates.of(torch.arange(9), host.vocabulary)
     assert both.may_read_otherwise and not Alignment(host, host).may_read_otherwise
     assert both.first_small(torch.tensor([1])).tolist() == [2]
-    expects = torch.tensor([0.05, 0.9, 0.0, 0.05, 0.0, 0.0, 0.0])
+
+    def expected(**probs: float) -> Tensor:
+        return torch.tensor([probs.get(text.decode(), 0.0) for text in host_texts])
+
+    expects = expected(j=0.05, jun=0.9, junk=0.05)
     assert undecided(both, 0, expects, candidates) == pytest.approx(1 - 0.05 / (0.1 + 0.045))
-    found = after_token(both, 0, torch.eye(7)[1], expects, candidates)
-    oracle = torch.tensor([0.05 * 0.05, 0.05 * 0.9, 0.0, 0.05, 0.0, 0.0, 0.0])
+    found = after_token(both, 0, torch.eye(8)[1], expects, candidates)
+    # "junk" is what the tokenizers lead to; "jun" and "j" count one in twenty of what they have.
+    oracle = expected(j=0.05 / 20, jun=0.9 / 20, junk=0.05)
     torch.testing.assert_close(found, oracle / oracle.sum())
-    expects = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.98, 1e-4, 0.0])
-    assert undecided(both, 4, expects, candidates) > 0.99
+    # However sure a host is, half is left to what it thinks possible; where that is nothing, none.
+    found = after_token(both, 0, torch.eye(8)[1], expected(jun=0.99, junk=1e-5), candidates)
+    torch.testing.assert_close(found, expected(jun=0.5, junk=0.5))
+    found = after_token(both, 0, torch.eye(8)[1], expected(jun=1.0), candidates)
+    torch.testing.assert_close(found, expected(jun=1.0))
+    # After the end of a text nothing comes.
+    found = after_token(both, 0, torch.eye(8)[7], expects, candidates)
+    torch.testing.assert_close(found, expected(j=1.0))
+    assert undecided(both, 7, expects, candidates) == 0.0
     # Asked what follows "hern", the small model says "ie", and the host reads "hernie" as "her".
-    found = after_token(both, 4, torch.eye(7)[5], expects, candidates)
-    assert float(found[4]) == pytest.approx(1.0)
-    # After "ju" the small "jun" means the host's "n", but a host that is sure of "nie" is heard.
-    rest = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    found = rest_to_host(both, rest, b"ju", torch.tensor([*6 * [0.0], 1.0]), candidates)
-    assert float(found[6]) == pytest.approx(1.0)
+    expects = expected(her=0.98, hern=1e-4)
+    assert undecided(both, 4, expects, candidates) > 0.99
+    found = after_token(both, 4, torch.eye(8)[5], expects, candidates)
+    assert float(found[host_texts.index(b"her")]) == pytest.approx(1.0)
+    # After "ju" the small "jun" means the host's "n", but a host that is sure of "nk" is heard.
+    expects = expected(n=0.05, nk=0.9, t=0.05)
+    found = rest_to_host(both, torch.eye(8)[2], b"ju", expects, candidates)
+    torch.testing.assert_close(found, expected(n=0.05, nk=0.045) / 0.095)
+
+
+def test_what_is_not_followed_goes_to_the_token_with_which_the_host_begins() -> None:
+    small = Strings(Vocabulary((b"unreal", b"x", b"y")))
+    host = Strings(Vocabulary((b"un", b"real", b"x")))
+    both, candidates = Alignment(small, host), Candidates.of(torch.arange(3), host.vocabulary)
+    probs, host_probs = torch.tensor([0.0, 0.4, 0.0]), torch.tensor([0.2, 0.1, 0.7])
+    found = after_token(both, 0, probs, host_probs, candidates)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_what_is_not_followed_is_dealt_out_as_the_host_sees_it(

@@ -103,9 +103,12 @@ def undecided(
         candidates: The candidates.
 
     Returns:
-        One less the share of the likeliest that the tokenizers lead to; 0 where there is no other.
+        One less the share of the likeliest that the tokenizers lead to; 0 where there is no other,
+        and of tokens that stand for no text.
     """
     text = alignment.small.bytes_of(token_id)
+    if not text:
+        return 0.0
     places = alignment.begun_by(token_id, candidates).tolist()
     if alignment.is_cut[token_id]:
         # The host may begin it with a shorter token as well.
@@ -123,9 +126,10 @@ def after_token(
     """Deal a small token out to host tokens as the small model says that the text goes on.
 
     A token u after t lends its probability to the candidates that its tokenizer begins with both,
-    and to that with which the host begins to read both, in the host's proportions. Tokens u with
-    which the tokenizer would not have read t are left out. Those that are not followed leave their
-    share to the host's view of what continues t.
+    and to that with which the host begins to read both, in the host's proportions, and to those
+    that a host sees coming (`OTHERWISE`). Tokens u with which the tokenizer would not have read t
+    are left out. Those that are not followed leave their share to the host's view of what continues
+    t, or, where nothing does, to the candidate with which the host begins t.
 
     Args:
         alignment: Of both vocabularies.
@@ -140,26 +144,42 @@ def after_token(
     """
     small = alignment.small
     lead = small.bytes_of(token_id)
-    begun = alignment.begun_by(token_id, candidates)
-    own = host_probs[begun]
-    by_host = torch.zeros_like(host_probs)
-    by_host[begun] = own / own.sum().clamp_min(1e-30)
+    by_host = _by_host(alignment, token_id, host_probs, candidates)
     shares, followed, impossible = list[_Share](), 0.0, 0.0
     foreseen = _foreseen(alignment, host_probs, candidates)
     for prob, following in _likeliest(probs):
         followed += prob
         text = lead + small.bytes_of(following)
-        if small.first_token(text) != token_id:
+        if all(way[:1] != (token_id,) for way in small.ways_to_begin(text)):
             impossible += prob
             continue
         places = _going_on(small, (token_id, following), text, candidates)
         if (first := candidates.first_of(text, alignment.host)) >= 0:
             places = [*{*places, first}]
-        shares.append(_Share(prob, places, _others(text, places, foreseen)))
+        # After the end of a text comes nothing that would change how a host reads it.
+        others = _others(text, places, foreseen) if small.bytes_of(following) else []
+        shares.append(_Share(prob, places, others))
     possible = 1.0 - impossible
     if possible < LEAST_POSSIBLE:
         return by_host
     return (_dealt_out(shares, host_probs) + max(1.0 - followed, 0.0) * by_host) / possible
+
+
+def _by_host(
+    alignment: Alignment, token_id: int, host_probs: Tensor, candidates: Candidates
+) -> Tensor:
+    """Shares of the candidates that a small token begins, or that begins it, as the host sees them.
+
+    Zeros where there are none among the candidates.
+    """
+    begun = alignment.begun_by(token_id, candidates)
+    own = host_probs[begun]
+    found = torch.zeros_like(host_probs)
+    found[begun] = own / own.sum().clamp_min(1e-30)
+    if float(own.sum()) <= 0:
+        first = candidates.first_of(alignment.small.bytes_of(token_id), alignment.host)
+        found[[first] if first >= 0 else []] = 1.0
+    return found
 
 
 def _going_on(
@@ -207,21 +227,26 @@ def _likeliest(probs: Tensor) -> list[tuple[float, int]]:
 def _dealt_out(shares: Sequence[_Share], host_probs: Tensor) -> Tensor:
     """Each share dealt out to its candidates as the host sees them: alike where it excludes all.
 
+    Others have no more than half of a share where the host thinks the rest possible at all: what an
+    expert knows and a host does not would be lost otherwise.
+
     Args:
         shares: Each share with its candidates' places; of none, nothing is dealt out.
         host_probs: The host's own over the candidates, shape [candidates], float on the CPU.
     """
     counts = torch.tensor([len(one.places) + len(one.others) for one in shares], dtype=torch.long)
     share = torch.arange(len(shares)).repeat_interleave(counts)
-    of_each = [place for one in shares for place in (*one.places, *one.others)]
-    weights = [
-        weight
-        for one in shares
-        for weight in (*len(one.places) * [1.0], *len(one.others) * [OTHERWISE])
-    ]
-    within = torch.tensor(of_each, dtype=torch.long)
-    own = host_probs[within] * host_probs.new_tensor(weights)
-    total = own.new_zeros(len(shares)).index_add(0, share, own)[share]
+    within = torch.tensor([i for one in shares for i in (*one.places, *one.others)]).long()
+    is_other = torch.tensor(
+        [i in one.others for one in shares for i in (*one.places, *one.others)]
+    ).bool()
+    own = host_probs[within]
+    none = own.new_zeros(len(shares))
+    led_to = none.index_add(0, share, own * ~is_other)
+    most = torch.where(led_to > 0, led_to, torch.inf)
+    weights = (most / none.index_add(0, share, own * is_other)).clamp_max(OTHERWISE)
+    own = torch.where(is_other, own * weights[share], own)
+    total = none.index_add(0, share, own)[share]
     part = torch.where(total > 0, own / total, 1.0 / counts[share])
     probs = own.new_tensor([one.prob for one in shares])
     return torch.zeros_like(host_probs).index_add(0, within, probs[share] * part)
