@@ -31,7 +31,10 @@ LETTERS = "abcd"
 
 @dataclass(frozen=True)
 class Merges:
-    """A tokenizer that joins pairs of letters and tokens, in the order in which it learnt them."""
+    """A tokenizer that joins pairs of letters and tokens, in the order in which it learnt them.
+
+    One more token, the last, stands before every text.
+    """
 
     pairs: tuple[tuple[str, str], ...]
 
@@ -52,7 +55,7 @@ class Merges:
 
     @property
     def strings(self) -> Strings:
-        return Strings(Vocabulary(self.texts), self.encode)
+        return Strings(Vocabulary((*self.texts, None)), self.encode)
 
 
 def merges(made: random.Random, words: Sequence[str]) -> Merges:
@@ -75,7 +78,7 @@ def language(made: random.Random) -> dict[str, float]:
 
 def after(words: Mapping[str, float], tokenizer: Merges, tokens: Sequence[int]) -> Tensor:
     """What comes after some tokens, shape [vocab]; zeros where nothing in the language does."""
-    probs = torch.zeros(len(tokenizer.texts))
+    probs = torch.zeros(len(tokenizer.texts) + 1)
     for word, prob in words.items():
         ids = tokenizer.encode(word)
         if len(ids) > len(tokens) and ids[: len(tokens)] == list(tokens):
@@ -94,7 +97,7 @@ def how_far(seed: int, sure: float) -> float:
     words = language(made)
     small, host = merges(made, list(words)), merges(made, list(words))
     alignment = Alignment(small.strings, host.strings)
-    every = torch.arange(len(host.texts))
+    every = torch.arange(len(host.texts) + 1)
     candidates = Candidates.of(every, alignment.host.vocabulary)
     found = defaultdict[tuple[int, ...], float](float)
     for word, prob in words.items():
@@ -118,15 +121,16 @@ def _distance(
 ) -> float:
     context = b"".join(host.texts[i] for i in before)
     truth = after(words, host, before)[None]
-    own = sure * truth + (1 - sure) / truth.shape[1]
+    own = sure * truth + (1 - sure) / len(host.texts)
+    own[:, -1] = 0.0
     covers = covers_of(context, small.encode, alignment.small.vocabulary)
     tree = TokenTree()
-    ends = [tree.add(cover.tokens) for cover in covers]
+    ends = [tree.add((len(small.texts), *cover.tokens)) for cover in covers]
     cut = HostCut.of(alignment.host, before[-1], own[0], candidates)
     ways = Ways.of(tree, covers, ends, cut)
 
     def said(node: int, *tokens: int) -> Tensor:
-        return after(words, small, [*(tree.tokens[n] for n in tree.line(node)), *tokens])
+        return after(words, small, [*(tree.tokens[n] for n in tree.line(node)[1:]), *tokens])
 
     nodes = sorted(ways.nodes)
     logprobs = torch.stack([said(node) for node in nodes]).log()
