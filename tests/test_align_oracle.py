@@ -183,11 +183,13 @@ def carried(
         context: The bytes so far.
         host_probs: The host's own, shape [vocab of host].
         last: The host's last token, if it counts.
-        covers: The ways to read the context (default: those of the package).
+        covers: The ways to read the context (default: those of the package, and those that begin
+            a token inside the last one).
     """
     strings = Strings(small.vocabulary, small.encode)
     alignment = Alignment(strings, host)
     candidates = Candidates.of(torch.arange(len(host.vocabulary)), host.vocabulary)
+    goes_inside = not covers
     covers = covers or covers_of(context, small.encode, small.vocabulary)
     tree = TokenTree()
     ends = [tree.add((BEGIN, *cover.tokens)) for cover in covers]
@@ -200,7 +202,12 @@ def carried(
 
     nodes = sorted(ways.nodes)
     logprobs = torch.stack([after(node) for node in nodes]).log()
-    replies = [ways.replies(logprobs, {node: i for i, node in enumerate(nodes)}, strings)]
+    place = {node: number for number, node in enumerate(nodes)}
+    inside = [
+        (one, after(one.node, one.token_id).log())
+        for one in (ways.inside(0, logprobs, place, strings) if goes_inside else ())
+    ]
+    replies = [ways.replies(logprobs, place, strings, inside)]
     own = host_probs[None]
     asked = still_undecided(alignment, replies, own, candidates)
     said = [after(one.node, one.token_id) for one in asked]
@@ -235,7 +242,17 @@ def without_limits() -> Iterator[None]:
         for name, value in NO_LIMITS.items():
             patch.setattr(f"trimtab.align.{name}", value)
         patch.setattr("trimtab.backends.ways.MIN_SHARE", 0.0)
+        patch.setattr("trimtab.backends.ways.MIN_INSIDE", 1e-30)
         yield
+
+
+def with_inside(covers: list[Cover], small: Toy) -> list[Cover]:
+    """Covers, and those of which a token begins inside the last one of the first."""
+    *before, last = covers[0].tokens or (END,)
+    text, ids = small.texts[last] or b"", small.vocabulary.ids_by_bytes
+    inside = [(text[:size], text[size:]) for size in range(1, len(text))]
+    found = [Cover((*before, ids[one]), rest) for one, rest in inside if one in ids]
+    return [*covers, *(cover for cover in found if cover not in covers)]
 
 
 def host_of(texts: Sequence[bytes], *, has_end: bool = False) -> Strings:
@@ -296,7 +313,7 @@ def test_ways_that_are_left_out_bound_the_error(
     """A model may well give something to what its tokenizer never writes."""
     small, host = toy(texts, seed, is_canonical=False), host_of(BYTES)
     every = list(small.ways_to_read(context))
-    taken = covers_of(context, small.encode, small.vocabulary)
+    taken = with_inside(covers_of(context, small.encode, small.vocabulary), small)
     left_out = 1 - share_going_on(small, context, taken) / share_going_on(small, context, every)
     with without_limits():
         found = carried(small, host, context, own_view(host, seed))
@@ -304,7 +321,7 @@ def test_ways_that_are_left_out_bound_the_error(
     assert distance(found, exactly(small, host, context, every)) < left_out + 1e-5
 
 
-def test_a_word_cut_inside_its_last_token_is_left_out() -> None:
+def test_covers_do_not_go_into_the_last_token() -> None:
     # A tokenizer that reads "tank" as "t", "ank", and what is written of it so far as "tan".
     vocabulary = Vocabulary((b"t", b"ank", b"tan"))
     found = covers_of(b"tan", {"tan": [2]}.__getitem__, vocabulary)

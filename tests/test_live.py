@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.align.covers import covers_of
+from trimtab.align.covers import Cover, covers_of
 from trimtab.backends import token_tree
 from trimtab.backends.hf import HFModel, adopt_model
 from trimtab.backends.live import Live
@@ -27,6 +27,8 @@ CONTEXTS = [
     b"The small ship",
     b"The small ship\n    ",
     "The small €".encode()[:-1],
+    b"The  ",
+    b"ship\n\n",
     b"",
 ]
 steady = settings(deadline=None, derandomize=True, max_examples=40)
@@ -190,6 +192,12 @@ def oracle_bytes(pair: Pair, context: bytes, side: int) -> Tensor:
     vocabulary = pair.vocabulary
     total = torch.zeros(256, dtype=torch.float64)
     covers = covers_of(context, pair.reference.encode, vocabulary)
+    if covers[0].tokens and not covers[0].rest:
+        *before, last = covers[0].tokens
+        text = vocabulary.token_bytes[last] or b""
+        inside = [(vocabulary.ids_by_bytes.get(text[:n]), text[n:]) for n in range(1, len(text))]
+        through = [Cover((*before, i), rest) for i, rest in inside if i is not None]
+        covers += [cover for cover in through if cover not in covers and before]
     for cover in covers:
         if not cover.tokens:
             continue
@@ -212,6 +220,7 @@ def test_a_byte_host_gets_next_byte_probabilities(
     monkeypatch.setattr("trimtab.align.follow.FOLLOWED_TOKENS", 512)
     monkeypatch.setattr("trimtab.align.follow.FOLLOWED_SHARE", 0.0)
     monkeypatch.setattr("trimtab.backends.ways.MIN_SHARE", 0.0)
+    monkeypatch.setattr("trimtab.backends.ways.MIN_INSIDE", 1e-30)
     monkeypatch.setattr("trimtab.backends.live.DOUBT", 0.0)
     live = Live(pair, byte_host)
     probs = host_probs(1, len(byte_host.vocabulary))

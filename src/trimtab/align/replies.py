@@ -33,7 +33,8 @@ class Reply:
 
     Attributes:
         cover: The way.
-        node: Its last token in the tree.
+        node: Its last token in the tree; of a way that is not in it, which has a rest, the token
+            before.
         probs: Over the next small tokens, shape [vocab]; they sum to one at most.
         share: How likely this way is, among those of the context.
     """

@@ -40,6 +40,7 @@ from trimtab.backends.reading import (
     logits_after,
     logits_of_both,
 )
+from trimtab.backends.said import Said
 from trimtab.backends.token_tree import TokenTree
 from trimtab.backends.ways import Ways
 from trimtab.config import DRAFT_TOKENS
@@ -240,21 +241,26 @@ class Live:
         if self.is_one_vocabulary and all(reads_host_tokens(part) for part in parts):
             return PairProbs(*(self._same(who, parts, token_ids) for who in WHO))
         candidates = Candidates.of(token_ids, self.alignment.host.vocabulary)
-        replies = [self._replies_of(part, candidates) for part in parts]
+        said = [self._said(part, candidates) for part in parts]
         # One model asks for both, so that a blend's ratio compares like with like.
         asked = [
-            self._asked(part, by["expert"], candidates)
-            for part, by in zip(parts, replies, strict=True)
+            self._asked(part, of_part.replies("expert"), candidates)
+            for part, of_part in zip(parts, said, strict=True)
         ]
-        after = self._ask_on(parts, asked)
+        inside = [[] if self.is_one_vocabulary else of_part.asked_inside for of_part in said]
+        after = self._ask_on(
+            parts, [[*one, *more] for one, more in zip(asked, inside, strict=True)]
+        )
         # Carrying looks at all candidates whatever is carried: once for all parts.
         doubts = numbered_through(asked, [len(part.questions) for part in parts])
         host_probs = torch.cat([part.host_probs for part in parts])
         found: dict[Who, Tensor] = {}
         for who in WHO:
-            of_all = [of_question for by in replies for of_question in by[who]]
-            told = [probs for of_part in after[who] for probs in of_part]
-            found[who] = self._carried(of_all, doubts, told, host_probs, candidates)
+            replies, told = list[list[Reply]](), list[Tensor]()
+            for of_part, one, probs in zip(said, asked, after[who], strict=True):
+                told += probs[: len(one)]
+                replies += of_part.replies(who, probs[len(one) :])
+            found[who] = self._carried(replies, doubts, told, host_probs, candidates)
         return PairProbs(**found)
 
     def _same(self, who: Who, parts: Sequence[Part], token_ids: Tensor) -> Tensor:
@@ -311,13 +317,18 @@ class Live:
         logits = self.logits(reading, "expert", nodes)
         return logits.topk(min(count, logits.shape[1]), -1).indices.unique()
 
-    def _replies_of(self, part: Part, candidates: Candidates) -> dict[Who, list[list[Reply]]]:
+    def _said(self, part: Part, candidates: Candidates) -> Said:
         reading, cuts = part.reading, self._cuts(part, candidates)
         ways = [
             Ways.of(reading.tree, reading.covers[question], reading.ends[question], cut)
             for question, cut in zip(part.questions, cuts, strict=True)
         ]
-        return {who: self._replies(reading, who, ways) for who in WHO}
+        nodes = sorted({node for way in ways for node in way.nodes})
+        place = {node: number for number, node in enumerate(nodes)}
+        logprobs: dict[Who, Tensor] = {who: torch.zeros(0, 1) for who in WHO}
+        if nodes:
+            logprobs = {who: self.logits(reading, who, nodes).log_softmax(-1) for who in WHO}
+        return Said(ways, logprobs, place, self.alignment.small)
 
     def _asked(
         self, part: Part, replies: Sequence[Sequence[Reply]], candidates: Candidates
@@ -360,14 +371,6 @@ class Live:
         ]
         keep_logits({who: self._head(who) for who in WHO}, readings)
         return readings
-
-    def _replies(self, reading: LiveReading, who: Who, ways: Sequence[Ways]) -> list[list[Reply]]:
-        asked = sorted({node for way in ways for node in way.nodes})
-        if not asked:
-            return [[] for _ in ways]
-        logprobs = self.logits(reading, who, asked).log_softmax(-1)
-        place = {node: number for number, node in enumerate(asked)}
-        return [way.replies(logprobs, place, self.alignment.small) for way in ways]
 
     def logits(self, reading: LiveReading, who: Who, nodes: Sequence[int]) -> Tensor:
         """Logits after some nodes, in float32 on the CPU, shape [nodes, vocab]."""

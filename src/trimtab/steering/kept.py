@@ -13,7 +13,7 @@ from trimtab.metrics import DocumentScore
 from trimtab.steering.scoring import RowScore, ScoredDocument
 from trimtab.store.files import writing_atomically
 
-VERSION = 18
+VERSION = 19
 """Changes whenever scores mean something else or are computed in another way."""
 
 _COLUMNS = tuple(field.name for field in fields(RowScore))
