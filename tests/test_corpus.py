@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_split_is_by_document_and_stable(
     again_train, again_held_out = split_held_out(shuffled, share, seed)
     assert set(again_train) == set(train)
     assert set(again_held_out) == set(held_out)
+
+
+def test_split_does_not_depend_on_names() -> None:
+    renamed = [replace(one, name=f"elsewhere/{number}") for number, one in enumerate(DOCUMENTS)]
+    drawn = [split_held_out(documents, 0.3, 1) for documents in (DOCUMENTS, renamed)]
+    sides = [[[one.text for one in side] for side in split] for split in drawn]
+    assert sides[0] == sides[1]
+
+
+def test_equal_texts_can_be_held_out() -> None:
+    train, held_out = split_held_out([Document(str(number), "same") for number in range(4)], 0.3, 0)
+    assert [len(train), len(held_out)] == [3, 1]
 
 
 def test_split_depends_on_the_seed_and_can_be_off() -> None:

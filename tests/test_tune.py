@@ -26,7 +26,8 @@ from trimtab.backends.pair import Pair, open_pair
 from trimtab.config import TuneConfig
 from trimtab.errors import InputError, ModelError, NumericalError
 from trimtab.losses import masked_cross_entropy_nats
-from trimtab.store.expert import EXPERT_NAME, RUN_NAME, read_expert
+from trimtab.store.expert import EXPERT_NAME, RUN_NAME, TRAIN_NAME, read_expert
+from trimtab.text.corpus import load_documents
 from trimtab.tune import tune
 from trimtab.tuning.training_text import held_out_windows, training_windows
 from trimtab.types import Progress
@@ -392,6 +393,20 @@ def test_another_run_in_the_same_folder_is_refused(
     (moved / "0.zig").write_text("other text\n")
     with pytest.raises(InputError, match="the text in data is not the text"):
         tune(config)
+
+
+def test_a_run_goes_on_where_its_text_has_been_moved(
+    corpus: Path, lora: TuneConfig, tmp_path: Path
+) -> None:
+    config = lora.model_copy(update={"out": tmp_path / "expert", "checkpoint_every_sec": 0.0})
+    with pytest.raises(KeyboardInterrupt):
+        tune(config, progress=stopped_after(2))
+    shutil.copytree(corpus, tmp_path / "moved")
+    tune(config.model_copy(update={"data": (str(tmp_path / "moved"),)}))
+    assert contents(config.out / "lora") == contents(lora.out / "lora")
+    both = (load_documents(out / TRAIN_NAME) for out in (config.out, lora.out))
+    resumed, at_once = ([one.text for one in documents] for documents in both)
+    assert resumed == at_once
 
 
 def test_runs_from_before_the_loss_was_a_choice_go_on_as_cross_entropy(

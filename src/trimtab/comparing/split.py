@@ -118,13 +118,13 @@ def _questions(config: CompareConfig) -> tuple[tuple[Question, ...], Task | None
     if config.task is None:
         return (), None, 0
     task = read_questions(config.task)
-    named = [Document(str(number), "-") for number in range(len(task.questions))]
-    if len(named) < 4:
+    numbered = [Document(n, n) for n in map(str, range(len(task.questions)))]
+    if len(numbered) < 4:
         raise InputError(
-            f"{config.task} has too few questions: {len(named)}, expected at least 4",
+            f"{config.task} has too few questions: {len(numbered)}, expected at least 4",
             hint="give more questions: some are learnt from, the others are asked",
         )
-    learnt, asked = split_held_out(named, 0.5, config.seed)
+    learnt, asked = split_held_out(numbered, 0.5, config.seed)
     pick = task.questions
     chosen = tuple(pick[int(document.name)] for document in asked[: config.task_questions])
     kept, repeated = _not_asked([pick[int(document.name)] for document in learnt], chosen)

@@ -22,7 +22,7 @@ CHECKPOINT_NAME = "checkpoint"
 RUN_NAME = f"{CHECKPOINT_NAME}/run.json"
 STATE_NAME = f"{CHECKPOINT_NAME}/state.safetensors"
 
-_FREE_SETTINGS = {"out", "checkpoint_every_sec"}
+_FREE_SETTINGS = {"out", "checkpoint_every_sec", "data", "against"}
 _AGAIN = "tune the expert again into a new folder"
 
 
@@ -177,7 +177,7 @@ def check_same_run(
 ) -> None:
     """Refuse to continue or reuse a folder that was made with other settings or other text.
 
-    Where the folder lies and how often it is saved may differ, since neither changes a result.
+    Where folder and text lie and how often it is saved may differ, since none changes a result.
 
     Raises:
         InputError: A setting or the input text differs.
@@ -188,7 +188,8 @@ def check_same_run(
     if changed:
         parts = (f"{key} is {wanted[key]!r}, was {was[key]!r}" for key in changed)
         raise InputError(f"{folder} was begun with other settings: {'; '.join(parts)}", hint=hint)
-    others = sorted(name for name in asked.inputs if asked.inputs[name] != found.inputs.get(name))
+    names = sorted({*asked.inputs, *found.inputs})
+    others = [name for name in names if asked.inputs.get(name) != found.inputs.get(name)]
     if others:
         raise InputError(
             f"the text in {' and '.join(others)} is not the text that {folder} was begun with",

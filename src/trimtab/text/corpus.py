@@ -38,9 +38,10 @@ def split_held_out(
 ) -> tuple[list[Document], list[Document]]:
     """Split a corpus by document into training and held-out text.
 
-    Which documents are held out follows from their names and the seed, not from their order.
-    With a share above 0 both sides get at least one document; a single document is cut in two
-    at the line break nearest to the share, as NAME#train and NAME#held-out.
+    Which documents are held out follows from their texts and the seed: neither from their order,
+    nor from names, which differ from machine to machine. With a share above 0 both sides get at
+    least one document; a single document is cut in two at the line break nearest to the share, as
+    NAME#train and NAME#held-out.
 
     Args:
         documents: The corpus; both sides keep its order.
@@ -58,16 +59,15 @@ def split_held_out(
     if len(documents) == 1:
         return _cut(documents[0], share)
     count = min(max(round(share * len(documents)), 1), len(documents) - 1)
-    ranked = sorted(documents, key=lambda document: _draw(document.name, seed))
-    held_out = {document.name for document in ranked[:count]}
-    return (
-        [document for document in documents if document.name not in held_out],
-        [document for document in documents if document.name in held_out],
-    )
+    drawn = [_draw(document.text, seed) for document in documents]
+    ranked = sorted(range(len(documents)), key=drawn.__getitem__)
+    sides = [ranked[count:], ranked[:count]]
+    train, held_out = ([documents[number] for number in sorted(side)] for side in sides)
+    return train, held_out
 
 
-def _draw(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()
+def _draw(text: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed} {text}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _cut(document: Document, share: float) -> tuple[list[Document], list[Document]]:

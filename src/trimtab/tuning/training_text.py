@@ -24,6 +24,8 @@ _TYPICAL_TOKEN_CHARACTERS = 4
 def fingerprints(config: TuneConfig) -> dict[str, str]:
     """Hash the input documents without a model: chat messages as they are written.
 
+    Not their names, so that a run goes on where its folder has been moved.
+
     Raises:
         InputError: The text cannot be read.
     """
@@ -32,10 +34,15 @@ def fingerprints(config: TuneConfig) -> dict[str, str]:
         text = repr([sorted(message.items()) for message in messages])
         return text, ((0, len(text)),)
 
-    return {
-        name: sha256_of_documents(read_documents(patterns, render_chat=as_written))
-        for name, patterns in (("data", config.data), ("against", config.against))
+    given = (("data", config.data), ("against", config.against))
+    found = {
+        name: read_documents(patterns, render_chat=as_written)
+        for name, patterns in given
         if patterns
+    }
+    return {
+        name: sha256_of_documents([replace(document, name="") for document in documents])
+        for name, documents in found.items()
     }
 
 
