@@ -13,7 +13,10 @@ from trimtab.store.card import write_adapter
 
 # Where this test's own trimtab lies, also when the path to it is relative.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(trimtab.__file__).resolve().parents[1])}
-HEAVY = ("torch", "transformers", "peft", "numpy", "pyarrow", "faiss", "matplotlib")
+HEAVY = (
+    *("torch", "transformers", "peft", "bitsandbytes"),
+    *("numpy", "pyarrow", "faiss", "matplotlib"),
+)
 
 
 def heavy_after(program: str, *, cwd: Path) -> list[str]:
@@ -53,6 +56,14 @@ def test_help_list_show_and_cost_are_light(tmp_path: Path) -> None:
     commands += [["key", "one", "--keys", "keys.json"]]
     commands += [["cost", "--host-params", "70e9", "--small-params", "7e9", "--tokens", "1e6"]]
     assert heavy_after(running(*commands), cwd=tmp_path) == []
+
+
+def test_only_what_needs_four_bits_imports_what_makes_them(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    program = "import trimtab.tune, trimtab.generate, trimtab.evaluate"
+    found = heavy_after(program, cwd=tmp_path)
+    assert "peft" in found and "bitsandbytes" not in found
+    assert "bitsandbytes" in heavy_after("import peft, trimtab.tune", cwd=tmp_path)
 
 
 def test_a_verb_is_its_function_in_any_order_of_imports() -> None:

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "behind",
         "config",
         "few_rows",
+        "light_peft",
         "machine",
         "processes",
         "types",

@@ -85,6 +85,8 @@ def test_the_bench_runs_all_its_steps_and_goes_on(
     monkeypatch.setattr(
         import_module("trimtab.record"), "probe_documents", lambda: probe_documents()[::8]
     )
+    # A random host never ends by itself.
+    monkeypatch.setattr("bench.translation.run.MAX_NEW_TOKENS", 24)
     data = Data(tmp_path / "data")
     data.folder.mkdir()
     write_texts(data.train, [f"La barre {n} tourne le navire. " * 12 for n in range(12)])

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +16,12 @@ from trimtab.backends.hf import HFModel, quiet_transformers
 from trimtab.backends.open import one_device, open_model, resolve_dtype
 from trimtab.config import TuneConfig
 from trimtab.errors import InputError, ModelError
+from trimtab.light_peft import (
+    LoraConfig,
+    PeftModel,
+    disable_input_dtype_casting,
+    get_peft_model,
+)
 from trimtab.losses import Loss, entropy_adaptive_nats, masked_cross_entropy_nats
 from trimtab.metrics import DocumentScore, bits_per_byte
 from trimtab.store.adapter_schema import BaseModelReference

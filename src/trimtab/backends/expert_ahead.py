@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, final
 
 import torch
-from peft import LoraModel
 from torch import Tensor, nn
 
 from trimtab.backends.cache_layers import layers_of
@@ -19,6 +18,7 @@ from trimtab.backends.prefix import common_length
 from trimtab.backends.reading import PairCaches
 from trimtab.backends.token_tree import ModelCache, emptied_if_broken_off, run_line
 from trimtab.backends.tree_check import PROBE, is_about
+from trimtab.light_peft import LoraModel
 
 FEW_UNREAD = 8
 """Tokens that a copy reads at most: a processor multiplies many states with its small numbers more

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab.carriers.second_row import SecondRow
 from trimtab.errors import AdapterError
+from trimtab.light_peft import (
+    BaseTunerLayer,
+    LoraConfig,
+    LoraLinear,
+    PeftModel,
+    get_peft_model_state_dict,
+)
 from trimtab.store.files import read_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"

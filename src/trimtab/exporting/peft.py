@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, TaskType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.backends.hf import HFModel
 from trimtab.errors import ModelError
 from trimtab.exporting.linear import Lora
+from trimtab.light_peft import LoraConfig, TaskType
 from trimtab.store.storage_errors import storage_errors
 
 WEIGHTS_NAME = "adapter_model.safetensors"

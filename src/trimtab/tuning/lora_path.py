@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any, final
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+
+from trimtab.light_peft import LoraLinear
 
 
 @final

@@ -7,7 +7,6 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, modeling_gguf_pytorch_utils
 
@@ -15,6 +14,7 @@ from trimtab.backends.gguf import PlainReader
 from trimtab.backends.llamacpp.library import IN_TORCH
 from trimtab.carriers.expert import FETCH_AGAIN, WEIGHTS_NAME, read_lora_config, weight_names
 from trimtab.errors import AdapterError
+from trimtab.light_peft import LoraConfig
 from trimtab.store.storage_errors import storage_errors
 
 _PREFIX = "base_model.model."
