@@ -1,7 +1,6 @@
 """Ctrl-C and kill -9 at a real `trimtab`: the same command again ends as if nothing happened."""
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from children import started
 
 from trimtab.cli import main
 from trimtab.config import FitConfig, RecordConfig, TuneConfig
@@ -126,14 +126,8 @@ def run_in_process(words: list[str], shown: Path) -> None:
 
 def interrupted(stage: Stage, out: Path, stop: signal.Signals) -> tuple[int | None, str]:
     """Run a verb in a process of its own and stop it as soon as its work is under way."""
-    # All processes come from one that has torch loaded, which would take seconds each time.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trimtab.tune", "trimtab.record", "trimtab.fit"])
     shown = out.parent / "shown.txt"
-    process = context.Process(
-        target=run_in_process, args=([*stage.words, "--out", str(out)], shown)
-    )
-    process.start()
+    process = started(run_in_process, [*stage.words, "--out", str(out)], shown)
     deadline = time.monotonic() + 60
     while not stage.begun(out) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)

@@ -1,11 +1,8 @@
 """Recording a real tiny pair: completeness, fidelity, resuming, and reading with checks."""
 
 import json
-import os
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +13,7 @@ from threading import current_thread, main_thread
 import numpy as np
 import pytest
 import torch
+from children import record_slowly, started
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -377,30 +375,15 @@ def test_killed_and_resumed_gives_the_same_bytes(
         whole = opened(expert, texts, tmp_path / "whole", encoding=encoding)
     out = tmp_path / "recording"
     config = recorded(expert, texts, out, encoding=encoding, processes=processes)
-    code = """
-import contextlib, sys, time
-from trimtab.config import RecordConfig
-from trimtab.text.probe import probe_documents
-from trimtab.record import record
-
-@contextlib.contextmanager
-def slow(label, total):
-    yield lambda _: time.sleep(0.05)
-
-record(RecordConfig.model_validate_json(sys.argv[1]), progress=slow)
-"""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, config.model_dump_json()], env=environment
-    )
+    child = started(record_slowly, config)
     deadline = time.monotonic() + 120
     while not (config.out / "train-00001.safetensors").exists():
-        assert child.poll() is None and time.monotonic() < deadline
+        assert child.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
     copies = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
     assert len(copies) < processes
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     while any(Path(f"/proc/{copy}").exists() for copy in copies):
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import started
 from safetensors import safe_open
 from safetensors.torch import load_file
 from saving import saved
@@ -199,15 +197,14 @@ def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(
     corpus: Path, lora: TuneConfig, tmp_path: Path
 ) -> None:
     killed = lora.model_copy(update={"out": tmp_path / "killed", "checkpoint_every_sec": 0.0})
-    code = "import sys; from trimtab.config import TuneConfig; from trimtab.tune import tune\n"
-    code += "tune(TuneConfig.model_validate_json(sys.argv[1]))"
-    process = subprocess.Popen([sys.executable, "-c", code, killed.model_dump_json()])
+    process = started(tune, killed)
     checkpoint = killed.out / "checkpoint" / "state.safetensors"
     deadline = time.monotonic() + 60
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not checkpoint.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert checkpoint.exists() and not (killed.out / EXPERT_NAME).exists()
     tune(killed)
     assert contents(killed.out) == contents(lora.out)
