@@ -143,16 +143,13 @@ class Ways:
 
     def _weighed(self, logprobs: Tensor, place: Mapping[int, int], small: Strings) -> list["_Way"]:
         """The covers with their log-probabilities, less that of the steps that all ways share."""
-        return [
+        ways = []
+        for cover, end, path in zip(self.covers, self.ends, self.paths, strict=True):
+            after = logprobs[place[end]]
             # What goes on after a cover without a rest is any text, but not the end of one.
-            _Way(
-                cover,
-                end,
-                (after := logprobs[place[end]]),
-                _sum_of(path, logprobs, place) + small.log_mass_beyond(cover.rest, after),
-            )
-            for cover, end, path in zip(self.covers, self.ends, self.paths, strict=True)
-        ]
+            logprob = _sum_of(path, logprobs, place) + small.log_mass_beyond(cover.rest, after)
+            ways.append(_Way(cover, end, after, logprob))
+        return ways
 
     def _cover_of(self, one: Inside) -> Cover:
         return Cover((*self.covers[0].tokens[:-1], one.token_id), one.rest)
