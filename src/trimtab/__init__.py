@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from trimtab.store.local import list_adapters as list_adapters
     from trimtab.tune import tune as tune
 
-# It warns of a kernel that nobody needs.
+# bitsandbytes warns of a kernel that nobody needs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _VERBS = (

@@ -34,16 +34,12 @@ def fingerprints(config: TuneConfig) -> dict[str, str]:
         text = repr([sorted(message.items()) for message in messages])
         return text, ((0, len(text)),)
 
+    def fingerprint(patterns: Sequence[str]) -> str:
+        documents = read_documents(patterns, render_chat=as_written)
+        return sha256_of_documents([replace(document, name="") for document in documents])
+
     given = (("data", config.data), ("against", config.against))
-    found = {
-        name: read_documents(patterns, render_chat=as_written)
-        for name, patterns in given
-        if patterns
-    }
-    return {
-        name: sha256_of_documents([replace(document, name="") for document in documents])
-        for name, documents in found.items()
-    }
+    return {name: fingerprint(patterns) for name, patterns in given if patterns}
 
 
 def gather_documents(config: TuneConfig, model: HFModel) -> Documents:
