@@ -48,16 +48,25 @@ def held_out(expert: Path) -> HeldOut:
     return found
 
 
-def stopped(run: Run, goal_bits: float, display: Display) -> Path:
+def stopped(
+    run: Run, goal_bits: float, display: Display, *, first_tokens: int = FIRST_TOKENS
+) -> Path:
     """An expert whose held-out text costs about as many bits per byte as is asked for.
 
-    Numbers of training tokens are halved, doubled, or set between two that lie on both sides.
+    A loss falls about evenly with the logarithm of what was learnt from, so the number of tokens is
+    halved, doubled, or set by a line between the two nearest that lie on both sides.
+
+    Args:
+        run: The small model and its text.
+        goal_bits: What is asked for.
+        display: Shows progress.
+        first_tokens: Training tokens of the first trial.
 
     Raises:
         InputError: The small model is better untuned.
     """
     found: dict[int, tuple[float, Path]] = {}
-    tokens = FIRST_TOKENS
+    tokens = first_tokens
     for _ in range(TRIALS):
         out = run.folder / "experts" / str(tokens)
         expert = run.tuned(run.pair.small, out, display, max_tokens=tokens)
@@ -71,11 +80,21 @@ def stopped(run: Run, goal_bits: float, display: Display) -> Path:
         found[tokens] = (one.bits_per_byte_after, expert)
         if abs(one.bits_per_byte_after / goal_bits - 1) < NEAR_SHARE:
             break
-        worse = [n for n, (bits, _) in found.items() if bits > goal_bits]
-        better = [n for n, (bits, _) in found.items() if bits <= goal_bits]
-        low, high = max(worse, default=min(found) // 4), min(better, default=4 * max(found))
-        tokens = round((low * high) ** 0.5)
+        tokens = next_tokens({n: bits for n, (bits, _) in found.items()}, goal_bits)
     return min(found.values(), key=lambda one: abs(one[0] - goal_bits))[1]
+
+
+def next_tokens(found: Mapping[int, float], goal_bits: float) -> int:
+    """How many training tokens to try after those whose bits per byte are known."""
+    worse = [n for n, bits in found.items() if bits > goal_bits]
+    better = [n for n, bits in found.items() if bits <= goal_bits]
+    if not better:
+        return 2 * max(worse)
+    if not worse:
+        return min(better) // 2
+    low, high = max(worse), min(better)
+    between = (found[low] - goal_bits) / (found[low] - found[high])
+    return round(low * (high / low) ** between)
 
 
 def scores(run: Run, display: Display) -> Scores:
@@ -128,23 +147,27 @@ def measure(given: argparse.Namespace) -> None:
     other, same = runs["other"], runs["same"]
     prepare(other, display)
     lay_out_texts(same)
-    found = compared(other, same, display)
+    found = compared(other, same, display, first_tokens=given.first_tokens)
     what = (__doc__ or "").split("\n")[0]
     write_json(given.out, {"schema": 1, "what": what} | found | {"packages": package_versions()})
     for row, one in found["shares"].items():
         print(f"{row}: {one['share_percent']:.0f} +- {one['stderr_percent']:.0f} %")
 
 
-def compared(other: Run, same: Run, display: Display) -> dict[str, Any]:
+def compared(
+    other: Run, same: Run, display: Display, *, first_tokens: int = FIRST_TOKENS
+) -> dict[str, Any]:
     """What both adapters gain on their host, and which part of the one the other is.
 
     Args:
         other: The pair of two tokenizers; its adapter is made.
         same: The pair of one; its texts are laid out.
         display: Shows progress.
+        first_tokens: Training tokens of the first trial.
     """
     first = other.lora(other.pair.small, display)
-    equal = stopped(same, held_out(first).bits_per_byte_after, display)
+    goal_bits = held_out(first).bits_per_byte_after
+    equal = stopped(same, goal_bits, display, first_tokens=first_tokens)
     adapter_of(same, equal, display)
     of_other, of_same = scores(other, display), scores(same, display)
     return {
@@ -180,6 +203,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-tokens", type=int, default=10_000)
     parser.add_argument("--train-bytes", type=int, help="training text, if not the domain's budget")
+    parser.add_argument(
+        "--first-tokens", type=int, default=FIRST_TOKENS, help="training tokens of the first trial"
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="the transfer suite's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()

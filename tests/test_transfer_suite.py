@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.equal_experts import compared, held_out, shares, stopped
+from bench.equal_experts import compared, held_out, next_tokens, shares, stopped
 from bench.transfer.metrics import calibration_error, row_outcomes, row_tasks
 from bench.transfer.pairs import Pair
 from bench.transfer.results import add
@@ -114,6 +114,17 @@ def test_an_expert_is_stopped_near_another_and_both_steer_one_host(
     assert found["shares"]["live"]["share_percent"] == pytest.approx(100 * gains[0] / gains[1])
     with pytest.raises(InputError, match="untuned"):
         stopped(same, trials[0].bits_per_byte_before + 0.1, Display())
+
+
+def test_trials_come_near_what_is_asked_where_a_loss_falls_with_the_logarithm() -> None:
+    def bits(tokens: int) -> float:
+        return 2.0 - 0.05 * math.log2(tokens)
+
+    goal = bits(24_000)
+    assert next_tokens({4_000: bits(4_000)}, goal) == 8_000
+    assert next_tokens({64_000: bits(64_000)}, goal) == 32_000
+    trials = {n: bits(n) for n in (8_000, 16_000, 64_000)}
+    assert next_tokens(trials, goal) == pytest.approx(24_000, abs=1)
 
 
 def test_half_a_gain_is_half_whatever_documents_are_drawn() -> None:
