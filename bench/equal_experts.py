@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.transfer.domains import DOMAINS
 from bench.transfer.pairs import PAIRS, Pair, pair_of
-from bench.transfer.steps import LIGHT_ROWS, LIVE_ROWS
+from bench.transfer.steps import BOTH_ROWS
 from bench.transfer.suite import FOLDER, Run, adapter_of, lay_out_texts, prepare
 from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
@@ -99,8 +99,7 @@ def next_tokens(found: Mapping[int, float], goal_bits: float) -> int:
 
 def scores(run: Run, display: Display) -> Scores:
     """What each row pays for each document of the test text."""
-    rows = (*LIGHT_ROWS, *LIVE_ROWS)
-    return scores_by_row(run.evaluated("both", rows, display).scored[""], rows)
+    return scores_by_row(run.evaluated("both", BOTH_ROWS, display).scored[""], BOTH_ROWS)
 
 
 def shares(other: Scores, same: Scores, *, seed: int = 0) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from importlib import import_module
@@ -78,6 +79,11 @@ def test_every_step_fills_the_results(run: Run, tmp_path: Path) -> None:
     assert {"temperature", "head-shuffled", "memory-shuffled"} <= set(rows)
     host, adapted = (rows[r]["domain_bits_per_byte"]["mean"] for r in ("host", "lora-host"))
     assert adapted < host
+    for row in ("lora-host", "lora-host+memory", "prompt"):
+        for kind in ("domain", "general"):
+            own, bare = (rows[one][f"{kind}_bits_per_byte"]["mean"] for one in (row, "host"))
+            assert rows[row][f"{kind}_change"]["mean"] == pytest.approx(own - bare)
+        assert rows[row]["domain_change"]["stderr"] > 0
     assert rows["host"]["perplexity_change_percent"] == 0
     assert rows["lora-host"]["perplexity_change_percent"] < 0
     assert {*QUESTION_ROWS, "lora-host"} == set(stored["runs"][0]["tasks"]["right-word"])
@@ -92,7 +98,7 @@ def test_every_step_fills_the_results(run: Run, tmp_path: Path) -> None:
     for step in OFFLINE:
         add(key, step(run, Display()), path)
     assert path.read_bytes() == first
-    assert "| lora-host |" in table(path)
+    assert re.search(r"\| lora-host \|.*± .*\| 100 % \|", table(path))
     assert "all against lora-host, task by task" in table(path)
 
 

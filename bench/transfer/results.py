@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.transfer.cells import ADAPTED, RIVALS, Answered, cells, packed, unpacked
-from trimtab.evaluate import Evaluation
-from trimtab.metrics import Estimate
+from trimtab.evaluate import Evaluation, scores_by_row
+from trimtab.metrics import Estimate, paired_difference, pool_kinds
 from trimtab.store.files import read_json, write_json
 
 RESULTS = Path("bench/results/transfer.json")
@@ -65,9 +65,22 @@ class Found:
         """The rows that are named, under their new names."""
         return self._mapped(names.get)
 
-    def without_changes(self) -> "Found":
-        """The same without differences, where the host of the evaluation was not the bare one."""
-        return replace(self, change={}, general_change={})
+    def changed_from(self, bare: Evaluation, own: Evaluation, seed: int) -> "Found":
+        """The same with differences from the bare host, which read the same texts by itself.
+
+        Args:
+            bare: An evaluation of the bare host.
+            own: The evaluation whose figures these are; its host was another.
+            seed: Of the bootstrap.
+        """
+        changes: dict[str, dict[str, Estimate]] = {}
+        for kind, scored in own.scored.items():
+            rows = scores_by_row(scored, tuple(self.domain))
+            host = scores_by_row(bare.scored[kind], ("host",))["host"]
+            changes[kind] = {r: paired_difference(one, host, seed=seed) for r, one in rows.items()}
+        kinds = [found for kind, found in changes.items() if kind]
+        general = {row: pool_kinds([one[row] for one in kinds]) for row in self.general}
+        return replace(self, change=changes[""], general_change=general)
 
     def _mapped(self, name_of: Any) -> "Found":
         def mapped(figures: Mapping[str, Any]) -> dict[str, Any]:

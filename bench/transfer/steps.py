@@ -33,6 +33,7 @@ LIGHT_ROWS = (
     *("head-shuffled", "memory-shuffled"),
 )
 LIVE_ROWS = ("reference", "expert", "proxy", "proxy-0.5", "mixture", "live", "all")
+BOTH_ROWS = (*LIGHT_ROWS, *LIVE_ROWS)
 LORA_LEARNING_RATES = (1e-4, 3e-4, EXPERT_RATE)
 """Of LoRA on the host; the best on the text that tuning held out is shown."""
 
@@ -70,7 +71,7 @@ def live(run: Run, display: Display) -> Found:
 
 def both(run: Run, display: Display) -> Found:
     """What `light` and `live` find, in one reading of the texts by the host."""
-    return _with_tasks(run.evaluated("both", (*LIGHT_ROWS, *LIVE_ROWS), display), run)
+    return _with_tasks(run.evaluated("both", BOTH_ROWS, display), run)
 
 
 def _with_tasks(evaluation: Evaluation, run: Run) -> Found:
@@ -204,7 +205,8 @@ def prompt(run: Run, display: Display) -> Found:
     ids = [i for document in documents for i in host.encode(document.text)][:PROMPT_TOKENS]
     read = replace(host, preamble=tuple(ids))
     evaluation = run.evaluated("prompt", ("host",), display, host=read)
-    return Found.of(evaluation, {}).renamed({"host": "prompt"}).without_changes()
+    found = Found.of(evaluation, {}).changed_from(_bare(run, display), evaluation, run.seed)
+    return found.renamed({"host": "prompt"})
 
 
 def lora(run: Run, display: Display) -> Found:
@@ -213,7 +215,15 @@ def lora(run: Run, display: Display) -> Found:
     with open_pair(best, progress=display.progress).as_expert() as tuned:
         rows = ("host", "memory")
         evaluation = run.evaluated(f"lora-host-{best.name}", rows, display, host=tuned)
-    return _with_tasks(evaluation, run).renamed(LORA_NAMES).without_changes()
+    found = _with_tasks(evaluation, run).changed_from(_bare(run, display), evaluation, run.seed)
+    return found.renamed(LORA_NAMES)
+
+
+def _bare(run: Run, display: Display) -> Evaluation:
+    """The bare host's scores, of whichever step has read the texts; `light` if none has."""
+    if (run.on_host / "scores" / run.view / "both").exists():
+        return run.evaluated("both", BOTH_ROWS, display)
+    return run.evaluated("light", LIGHT_ROWS, display)
 
 
 def lora_questions(run: Run, display: Display) -> Found:

@@ -27,12 +27,12 @@ def table(path: Path = RESULTS) -> str:
 
 
 def _rows(run: Mapping[str, Any]) -> str:
-    host = run["rows"].get("host")
+    host, lora = run["rows"].get("host"), run["rows"].get("lora-host")
     lines = [
         f"### {run['pair']}, {run['domain']}, seed {run['seed']}",
         "",
-        "| row | bits per byte | against host | perplexity | general text |",
-        "|---|---|---|---|---|",
+        "| row | bits per byte | against host | perplexity | general text | of LoRA's gain |",
+        f"|{6 * '---|'}",
     ]
     for name, row in sorted(run["rows"].items(), key=lambda item: ORDER.index(item[0])):
         figure = row["domain_bits_per_byte"]
@@ -43,7 +43,8 @@ def _rows(run: Mapping[str, Any]) -> str:
             cells.append(_percent(own, reference, row.get(kind)))
         change = row.get("perplexity_change_percent")
         shown = "" if change is None or name == "host" else f"{change:+.1f} %"
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {shown} | {cells[2]} |")
+        share = "" if row is host else _share(row, host, lora)
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {shown} | {cells[2]} | {share} |")
     return "\n".join(lines)
 
 
@@ -99,6 +100,14 @@ def _cell_table(found: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]
         where = f"{run['pair']} | {run['domain']} | {run['seed']}"
         lines.append(f"| {where} | {task} | {cell['items']:,} | {points} | {share} |")
     return "\n".join(lines)
+
+
+def _share(row: Any, host: Any, lora: Any) -> str:
+    """Which part of LoRA's gain on the host a row's is; nothing where LoRA gains nothing."""
+    if not host or not lora:
+        return ""
+    own, bare, tuned = (one["domain_bits_per_byte"]["mean"] for one in (row, host, lora))
+    return f"{100 * (bare - own) / (bare - tuned):.0f} %" if tuned < bare else ""
 
 
 def _percent(own: Any, host: Any, change: Any) -> str:
