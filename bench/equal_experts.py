@@ -3,9 +3,10 @@ r"""Does an expert of another tokenizer steer as well as an equal one of the hos
     python -m bench.equal_experts --pair PAIR --same SMALL --domain NAME --out RESULT
 
 Both small models learn the same text, and the one that shares the host's tokenizer is stopped where
-its held-out text costs as many bits per byte as the other's. Each makes an adapter of the same
-text; both adapters steer the host over the same test text. What is asked is which share of the one
-gain the other is. The pair of two tokenizers is the transfer suite's, with its adapter and scores.
+it pays as many bits per byte of the test text as the other: two that are equal on other text may
+differ on this one, and then are not what is asked for. Each makes an adapter of the same text; both
+adapters steer the host over the same test text. What is asked is which share of the one gain the
+other is. The pair of two tokenizers is the transfer suite's, with its adapter and scores.
 """
 
 import argparse
@@ -18,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from bench.transfer.domains import DOMAINS
-from bench.transfer.pairs import PAIRS, Pair, pair_of
+from bench.transfer.pairs import PAIRS, Pair, model_ref, pair_of
 from bench.transfer.steps import BOTH_ROWS
 from bench.transfer.suite import FOLDER, Run, adapter_of, lay_out_texts, prepare
+from trimtab.backends.hf import HFModel
+from trimtab.backends.open import open_model
+from trimtab.backends.pair import open_pair
 from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
-from trimtab.evaluate import scores_by_row
+from trimtab.evaluate import Evaluation, scores_by_row
 from trimtab.metrics import DocumentScore, bits_per_byte, bootstrap, draws, resampled_bits
 from trimtab.progress import Display
 from trimtab.store.expert import HeldOut, read_expert
@@ -49,9 +53,14 @@ def held_out(expert: Path) -> HeldOut:
 
 
 def stopped(
-    run: Run, goal_bits: float, display: Display, *, first_tokens: int = FIRST_TOKENS
+    run: Run,
+    goal_bits: float,
+    adapter: Path,
+    display: Display,
+    *,
+    first_tokens: int = FIRST_TOKENS,
 ) -> Path:
-    """An expert whose held-out text costs about as many bits per byte as is asked for.
+    """An expert that pays about as many bits per byte of the test text as is asked for.
 
     A loss falls about evenly with the logarithm of what was learnt from, so the number of tokens is
     halved, doubled, or set by a line between the two nearest that lie on both sides.
@@ -59,29 +68,42 @@ def stopped(
     Args:
         run: The small model and its text.
         goal_bits: What is asked for.
+        adapter: Any adapter of this domain; the evaluation wants one.
         display: Shows progress.
         first_tokens: Training tokens of the first trial.
 
     Raises:
         InputError: The small model is better untuned.
     """
+
+    def bits_of(name: str, model: HFModel) -> float:
+        return _own_bits(run.evaluated(name, ("host",), display, adapter=adapter, host=model))
+
+    untuned_bits = bits_of("untuned", open_model(model_ref(run.pair.small)))
+    if untuned_bits <= goal_bits:
+        raise InputError(
+            f"{run.pair.small} pays {untuned_bits:.3f} bits per byte untuned, less than the other"
+            f" expert's {goal_bits:.3f}: no training makes the two equal",
+            hint="take another --domain or another small model",
+        )
     found: dict[int, tuple[float, Path]] = {}
     tokens = first_tokens
     for _ in range(TRIALS):
         out = run.folder / "experts" / str(tokens)
         expert = run.tuned(run.pair.small, out, display, max_tokens=tokens)
-        one = held_out(expert)
-        if one.bits_per_byte_before <= goal_bits:
-            raise InputError(
-                f"{run.pair.small} costs {one.bits_per_byte_before:.3f} bits per byte untuned, less"
-                f" than the other expert's {goal_bits:.3f}: no training makes the two equal",
-                hint="take another --domain or another small model",
-            )
-        found[tokens] = (one.bits_per_byte_after, expert)
-        if abs(one.bits_per_byte_after / goal_bits - 1) < NEAR_SHARE:
+        with open_pair(expert, progress=display.progress).as_expert() as tuned:
+            bits = bits_of(f"trial-{tokens}", tuned)
+        print(f"{tokens:,} tokens: {bits:.4f} bits per byte for {goal_bits:.4f}", flush=True)
+        found[tokens] = (bits, expert)
+        learnt_all = read_expert(expert, verify=False).train_tokens < tokens // 2
+        if abs(bits / goal_bits - 1) < NEAR_SHARE or learnt_all:
             break
-        tokens = next_tokens({n: bits for n, (bits, _) in found.items()}, goal_bits)
+        tokens = next_tokens({n: one for n, (one, _) in found.items()}, goal_bits)
     return min(found.values(), key=lambda one: abs(one[0] - goal_bits))[1]
+
+
+def _own_bits(evaluation: Evaluation) -> float:
+    return bits_per_byte(scores_by_row(evaluation.scored[""], ("host",))["host"])
 
 
 def next_tokens(found: Mapping[int, float], goal_bits: float) -> int:
@@ -165,10 +187,11 @@ def compared(
         first_tokens: Training tokens of the first trial.
     """
     first = other.lora(other.pair.small, display)
-    goal_bits = held_out(first).bits_per_byte_after
-    equal = stopped(same, goal_bits, display, first_tokens=first_tokens)
+    of_other = scores(other, display)
+    goal_bits = bits_per_byte(of_other["expert"])
+    equal = stopped(same, goal_bits, other.adapter, display, first_tokens=first_tokens)
     adapter_of(same, equal, display)
-    of_other, of_same = scores(other, display), scores(same, display)
+    of_same = scores(same, display)
     return {
         "host": other.pair.host,
         "domain": other.domain,
