@@ -71,16 +71,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def stopped_after(calls: int) -> Progress:
+def stopped_after(calls: int, label_start: str = "tuning") -> Progress:
     """A progress display at which the user presses Ctrl-C."""
+    left: float = calls
 
     @contextmanager
     def open_display(label: str, total: int) -> Iterator[Callable[[int], None]]:
-        left = calls if label.startswith("tuning") else math.inf
-
         def advance(_: int) -> None:
             nonlocal left
-            left -= 1
+            left -= label.startswith(label_start)
             if left < 0:
                 raise KeyboardInterrupt
 

@@ -20,9 +20,6 @@ from trimtab.store.files import read_json
 FOLDER = Path("build/transfer")
 """Of all runs, unless another is named."""
 
-EXPERT_RATE = 1e-3
-"""Learning rate of an expert: `tune`'s own for a LoRA."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -74,12 +71,12 @@ class Run:
         """Where everything lies that is made with the host or measured on it."""
         return self.folder / "hosts" / self.pair.name
 
-    def lora(self, model: str, display: Display, rate: float = EXPERT_RATE) -> Path:
-        """LoRA on a model at a learning rate, unless it is done; its folder."""
-        out = self._folder_of(folder_name(model)) / "lora" / f"{rate:g}"
+    def lora(self, model: str, display: Display, rate: float | None = None) -> Path:
+        """LoRA on a model at a learning rate, or at the one that `tune` finds; its folder."""
+        out = self._folder_of(folder_name(model)) / "lora" / (f"{rate:g}" if rate else "tried")
         return self.tuned(model, out, display, learning_rate=rate)
 
-    def tuned(self, model: str, out: Path, display: Display, **settings: float) -> Path:
+    def tuned(self, model: str, out: Path, display: Display, **settings: float | None) -> Path:
         """Tune a model on the training text, unless it is done; the expert's folder."""
         config = TuneConfig(
             model=model_ref(model),

@@ -5,11 +5,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.backends.hf import HFModel, quiet_transformers
@@ -22,7 +20,6 @@ from trimtab.light_peft import (
     disable_input_dtype_casting,
     get_peft_model,
 )
-from trimtab.losses import Loss, entropy_adaptive_nats, masked_cross_entropy_nats
 from trimtab.metrics import DocumentScore, bits_per_byte
 from trimtab.store.adapter_schema import BaseModelReference
 from trimtab.store.expert import (
@@ -31,12 +28,13 @@ from trimtab.store.expert import (
     LORA_NAME,
     MODEL_NAME,
     STATE_NAME,
-    Documents,
     ExpertManifest,
     HeldOut,
+    Trial,
     UnfinishedRun,
     check_same_run,
     file_entries,
+    has_trained,
     read_expert,
     read_run,
     withdraw_run,
@@ -52,8 +50,9 @@ from trimtab.store.files import (
 )
 from trimtab.text.packing import Windows
 from trimtab.tuning.four_bit import check_four_bit, hold_in_four_bits
-from trimtab.tuning.schedule import Schedule
-from trimtab.tuning.training import Checkpoints, Learner, TrainingState, train
+from trimtab.tuning.job import Job
+from trimtab.tuning.rates import learning_rate
+from trimtab.tuning.training import TrainingState
 from trimtab.tuning.training_text import (
     fingerprints,
     gather_documents,
@@ -73,6 +72,7 @@ class TuneResult:
         steps: Optimiser steps taken.
         train_tokens: Tokens that the loss counted, over all steps.
         held_out: What the held-out text costs before and after; None if none was held out.
+        trials: Learning rates that were tried; none where one was given.
     """
 
     folder: Path
@@ -80,10 +80,14 @@ class TuneResult:
     steps: int
     train_tokens: int
     held_out: HeldOut | None
+    trials: tuple[Trial, ...] = ()
 
     def summary(self) -> str:
-        """What was done and what it brought, in two or three lines."""
+        """What was done and what it brought, in two to four lines."""
         lines = [f"expert in {self.folder}: {self.train_tokens:,} tokens in {self.steps} steps"]
+        if self.trials:
+            best = min(self.trials, key=Trial.cost)
+            lines.append(f"learning rate {best.learning_rate:g}, the best of {len(self.trials)}")
         if self.held_out is not None:
             lines.append(_comparison(self.held_out))
         return "\n".join(lines)
@@ -123,8 +127,6 @@ def tune(config: TuneConfig, *, progress: Progress = silent) -> TuneResult:
         NumericalError: A loss that is not a finite number; the last checkpoint stays.
         StorageError: The folder cannot be written.
     """
-    # The record of a run names the rate that it had, whatever later versions take for none.
-    config = config.model_copy(update={"learning_rate": config.peak_learning_rate})
     asked = UnfinishedRun(config=config, inputs=fingerprints(config))
     with lock(config.out):
         if (config.out / EXPERT_NAME).is_file():
@@ -140,6 +142,7 @@ def tune(config: TuneConfig, *, progress: Progress = silent) -> TuneResult:
         steps=manifest.steps,
         train_tokens=manifest.train_tokens,
         held_out=manifest.held_out,
+        trials=manifest.trials,
     )
 
 
@@ -148,7 +151,7 @@ def _run(asked: UnfinishedRun, progress: Progress) -> ExpertManifest:
     run = _begun(asked)
     with _withdrawn_if_refused(config.out):
         model = _open(config, progress)
-        documents = run.documents or _gathered(run, model)
+        run = run if run.documents else _gathered(run, model)
         windows, held_out = training_windows(config, model), held_out_windows(config, model)
     base = BaseModelReference(
         ref=config.model,
@@ -160,8 +163,11 @@ def _run(asked: UnfinishedRun, progress: Progress) -> ExpertManifest:
     wrapped = _trainable(config, model)
     # Mixed precision casts each input once; PEFT would widen it to float32 and back before that.
     with disable_input_dtype_casting(wrapped) if wrapped else nullcontext():
-        state = _train(config, model, windows, held_out, progress)
+        job = Job(config, model, windows, held_out, progress)
+        rate, trials = learning_rate(run, job)
+        state = job.trained(job.schedule(rate), STATE_NAME, "tuning")
     _save_weights(config, model, wrapped)
+    assert run.documents is not None
     manifest = ExpertManifest(
         base=base,
         method=config.method,
@@ -169,10 +175,12 @@ def _run(asked: UnfinishedRun, progress: Progress) -> ExpertManifest:
         seed=config.seed,
         packages=package_versions(),
         inputs=run.inputs,
-        documents=documents,
+        documents=run.documents,
         steps=state.step,
         train_tokens=state.train_tokens,
         held_out=None if held_out is None else _held_out_metrics(held_out, state),
+        learning_rate=rate,
+        trials=trials,
         files=file_entries(config.out),
     )
     write_expert(config.out, manifest)
@@ -183,7 +191,7 @@ def _begun(asked: UnfinishedRun) -> UnfinishedRun:
     """Find the run that trained in the folder before, or begin one there."""
     folder = asked.config.out
     found = read_run(folder)
-    if found is not None and (folder / STATE_NAME).exists():
+    if found is not None and has_trained(folder, found):
         check_same_run(folder, found, asked)
         return found
     others = names_in(folder)
@@ -199,15 +207,16 @@ def _withdrawn_if_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except (InputError, ModelError):
-        if not (folder / STATE_NAME).exists():
+        run = read_run(folder)
+        if run is None or not has_trained(folder, run):
             withdraw_run(folder)
         raise
 
 
-def _gathered(run: UnfinishedRun, model: HFModel) -> Documents:
-    documents = gather_documents(run.config, model)
-    write_run(run.config.out, run.model_copy(update={"documents": documents}))
-    return documents
+def _gathered(run: UnfinishedRun, model: HFModel) -> UnfinishedRun:
+    run = run.model_copy(update={"documents": gather_documents(run.config, model)})
+    write_run(run.config.out, run)
+    return run
 
 
 def _open(config: TuneConfig, progress: Progress) -> HFModel:
@@ -283,49 +292,6 @@ def _describe(wrapped: PeftModel, config: TuneConfig) -> None:
     settings.target_parameters = None
     names = {name.rpartition(".")[2] for name in settings.target_modules or ()}
     settings.target_modules = sorted(names)
-
-
-def _train(
-    config: TuneConfig,
-    model: HFModel,
-    windows: Windows,
-    held_out: Windows | None,
-    progress: Progress,
-) -> TrainingState:
-    network: nn.Module = model.model
-    vocab = len(model.unembedding.weight)
-    arithmetic = resolve_dtype(config.dtype, model.device.type)
-    learner = Learner(network, vocab=vocab, arithmetic=arithmetic, loss=_loss(config))
-    limit = len(windows)
-    if config.max_tokens is not None:
-        limit = min(limit, max(1, config.max_tokens // config.window_tokens))
-    schedule = Schedule(
-        windows=len(windows),
-        windows_per_epoch=limit,
-        batch_windows=config.batch_windows,
-        epochs=config.epochs,
-        validations=0 if held_out is None else config.validations,
-        peak=config.peak_learning_rate,
-        patience=config.patience,
-        seed=config.seed,
-    )
-    checkpoints = Checkpoints(config.out / STATE_NAME, config.checkpoint_every_sec)
-    label = "tuning, going on (tokens)" if checkpoints.path.exists() else "tuning (tokens)"
-    with progress(label, config.epochs * limit * config.window_tokens) as advance:
-        return train(
-            learner,
-            windows,
-            held_out,
-            schedule,
-            checkpoints=checkpoints,
-            advance=lambda done: advance(done * config.window_tokens),
-        )
-
-
-def _loss(config: TuneConfig) -> Loss:
-    if config.loss == "eaft":
-        return partial(entropy_adaptive_nats, alpha=config.eaft_alpha)
-    return masked_cross_entropy_nats
 
 
 def _save_weights(config: TuneConfig, model: HFModel, wrapped: PeftModel | None) -> None:

@@ -243,7 +243,7 @@ class Bench:
 
         def work(progress: Progress) -> float:
             folder = self._tuned(model, name, method, progress)
-            tokens, window = read_expert(folder).train_tokens, self.config.train_window_tokens
+            tokens, window = read_expert(folder).all_train_tokens, self.config.train_window_tokens
             if method == "full":
                 return sizes.full_flops(shape, tokens, window)
             return sizes.lora_flops(shape, tokens, window, self.config.rank)

@@ -34,7 +34,7 @@ class TuneConfig(Config):
     eaft_alpha: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How much less eaft counts them: power of the entropy's share; 0 is cross-entropy."""
     learning_rate: float | None = Field(default=None, gt=0, lt=1)
-    """Peak of the one-cycle schedule (default: 0.001, with full 0.00003)."""
+    """Peak of the one-cycle schedule (default: tried out on held-out text; with full 0.00003)."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the training text."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -67,8 +67,8 @@ class TuneConfig(Config):
         return self
 
     @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate, or what suits the method where none is given."""
+    def usual_learning_rate(self) -> float:
+        """The learning rate, or what is usual for the method where none is given or tried."""
         if self.learning_rate is not None:
             return self.learning_rate
         return 3e-5 if self.method == "full" else 1e-3

@@ -1,5 +1,6 @@
 """The words of an expert's folder: expert.json when finished, checkpoint/run.json until then."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -61,6 +62,21 @@ class HeldOut(Part):
         return self.nats_per_token_after < self.nats_per_token_before
 
 
+class Trial(Part):
+    """A short training at one learning rate, to choose among several."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak of its schedule."""
+    tokens: int = Field(ge=0)
+    """Tokens that its loss counted."""
+    nats_per_token: FiniteFloat | None
+    """What the held-out text costs after it; none where its loss was no finite number."""
+
+    def cost(self) -> float:
+        """What the held-out text costs, nats per token; infinitely much where it failed."""
+        return math.inf if self.nats_per_token is None else self.nats_per_token
+
+
 class UnfinishedRun(Part):
     """What a run of tune must find again to continue: checkpoint/run.json."""
 
@@ -74,6 +90,8 @@ class UnfinishedRun(Part):
     """Fingerprints of the documents in `data` and `against`."""
     documents: Documents | None = None
     """Counts, once the documents lie in train.jsonl and held_out.jsonl."""
+    trials: tuple[Trial, ...] = ()
+    """Learning rates that have been tried."""
 
 
 class ExpertManifest(Part):
@@ -105,8 +123,17 @@ class ExpertManifest(Part):
     """Tokens that the loss counted, over all steps."""
     held_out: HeldOut | None = None
     """What the held-out text costs; none if no text was held out."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak of the schedule that it learnt by; none in records older than trials."""
+    trials: tuple[Trial, ...] = ()
+    """Learning rates that were tried before, where none was given."""
     files: dict[str, FileEntry]
     """Every other file by its path inside the folder."""
+
+    @property
+    def all_train_tokens(self) -> int:
+        """Tokens that losses counted, trials included: what the training has cost."""
+        return self.train_tokens + sum(trial.tokens for trial in self.trials)
 
 
 _Manifest = TypeVar("_Manifest", ExpertManifest, UnfinishedRun)
@@ -170,6 +197,11 @@ def read_run(folder: Path) -> UnfinishedRun | None:
         InputError: Another format version, an unknown key, or broken JSON.
     """
     return _read(folder / RUN_NAME, UnfinishedRun) if (folder / RUN_NAME).exists() else None
+
+
+def has_trained(folder: Path, run: UnfinishedRun) -> bool:
+    """Whether an unfinished run has come to a checkpoint, of a trial or of the training itself."""
+    return bool(run.trials) or any((folder / CHECKPOINT_NAME).glob("*.safetensors"))
 
 
 def check_same_run(
