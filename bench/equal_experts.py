@@ -86,7 +86,7 @@ def stopped(
             f" expert's {goal_bits:.3f}: no training makes the two equal",
             hint="take another --domain or another small model",
         )
-    found: dict[int, tuple[float, Path]] = {}
+    found: dict[int, tuple[float, Path]] = {}  # by the tokens that it learnt from
     tokens = first_tokens
     for _ in range(TRIALS):
         out = run.folder / "experts" / str(tokens)
@@ -94,9 +94,10 @@ def stopped(
         with open_pair(expert, progress=display.progress).as_expert() as tuned:
             bits = bits_of(f"trial-{tokens}", tuned)
         print(f"{tokens:,} tokens: {bits:.4f} bits per byte for {goal_bits:.4f}", flush=True)
-        found[tokens] = (bits, expert)
-        learnt_all = read_expert(expert, verify=False).train_tokens < tokens // 2
-        if abs(bits / goal_bits - 1) < NEAR_SHARE or learnt_all:
+        learnt_tokens = read_expert(expert, verify=False).train_tokens
+        is_known = learnt_tokens in found
+        found[learnt_tokens] = (bits, expert)
+        if abs(bits / goal_bits - 1) < NEAR_SHARE or (is_known and bits > goal_bits):
             break
         tokens = next_tokens({n: one for n, (one, _) in found.items()}, goal_bits)
     return min(found.values(), key=lambda one: abs(one[0] - goal_bits))[1]

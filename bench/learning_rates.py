@@ -3,8 +3,9 @@ r"""Does a short trial tell which learning rate a whole training wants?
     python -m bench.learning_rates --small MODEL ... --domain NAME ... --out RESULT
 
 Each small model learns each domain's training text at every rate that `tune` tries, a trial's
-tokens and all of them; what its held-out text costs afterwards is written down. Trainings that the
-transfer suite has done already are taken from there.
+tokens and all of them; what its held-out text costs at its best is written down. The short ones
+read excerpts from all over the text and are validated four times, where a trial of `tune` is
+validated at its end. Trainings that the transfer suite has done already are taken from there.
 """
 
 import argparse

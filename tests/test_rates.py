@@ -65,6 +65,10 @@ def test_a_trial_is_the_beginning_of_the_training_with_an_end_of_its_own() -> No
     assert trial_of(schedule(60), 256) == schedule_of(short, 60, 20)
     large = trial_of(schedule(4_000), 256)
     assert large is not None and large.windows_per_epoch == 32
+    # Where steps are long, a trial has eight of them all the same.
+    for batch_windows, window_tokens in ((8, 256), (1, 2_048)):
+        long = trial_of(schedule(4_000, batch_windows=batch_windows), window_tokens)
+        assert long is not None and long.steps == 8
     assert trial_of(schedule(23), 256) is None
     assert trial_of(schedule(96, batch_windows=8), 256) is None
     assert trial_of(schedule(96, validations=0), 256) is None
@@ -81,15 +85,17 @@ def untold(corpus: Path, out: Path, **changes: object) -> TuneConfig:
 
 
 def test_the_best_of_the_rates_is_taken_as_if_it_had_been_given(
-    corpus: Path, tmp_path: Path
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Too high, best, too low: not what is usual, and not the last one tried.
+    monkeypatch.setattr(rates, "RATES", (0.9, 2e-2, 1e-4))
     labels: list[str] = []
     result = tune(untold(corpus, tmp_path / "a"), progress=noting(labels))
     manifest = read_expert(tmp_path / "a")
     best = min(manifest.trials, key=Trial.cost)
-    assert manifest.learning_rate == best.learning_rate
+    assert manifest.learning_rate == best.learning_rate == 2e-2
     assert manifest.config.learning_rate is None
-    assert [t.learning_rate for t in manifest.trials] == list(RATES[: len(manifest.trials)])
+    assert [t.learning_rate for t in manifest.trials] == [0.9, 2e-2, 1e-4]
     assert f"learning rate {best.learning_rate:g}, the best of" in result.summary()
     tried = [label for label in labels if label.startswith("trying")]
     assert len(tried) == len(manifest.trials) == len(result.trials) > 1
@@ -103,8 +109,9 @@ def test_the_best_of_the_rates_is_taken_as_if_it_had_been_given(
 
 @pytest.mark.parametrize("calls", [5, 30, 45, 60])
 def test_a_run_that_ends_among_its_trials_goes_on_there(
-    corpus: Path, tmp_path: Path, calls: int
+    corpus: Path, tmp_path: Path, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rates, "RATES", (2e-2, 1e-4))
     whole = untold(corpus, tmp_path / "whole")
     parted = untold(corpus, tmp_path / "parted", checkpoint_every_sec=0)
     tune(whole)
@@ -134,6 +141,8 @@ def test_a_rate_at_which_training_fails_is_passed_over(
     manifest = read_expert(config.out)
     assert [trial.nats_per_token is None for trial in manifest.trials] == [True, False]
     assert manifest.learning_rate == 1e-2
+    tune(configuration(corpus, tmp_path / "b", learning_rate=1e-2, batch_windows=1))
+    assert contents(tmp_path / "b") == contents(config.out)
 
 
 @pytest.mark.parametrize("changes", [{"held_out": 0.0}, {"max_tokens": 32 * 20}])

@@ -107,7 +107,8 @@ def _share(row: Any, host: Any, lora: Any) -> str:
     if not host or not lora:
         return ""
     own, bare, tuned = (one["domain_bits_per_byte"]["mean"] for one in (row, host, lora))
-    return f"{100 * (bare - own) / (bare - tuned):.0f} %" if tuned < bare else ""
+    share = round(100 * (bare - own) / (bare - tuned)) if tuned < bare else None
+    return "" if share is None else f"{share} %"
 
 
 def _percent(own: Any, host: Any, change: Any) -> str:

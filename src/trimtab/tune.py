@@ -89,11 +89,11 @@ class TuneResult:
             best = min(self.trials, key=Trial.cost)
             lines.append(f"learning rate {best.learning_rate:g}, the best of {len(self.trials)}")
         if self.held_out is not None:
-            lines.append(_comparison(self.held_out))
+            lines.append(_comparison(self.held_out, was_tried=bool(self.trials)))
         return "\n".join(lines)
 
 
-def _comparison(held_out: HeldOut) -> str:
+def _comparison(held_out: HeldOut, *, was_tried: bool) -> str:
     before, after = held_out.bits_per_byte_before, held_out.bits_per_byte_after
     line = (
         f"held-out text: {before:.3f} -> {after:.3f} bits per byte ({after / before - 1:+.1%}),"
@@ -102,9 +102,8 @@ def _comparison(held_out: HeldOut) -> str:
     )
     if held_out.has_gained:
         return line
-    return (
-        f"{line}\ntraining did not help: the expert is the base itself; try a lower learning rate"
-    )
+    advice = "give it more text" if was_tried else "try a lower learning rate"
+    return f"{line}\ntraining did not help: the expert is the base itself; {advice}"
 
 
 def tune(config: TuneConfig, *, progress: Progress = silent) -> TuneResult:
@@ -127,6 +126,9 @@ def tune(config: TuneConfig, *, progress: Progress = silent) -> TuneResult:
         NumericalError: A loss that is not a finite number; the last checkpoint stays.
         StorageError: The folder cannot be written.
     """
+    if config.method == "full":
+        # Nothing is tried: the record names the rate, whatever later versions take for none.
+        config = config.model_copy(update={"learning_rate": config.usual_learning_rate})
     asked = UnfinishedRun(config=config, inputs=fingerprints(config))
     with lock(config.out):
         if (config.out / EXPERT_NAME).is_file():

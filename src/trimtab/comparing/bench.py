@@ -38,6 +38,7 @@ from trimtab.store.expert import read_expert
 from trimtab.store.files import read_json, write_json
 from trimtab.text.corpus import sha256_of_documents
 from trimtab.tune import tune
+from trimtab.tuning.rates import most_trial_tokens
 from trimtab.types import Advance, Document, Progress
 from trimtab.unembedding import weight_sha256
 
@@ -106,6 +107,11 @@ class Bench:
         # Tune holds out a tenth of the documents.
         tokens = 0.9 * size * self.test_tokens / max(test, 1)
         return min(tokens, self.config.train_tokens or tokens) * self.config.epochs
+
+    @property
+    def lora_tokens(self) -> float:
+        """Tokens that a LoRA is trained on at most, predicted, with trials of its learning rate."""
+        return self.train_tokens + most_trial_tokens(self.train_tokens / self.config.epochs)
 
     @cached_property
     def general_tokens(self) -> int:

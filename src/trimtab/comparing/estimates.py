@@ -10,7 +10,7 @@ from trimtab.costing.sheet import Shape, read_sheet
 def lora(bench: Bench, shape: Shape, name: str) -> Step:
     """LoRA on the training text; what is done already is what it took."""
     window, rank = bench.config.train_window_tokens, bench.config.rank
-    needed = sizes.lora_flops(shape, bench.train_tokens, window, rank)
+    needed = sizes.lora_flops(shape, bench.lora_tokens, window, rank)
     return _trained(
         bench, f"tune {name}", needed, sizes.lora_bytes(shape, rank, window, bench.copy_bytes)
     )
@@ -26,7 +26,7 @@ def full(bench: Bench) -> Step:
 def qlora(bench: Bench) -> Step:
     """LoRA over 4-bit weights, as much slower as the price sheet says."""
     shape, window, rank = bench.host_shape, bench.config.train_window_tokens, bench.config.rank
-    needed = sizes.lora_flops(shape, bench.train_tokens, window, rank)
+    needed = sizes.lora_flops(shape, bench.lora_tokens, window, rank)
     held = sizes.qlora_bytes(shape, rank, window, bench.copy_bytes)
     step = _trained(bench, "tune qlora", needed, held)
     if not step.is_estimated:

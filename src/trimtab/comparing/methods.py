@@ -198,7 +198,8 @@ def _tuned_host(method: TuneMethod) -> Callable[[Bench], Iterator[Made]]:
 
         step = _asked(bench, "training the host", estimate, run)
         part = "model" if method == "full" else "lora"
-        note = "the small model's settings, one learning rate: tune's default for it"
+        rate = "its usual one" if method == "full" else "tried out on held-out text, as the small's"
+        note = f"the small model's settings, and for a learning rate {rate}"
         if method == "qlora":
             note += "; trained over weights of four bits, and then beside the host's own"
         note = "; ".join((note, *_without_help(bench, method)))

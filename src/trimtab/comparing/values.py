@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of comparison.json and of the files in `methods`."""
 
 Status = Literal["measured", "estimated"]

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from trimtab.errors import NumericalError
 from trimtab.store.expert import CHECKPOINT_NAME, Trial, UnfinishedRun, write_run
 from trimtab.tuning.job import Job
@@ -21,10 +23,10 @@ TRIAL_TOKENS = 8_192
 """Tokens of a trial at most: a third of a training of 25 thousand."""
 
 TRIAL_SHARE = 3
-"""A trial takes at most one part in so many of the training's text."""
+"""A trial takes at most one part in so many of an epoch's windows."""
 
 MIN_TRIAL_STEPS = 8
-"""Shorter trials say more of luck than of rates."""
+"""Shorter trials say more of luck than of rates; where steps are long, one may take more tokens."""
 
 
 Attempt = Callable[[float], Trial]
@@ -41,14 +43,27 @@ def trial_of(schedule: Schedule, window_tokens: int) -> Schedule | None:
         schedule: Of the training itself.
         window_tokens: Tokens in a window.
     """
-    windows = min(TRIAL_TOKENS // window_tokens, schedule.windows_per_epoch // TRIAL_SHARE)
-    if not schedule.validations or windows < MIN_TRIAL_STEPS * schedule.batch_windows:
+    least = MIN_TRIAL_STEPS * schedule.batch_windows
+    most = max(TRIAL_TOKENS // window_tokens, least)
+    windows = min(most, schedule.windows_per_epoch // TRIAL_SHARE)
+    if not schedule.validations or windows < least:
         return None
     return replace(schedule, windows_per_epoch=windows, epochs=1, validations=1)
 
 
+def most_trial_tokens(train_tokens: float) -> float:
+    """How many tokens all trials of a training take at most, where its steps are not long.
+
+    Args:
+        train_tokens: Tokens of an epoch of it.
+    """
+    return len(RATES) * min(TRIAL_TOKENS, train_tokens / TRIAL_SHARE)
+
+
 def chosen_rate(tried: tuple[Trial, ...], attempt: Attempt) -> float:
-    """Try rates from the highest down for as long as the held-out text gets cheaper; the best.
+    """Try rates from the highest down until the held-out text gets dearer; the best of them.
+
+    A rate at which training fails says nothing of the next one.
 
     Args:
         tried: Trials that an interrupted run has done already, from the highest rate down.
@@ -74,10 +89,11 @@ def learning_rate(run: UnfinishedRun, job: Job) -> tuple[float, tuple[Trial, ...
     config = run.config
     usual = config.usual_learning_rate
     short = trial_of(job.schedule(usual), config.window_tokens)
-    if config.learning_rate is not None or config.method == "full" or short is None:
+    if config.learning_rate is not None or short is None:
         return usual, ()
-    holder = job.learner()
-    weights = holder.weights()
+    # Not a learner's, which would hold a copy of the base's weights beside that of the trial's own.
+    parameters = [one for one in job.model.model.parameters() if one.requires_grad]
+    weights = [parameter.detach().clone() for parameter in parameters]
     trials = list(run.trials)
 
     def attempt(rate: float) -> Trial:
@@ -88,7 +104,9 @@ def learning_rate(run: UnfinishedRun, job: Job) -> tuple[float, tuple[Trial, ...
             nats, tokens = state.held_out_nats[-1], state.train_tokens
         except NumericalError:
             nats, tokens = None, 0
-        holder.set_weights(weights)
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
         trials.append(Trial(learning_rate=rate, tokens=tokens, nats_per_token=nats))
         write_run(config.out, run.model_copy(update={"trials": tuple(trials)}))
         (config.out / checkpoint).unlink(missing_ok=True)
