@@ -28,11 +28,13 @@ def table(path: Path = RESULTS) -> str:
 
 def _rows(run: Mapping[str, Any]) -> str:
     host, lora = run["rows"].get("host"), run["rows"].get("lora-host")
+    heads = ["row", "bits per byte", "against host", "perplexity", "general text"]
+    heads += ["of LoRA's gain"] if lora else []
     lines = [
         f"### {run['pair']}, {run['domain']}, seed {run['seed']}",
         "",
-        "| row | bits per byte | against host | perplexity | general text | of LoRA's gain |",
-        f"|{6 * '---|'}",
+        f"| {' | '.join(heads)} |",
+        f"|{len(heads) * '---|'}",
     ]
     for name, row in sorted(run["rows"].items(), key=lambda item: ORDER.index(item[0])):
         figure = row["domain_bits_per_byte"]
@@ -43,8 +45,10 @@ def _rows(run: Mapping[str, Any]) -> str:
             cells.append(_percent(own, reference, row.get(kind)))
         change = row.get("perplexity_change_percent")
         shown = "" if change is None or name == "host" else f"{change:+.1f} %"
-        share = "" if row is host else _share(row, host, lora)
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {shown} | {cells[2]} | {share} |")
+        cells.insert(2, shown)
+        if lora:
+            cells.append("" if row is host else _share(row, host, lora))
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 
@@ -104,7 +108,7 @@ def _cell_table(found: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]
 
 def _share(row: Any, host: Any, lora: Any) -> str:
     """Which part of LoRA's gain on the host a row's is; nothing where LoRA gains nothing."""
-    if not host or not lora:
+    if not host:
         return ""
     own, bare, tuned = (one["domain_bits_per_byte"]["mean"] for one in (row, host, lora))
     share = round(100 * (bare - own) / (bare - tuned)) if tuned < bare else None
