@@ -4,6 +4,7 @@ import html
 import random
 import re
 import shlex
+import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -201,6 +202,7 @@ def test_times_add_up_until_a_step_is_done(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         with Clock(path).step("tune", result):
             result.touch()
+            time.sleep(0.2)
             raise KeyboardInterrupt
     first = Clock(path).wall_sec["tune"]
     with Clock(path).step("tune", result):
