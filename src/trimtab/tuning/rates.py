@@ -1,8 +1,7 @@
 """Which learning rate suits a model and its text: short trainings, judged by held-out text.
 
-The best rate follows from model and text together: what a model hardly knows wants steps ten times
-as long as what it knows well, and steps that are too long cost the expert more than any other
-setting does (docs/tune.md). So none is right for all, and the held-out text can tell.
+The best rate follows from model and text together, and one that is three times too high can cost an
+expert a quarter of what it gains (docs/tune.md). So none is right for all; the held-out text tells.
 """
 
 import math
