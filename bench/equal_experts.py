@@ -27,7 +27,7 @@ from trimtab.backends.open import open_model
 from trimtab.backends.pair import open_pair
 from trimtab.cli_errors import run_program
 from trimtab.errors import InputError
-from trimtab.evaluate import Evaluation, scores_by_row
+from trimtab.evaluate import scores_by_row
 from trimtab.metrics import DocumentScore, bits_per_byte, bootstrap, draws, resampled_bits
 from trimtab.progress import Display
 from trimtab.store.expert import HeldOut, read_expert
@@ -77,7 +77,8 @@ def stopped(
     """
 
     def bits_of(name: str, model: HFModel) -> float:
-        return _own_bits(run.evaluated(name, ("host",), display, adapter=adapter, host=model))
+        found = run.evaluated(name, ("host",), display, adapter=adapter, host=model)
+        return bits_per_byte(scores_by_row(found.scored[""], ("host",))["host"])
 
     untuned_bits = bits_of("untuned", open_model(model_ref(run.pair.small)))
     if untuned_bits <= goal_bits:
@@ -101,10 +102,6 @@ def stopped(
             break
         tokens = next_tokens({n: one for n, (one, _) in found.items()}, goal_bits)
     return min(found.values(), key=lambda one: abs(one[0] - goal_bits))[1]
-
-
-def _own_bits(evaluation: Evaluation) -> float:
-    return bits_per_byte(scores_by_row(evaluation.scored[""], ("host",))["host"])
 
 
 def next_tokens(found: Mapping[int, float], goal_bits: float) -> int:

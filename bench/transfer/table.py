@@ -111,8 +111,7 @@ def _share(row: Any, host: Any, lora: Any) -> str:
     if not host:
         return ""
     own, bare, tuned = (one["domain_bits_per_byte"]["mean"] for one in (row, host, lora))
-    share = round(100 * (bare - own) / (bare - tuned)) if tuned < bare else None
-    return "" if share is None else f"{share} %"
+    return f"{round(100 * (bare - own) / (bare - tuned))} %" if tuned < bare else ""
 
 
 def _percent(own: Any, host: Any, change: Any) -> str:
